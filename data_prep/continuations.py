@@ -1,0 +1,81 @@
+"""Continuations for the diversity measurement: sampled answers of the base model to held-out prompts (section 5, figure 3).
+
+    python data_prep/continuations.py --run runs/demo --base runs/demo/base --prompts 10 --count 20          (seconds)
+
+Writes RUN/continuations.parquet: prompt_id, messages, texts (list of count), logprob (list of count: of the text and its end, under
+the base model at temperature 1). Every member scores them; their rankings are compared by Kendall's tau.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from pairwise.reward_model import encode, fingerprint, load_tokenizer
+from pairwise.run_dir import InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, natural, read_split, replacing, run_main, stage_done
+
+
+@torch.no_grad()
+def sample(model, tokenizer, messages, count, temperature, max_tokens):
+    """`count` answers to one prompt, sampled from the whole vocabulary: (texts, log-probabilities at temperature 1)."""
+    prompt = torch.tensor([encode(tokenizer, messages)], device=model.device)
+    out = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=temperature, top_k=0, top_p=1.0, num_return_sequences=count,
+        max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id)
+    answer = out[:, prompt.shape[1] :]
+    real = answer != tokenizer.pad_token_id
+    mask = torch.cat([torch.ones_like(out[:, : prompt.shape[1]]), real.long()], dim=1)
+    logits = model(input_ids=out, attention_mask=mask).logits[:, prompt.shape[1] - 1 : -1].float()
+    each = logits.log_softmax(-1).gather(-1, answer[..., None]).squeeze(-1)
+    return tokenizer.batch_decode(answer, skip_special_tokens=True), (each * real).sum(1).tolist()
+
+
+def main(args):
+    run = args.run
+    test = read_split(run, "test")
+    settings = {name: getattr(args, name) for name in ("prompts", "count", "temperature", "max_tokens", "seed")}
+    tokenizer = load_tokenizer(args.base, args.chat_template)
+    inputs = data_hashes(run) | {"base model": fingerprint(args.base)} | ({"chat template": hash_file(args.chat_template)} if args.chat_template else {})
+    if stage_done(run, "continuations", settings, inputs, [run / "continuations.parquet"]):
+        print(f"continuations: {run / 'continuations.parquet'} is there, skipped")
+        return
+    if args.prompts > len(test.prompt_id):
+        raise InputError(f"--prompts {args.prompts}: {run} has {len(test.prompt_id)} test prompts")
+    started = begin_stage(run, "continuations", settings, inputs)
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32 if device == "cpu" else torch.bfloat16).eval().to(device)
+    chosen = sorted(np.random.default_rng([args.seed, 3]).choice(len(test.prompt_id), args.prompts, replace=False))
+    rows = []
+    for number in tqdm(chosen, desc="continuations", unit="prompt", leave=False):
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, int(number)]).generate_state(1)[0]))
+        texts, logprob = sample(model, tokenizer, test.messages[number], args.count, args.temperature, args.max_tokens)
+        rows.append({"prompt_id": test.prompt_id[number], "messages": test.messages[number], "texts": texts, "logprob": logprob})
+    with replacing(run / "continuations.parquet") as partial:
+        pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
+    end_stage(run, "continuations", settings, inputs, started, threads=args.threads)
+    print(f"continuations: {args.count} for each of {args.prompts} test prompts")
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--run", required=True, type=Path, help="run directory with data/")
+    add("--base", required=True, help="base model: hub id or transformers directory")
+    add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
+    add("--prompts", type=natural, default=50, help="test prompts, drawn by the seed")
+    add("--count", type=natural, default=100, help="continuations of each")
+    add("--temperature", type=float, default=1.0)
+    add("--max-tokens", type=natural, default=256, help="longest continuation")
+    add("--seed", type=int, default=0)
+    add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_main(main, parse_args())

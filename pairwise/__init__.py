@@ -1,0 +1,1 @@
+"""What the stages share: run-directory and data contracts, the reward model, the report, the compiled evaluator."""

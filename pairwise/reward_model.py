@@ -1,0 +1,210 @@
+"""A reward model: base model with a scalar head, one encode() for every use, and the forward pass. Parameters may be BF16;
+head, rewards and everything after them are float32."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from pairwise.run_dir import InputError, hash_file
+
+PAD_NAMES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
+
+
+# ---- tokens
+
+
+def load_tokenizer(base, chat_template=None):
+    """The base's tokenizer with a chat template, right padding and a pad token of its own, never eos: spare or reserved tokens serve.
+
+    base: hub id or directory; chat_template: file with a Jinja template for a base that has none.
+    Raises InputError where the base cannot be read, has no chat template and none is given, or has no token that can pad.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--base {base}: no tokenizer could be loaded: a directory made by save_pretrained, or a hub id that can be "
+                         f"reached (gated models: accept the licence on the hub, then log in), expected ({_first_line(error)})") from None
+    if chat_template:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--chat-template {chat_template}: {error}") from None
+    if not tokenizer.chat_template:
+        raise InputError(f"--base {base} has no chat template; name a Jinja file with --chat-template FILE")
+    taken = {tokenizer.eos_token, tokenizer.bos_token, None}
+    vocabulary = tokenizer.get_vocab()
+    spare = [name for name in (tokenizer.pad_token, *PAD_NAMES) if name not in taken and name in vocabulary]
+    if not spare:
+        raise InputError(f"--base {base}: its pad token is its eos token, and no spare one was found among {', '.join(PAD_NAMES)}")
+    tokenizer.pad_token = spare[0]
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def encode(tokenizer, messages, response=None, max_length=None):
+    """Token ids (list of int) of a prompt and a response, or of a prompt ready to be answered (response None).
+
+    messages: [{role, content}, ..]; exactly one BOS where the tokenizer has one. Longer than max_length: tokens are cut from the
+    left, of the prompt first and then of the response, never its end; the BOS stays.
+    """
+    chat = messages if response is None else [*messages, {"role": "assistant", "content": response}]
+    ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=response is None)["input_ids"]
+    bos = [tokenizer.bos_token_id]
+    lead = next(i for i in range(len(ids) + 1) if ids[i : i + 1] != bos)
+    if not lead and tokenizer("").input_ids[:1] != bos:
+        bos = []  # neither the template nor the tokenizer begins with one
+    body = ids[lead:]
+    if max_length:
+        body = body[-(max_length - len(bos)) :]
+    return bos + body
+
+
+def encode_split(tokenizer, messages, responses, max_length):
+    """Token ids of every distinct response with its prompt, in data order: list of R lists.
+
+    messages (P,): the prompts; responses (P,): lists of str.
+    """
+    return [encode(tokenizer, context, text, max_length) for context, texts in zip(messages, responses) for text in texts]
+
+
+def batches(sequences, tokens):
+    """Indices of sequences in batches of similar length, longest first (out of memory shows at once): longest times count <= tokens."""
+    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
+    while order:
+        count = max(1, tokens // max(1, len(sequences[order[0]])))
+        yield order[:count]
+        order = order[count:]
+
+
+def pad(sequences, pad_id, device):
+    """ids, mask: int64 (batch, longest), padded on the right; mask is 1 on real tokens."""
+    longest = max(len(ids) for ids in sequences)
+    ids = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids in sequences])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences])
+    return ids.to(device), mask.to(device)
+
+
+# ---- model
+
+
+def load_base(base, tokenizer, dtype, device):
+    """The base with its token-prediction head dropped and a scalar head attached (section 4), in dtype; the head in float32.
+
+    The head's values are not drawn here: draw_head does. Raises InputError where the checkpoint lacks anything but the head.
+    """
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=1, dtype=dtype, pad_token_id=tokenizer.pad_token_id, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--base {base}: the model could not be loaded ({_first_line(error)})") from None
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise InputError(f"--base {base}: {type(model).__name__} has no linear head called score; a decoder such as Llama, Mistral, Qwen or Gemma expected")
+    if set(info["missing_keys"]) - {"score.weight"}:
+        raise InputError(f"--base {base}: weights are missing: {', '.join(sorted(info['missing_keys'])[:5])}; a checkpoint with all weights but the reward head's expected")
+    model.score.float()
+    return model.eval().to(device)  # eval: no dropout, in training neither
+
+
+def load_member(run, j, base, tokenizer, dtype, device):
+    """Reward model j of a run: its directory, or the base with the head that was trained on its frozen features."""
+    directory = run / f"member_{j:02d}"
+    if (directory / "head.safetensors").exists():
+        model = load_base(base, tokenizer, dtype, device)
+        model.score.weight.data.copy_(load_file(directory / "head.safetensors")["score.weight"])
+        return model
+    model, info = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise InputError(f"{directory}: weights missing {info['missing_keys']}, unexpected {info['unexpected_keys']}")
+    model.score.float()
+    return model.eval().to(device)
+
+
+def draw_head(model, seed):
+    """Draw the reward head anew, normal with the model's own initial standard deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    std = getattr(model.config, "initializer_range", 0.02)
+    model.score.weight.data.copy_(torch.randn(model.score.weight.shape, generator=generator) * std)
+
+
+def last_hidden(model, ids, mask):
+    """Hidden state of each sequence's last real token, float32 (batch, d); padding is on the right."""
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1].float()
+
+
+def rewards_of(model, ids, mask):
+    """Rewards float32 (batch,): r_theta(x, y), the head on the last real token."""
+    return model.score(last_hidden(model, ids, mask)).squeeze(-1)
+
+
+@torch.no_grad()
+def over_sequences(model, function, sequences, tokenizer, tokens, label):
+    """function(model, ids, mask) for all sequences, in batches of at most `tokens` tokens: float32 (sequences, ..), in their order."""
+    out, device, started, done = None, next(model.parameters()).device, time.time(), 0
+    with tqdm(total=len(sequences), desc=label, unit="response", leave=False, mininterval=1) as bar:
+        for batch in batches(sequences, tokens):
+            ids, mask = pad([sequences[i] for i in batch], tokenizer.pad_token_id, device)
+            values = function(model, ids, mask).cpu().numpy()
+            out = np.empty((len(sequences), *values.shape[1:]), np.float32) if out is None else out
+            out[batch] = values
+            done += int(mask.sum())
+            bar.update(len(batch))
+            bar.set_postfix_str(f"{done / (time.time() - started):,.0f} tokens/s")
+    return out
+
+
+def score_sequences(model, sequences, tokenizer, tokens, label="score"):
+    """Rewards float32 (sequences,), each sequence scored once."""
+    return over_sequences(model, rewards_of, sequences, tokenizer, tokens, label)
+
+
+def features_of(model, sequences, tokenizer, tokens, label="features"):
+    """Last-token hidden states float32 (sequences, d): what a reward head on the frozen base sees."""
+    return over_sequences(model, last_hidden, sequences, tokenizer, tokens, label)
+
+
+# ---- checkpoints
+
+
+def save_member(model, tokenizer, directory):
+    """Write a plain AutoModelForSequenceClassification directory (num_labels=1, safetensors) that transformers 4 and 5 read alike."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    # transformers 4 does not know the tokenizer class that 5 writes, and reads rope_theta and torch_dtype at the top of the config.
+    config = json.loads((directory / "config.json").read_text())
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        config["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+    config["torch_dtype"] = config["dtype"] = str(next(model.base_model.parameters()).dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    path = directory / "tokenizer_config.json"
+    described = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    path.write_text(json.dumps(described, indent=2) + "\n")
+
+
+def save_head(model, directory):
+    """Write the head alone, as head.safetensors: all that training a head on a frozen base changes."""
+    directory.mkdir(parents=True)
+    save_file({"score.weight": model.score.weight.detach().cpu().contiguous()}, directory / "head.safetensors")
+
+
+def fingerprint(base):
+    """What identifies a base model's content: of a directory a hash over its files, of a hub id its name and commit."""
+    directory = Path(base)
+    if not directory.is_dir():
+        return f"{base}@{getattr(AutoConfig.from_pretrained(base), '_commit_hash', None)}"
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors", ".jinja", ".model"))
+    return hashlib.sha256("".join(f"{path.name} {hash_file(path)}\n" for path in files).encode()).hexdigest()
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

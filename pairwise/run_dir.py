@@ -1,0 +1,373 @@
+"""The run directory: prepared data, stored rewards, manifest, and how outputs appear in it. Never imports torch.
+
+Prepared data, one row a prompt, in DIR/data/{train,test}.parquet (and valid.parquet with --valid-share):
+
+    prompt_id  str
+    messages   list of {role, content}     the context x, ending with a user turn
+    responses  list of str                 distinct, in first-seen order
+    pairs      list of {a, b: int, votes_a, votes_b, ties: float}     indices into responses
+    p_true     list of float, optional     the population's true fraction per pair (simulation)
+    categories {name: label}, optional     the user's own labels of the prompt
+
+Rewards, one float32 per distinct response in data order: DIR/rewards/JJ_SPLIT.npy; DIR/rewards/JJ_continuations.npy has
+shape (prompts, n). Mixture weights: DIR/weights.json. Every stage writes under a temporary name and renames at the end, then
+enters itself in DIR/manifest.json; a stage that is not entered there did not happen, and is done again.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SPLITS = ("train", "valid", "test")
+BUILD_COMMAND = "python -m pip install --no-build-isolation --no-deps --use-pep517 -e ."
+
+
+# ---- errors and the command line
+
+
+class InputError(Exception):
+    """Something the user can mend; its text is the one line that is printed before exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with an error of one line instead of the whole usage."""
+
+    def __init__(self, doc, **kwargs):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help explains)\n")
+
+
+def natural(text):
+    """argparse type: an integer of at least one."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} found, an integer of at least 1 expected")
+    return value
+
+
+def share(text):
+    """argparse type: a number in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} found, a number in [0, 1) expected")
+    return value
+
+
+def run_main(main, args):
+    """Run main(args) as a script does: an InputError is one line on stderr and exit code 2."""
+    try:
+        main(args)
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def import_evaluator():
+    """The compiled evaluator; without it, one line that names the command that builds it, and exit code 2."""
+    try:
+        from pairwise import evaluator
+    except ImportError:
+        print(f"{Path(sys.argv[0]).name}: error: the C++ evaluator is not built for this Python; build it with: {BUILD_COMMAND}", file=sys.stderr)
+        sys.exit(2)
+    return evaluator
+
+
+# ---- outputs appear by rename
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path`; on success rename it to `path` (a file, or a directory), on failure remove it."""
+    path = Path(path)
+    partial = path.with_name(f".partial-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(partial)
+    try:
+        yield partial
+        if path.is_dir():
+            _remove(path)
+        os.replace(partial, path)
+    finally:
+        _remove(partial)
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write JSON without NaN or infinity (a number that does not exist is null)."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path, otherwise=None):
+    """The JSON value of a file; `otherwise` where there is no such file and a default was given."""
+    path = Path(path)
+    if not path.is_file():
+        if otherwise is not None:
+            return otherwise
+        raise InputError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+# ---- stages and the manifest
+
+
+def hash_file(path):
+    """SHA-256 of a file's bytes, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stage_done(run, stage, settings, inputs, outputs):
+    """True where `stage` is complete in `run` with these settings and inputs.
+
+    settings: {flag: value}, every flag that can change the result; inputs: {name: hash}; outputs: paths that must exist.
+    Raises InputError where the stage was done with other settings or inputs, or where an output was not made by a run.
+    """
+    entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get(stage)
+    if entry is None:
+        strange = [path for path in outputs if path.exists()]
+        if strange:
+            raise InputError(f"{strange[0]} exists but was not made by this project; choose another --run")
+        return False
+    settings = json.loads(json.dumps(settings))  # tuples and the like as they come back from a file
+    for name in sorted(entry["settings"].keys() | settings.keys()):
+        was, now = entry["settings"].get(name), settings.get(name)
+        if was != now:
+            raise InputError(f"{run} was made with other arguments: --{name.replace('_', '-')} was {was}, is {now}; to have both, run: {_command_elsewhere(run)}")
+    for name in sorted(entry["inputs"].keys() | inputs.keys()):
+        if entry["inputs"].get(name) != inputs.get(name):
+            raise InputError(f"{run} was made from another {name} than it is given now (stage {stage}); to have both, run: {_command_elsewhere(run)}")
+    return bool(entry.get("done")) and all(path.exists() for path in outputs)
+
+
+def unchanged(run, stage, settings, inputs, outputs):
+    """True where a cheap stage is complete and was made with these settings and inputs; it is simply made again where not."""
+    entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get(stage, {})
+    return bool(entry.get("done")) and entry["settings"] == settings and entry["inputs"] == inputs and all(path.exists() for path in outputs)
+
+
+def begin_stage(run, stage, settings, inputs):
+    """Enter `stage` in the manifest as begun and return the start time, to be handed to end_stage."""
+    _update_manifest(run, stage, {"settings": settings, "inputs": inputs, "done": False})
+    return time.time()
+
+
+def end_stage(run, stage, settings, inputs, started, **facts):
+    """Enter `stage` in the manifest as complete, after its outputs have been renamed into place."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    entry = {
+        "settings": settings, "inputs": inputs, "done": True, "command": _command(), "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
+        "seconds": round(time.time() - started, 1), "peak_memory_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10)),
+        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), "versions": _versions(), "git_commit": _git_commit(),
+    } | facts
+    _update_manifest(run, stage, entry)
+
+
+def _update_manifest(run, stage, entry):
+    manifest = read_json(run / "manifest.json", {"stages": {}})
+    if "PAIRWISE_COMMAND" in os.environ or "command" not in manifest:
+        manifest["command"] = _command()
+    manifest["stages"][stage] = entry
+    write_json(run / "manifest.json", manifest)
+
+
+def _command():
+    """What the user typed: run_all.sh leaves its own command in the environment for the stages it calls."""
+    return os.environ.get("PAIRWISE_COMMAND") or shlex.join(["python", *sys.argv])
+
+
+def _command_elsewhere(run):
+    """The user's command with a run directory of its own."""
+    words = shlex.split(_command())
+    if "--run" in words[:-1]:
+        at = words.index("--run")
+        del words[at : at + 2]
+    words = [word for word in words if not word.startswith("--run=")]
+    number = next(n for n in range(2, 10**6) if not Path(f"{run}-{n}").exists())
+    return shlex.join([*words, "--run", f"{run}-{number}"])
+
+
+def _versions():
+    versions = {"python": platform.python_version()}
+    for package in ("numpy", "scipy", "torch", "transformers", "pytorch_optimizer", "datasets", "pyarrow"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def _git_commit():
+    """The commit of this repository, with '+' where files differ from it; null outside git."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ---- prepared data
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split, flat: P prompts, R distinct responses, N pairs.
+
+    prompt_id (P,) str; messages (P,) lists of {role, content}; responses (P,) lists of str;
+    response_start, pair_start int64 (P+1,): prompt i owns responses response_start[i]:response_start[i+1], and pairs alike;
+    a, b int64 (N,) indices into all R responses; votes_a, votes_b, ties float64 (N,); p_true float64 (N,) or None.
+    """
+
+    prompt_id: list
+    messages: list
+    responses: list
+    response_start: np.ndarray
+    pair_start: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    votes_a: np.ndarray
+    votes_b: np.ndarray
+    ties: np.ndarray
+    p_true: np.ndarray | None
+
+    @property
+    def n(self):
+        """Votes per pair, float64 (N,)."""
+        return self.votes_a + self.votes_b
+
+    @property
+    def p(self):
+        """Share of the votes for a, float64 (N,), in [0, 1]: the empirical preference of section 3.3."""
+        return self.votes_a / self.n
+
+
+def write_split(path, prompts):
+    """Write prompt rows (dicts with the contract's columns) as parquet; p_true and categories only where the first row has them."""
+    pair = pa.struct([("a", pa.int32()), ("b", pa.int32()), ("votes_a", pa.float64()), ("votes_b", pa.float64()), ("ties", pa.float64())])
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    columns = {"prompt_id": pa.string(), "messages": pa.list_(message), "responses": pa.list_(pa.string()), "pairs": pa.list_(pair)}
+    if "p_true" in prompts[0]:
+        columns["p_true"] = pa.list_(pa.float64())
+    if "categories" in prompts[0]:
+        columns["categories"] = pa.struct([(name, pa.string()) for name in prompts[0]["categories"]])
+    pq.write_table(pa.Table.from_pylist(prompts, schema=pa.schema(list(columns.items()))), path, compression="zstd")
+
+
+def read_split(run, split):
+    """Read DIR/data/SPLIT.parquet. Raises InputError where it is missing or is not prepared data."""
+    path = run / "data" / f"{split}.parquet"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; data_prep/ makes it")
+    try:
+        table = pq.read_table(path).combine_chunks()
+        pairs, responses = _list(table, "pairs"), _list(table, "responses")
+        response_start, pair_start = _starts(responses), _starts(pairs)
+        field = {name: pairs.flatten().field(name).to_numpy(zero_copy_only=False) for name in ("a", "b", "votes_a", "votes_b", "ties")}
+        shift = np.repeat(response_start[:-1], np.diff(pair_start))
+        return Split(
+            prompt_id=table["prompt_id"].to_pylist(), messages=table["messages"].to_pylist(), responses=responses.to_pylist(),
+            response_start=response_start, pair_start=pair_start, a=field["a"] + shift, b=field["b"] + shift,
+            votes_a=field["votes_a"], votes_b=field["votes_b"], ties=field["ties"],
+            p_true=_list(table, "p_true").flatten().to_numpy() if "p_true" in table.column_names else None,
+        )
+    except (pa.ArrowException, KeyError) as error:
+        raise InputError(f"{path}: not prepared data ({str(error).splitlines()[0]})") from None
+
+
+def _list(table, name):
+    return table[name].combine_chunks() if table[name].num_chunks != 1 else table[name].chunk(0)
+
+
+def _starts(lists):
+    return np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))]).astype(np.int64)
+
+
+def read_splits(run):
+    """{split: Split} of every split that `run` has, and stats.json. train and test must be there."""
+    names = [name for name in SPLITS if name != "valid" or (run / "data" / "valid.parquet").exists()]
+    return {name: read_split(run, name) for name in names}, read_json(run / "data" / "stats.json")
+
+
+def data_hashes(run):
+    """{file name: SHA-256} of the prepared splits."""
+    return {f"data/{path.name}": hash_file(path) for path in sorted((run / "data").glob("*.parquet"))}
+
+
+# ---- rewards and weights
+
+
+def member_name(j):
+    return f"member_{j:02d}"
+
+
+def reward_path(run, j, split):
+    return run / "rewards" / f"{j:02d}_{split}.npy"
+
+
+def count_members(run):
+    """The number K of members whose rewards are there; members 1..K without a gap."""
+    found = sorted(int(path.name[:2]) for path in (run / "rewards").glob("[0-9][0-9]_test.npy"))
+    if not found:
+        raise InputError(f"{run / 'rewards'}: no rewards; train_rm.py makes them")
+    if found != list(range(1, len(found) + 1)):
+        raise InputError(f"{run / 'rewards'}: members {found} found, 1 to {len(found)} expected")
+    return len(found)
+
+
+def read_rewards(run, split, k, shape):
+    """float32 (k, *shape): rewards of members 1..k. Raises InputError for a missing file, a wrong shape or dtype, or NaN."""
+    rewards = np.empty((k, *shape), np.float32)
+    for j in range(1, k + 1):
+        path = reward_path(run, j, split)
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+        try:
+            found = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{path}: not a .npy array ({error})") from None
+        if found.dtype != np.float32 or found.shape != shape:
+            raise InputError(f"{path}: {found.dtype} {found.shape} found, float32 {shape} expected")
+        if np.isnan(found).any():
+            raise InputError(f"{path}: member {j}, split {split}: {int(np.isnan(found).sum())} rewards are NaN, the first at index {int(np.argmax(np.isnan(found)))}")
+        rewards[j - 1] = found
+    return rewards
+
+
+def read_weights(run, k):
+    """The mixture weights of the first k members, float64 (k,). Raises InputError where weights.json has none for this k."""
+    path = run / "weights.json"
+    prefixes = read_json(path)
+    for entry in prefixes:
+        if entry["k"] == k:
+            alpha = np.array(entry["alpha"], np.float64)
+            if alpha.shape != (k,) or not np.isfinite(alpha).all() or (alpha < 0).any() or abs(alpha.sum() - 1) > 1e-9:
+                raise InputError(f"{path}: k={k}: {entry['alpha']} found, {k} weights that are at least 0 and sum to 1 expected")
+            return alpha
+    raise InputError(f"{path}: weights for k = {', '.join(str(entry['k']) for entry in prefixes)} found, k = {k} expected; fit_weights.py makes them")

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# The method, stage by stage: votes -> data -> K times (train a reward model on the residual, refit the weights) -> metrics and report.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+bash run_all.sh [DATASET|FILE] [K] [flags]        default: demo 4
+
+  DATASET   demo: a simulated population with known truth and its own tiny Llama; about 4 minutes on 2 cores
+  FILE      your votes, .jsonl .json .csv .parquet, also .gz; one comparison a row: prompt, response_a, response_b and
+            votes_a, votes_b (ties) | p, n | choice; needs --base. See the README and data_prep/votes.py --help
+  K         members of the ensemble, 1 to 99
+
+  --run DIR            run directory (default runs/DATASET; for a file, runs/ and its stem)
+  --base NAME_OR_DIR   base model: hub id or transformers directory with a chat template, or with --chat-template FILE
+  --seed S             of the training (default 0)
+  --data-seed S        of the data: population, split, orientation (default 0)
+  --continuations N    for a FILE: sample 100 continuations for each of N test prompts, for the diversity measurement
+  data flags           --ties drop|half  --test-share X  --valid-share X  --votes sampled|population|dependent  --min-votes 1|2
+                       demo: --prompts N  --responses N  --texts N
+  any other flag       goes to train_rm.py: --train full|head  --target p|residual|centered|mixture  --lr X  --epochs N
+                       --pairs-per-step N  --dtype bfloat16|float32  --threads N ... (train_rm.py --help)
+
+Finished stages are skipped; a larger K continues the run; other arguments need another --run.
+PYTHON=/path/to/python uses an environment of your own. The result is RUN/report.html and RUN/metrics.json.
+END
+}
+
+fail() {
+    echo "run_all.sh: error: $1" >&2
+    exit 2
+}
+
+# ---- arguments -------------------------------------------------------------------------------------------------------------------
+COMMAND="bash run_all.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
+WORDS=() DATA=() TRAIN=() RUN='' BASE='' CONTINUATIONS='' DATA_SEED=0
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) usage; exit 0 ;;
+        --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
+        --*) [ $# -ge 2 ] || fail "$1 needs a value" ;;
+        *) WORDS+=("$1"); shift; continue ;;
+    esac
+    case $1 in
+        --run) RUN=$2 ;;
+        --base) BASE=$2 ;;
+        --data-seed) DATA_SEED=$2 ;;
+        --continuations) CONTINUATIONS=$2 ;;
+        --source | --ties | --min-votes | --test-share | --valid-share | --votes | --prompts | --responses | --texts) DATA+=("$1" "$2") ;;
+        --iteration | --export) fail "$1 is train_rm.py's own; run_all.sh sets it" ;;
+        *) TRAIN+=("$1" "$2") ;;
+    esac
+    shift 2
+done
+[ ${#WORDS[@]} -le 2 ] || fail "'${WORDS[2]}' found, at most a data set and K expected"
+DATASET=${WORDS[0]:-demo} K=${WORDS[1]:-4}
+[[ $K =~ ^[1-9][0-9]?$ ]] || fail "K = '$K' found, a number from 1 to 99 expected"
+[[ $DATA_SEED =~ ^[0-9]+$ ]] || fail "--data-seed '$DATA_SEED' found, a number of at least 0 expected"
+[[ -z $CONTINUATIONS || $CONTINUATIONS =~ ^[1-9][0-9]*$ ]] || fail "--continuations '$CONTINUATIONS' found, a number of at least 1 expected"
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+case $DATASET in
+    demo)
+        PREPARE=demo NAME=demo
+        TRAIN=(--lr 3e-3 --threads 2 --dtype float32 "${TRAIN[@]}")
+        CONTINUATIONS=${CONTINUATIONS:-10} COUNT=20 ;;
+    */* | *.jsonl | *.json | *.csv | *.parquet | *.gz)
+        PREPARE=votes NAME=$(basename "$DATASET" .gz) NAME=${NAME%.*}
+        DATA=(--source "$DATASET" "${DATA[@]}")
+        COUNT=100
+        [ -n "$BASE" ] || fail "$DATASET: a file of your own needs --base NAME_OR_DIR, the model to start from" ;;
+    *) fail "unknown data set '$DATASET'; demo, or a file ending in .jsonl, .json, .csv or .parquet (also .gz) expected" ;;
+esac
+RUN=${RUN:-runs/$NAME}
+BASE=${BASE:-$RUN/base}
+
+source "$ROOT/pairwise/environment.sh"
+export PAIRWISE_COMMAND=$COMMAND
+stage() { "$PYTHON" "$ROOT/$1" --run "$RUN" "${@:2}"; }
+# The training flags are tried first: a wrong one fails before anything runs.
+"$PYTHON" - "$ROOT" --run "$RUN" --iteration 1 --base "$BASE" "${TRAIN[@]}" <<'END'
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+sys.argv[0] = "train_rm.py"
+import train_rm
+train_rm.parse_args()
+END
+
+# ---- data: prompts, distinct responses, pairs with their votes; the demo's base model too ------------------------------------------
+stage "data_prep/$PREPARE.py" --seed "$DATA_SEED" "${DATA[@]}"
+
+# ---- continuations: sampled once from the base, ranked by every member (figure 3) ----------------------------------------------------
+CHAT=() # a base without a chat template needs its file here too
+for ((i = 0; i < ${#TRAIN[@]}; i += 2)); do
+    [ "${TRAIN[i]}" != --chat-template ] || CHAT=(--chat-template "${TRAIN[i + 1]}")
+done
+if [ -n "$CONTINUATIONS" ]; then
+    stage data_prep/continuations.py --base "$BASE" --prompts "$CONTINUATIONS" --count "$COUNT" --seed "$DATA_SEED" "${CHAT[@]}"
+fi
+
+# ---- forward stagewise additive modelling: member j on what members 1..j-1 leave over, then the weights of all j ----------------------
+for ((j = 1; j <= K; j++)); do
+    stage train_rm.py --iteration "$j" --base "$BASE" "${TRAIN[@]}"
+    stage fit_weights.py
+done
+
+# ---- metrics, figures, report ---------------------------------------------------------------------------------------------------------
+stage evaluate.py

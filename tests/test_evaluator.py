@@ -1,0 +1,422 @@
+"""The compiled evaluator against brute force, against scipy, and against malformed calls."""
+
+import inspect
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2, kendalltau
+
+from pairwise import evaluator
+
+seeds = st.integers(0, 2**32 - 1)
+EXACT = ["pairs", "decided", "ties", "vote", "majority", "vote_vote", "disagreement"]
+ROUNDED = ["p", "p_p", "vote_p"]
+VALUES = np.array([-np.inf, -2, -1e-45, -0.0, 0.0, 1e-45, 1, 1 + 2**-23, np.inf], np.float32)  # +-1e-45: denormal
+
+
+def draw_pairs(seed):
+    """Arguments of pair_statistics with many ties, prompts without pairs, and empty cases."""
+    rng = np.random.default_rng(seed)
+    k, responses = rng.integers(1, 6), rng.integers(1, 12)
+    prompt_start = np.concatenate([[0], np.cumsum(rng.integers(0, 7, rng.integers(0, 6)))])
+    n = prompt_start[-1]
+    rewards = rng.choice(VALUES, (k, responses))
+    a, b = rng.integers(0, responses, (2, n))
+    return rewards, a, b, rng.integers(0, 8, n) / rng.choice([7, 8], n), prompt_start
+
+
+def brute_votes(rewards, a, b):
+    return np.where(rewards[:, a] > rewards[:, b], 1.0, np.where(rewards[:, a] < rewards[:, b], 0.0, 0.5))
+
+
+def brute_statistics(rewards, a, b, p, prompt_start):
+    rows = []
+    for begin, end in zip(prompt_start[:-1], prompt_start[1:]):
+        v, q = brute_votes(rewards, a[begin:end], b[begin:end]), p[begin:end]
+        decided = q != 0.5
+        rows.append({
+            "pairs": end - begin, "decided": decided.sum(), "ties": (v == 0.5).sum(1), "p": q.sum(), "p_p": (q * q).sum(),
+            "vote": v.sum(1), "vote_p": (v * q).sum(1), "vote_vote": (v[:, None] * v[None]).sum(2),
+            "disagreement": np.abs(v[:, None] - v[None]).sum(2),
+            "majority": np.where(v == 0.5, 0.5, (v > 0.5) == (q > 0.5))[:, decided].sum(1),
+        })  # fmt: skip
+    return {name: np.array([row[name] for row in rows]) for name in EXACT + ROUNDED}
+
+
+@settings(max_examples=300, deadline=None)
+@given(seeds)
+def test_statistics_and_votes_equal_brute_force(seed):
+    rewards, a, b, p, prompt_start = draw_pairs(seed)
+    k, prompts = len(rewards), len(prompt_start) - 1
+    got = evaluator.pair_statistics(rewards, a, b, p, prompt_start)
+    want = brute_statistics(rewards, a, b, p, prompt_start)
+    shapes = {"vote": (k,), "vote_p": (k,), "ties": (k,), "majority": (k,), "vote_vote": (k, k), "disagreement": (k, k)}
+    assert set(got) == set(EXACT + ROUNDED)
+    for name in got:
+        assert got[name].shape == (prompts, *shapes.get(name, ()))
+        assert got[name].dtype == (np.int64 if name in ("pairs", "decided", "ties") else np.float64)
+        if prompts and name in EXACT:
+            assert np.array_equal(got[name], want[name]), name
+        elif prompts:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-14, atol=0)
+    votes = evaluator.votes(rewards, a, b)
+    assert votes.dtype == np.uint8 and np.array_equal(votes / 2, brute_votes(rewards, a, b))
+
+
+def test_metrics_from_the_sums():
+    """The formulas in the docstring, against their definitions in the paper and in appendix E."""
+    rng = np.random.default_rng(0)
+    rewards = rng.integers(0, 4, (3, 20)).astype(np.float32)
+    a, b = rng.integers(0, 20, (2, 50))
+    p, alpha = rng.integers(0, 5, 50) / 4, rng.dirichlet(np.ones(3))
+    s = {name: x.sum(0) for name, x in evaluator.pair_statistics(rewards, a, b, p, np.array([0, 20, 20, 50])).items()}
+    v = brute_votes(rewards, a, b)
+    brier = (alpha @ s["vote_vote"] @ alpha - 2 * alpha @ s["vote_p"] + s["p_p"]) / s["pairs"]
+    phi = (s["vote"] + s["p"] - 2 * s["vote_p"]) / s["pairs"]
+    regret = np.where(v > 0.5, 1 - p, np.where(v < 0.5, p, 0.5)) - np.minimum(p, 1 - p)
+    np.testing.assert_allclose(brier, np.mean((alpha @ v - p) ** 2), rtol=1e-13)
+    np.testing.assert_allclose(phi, np.mean(v * (1 - p) + (1 - v) * p, axis=1), rtol=1e-13)
+    np.testing.assert_allclose(phi - np.minimum(p, 1 - p).mean(), regret.mean(1), rtol=1e-13)
+    assert (v == 0.5).any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds)
+def test_swapping_the_sides_of_every_pair(seed):
+    rewards, a, b, p, prompt_start = draw_pairs(seed)
+    before = evaluator.pair_statistics(rewards, a, b, p, prompt_start)
+    after = evaluator.pair_statistics(rewards, b, a, 1 - p, prompt_start)
+    pairs = before["pairs"][:, None]
+    for name in ["pairs", "decided", "ties", "majority", "disagreement"]:
+        assert np.array_equal(before[name], after[name]), name
+    assert np.array_equal(after["vote"], pairs - before["vote"])
+    phi_before, phi_after = (s["vote"] + s["p"][:, None] - 2 * s["vote_p"] for s in (before, after))
+    np.testing.assert_allclose(phi_after, phi_before, atol=1e-13)
+    assert np.array_equal(evaluator.votes(rewards, b, a), 2 - evaluator.votes(rewards, a, b))
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds)
+def test_permuting_prompts_permutes_rows(seed):
+    rewards, a, b, p, prompt_start = draw_pairs(seed)
+    order = np.random.default_rng(seed).permutation(len(prompt_start) - 1)
+    pairs = np.concatenate([np.arange(prompt_start[i], prompt_start[i + 1]) for i in order] + [np.arange(0)])
+    new_start = np.concatenate([[0], np.cumsum(np.diff(prompt_start)[order])])
+    before = evaluator.pair_statistics(rewards, a, b, p, prompt_start)
+    after = evaluator.pair_statistics(rewards, a[pairs], b[pairs], p[pairs], new_start)
+    for name in before:
+        assert np.array_equal(after[name], before[name][order]), name
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds)
+def test_only_the_order_of_rewards_counts(seed):
+    rewards, a, b, p, prompt_start = draw_pairs(seed)
+    ranks = np.array([np.unique(row, return_inverse=True)[1] for row in rewards], np.float32)
+    ranks[0] = 7 * ranks[0] - 3
+    before = evaluator.pair_statistics(rewards, a, b, p, prompt_start)
+    after = evaluator.pair_statistics(ranks, a, b, p, prompt_start)
+    for name in before:
+        assert np.array_equal(after[name], before[name]), name
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds)
+def test_a_duplicated_member_votes_like_the_first(seed):
+    rewards, *pairs = draw_pairs(seed)
+    s = evaluator.pair_statistics(np.concatenate([rewards, rewards[:1]]), *pairs)
+    for name in ["vote", "vote_p", "ties", "majority"]:
+        assert np.array_equal(s[name][:, -1], s[name][:, 0]), name
+    for name in ["vote_vote", "disagreement"]:
+        assert np.array_equal(s[name][:, -1], s[name][:, 0]) and np.array_equal(s[name], s[name].swapaxes(1, 2)), name
+    assert not s["disagreement"][:, 0, -1].any()
+
+
+# ---- Kendall ----
+
+
+def scipy_taus(scores):
+    k, prompts, _ = scores.shape
+    taus = np.empty((prompts, k, k))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # p-values of tiny samples
+        for i, j, prompt in np.ndindex(k, k, prompts):
+            taus[prompt, i, j] = kendalltau(scores[i, prompt], scores[j, prompt]).statistic
+    for i in range(k):  # exactly 1 by definition; scipy's rounding can leave it one step below
+        taus[:, i, i] = np.where(np.isnan(taus[:, i, i]), np.nan, 1)
+    return taus
+
+
+def draw_scores(seed, n):
+    rng = np.random.default_rng(seed)
+    dtype = rng.choice([np.float32, np.float64])
+    tiny = np.finfo(dtype).smallest_subnormal
+    values = np.array([-np.inf, -1, -2 * tiny, -tiny, -0.0, 0.0, tiny, 2 * tiny, 1, 2, np.inf], dtype)
+    shape = (3, 2, n)
+    drawn = [rng.choice(values, shape), rng.choice(values[4:6], shape), rng.normal(size=shape), rng.integers(0, n + 1, shape)]
+    source = rng.integers(0, len(drawn), (3, 2, 1))
+    return np.choose(source, drawn).astype(dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds, st.integers(0, 40))
+def test_kendall_equals_scipy_bit_for_bit(seed, n):
+    scores = draw_scores(seed, n)
+    taus = evaluator.kendall_tau(scores)
+    assert taus.shape == (2, 3, 3) and taus.dtype == np.float64
+    assert np.array_equal(taus, scipy_taus(scores), equal_nan=True)
+
+
+@pytest.mark.parametrize("n", [64, 65, 257, 5000])
+def test_kendall_equals_scipy_on_longer_rankings(n):
+    rng = np.random.default_rng(n)
+    common = rng.normal(size=(2, n))
+    scores = np.stack([common, np.round(common + rng.normal(size=(2, n)), 1), -common, rng.integers(0, 3, (2, n))])
+    for typed in (scores, scores.astype(np.float32)):
+        assert np.array_equal(evaluator.kendall_tau(typed), scipy_taus(typed))
+
+
+def test_kendall_by_hand():
+    scores = np.array([[[1, 2, 3, 4]], [[1, 2, 4, 3]], [[4, 3, 2, 1]], [[5, 5, 5, 5]]], np.float32)
+    expected = np.array([[1, 2 / 3, -1], [2 / 3, 1, -2 / 3], [-1, -2 / 3, 1]])
+    taus = evaluator.kendall_tau(scores)[0]
+    np.testing.assert_allclose(taus[:3, :3], expected, rtol=1e-15)
+    assert np.isnan(taus[3]).all() and np.isnan(taus[:, 3]).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds, st.integers(2, 40))
+def test_kendall_properties(seed, n):
+    scores = draw_scores(seed, n)
+    taus, rng = evaluator.kendall_tau(scores), np.random.default_rng(seed)
+    same = lambda x, y: np.array_equal(x, y, equal_nan=True)  # noqa: E731
+    assert same(evaluator.kendall_tau(np.ascontiguousarray(scores[:, ::-1])), taus[::-1])
+    assert same(evaluator.kendall_tau(np.ascontiguousarray(scores[:, :, rng.permutation(n)])), taus)
+    reversed_first = scores.copy()
+    reversed_first[0] *= -1
+    negated = evaluator.kendall_tau(reversed_first)
+    assert same(negated[:, 1:, 1:], taus[:, 1:, 1:]) and same(negated[:, 0, 1:], -taus[:, 0, 1:])
+    duplicated = evaluator.kendall_tau(np.concatenate([scores, scores[:1]]))
+    assert same(duplicated[:, 3, 1:3], taus[:, 0, 1:])
+    constant = (scores == scores[:, :, :1]).all(2).T
+    assert np.array_equal(np.isnan(taus), constant[:, :, None] | constant[:, None, :])
+
+
+# ---- bootstrap ----
+
+
+def reference_counts(prompts, resamples, seed):
+    """The documented generator, one array of outputs per resample."""
+
+    def mix(z):
+        z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        return z ^ z >> np.uint64(31)
+
+    counts = np.zeros((resamples, prompts), np.int32)
+    steps = np.arange(1, prompts + prompts // 100 + 50, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    for resample in range(resamples):
+        state = mix(mix(np.array([seed], np.uint64)) + np.uint64(resample))
+        product = (mix(state + steps) >> np.uint64(32)) * np.uint64(prompts)
+        if prompts:  # Lemire: drop outputs until as many are left for each prompt
+            product = product[product % 2**32 >= 2**32 % prompts]
+        counts[resample] = np.bincount((product >> np.uint64(32))[:prompts].astype(int), minlength=prompts)
+    return counts
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 30), st.integers(0, 8), st.integers(0, 2**64 - 1))
+def test_counts_are_those_of_the_documented_generator(prompts, resamples, seed):
+    counts = evaluator.bootstrap_counts(prompts, resamples, seed)
+    assert counts.dtype == np.int32 and counts.shape == (resamples, prompts)
+    assert np.array_equal(counts, reference_counts(prompts, resamples, seed))
+    assert (counts.sum(1) == prompts).all()
+    assert np.array_equal(evaluator.bootstrap_counts(prompts, resamples + 3, seed)[:resamples], counts)
+
+
+def test_outputs_that_would_bias_the_draw_are_rejected():
+    prompts = 1_000_003  # 2^32 mod prompts is large, so that some 200 of a million outputs are
+    assert np.array_equal(evaluator.bootstrap_counts(prompts, 1, 5), reference_counts(prompts, 1, 5))
+
+
+def test_seed_and_resample_matter():
+    counts = evaluator.bootstrap_counts(100, 50, 0)
+    assert len(np.unique(counts, axis=0)) == 50
+    for seed in (1, 2**32, 2**63):
+        other = evaluator.bootstrap_counts(100, 50, seed)
+        assert not (counts[:, None] == other[None]).all(2).any()
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 10, 37])
+def test_counts_are_multinomial(prompts):
+    resamples = 40_000
+    counts = evaluator.bootstrap_counts(prompts, resamples, 7).astype(float)
+    variance = 1 - 1 / prompts
+    mean_error = (counts.mean(0) - 1) / np.sqrt(variance / resamples)
+    assert np.abs(mean_error).max() < 5
+    # uniform draws: Pearson's statistic of all draws lies between the .001 % quantiles of chi2
+    total = counts.sum(0)
+    assert chi2.ppf(1e-5, prompts - 1) < ((total - resamples) ** 2 / resamples).sum() < chi2.isf(1e-5, prompts - 1)
+    covariance = np.cov(counts.T)
+    np.testing.assert_allclose(np.diag(covariance), variance, atol=0.06)
+    np.testing.assert_allclose(covariance[~np.eye(prompts, dtype=bool)], -1 / prompts, atol=0.04)
+    # resamples drawn one after the other are not correlated
+    assert abs(np.mean((counts[1:] - 1) * (counts[:-1] - 1))) < 0.01
+
+
+# ---- malformed calls ----
+
+
+def good():
+    rewards = np.array([[0, 1, 2], [2, 1, 0]], np.float32)
+    return {
+        "pair_statistics": {
+            "rewards": rewards, "a": np.array([0, 1, 2]), "b": np.array([1, 2, 0]), "p": np.array([0, 0.5, 1]),
+            "prompt_start": np.array([0, 1, 3]),
+        },
+        "votes": {"rewards": rewards, "a": np.array([0, 1]), "b": np.array([1, 2])},
+        "kendall_tau": {"scores": np.arange(12, dtype=np.float64).reshape(2, 2, 3)},
+        "bootstrap_counts": {"prompts": 3, "resamples": 2, "seed": 1},
+    }  # fmt: skip
+
+
+def edited(array, index, value):
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+def unaligned(array):
+    buffer = np.zeros(array.nbytes + 1, np.uint8)
+    view = buffer[1:].view(array.dtype).reshape(array.shape)
+    view[:] = array
+    return view
+
+
+def strided(array):
+    return np.repeat(array, 2, axis=-1)[..., ::2]
+
+
+ARRAYS = [(f, name) for f in ("pair_statistics", "votes", "kendall_tau") for name in good()[f]]
+R, P, S, K = ("pair_statistics", "rewards"), ("pair_statistics", "p"), ("pair_statistics", "prompt_start"), ("kendall_tau", "scores")
+MALFORMED = [
+    *[(f, name, change, TypeError, "must be a numpy array of") for f, name in ARRAYS
+      for change in (np.ndarray.tolist, lambda x: None, lambda x: x.astype(np.float16), lambda x: x.astype(np.int32),
+                     lambda x: x.astype(x.dtype.newbyteorder()), lambda x: x.astype(object))],
+    *[(f, name, lambda x: x[None], ValueError, "must have shape") for f, name in ARRAYS],
+    *[(f, name, strided, ValueError, "must be C-contiguous") for f, name in ARRAYS],
+    *[(f, name, unaligned, ValueError, "must be C-contiguous and aligned") for f, name in ARRAYS],
+    (*R, np.asfortranarray, ValueError, "must be C-contiguous"),
+    (*R, lambda x: x[:0], ValueError, r"must hold 1 to 1024 models, not shape \(0, 3\)"),
+    (*R, lambda x: np.zeros((1025, 3), np.float32), ValueError, r"must hold 1 to 1024 models, not shape \(1025, 3\)"),
+    (*R, lambda x: edited(x, (1, 2), np.nan), ValueError, r"must not be NaN, but is for member 2 \(counted from 1\), response 2"),
+    (*R, lambda x: x.astype(np.float64), TypeError, "must be a numpy array of float32, not float64"),
+    *[(f, name, change, ValueError, message) for f in ("pair_statistics", "votes") for name, change, message in (
+        ("a", lambda x: edited(x, 1, -1), r"must index the 3 responses, but a\[1\] is -1"),
+        ("a", lambda x: edited(x, 0, 3), r"must index the 3 responses, but a\[0\] is 3"),
+        ("b", lambda x: edited(x, 1, -(2**63)), r"must index the 3 responses, but b\[1\] is -9223372036854775808"),
+        ("b", lambda x: edited(x, -1, 2**62), "must index the 3 responses"),
+        ("b", lambda x: x[:-1].copy(), r"must have shape \(\d,\) as a, not"))],
+    *[(*P, lambda x, value=value: edited(x, 1, value), ValueError, r"must be in \[0, 1\], but p\[1\] is " + text)
+      for value, text in ((-1e-9, "-1.0"), (1 + 2**-52, r"1\.0000000000000002"), (np.nan, "-?nan"), (np.inf, "inf"))],
+    (*P, lambda x: x[:2].copy(), ValueError, r"must have shape \(3,\) as a, not \(2,\)"),
+    (*S, lambda x: np.array([0, 3, 1, 3]), ValueError, r"must not decrease, but prompt_start\[2\] is 1 after 3"),
+    (*S, lambda x: np.array([1, 3]), ValueError, "must begin with 0, not 1"),
+    (*S, lambda x: np.array([-1, 3]), ValueError, "must begin with 0, not -1"),
+    (*S, lambda x: np.array([0, 2]), ValueError, "must end with the number of pairs, 3, not 2"),
+    (*S, lambda x: np.array([0, 5, 3]), ValueError, "must not decrease"),
+    (*S, lambda x: x[:0], ValueError, r"must have shape \(prompts \+ 1,\), not \(0,\)"),
+    (*K, lambda x: edited(x, (1, 0, 2), np.nan), ValueError, r"must not be NaN, but is for model 2 \(counted from 1\), prompt 0, index 2"),
+    (*K, lambda x: edited(x.astype(np.float32), (0, 1, 0), np.nan), ValueError, ".* model 1 .*, prompt 1, index 0"),
+    (*K, lambda x: x[:0], ValueError, "must hold 1 to 1024 models"),
+    *[("bootstrap_counts", name, lambda x, value=value: value, error, message) for name in good()["bootstrap_counts"]
+      for value, error, message in ((-1, ValueError, "must be from 0 to .*, not -1"), (2**64, ValueError, "must be from 0 to"),
+                                    (1.0, TypeError, "must be an integer, not float"), ("1", TypeError, "must be an integer, not str"))],
+    ("bootstrap_counts", "prompts", lambda x: 2**31, ValueError, "must be from 0 to 2147483647, not 2147483648"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function, name, change, error, message", MALFORMED)
+def test_malformed_argument_is_named(function, name, change, error, message):
+    arguments = good()[function]
+    getattr(evaluator, function)(**arguments)  # it is the change that fails
+    arguments[name] = change(arguments[name])
+    with pytest.raises(error, match=f"^{name} {message}"):
+        getattr(evaluator, function)(**arguments)
+
+
+def test_pairs_without_responses():
+    with pytest.raises(ValueError, match=r"^a must index the 0 responses, but a\[0\] is 0"):
+        evaluator.votes(np.zeros((2, 0), np.float32), np.array([0]), np.array([0]))
+
+
+MUTATIONS = [
+    lambda x, rng: x.astype(rng.choice([np.float16, np.float32, np.float64, np.int32, np.int64, np.complex64, bool, object])),
+    lambda x, rng: x[None],
+    lambda x, rng: x[..., ::-1],
+    lambda x, rng: x[: rng.integers(0, len(x) + 1)],
+    lambda x, rng: np.swapaxes(x, 0, -1),
+    lambda x, rng: x.reshape(-1),
+    lambda x, rng: x.tolist(),
+    lambda x, rng: np.broadcast_to(x, (2, *x.shape)),
+    lambda x, rng: np.zeros((0,) * x.ndim, x.dtype),
+    lambda x, rng: edited(x, tuple(rng.integers(0, x.shape)), rng.choice([-1, 2, 3, 2**40, -(2**63)])),
+    lambda x, rng: edited(x.astype(np.float64), tuple(rng.integers(0, x.shape)), rng.choice([np.nan, np.inf])),
+    lambda x, rng: rng.choice(np.array([None, 1, "x", 2.5, b"", ()], object)),
+]  # fmt: skip
+
+
+def test_random_malformed_calls_raise_or_return():
+    """Nothing but TypeError and ValueError, and what is accepted is right; run it under a sanitizer for more."""
+    rng, raised = np.random.default_rng(0), 0
+    for _ in range(600):
+        function = rng.choice(["pair_statistics", "votes", "kendall_tau"])
+        arguments = good()[function]
+        for name in rng.permutation(list(arguments))[: rng.integers(1, 3)]:
+            arguments[name] = MUTATIONS[rng.integers(len(MUTATIONS))](arguments[name], rng)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = getattr(evaluator, function)(**arguments)
+        except (TypeError, ValueError):
+            raised += 1
+            continue
+        if function == "votes":
+            assert np.array_equal(result / 2, brute_votes(**arguments))
+        elif function == "kendall_tau":
+            assert np.array_equal(result, scipy_taus(arguments["scores"]), equal_nan=True)
+        elif len(arguments["prompt_start"]) > 1:
+            want = brute_statistics(**arguments)
+            assert all(np.array_equal(result[name], want[name]) for name in EXACT)
+    assert 300 < raised < 600
+
+
+def test_arguments_are_neither_copied_nor_changed():
+    for function, arguments in good().items():
+        for value in arguments.values():
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
+        before = {name: np.copy(value) for name, value in arguments.items()}
+        getattr(evaluator, function)(**arguments)
+        assert all(np.array_equal(before[name], arguments[name]) for name in arguments)
+
+
+def test_empty_input():
+    none = np.zeros(0, np.int64)
+    s = evaluator.pair_statistics(np.zeros((2, 0), np.float32), none, none, np.zeros(0), np.array([0, 0, 0]))
+    assert all(len(x) == 2 and not x.any() for x in s.values())
+    s = evaluator.pair_statistics(np.zeros((2, 0), np.float32), none, none, np.zeros(0), np.array([0]))
+    assert all(len(x) == 0 for x in s.values()) and s["vote_vote"].shape == (0, 2, 2)
+    assert evaluator.votes(np.zeros((2, 3), np.float32), none, none).shape == (2, 0)
+    assert evaluator.kendall_tau(np.zeros((2, 0, 5))).shape == (0, 2, 2)
+    assert np.isnan(evaluator.kendall_tau(np.zeros((2, 3, 0)))).all() and np.isnan(evaluator.kendall_tau(np.ones((1, 1, 1)))).all()
+
+
+@pytest.mark.parametrize("function", list(good()))
+def test_documented_signature_is_the_real_one(function):
+    function, arguments = getattr(evaluator, function), good()[function]
+    assert list(inspect.signature(function).parameters) == list(arguments)
+    assert "Raises" in function.__doc__ and all(name in function.__doc__ for name in arguments)

@@ -1,0 +1,363 @@
+"""One iteration of forward stagewise additive modelling (section 4): train reward model j, score everything with it.
+
+    python train_rm.py --run runs/demo --iteration 1 --base runs/demo/base --lr 3e-3          (20 seconds on 2 cores)
+    python train_rm.py --run runs/multipref --iteration 1 --base OpenRLHF/Llama-3-8b-sft-mixture
+
+Stage j reads the prepared data, the rewards of members 1..j-1 and their weights, computes the residual
+eps_j = p - p_hat_{j-1}, trains r_j from the same base on the target that --target makes of it, and writes
+RUN/member_0j, RUN/rewards/0j_SPLIT.npy and RUN/logs/0j.jsonl.   --export J turns member J of a head run into a plain directory.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from pytorch_optimizer import SOAP
+from tqdm import tqdm
+
+from pairwise import reward_model as rm
+from pairwise.run_dir import (
+    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, natural, read_rewards,
+    read_splits, read_weights, replacing, reward_path, run_main, share, stage_done)
+
+# ---- the method
+
+# What member j > 1 is trained towards, from the votes p, the ensemble so far p_hat, and j. Member 1 has t = p in all of them.
+# Adding yours is adding a line. `residual` is the paper's text; `centered` its objective averaged over both orders of a pair.
+TARGETS = {
+    "p": ("t = p", lambda p, p_hat, j: p),
+    "residual": ("t = p - p_hat", lambda p, p_hat, j: p - p_hat),
+    "centered": ("t = 1/2 + (p - p_hat)", lambda p, p_hat, j: 0.5 + (p - p_hat)),
+    "mixture": ("t = p_hat + j (p - p_hat)", lambda p, p_hat, j: p_hat + j * (p - p_hat)),
+}
+
+
+def target_of(name, p, rewards, alpha, a, b):
+    """Target t_j, float64 (N,), of stage j = len(alpha) + 1.
+
+    p (N,): vote fractions; rewards float32 (j-1, R) and alpha (j-1,): the ensemble so far; a, b (N,): the responses of each pair.
+    """
+    if not len(alpha):
+        return p
+    votes = import_evaluator().votes(rewards, a, b) / 2  # V_i, (j-1, N): 1, 0, or 1/2 on an exact tie
+    p_hat = alpha @ votes  # section 2
+    return TARGETS[name][1](p, p_hat, len(alpha) + 1)  # eps_j = p - p_hat is in there
+
+
+def squared_error(reward_a, reward_b, target):
+    """Sum over pairs of (t - sigmoid(r(x, y1) - r(x, y2)))^2, section 4's objective; all float32 (pairs,)."""
+    return (target - torch.sigmoid(reward_a - reward_b)).square().sum()
+
+
+# ---- steps and batches
+
+
+def steps_of_prompts(pair_start, keep, pairs_per_step, rng):
+    """Shuffle prompts and fill steps with whole prompts up to a budget of pairs: a list of steps, each a list of arrays of pair indices.
+
+    pair_start (P+1,): the pairs of prompt i; keep bool (N,): pairs to train on. A prompt with more pairs than the budget is shuffled
+    and split over several steps.
+    """
+    steps, room = [], 0
+    for prompt in rng.permutation(len(pair_start) - 1):
+        pairs = np.arange(pair_start[prompt], pair_start[prompt + 1])
+        pairs = pairs[keep[pairs]]
+        if len(pairs) > pairs_per_step:
+            pairs = rng.permutation(pairs)
+        for at in range(0, len(pairs), pairs_per_step):
+            part = pairs[at : at + pairs_per_step]
+            if len(part) > room:
+                steps.append([])
+                room = pairs_per_step
+            steps[-1].append(part)
+            room -= len(part)
+    return [steps[i] for i in rng.permutation(len(steps))]
+
+
+def steps_of_pairs(keep, pairs_per_step, epochs, rng):
+    """Shuffle single pairs, anew in every epoch: a list of steps, each a list of one array of pair indices."""
+    pairs = np.flatnonzero(keep)
+    return [[order[at : at + pairs_per_step]] for order in (rng.permutation(pairs) for _ in range(epochs)) for at in range(0, len(order), pairs_per_step)]
+
+
+def micro_batches(step, a, b, lengths, tokens):
+    """Split a step for gradient accumulation: arrays of pair indices whose distinct responses, padded, take at most `tokens` tokens.
+
+    step: arrays of pair indices, each of one prompt; lengths (R,): tokens per response. Prompts of similar length go together; a
+    prompt that is too large alone is halved.
+    """
+    def padded(pairs):
+        responses = np.union1d(a[pairs], b[pairs])
+        return len(responses) * lengths[responses].max()
+
+    parts, todo = [], list(step)
+    while todo:
+        part = todo.pop()
+        if len(part) > 1 and padded(part) > tokens:
+            todo += [part[: len(part) // 2], part[len(part) // 2 :]]
+        else:
+            parts.append(part)
+    parts.sort(key=lambda part: (max(lengths[a[part]].max(), lengths[b[part]].max()), part[0]), reverse=True)
+    out = []
+    for part in parts:
+        if out and padded(np.concatenate([out[-1], part])) <= tokens:
+            out[-1] = np.concatenate([out[-1], part])
+        else:
+            out.append(part)
+    return out
+
+
+def schedule(step, steps, warmup):
+    """Learning-rate factor of a step: linear over the first `warmup` share of the steps (at least one), then cosine to zero."""
+    rise = max(1, round(warmup * steps))
+    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+# ---- training
+
+
+def parameter_groups(model, args):
+    """SOAP's groups: matrices of the layers are preconditioned; for embedding, head and norms it is plain Adam."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = {id(p) for name, p in trained if p.ndim < 2 or p is model.score.weight or p is model.get_input_embeddings().weight}
+    return [[p for _, p in trained if id(p) not in plain], [p for _, p in trained if id(p) in plain]]
+
+
+def train(model, rewards_at, steps, pairs, args, log):
+    """Minimise the squared error over `steps`, one optimizer step each; updates the model, appends a JSON line per step to `log`.
+
+    rewards_at(responses) -> (float32 rewards of these responses, with gradient; tokens); steps: lists of micro-batches, each an array of
+    pair indices; pairs: (a, b, target) arrays over all pairs. Raises InputError where the loss or a gradient is not finite.
+    """
+    a, b, target = pairs
+    groups = parameter_groups(model, args)
+    # The optimizer works on float32 masters: in BF16 alone most of a small update is lost to rounding. In float32 they are the parameters.
+    masters = [[p if p.dtype == torch.float32 else p.detach().float() for p in group] for group in groups]
+    optimizer = SOAP(
+        [{"params": masters[0], "max_precondition_dim": args.max_precondition_dim}, {"params": masters[1], "max_precondition_dim": 1}],
+        lr=args.lr, weight_decay=args.weight_decay, precondition_frequency=args.precondition_frequency)
+    twins = [(p, master) for group, copies in zip(groups, masters) for p, master in zip(group, copies) if p is not master]
+    everything = [master for copies in masters for master in copies]
+    started, seen = time.time(), 0
+    with tqdm(total=len(steps), desc=f"member {args.iteration}", unit="step", mininterval=1) as bar:
+        for number, step in enumerate(steps):
+            count, loss, tokens = sum(len(micro) for micro in step), 0.0, 0
+            for micro in step:
+                responses, index = np.unique(np.concatenate([a[micro], b[micro]]), return_inverse=True)  # each response once
+                rewards, used = rewards_at(responses)
+                index = torch.from_numpy(index).to(rewards.device)
+                goal = torch.from_numpy(target[micro]).to(rewards)
+                error = squared_error(rewards[index[: len(micro)]], rewards[index[len(micro) :]], goal) / count
+                error.backward()
+                loss += error.item()
+                tokens += used
+                for p, master in twins:
+                    master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                    p.grad = None
+            norm = torch.nn.utils.get_total_norm([p.grad for p in everything if p.grad is not None]).item()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise InputError(f"member {args.iteration}, step {number + 1}: loss {loss}, gradient norm {norm}; a lower --lr may help")
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * schedule(number, len(steps), args.warmup)
+            if number == 0:
+                optimizer.step()  # the library's first call only initialises the preconditioners; the second uses this gradient
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for p, master in twins:
+                    p.copy_(master)
+            seen += tokens
+            line = {"step": number + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens, "pairs": count,
+                    "seconds": round(time.time() - started, 3), "grad_norm": norm}
+            log.write(json.dumps(line) + "\n")
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.4f}, {seen / (time.time() - started):,.0f} tokens/s", refresh=False)
+
+
+def train_full(args, model, tokenizer, split, sequences, target, keep, rng, log):
+    """All parameters on whole prompts, for args.epochs epochs; sequences: token ids of every distinct response."""
+    device = next(model.parameters()).device
+    lengths = np.array([len(ids) for ids in sequences])
+
+    def rewards_at(responses):
+        ids, mask = rm.pad([sequences[i] for i in responses], tokenizer.pad_token_id, device)
+        return rm.rewards_of(model, ids, mask), int(lengths[responses].sum())
+
+    steps = [step for _ in range(args.epochs) for step in steps_of_prompts(split.pair_start, keep, args.pairs_per_step, rng)]
+    steps = [micro_batches(step, split.a, split.b, lengths, args.micro_batch_tokens) for step in steps]
+    train(model, rewards_at, steps, (split.a, split.b, target), args, log)
+
+
+def train_head(args, model, split, features, target, keep, rng, log):
+    """The head alone on stored features float32 (R, d), on shuffled pairs: section 4's frozen backbone."""
+    model.requires_grad_(False)
+    model.score.weight.requires_grad_(True)
+    device = model.score.weight.device
+    scale = torch.from_numpy(features.std(0) + 1e-6).to(device)  # one learning rate for all features: train on unit scale, fold it in after
+    scaled = torch.from_numpy(features).to(device) / scale
+    train(model, lambda responses: (model.score(scaled[responses]).squeeze(-1), 0), steps_of_pairs(keep, args.pairs_per_step, args.epochs, rng),
+          (split.a, split.b, target), args, log)
+    model.score.weight.data.div_(scale)
+
+
+# ---- stages
+
+
+def ask_features(args, run, model, tokenizer, texts, inputs):
+    """{name: float32 (R, d)} features of every split (and the continuations), computed once for all members of a run."""
+    settings = {name: getattr(args, name) for name in ("max_length", "chat_template", "dtype")}
+    paths = {name: run / "features" / f"{name}.npy" for name in texts}
+    if not stage_done(run, "features", settings, inputs, list(paths.values())):
+        started = begin_stage(run, "features", settings, inputs)
+        for name, (messages, responses) in texts.items():
+            sequences = rm.encode_split(tokenizer, messages, responses, args.max_length)
+            features = rm.features_of(model, sequences, tokenizer, args.micro_batch_tokens, f"features, {name}")
+            with replacing(paths[name]) as partial, open(partial, "wb") as file:
+                np.save(file, features)
+        end_stage(run, "features", settings, inputs, started)
+    return {name: np.load(path) for name, path in paths.items()}
+
+
+def continuation_texts(run):
+    """(messages, responses) of continuations.parquet, or None where there is none."""
+    path = run / "continuations.parquet"
+    if not path.exists():
+        return None
+    table = pq.read_table(path)
+    return table["messages"].to_pylist(), table["texts"].to_pylist()
+
+
+def save_rewards(run, j, name, rewards):
+    with replacing(reward_path(run, j, name)) as partial, open(partial, "wb") as file:
+        np.save(file, rewards.astype(np.float32))
+
+
+def score_continuations(args, run, j, model, tokenizer, texts, inputs):
+    """Write rewards/0j_continuations.npy, float32 (prompts, n): a stage of its own, so that continuations may come later."""
+    messages, responses = texts
+    stage, path = f"{member_name(j)}_continuations", reward_path(run, j, "continuations")
+    inputs = inputs | {"continuations.parquet": hash_file(run / "continuations.parquet")}
+    if stage_done(run, stage, {}, inputs, [path]):
+        return
+    started = begin_stage(run, stage, {}, inputs)
+    model = model or rm.load_member(run, j, args.base, tokenizer, getattr(torch, args.dtype), args.device)
+    sequences = rm.encode_split(tokenizer, messages, responses, args.max_length)
+    rewards = rm.score_sequences(model, sequences, tokenizer, args.micro_batch_tokens, f"member {j}, continuations")
+    save_rewards(run, j, "continuations", rewards.reshape(len(messages), -1))
+    end_stage(run, stage, {}, inputs, started)
+
+
+def export(args):
+    """Write member args.export of a head run as a plain directory, in its place."""
+    directory = args.run / member_name(args.export)
+    if not (directory / "head.safetensors").exists():
+        raise InputError(f"{directory}: " + ("already a plain directory" if (directory / "config.json").exists() else "no such member"))
+    tokenizer = rm.load_tokenizer(args.base, args.chat_template)
+    model = rm.load_member(args.run, args.export, args.base, tokenizer, getattr(torch, args.dtype), args.device)
+    with replacing(directory) as partial:
+        rm.save_member(model, tokenizer, partial)
+    print(f"{directory}: plain directory written")
+
+
+def main(args):
+    run, j = args.run, args.iteration
+    torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if args.export:
+        return export(args)
+
+    # The data and the ensemble so far, before the base model is looked for.
+    splits, _ = read_splits(run)
+    data = splits["train"]
+    alpha = read_weights(run, j - 1) if j > 1 else np.zeros(0)
+    rewards = read_rewards(run, "train", j - 1, (data.response_start[-1],))
+    target = target_of(args.target, data.p, rewards, alpha, data.a, data.b)
+
+    tokenizer = rm.load_tokenizer(args.base, args.chat_template)
+    inputs = data_hashes(run) | {"base model": rm.fingerprint(args.base)}
+    if args.chat_template:
+        inputs["chat template"] = hash_file(args.chat_template)
+    ensemble = {f"rewards of member {i}": hash_file(reward_path(run, i, "train")) for i in range(1, j)}
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    outputs = [run / member_name(j), run / "logs" / f"{j:02d}.jsonl", *(reward_path(run, j, name) for name in splits)]
+    texts, model = continuation_texts(run), None
+    if stage_done(run, member_name(j), settings, inputs | ensemble, outputs):
+        print(f"member {j}: {run / member_name(j)} is there, skipped")
+    else:
+        started = begin_stage(run, member_name(j), settings, inputs | ensemble)
+        torch.manual_seed(args.seed)
+        head_seed, order_seed = (int(s) for s in np.random.SeedSequence([args.seed, j]).generate_state(2))
+        model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
+        rm.draw_head(model, head_seed)
+        rng = np.random.default_rng(order_seed)
+        with replacing(run / "logs" / f"{j:02d}.jsonl") as partial, open(partial, "w", encoding="utf-8") as log:
+            if args.train == "head":
+                found = ask_features(args, run, model, tokenizer, {name: (s.messages, s.responses) for name, s in splits.items()}, inputs)
+                keep = (found["train"][data.a] != found["train"][data.b]).any(1)
+                train_head(args, model, data, found["train"], target, keep, rng, log)
+                weight = model.score.weight.detach().cpu()
+                scores = {name: (torch.from_numpy(f) @ weight.T).squeeze(-1).numpy() for name, f in found.items()}
+            else:
+                sequences = {name: rm.encode_split(tokenizer, s.messages, s.responses, args.max_length) for name, s in splits.items()}
+                keep = np.array([sequences["train"][a] != sequences["train"][b] for a, b in zip(data.a, data.b)])
+                train_full(args, model, tokenizer, data, sequences["train"], target, keep, rng, log)
+                scores = {name: rm.score_sequences(model, s, tokenizer, args.micro_batch_tokens, f"member {j}, {name}") for name, s in sequences.items()}
+        for name, values in scores.items():
+            save_rewards(run, j, name, values)
+        with replacing(run / member_name(j)) as partial:
+            (rm.save_head(model, partial) if args.train == "head" else rm.save_member(model, tokenizer, partial))
+        end_stage(run, member_name(j), settings, inputs | ensemble, started, base=str(args.base), target_formula=TARGETS[args.target][0],
+                  threads=args.threads, device=args.device, micro_batch_tokens=args.micro_batch_tokens, identical_pairs=int((~keep).sum()))
+        said = f", {int((~keep).sum())} pairs left out, identical after encoding" if not keep.all() else ""
+        print(f"member {j}: trained on {int(keep.sum()):,} pairs in {time.time() - started:.0f} s{said}")
+    if texts:
+        score_continuations(args, run, j, model, tokenizer, texts, {"base model": inputs["base model"]} | ensemble)
+
+
+# Flags that change the result; a run directory holds one choice of them. The others are about speed, memory and place.
+SETTINGS = ("train", "target", "seed", "lr", "epochs", "pairs_per_step", "weight_decay", "warmup", "precondition_frequency", "max_precondition_dim",
+            "dtype", "max_length")
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    # what
+    add("--run", required=True, type=Path, help="run directory with data/")
+    add("--iteration", type=natural, default=1, metavar="J", help="which member to train, 1..")
+    add("--export", type=natural, metavar="J", help="train nothing: write member J of a head run as a plain directory, in its place")
+    add("--base", required=True, help="base model: hub id or transformers directory")
+    add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
+    # objective
+    add("--train", choices=("full", "head"), default="full", help="all parameters (the paper's appendix F.1), or the head on a frozen base (section 4)")
+    add("--target", choices=tuple(TARGETS), default="centered", help="; ".join(f"{name}: {formula}" for name, (formula, _) in TARGETS.items()))
+    add("--seed", type=int, default=0, help="of head and order; with J, so every member draws its own")
+    # optimizer (SOAP)
+    add("--lr", type=float, help="peak learning rate (default 2e-5; head: 1e-3)")
+    add("--epochs", type=natural, help="passes over the train pairs (default 1; head: 30)")
+    add("--pairs-per-step", type=natural, default=64, help="pairs in an optimizer step, whole prompts (the paper: up to 512)")
+    add("--weight-decay", type=float, default=0.1)
+    add("--warmup", type=share, default=0.03, help="share of the steps, at least one step, then cosine to zero")
+    add("--precondition-frequency", type=natural, default=5, help="steps between updates of SOAP's eigenbases")
+    add("--max-precondition-dim", type=natural, default=4096, help="larger dimensions are not preconditioned")
+    # size and speed
+    add("--max-length", type=natural, default=2048, help="tokens of prompt and response; longer ones lose the prompt's beginning")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the parameters (default bfloat16 on a GPU, float32 on a CPU)")
+    add("--micro-batch-tokens", type=natural, default=8192, help="padded tokens in one forward pass")
+    add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    head = args.train == "head"
+    args.lr = args.lr or (1e-3 if head else 2e-5)
+    args.epochs = args.epochs or (30 if head else 1)
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    return args
+
+
+if __name__ == "__main__":
+    run_main(main, parse_args())
