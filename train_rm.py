@@ -301,7 +301,7 @@ def main(args):
                 keep = (found["train"][data.a] != found["train"][data.b]).any(1)
                 train_head(args, model, data, found["train"], target, keep, rng, log)
                 weight = model.score.weight.detach().cpu()
-                scores = {name: (torch.from_numpy(f) @ weight.T).squeeze(-1).numpy() for name, f in found.items()}
+                scores = {name: rm.score_features(torch.from_numpy(f), weight) for name, f in found.items()}
             else:
                 sequences = {name: rm.encode_split(tokenizer, s.messages, s.responses, args.max_length) for name, s in splits.items()}
                 keep = np.array([sequences["train"][a] != sequences["train"][b] for a, b in zip(data.a, data.b)])

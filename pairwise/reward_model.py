@@ -117,7 +117,7 @@ def load_member(run, j, base, tokenizer, dtype, device):
     directory = run / f"member_{j:02d}"
     if (directory / "head.safetensors").exists():
         model = load_base(base, tokenizer, dtype, device)
-        model.score.weight.data.copy_(load_file(directory / "head.safetensors")["score.weight"])
+        model.score.weight.data.copy_(load_head(directory / "head.safetensors"))
         return model
     model, info = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=dtype, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:
@@ -195,6 +195,16 @@ def save_head(model, directory):
     """Write the head alone, as head.safetensors: all that training a head on a frozen base changes."""
     directory.mkdir(parents=True)
     save_file({"score.weight": model.score.weight.detach().cpu().contiguous()}, directory / "head.safetensors")
+
+
+def load_head(path):
+    """The head's weight, float32 (1, d)."""
+    return load_file(path)["score.weight"]
+
+
+def score_features(features, weight):
+    """Rewards float32 (R,) of features float32 (R, d) under a head's weight float32 (1, d)."""
+    return (features @ weight.T).squeeze(-1).numpy()
 
 
 def fingerprint(base):

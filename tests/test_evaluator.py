@@ -301,7 +301,8 @@ def strided(array):
 
 
 ARRAYS = [(f, name) for f in ("pair_statistics", "votes", "kendall_tau") for name in good()[f]]
-R, P, S, K = ("pair_statistics", "rewards"), ("pair_statistics", "p"), ("pair_statistics", "prompt_start"), ("kendall_tau", "scores")
+R, P, S = (("pair_statistics", name) for name in ("rewards", "p", "prompt_start"))
+K = ("kendall_tau", "scores")
 MALFORMED = [
     *[(f, name, change, TypeError, "must be a numpy array of") for f, name in ARRAYS
       for change in (np.ndarray.tolist, lambda x: None, lambda x: x.astype(np.float16), lambda x: x.astype(np.int32),
@@ -312,7 +313,8 @@ MALFORMED = [
     (*R, np.asfortranarray, ValueError, "must be C-contiguous"),
     (*R, lambda x: x[:0], ValueError, r"must hold 1 to 1024 models, not shape \(0, 3\)"),
     (*R, lambda x: np.zeros((1025, 3), np.float32), ValueError, r"must hold 1 to 1024 models, not shape \(1025, 3\)"),
-    (*R, lambda x: edited(x, (1, 2), np.nan), ValueError, r"must not be NaN, but is for member 2 \(counted from 1\), response 2"),
+    (*R, lambda x: edited(x, (1, 2), np.nan), ValueError,
+     r"must not be NaN, but is for member 2 \(counted from 1\), response 2"),
     (*R, lambda x: x.astype(np.float64), TypeError, "must be a numpy array of float32, not float64"),
     *[(f, name, change, ValueError, message) for f in ("pair_statistics", "votes") for name, change, message in (
         ("a", lambda x: edited(x, 1, -1), r"must index the 3 responses, but a\[1\] is -1"),
@@ -329,12 +331,14 @@ MALFORMED = [
     (*S, lambda x: np.array([0, 2]), ValueError, "must end with the number of pairs, 3, not 2"),
     (*S, lambda x: np.array([0, 5, 3]), ValueError, "must not decrease"),
     (*S, lambda x: x[:0], ValueError, r"must have shape \(prompts \+ 1,\), not \(0,\)"),
-    (*K, lambda x: edited(x, (1, 0, 2), np.nan), ValueError, r"must not be NaN, but is for model 2 \(counted from 1\), prompt 0, index 2"),
+    (*K, lambda x: edited(x, (1, 0, 2), np.nan), ValueError,
+     r"must not be NaN, but is for model 2 \(counted from 1\), prompt 0, index 2"),
     (*K, lambda x: edited(x.astype(np.float32), (0, 1, 0), np.nan), ValueError, ".* model 1 .*, prompt 1, index 0"),
     (*K, lambda x: x[:0], ValueError, "must hold 1 to 1024 models"),
     *[("bootstrap_counts", name, lambda x, value=value: value, error, message) for name in good()["bootstrap_counts"]
-      for value, error, message in ((-1, ValueError, "must be from 0 to .*, not -1"), (2**64, ValueError, "must be from 0 to"),
-                                    (1.0, TypeError, "must be an integer, not float"), ("1", TypeError, "must be an integer, not str"))],
+      for value, error, message in (
+          (-1, ValueError, "must be from 0 to .*, not -1"), (2**64, ValueError, "must be from 0 to"),
+          (1.0, TypeError, "must be an integer, not float"), ("1", TypeError, "must be an integer, not str"))],
     ("bootstrap_counts", "prompts", lambda x: 2**31, ValueError, "must be from 0 to 2147483647, not 2147483648"),
 ]  # fmt: skip
 
@@ -412,7 +416,8 @@ def test_empty_input():
     assert all(len(x) == 0 for x in s.values()) and s["vote_vote"].shape == (0, 2, 2)
     assert evaluator.votes(np.zeros((2, 3), np.float32), none, none).shape == (2, 0)
     assert evaluator.kendall_tau(np.zeros((2, 0, 5))).shape == (0, 2, 2)
-    assert np.isnan(evaluator.kendall_tau(np.zeros((2, 3, 0)))).all() and np.isnan(evaluator.kendall_tau(np.ones((1, 1, 1)))).all()
+    assert np.isnan(evaluator.kendall_tau(np.zeros((2, 3, 0)))).all()
+    assert np.isnan(evaluator.kendall_tau(np.ones((1, 1, 1)))).all()
 
 
 @pytest.mark.parametrize("function", list(good()))

@@ -1,0 +1,122 @@
+"""Score new responses with a trained run: the rewards of all members and the share of the ensemble that prefers each response.
+
+    python score.py --run runs/demo FILE                        (FILE-scores.jsonl, a row per input row)
+    python score.py --run runs/demo FILE --out scores.csv       (a row per pair)
+
+FILE: .jsonl, .json, .csv or .parquet (also .gz), rows of `prompt` (text or chat messages) and `responses` (a list), or
+`response_a` and `response_b`.   JSONL out: {prompt, responses, rewards: [responses x K], p_hat: [[a, b, p], ..]} with p the weighted share
+of members that prefer responses[a] to responses[b] (section 2).   CSV out: row, prompt, response_a, response_b, reward_a_1.., reward_b_1.., p_hat.
+"""
+
+import csv
+import io
+import json
+import os
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pairwise import reward_model as rm
+from pairwise.rows import messages, read_rows, text, wrong
+from pairwise.run_dir import InputError, Parser, count_members, import_evaluator, member_name, natural, read_json, read_weights, replacing, run_main
+
+evaluator = import_evaluator()
+
+
+def read_questions(path):
+    """[(prompt as given, messages, responses)] of every row. Raises InputError with the row, field, what was found and expected."""
+    questions = []
+    for where, row in read_rows(path):
+        if "responses" in row:
+            responses = row["responses"]
+            if not isinstance(responses, list) or not responses:
+                raise wrong(where, "responses", responses, "a list of responses")
+        else:
+            responses = [row.get("response_a"), row.get("response_b")]
+        questions.append((row.get("prompt"), messages(where, row.get("prompt")), [text(where, "response", response) for response in responses]))
+    if not questions:
+        raise InputError(f"{path}: no row found, at least one expected")
+    return questions
+
+
+def rewards_of_run(run, k, settings, questions, args):
+    """float32 (k, R): every member's reward of every response, in the order of the questions; each is encoded as in training.
+
+    settings: the run's, of member 1. Members of a head run share one pass over the base.
+    """
+    tokenizer = rm.load_tokenizer(settings["base"], args.chat_template)
+    dtype = getattr(torch, settings["dtype"])
+    sequences = rm.encode_split(tokenizer, [q[1] for q in questions], [q[2] for q in questions], settings["max_length"])
+    distinct = {tuple(ids): number for number, ids in enumerate(dict.fromkeys(map(tuple, sequences)))}
+    places, sequences = np.array([distinct[tuple(ids)] for ids in sequences]), [list(ids) for ids in distinct]
+    heads = [run / member_name(j) / "head.safetensors" for j in range(1, k + 1)]
+    if all(path.exists() for path in heads):
+        model = rm.load_base(settings["base"], tokenizer, dtype, args.device)
+        features = torch.from_numpy(rm.features_of(model, sequences, tokenizer, args.micro_batch_tokens))
+        rewards = [rm.score_features(features, rm.load_head(path)) for path in heads]
+    else:
+        rewards = [rm.score_sequences(rm.load_member(run, j, settings["base"], tokenizer, dtype, args.device), sequences, tokenizer,
+                                      args.micro_batch_tokens, f"member {j}") for j in range(1, k + 1)]
+    return np.stack(rewards)[:, places]
+
+
+def answers(questions, rewards, alpha):
+    """Yield {prompt, responses, rewards, p_hat} for every question; rewards float32 (k, R), alpha (k,)."""
+    start = 0
+    for prompt, _, responses in questions:
+        own = np.ascontiguousarray(rewards[:, start : start + len(responses)])
+        start += len(responses)
+        a, b = np.array(list(combinations(range(len(responses)), 2)), np.int64).reshape(-1, 2).T.copy()
+        p_hat = alpha @ evaluator.votes(own, a, b) / 2
+        yield {"prompt": prompt, "responses": responses, "rewards": own.T.tolist(), "p_hat": [[int(i), int(j), float(p)] for i, j, p in zip(a, b, p_hat)]}
+
+
+def as_csv(rows, k):
+    """CSV text with a row for every pair of every question."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["row", "prompt", "response_a", "response_b", *(f"reward_{side}_{j}" for side in "ab" for j in range(1, k + 1)), "p_hat"])
+    for number, row in enumerate(rows, 1):
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"], ensure_ascii=False)
+        for a, b, p in row["p_hat"]:
+            writer.writerow([number, prompt, row["responses"][a], row["responses"][b], *row["rewards"][a], *row["rewards"][b], p])
+    return out.getvalue()
+
+
+def main(args):
+    torch.set_num_threads(args.threads)
+    questions = read_questions(args.file)
+    run, k = args.run, count_members(args.run)
+    alpha = read_weights(run, k)
+    entry = read_json(run / "manifest.json")["stages"].get(member_name(1))
+    if not entry or not (run / member_name(1)).is_dir():
+        raise InputError(f"{run}: no trained members found; a run directory with {member_name(1)}/ expected")
+    settings = entry["settings"] | {"base": args.base or entry["base"]}
+    rows = answers(questions, rewards_of_run(run, k, settings, questions, args), alpha)
+    out = args.out or args.file.with_name(args.file.name.split(".")[0] + "-scores.jsonl")
+    with replacing(out) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        file.write(as_csv(rows, k) if out.suffix == ".csv" else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{out}: {len(questions)} prompts, {k} members")
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help="rows of prompt and responses")
+    add("--run", required=True, type=Path, help="a trained run directory")
+    add("--out", type=Path, help="FILE.jsonl or FILE.csv (default: beside FILE, -scores.jsonl)")
+    add("--base", help="the base model, where it is no longer where the run found it")
+    add("--chat-template", metavar="FILE", help="Jinja chat template, where the run was made with one")
+    add("--micro-batch-tokens", type=natural, default=8192, help="padded tokens in one forward pass")
+    add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if args.out and args.out.suffix not in (".jsonl", ".csv"):
+        parser.error(f"--out {args.out}: a name ending in .jsonl or .csv expected")
+    return args
+
+
+if __name__ == "__main__":
+    run_main(main, parse_args())
