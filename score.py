@@ -23,12 +23,13 @@ from pairwise.rows import messages, read_rows, text, wrong
 from pairwise.run_dir import InputError, Parser, count_members, import_evaluator, member_name, natural, read_json, read_weights, replacing, run_main
 
 evaluator = import_evaluator()
+FIELDS = {"prompt": "messages", "responses": "json", "response_a": "text", "response_b": "text"}
 
 
 def read_questions(path):
     """[(prompt as given, messages, responses)] of every row. Raises InputError with the row, field, what was found and expected."""
     questions = []
-    for where, row in read_rows(path):
+    for where, row in read_rows(path, FIELDS):
         if "responses" in row:
             responses = row["responses"]
             if not isinstance(responses, list) or not responses:

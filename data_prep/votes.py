@@ -18,17 +18,10 @@ empty cell means missing, and messages and categories are written as JSON. A lin
     {"prompt": "Name a fruit.", "response_a": "An apple.", "response_b": "Fruit is nice.", "votes_a": 4, "votes_b": 1}
 """
 
-import csv
-import gzip
-import json
-import reprlib
-import zlib
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pairwise.prompts import VOTES, Comparison, add_arguments, prepare
+from pairwise.rows import kind, messages, read_rows, text, wrong
 from pairwise.run_dir import InputError, Parser, hash_file, run_main
 
 HALVES = lambda x: 0 <= x < 2**52 and 2 * x % 1 == 0, "a number of votes (at least 0, a multiple of one half)"
@@ -36,97 +29,9 @@ SHARE = lambda x: 0 <= x <= 1, "a number in [0, 1]"
 WHOLE = lambda x: 1 <= x < 2**52 and x % 1 == 0, "a positive integer"  # comparisons only: NaN, infinity and huge integers fail them
 NUMBERS = {"votes_a": HALVES, "votes_b": HALVES, "ties": HALVES, "p": SHARE, "n": WHOLE, "p_true": SHARE}
 ALL_OR_NONE = ("prompt_id", "p_true", "split", "categories")
-FIELDS = {"prompt", "response_a", "response_b", "choice", *NUMBERS, *ALL_OR_NONE}
-
-# ---- one reader per ending: it takes a binary file and its name, and yields (where, row)
-
-
-def read_jsonl(file, name):
-    for line, text in decoded_lines(file, name):
-        if text.strip():
-            yield f"{name} line {line}", parse_json(text.strip(), name, line)
-
-
-def read_json(file, name):
-    text = "".join(text for _, text in decoded_lines(file, name))
-    rows = parse_json(text, name) if text.strip() else []
-    if not isinstance(rows, list):
-        raise wrong(name, "the file", rows, "a list of rows")
-    yield from ((f"{name} row {row}", value) for row, value in enumerate(rows, 1))
-
-
-def read_csv(file, name):
-    csv.field_size_limit(2**31 - 1)  # a response may be longer than the default of 128 kB
-    reader = csv.reader((text for _, text in decoded_lines(file, name)), strict=True)
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise wrong(f"{name} line 1", "header", header, "distinct names")
-        start = reader.line_num + 1  # a quoted cell may hold line breaks: a row is named by its first line
-        for cells in reader:
-            where, start = f"{name} line {start}", reader.line_num + 1
-            if cells and len(cells) != len(header):
-                raise InputError(f"{where}: {len(cells)} cells found, {len(header)} expected, as in the header")
-            if cells:
-                yield where, {field: from_cell(field, cell) for field, cell in zip(header, cells) if cell}
-    except csv.Error as error:
-        raise InputError(f"{name} line {reader.line_num}: not CSV ({error})") from None
-
-
-def read_parquet(file, name):
-    data, row = pa.BufferReader(file.read()), 0
-    try:
-        table = pq.ParquetFile(data)
-        for batch in table.iter_batches(4096, columns=[field for field in table.schema_arrow.names if field in FIELDS]):
-            for row, value in enumerate(batch.to_pylist(), row + 1):
-                yield f"{name} row {row}", value
-    except UnicodeDecodeError:
-        raise InputError(f"{name} after row {row}: not UTF-8") from None
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{name}: not parquet ({str(error).splitlines()[0]})") from None
-
-
-READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
-
-
-def decoded_lines(file, name):
-    """(line number, text), decoded line by line, so that an error can name the line; a byte order mark is skipped."""
-    for line, raw in enumerate(file, 1):
-        try:
-            text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{name} line {line}: not UTF-8 (byte {raw[error.start]:#x})") from None
-        yield line, text
-
-
-def parse_json(text, name, line=1):
-    """The value of a JSON text that begins in this line. NaN and Infinity come through, and no field accepts them."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # besides JSONDecodeError: a number of thousands of digits, thousands of brackets
-        raise InputError(f"{name} line {line + getattr(error, 'lineno', 1) - 1}: not JSON ({getattr(error, 'msg', error)})") from None
-
-
-def from_cell(field, cell):
-    """The value of a CSV cell. One that does not have its field's form stays text, and is refused where the field is read."""
-    try:
-        if field in NUMBERS:
-            return float(cell)
-        if field == "categories":
-            return json.loads(cell)
-        if field == "prompt" and cell.startswith("["):
-            value = json.loads(cell)
-            return value if value and all(isinstance(message, dict) and "role" in message for message in value) else cell
-    except (ValueError, RecursionError):
-        pass
-    return cell
-
+FIELDS = dict.fromkeys(NUMBERS, "number") | dict.fromkeys(("response_a", "response_b", "choice", "prompt_id", "split"), "text") | {"prompt": "messages", "categories": "json"}
 
 # ---- one field
-
-
-def wrong(where, field, found, expected):
-    return InputError(f"{where}: {field}: {'nothing' if found is None else reprlib.repr(found)} found, {expected} expected")
 
 
 def number(where, row, field):
@@ -136,30 +41,8 @@ def number(where, row, field):
     return float(value)
 
 
-def text(where, field, value):
-    if not isinstance(value, str) or not value.strip():
-        raise wrong(where, field, value, "text that is not empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can escape half a surrogate pair, which no UTF-8 file can hold
-        raise wrong(where, field, value, "whole characters") from None
-    return value
-
-
 def label(where, field, value):
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else text(where, field, value)
-
-
-def messages(where, prompt):
-    """Chat messages: a string is one user turn."""
-    if not isinstance(prompt, list):
-        return [{"role": "user", "content": text(where, "prompt", prompt)}]
-    for message in prompt:
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-            raise wrong(where, "prompt", message, "a message {role, content} with the role system, user or assistant")
-    if not prompt or prompt[-1]["role"] != "user":
-        raise wrong(where, "prompt", prompt[-1]["role"] if prompt else prompt, "messages that end with a user turn")
-    return [{"role": message["role"], "content": text(where, "prompt message", message.get("content"))} for message in prompt]
 
 
 def categories(where, value):
@@ -219,36 +102,10 @@ def comparison(where, row):
 # ---- the file
 
 
-def kind(path):
-    """(name, ending, whether gzipped) of an existing file: ("mine", ".csv", True) for data/mine.csv.gz."""
-    zipped = path.suffix.lower() == ".gz"
-    inner = Path(path.stem) if zipped else Path(path.name)
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    if not path.is_file():
-        raise InputError(f"{path}: {'a directory' if path.is_dir() else 'a device or pipe'} found, a file expected")
-    if inner.suffix.lower() not in READERS:
-        raise InputError(f"{path}: ending {inner.suffix or 'none'} found, one of {', '.join(READERS)} expected, or one of them with .gz")
-    return inner.stem, inner.suffix.lower(), zipped
-
-
-def read_rows(path):
-    """(where, row) of every row, without the fields whose value is missing."""
-    _, ending, zipped = kind(path)
-    try:
-        with (gzip.open if zipped else open)(path, "rb") as file:
-            for where, row in READERS[ending](file, path.name):
-                if not isinstance(row, dict):
-                    raise wrong(where, "the row", row, "an object")
-                yield where, {field: value for field, value in row.items() if value is not None}
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: not a whole gzip file ({error})") from None
-
-
 def comparisons(path):
     """The Comparison of every row. Raises InputError where a row is not like the first in its form of votes or its optional fields."""
     first = None
-    for where, row in read_rows(path):
+    for where, row in read_rows(path, FIELDS):
         made = comparison(where, row)
         traits = {"votes": form_of(where, row)} | {field: "given" if field in row else "missing" for field in ALL_OR_NONE}
         if made.categories:

@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from pairwise.run_dir import InputError, hash_file
+
+transformers_logging.disable_progress_bar()  # ours say more
 
 PAD_NAMES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
 

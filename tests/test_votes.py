@@ -59,7 +59,7 @@ def save(path, rows):
         sink = pa.BufferOutputStream()
         pq.write_table(rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows), sink)
         content = sink.getvalue().to_pybytes()
-    path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
+    path.write_bytes(gzip.compress(content) if path.name.lower().endswith(".gz") else content)
     return path
 
 
@@ -110,7 +110,7 @@ def test_three_forms_of_the_same_votes_give_the_same_data(tmp_path):
 
 @pytest.mark.parametrize("p, n, expected", [
     (0.33, 3, (1, 2)), (0.3333, 3, (1, 2)), (0.67, 3, (2, 1)), (0.3, 3, (1, 2)), (0.5, 3, (1.5, 1.5)), (0, 4, (0, 4)), (1, 4, (4, 0)), (0.375, 4, (1.5, 2.5)),
-    (0.1667, 3, (0.5, 2.5)), (1 / 3, 3, (1, 2)), (0.8571, 7, (6, 1)), (0.35, 10, (3.5, 6.5)), (0.07, 15, (1, 14)), (0.4, 5.0, (2, 3)), (0.33, 1000, (330, 670))])
+    (0.1667, 3, (0.5, 2.5)), (1 / 3, 3, (1, 2)), (0.8571, 7, (6, 1)), (0.35, 10, (3.5, 6.5)), (0.07, 15, (1, 14)), (0.4, 5.0, (2, 3)), (0.33, 1000, (330, 670)), (0.12, 4, (0.5, 3.5)), (0.13, 4, (0.5, 3.5))])
 def test_p_is_taken_as_the_exact_fraction_it_was_rounded_from(p, n, expected):
     assert votes.fraction("", {"p": p, "n": n})[:2] == expected
     in_float32 = pa.array([p], pa.float32()).to_pylist()[0]
@@ -226,16 +226,22 @@ def test_other_votes_are_another_run(tmp_path, capsys):
         prepared(tmp_path, numbered(4))
 
 
+def test_null_is_missing(tmp_path):
+    nothing = {"ties": None, "p": None, "n": None, "choice": None, "prompt_id": None, "p_true": None, "split": None, "categories": None}
+    splits, _ = prepared(tmp_path, [r | nothing for r in numbered(3)], run="null")
+    assert splits == prepared(tmp_path, numbered(3))[0]
+
+
 # ---- files
 
 
-@pytest.mark.parametrize("ending", [".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet.gz", ".JSONL"])
+@pytest.mark.parametrize("ending", [".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet.gz", ".JSONL.GZ"])
 @pytest.mark.parametrize("form", [{"votes_a": 2, "votes_b": 1.5, "ties": 1}, {"p": 0.67, "n": 3}, {"choice": "b"}])
 def test_every_ending_gives_the_same_data(tmp_path, ending, form):
     chat = [{"role": "system", "content": "Be “kind”."}, {"role": "user", "content": "Zoë?\nSay, \"hi\""}]
     rows = [voted(form, prompt=prompt, a="An apple, or\r\ntwo", b="x" * 200_000, prompt_id=f"id{i}", p_true=0.25, split="test" if i % 2 else "train",
                   categories={"topic": f"t{i}", "ü": "1"}, extra="ignored")
-            for i, prompt in enumerate(([chat, "[1, 2] is a list?", "[{", "[]", "Plain"] if ending in (".csv", ".csv.gz") else [chat] * 5)) for _ in range(2)]
+            for i, prompt in enumerate(([chat, "[1, 2]", "[{", "[]", '[{"x": 1}]'] if ending in (".csv", ".csv.gz") else [chat] * 5)) for _ in range(2)]
     expected, _ = prepared(tmp_path, rows, run="jsonl")
     found, stats = prepared(tmp_path, rows, name=f"mine{ending}", run="other")
     assert found == expected and stats["dataset"] == "mine"
