@@ -339,9 +339,9 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of head and order; with J, so every member draws its own")
     # optimizer (SOAP)
     add("--lr", type=float, help="peak learning rate (default 2e-5; head: 1e-3)")
-    add("--epochs", type=natural, help="passes over the train pairs (default 1; head: 30)")
+    add("--epochs", type=natural, help="passes over the train pairs (default 1; head: 10)")
     add("--pairs-per-step", type=natural, default=64, help="pairs in an optimizer step, whole prompts (the paper: up to 512)")
-    add("--weight-decay", type=float, default=0.1)
+    add("--weight-decay", type=float, help="decoupled (default 0.1; head: 5, the regularisation of a linear fit to convergence)")
     add("--warmup", type=share, default=0.03, help="share of the steps, at least one step, then cosine to zero")
     add("--precondition-frequency", type=natural, default=5, help="steps between updates of SOAP's eigenbases")
     add("--max-precondition-dim", type=natural, default=4096, help="larger dimensions are not preconditioned")
@@ -354,7 +354,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     head = args.train == "head"
     args.lr = args.lr or (1e-3 if head else 2e-5)
-    args.epochs = args.epochs or (30 if head else 1)
+    args.epochs = args.epochs or (10 if head else 1)
+    args.weight_decay = (5.0 if head else 0.1) if args.weight_decay is None else args.weight_decay
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     return args
 
