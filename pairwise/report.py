@@ -7,7 +7,6 @@ no network, no JavaScript; the figures are embedded, so report.html can be moved
 import base64
 import html
 import io
-import os
 import textwrap
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from pairwise.run_dir import replacing
 
 NARROW, WIDE = 3.4, 7.0  # inches: one and two columns of a paper
 STYLE = {
@@ -32,7 +33,6 @@ REFERENCES = [
     ("single soft model", "soft_single", "soft_true", "sigmoid(r1(y1) - r1(y2)) of member 1"),
     ("irreducible error C_hat", "irreducible", None, "the true fractions' own score"),
 ]
-TARGETS = {"p": "t = p", "residual": "t = ε", "centered": "t = 1/2 + ε", "mixture": "t = p̂ + j ε"}
 VOTES = {"sampled": "each pair's annotators are drawn from a population", "population": "the voters are the whole population",
          "dependent": "not independent draws, so the irreducible error is unknown"}
 
@@ -57,6 +57,11 @@ def interval(ci, none="–"):
 def short(x):
     """Two decimals, .25; 0 where it is exactly zero."""
     return "0" if x == 0 else f"{x:.2f}".replace("0.", ".", 1).replace("-", "−")
+
+
+def pretty(text):
+    """Plain-text mathematics as the report shows it."""
+    return text.replace("p_hat", "p̂").replace("C_hat", "Ĉ").replace("^2", "²").replace(" - ", " − ")
 
 
 def references(split):
@@ -233,37 +238,32 @@ def reliability(p, p_hat):
 
 
 def training(logs):
-    """One line per member: running mean of the loss over pairs seen, the raw loss faint behind it."""
-    logs = {int(j): [line for line in steps if line.get("loss") is not None and np.isfinite(line["loss"])] for j, steps in logs.items()}
-    logs = {j: steps for j, steps in sorted(logs.items()) if steps}
+    """A small panel per member: running mean of the loss over pairs seen, the raw loss faint behind it. logs: {j: lines of its log}."""
+    logs = {j: lines for j, lines in sorted(logs.items()) if lines}
     if not logs:
         return None
-    wide = len(logs) > 8
-    fig, ax = subplots(WIDE if wide else NARROW, 2.5 + 0.14 * -(-len(logs) // (10 if wide else 4)))
-    shades = matplotlib.colormaps["cividis"](np.linspace(0, 0.75, len(logs)))
-    for i, (j, steps) in enumerate(logs.items()):
-        loss = np.array([line["loss"] for line in steps])
-        pairs = np.cumsum([line["pairs"] for line in steps])  # logged per step
+    columns = min(4, len(logs))
+    rows = -(-len(logs) // columns)
+    fig, axes = subplots(NARROW if columns < 3 else WIDE, 0.5 + 1.25 * rows, rows, columns, sharex=True, sharey=True, squeeze=False)
+    for ax, (j, lines) in zip(axes.flat, logs.items()):
+        loss = np.array([line["loss"] for line in lines])
+        pairs = np.cumsum([line["pairs"] for line in lines])
         some = np.unique(np.linspace(0, len(loss) - 1, 400).astype(int))  # a long run would make the embedded figure heavy
-        window = np.ones(max(len(loss) // 15, 1))
+        window = np.ones(max(len(loss) // 8, 1))
         smooth = np.convolve(loss, window, "same") / np.convolve(np.ones(len(loss)), window, "same")  # a running mean, cut at the ends
-        ax.plot(pairs[some], loss[some], color=shades[i], lw=0.4, alpha=0.3)
-        ax.plot(pairs[some], smooth[some], color=shades[i], lw=1.1, ls=["-", (0, (5, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (1, 1))][i % 4], marker="os^vDPX*"[i % 8],
-                ms=3, markevery=(min(i * 3, len(some) - 1), max(len(some) // 6, 1)), label=str(j))
-    ax.set(xlabel="pairs seen", ylabel="training loss")
-    ax.xaxis.set_major_locator(MaxNLocator(5))
-    fig.legend(loc="outside lower center", ncols=10 if wide else 4, title="member", title_fontsize=7, columnspacing=1.2)
+        ax.plot(pairs[some], loss[some], color="#b0b0b0", lw=0.5)
+        ax.plot(pairs[some], smooth[some], color=INK, lw=1.2)
+        ax.set_title(f"member {j}")
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+    for ax in axes.flat[len(logs) :]:
+        ax.set_visible(False)
+    axes[0, 0].set_ylim(bottom=0)
+    fig.supxlabel("pairs seen", fontsize=8)
+    fig.supylabel("training loss", fontsize=8)
     return fig
 
 
 # The report
-
-def put(path, data):
-    """Write bytes under a temporary name and rename, so that a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
 
 def save(fig, stem):
     """Write stem.png and stem.pdf; returns the figure as SVG bytes."""
@@ -273,7 +273,8 @@ def save(fig, stem):
         buffer = io.BytesIO()
         fig.savefig(buffer, format=kind, dpi=300, metadata=metadata)
         if kind != "svg":
-            put(stem.with_name(f"{stem.name}.{kind}"), buffer.getvalue())
+            with replacing(stem.with_name(f"{stem.name}.{kind}")) as partial:
+                partial.write_bytes(buffer.getvalue())
     return buffer.getvalue()
 
 
@@ -312,12 +313,19 @@ def verdict(metrics):
 
 
 CAPTIONS = {
-    "calibration": "Calibration error on held-out prompts against the number of reward models, lower is better. A single deterministic reward always says 0 or 1, so it cannot enter the shaded area; several, weighted, can express that annotators disagree.",
-    "votes": "How much the annotators of a test pair agree: the share that chose the majority's response. Mass near .5 means that no single answer is right for everybody.",
-    "reliability": "When the ensemble says that a share p̂ of people prefers a response, how many annotators did? Every pair counts in both orders. Points on the diagonal are right on average; the grey bars show how far single pairs lie from it.",
-    "kendall": "How similarly two members rank the same sampled continuations: 1 is the same ranking, 0 is no relation, below 0 is reversed. Lower numbers off the diagonal mean more diverse rewards. Empty: not defined.",
-    "weights": "Weight of each member (column) in the ensemble of the first k members (row), fitted on the training pairs after each new member. A zero means that the member is not used.",
-    "training": "Training loss of each member, smoothed; the raw values are faint. Members are trained on different targets, so the heights of two curves do not compare; each curve should fall and level off.",
+    "calibration": "Calibration error on held-out prompts against the number of reward models, lower is better. A single deterministic "
+        "reward always says 0 or 1, so it cannot enter the shaded area; several, weighted, can express that annotators "
+        "disagree.",
+    "votes": "How much the annotators of a test pair agree: the share that chose the majority's response. Mass near .5 means that no"
+        " single answer is right for everybody.",
+    "reliability": "When the ensemble says that a share p̂ of people prefers a response, how many annotators did? Every pair counts in "
+        "both orders. Points on the diagonal are right on average; the grey bars show how far single pairs lie from it.",
+    "kendall": "How similarly two members rank the same sampled continuations: 1 is the same ranking, 0 is no relation, below 0 is "
+        "reversed. Lower numbers off the diagonal mean more diverse rewards. Empty: not defined.",
+    "weights": "Weight of each member (column) in the ensemble of the first k members (row), fitted on the training pairs after each "
+        "new member. A zero means that the member is not used.",
+    "training": "Training loss of each member: running mean (black) and single steps (grey). Members are trained on different targets, "
+        "so the heights of two curves do not compare.",
 }
 CSS = """
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: #1a1a1a; background: #fff; max-width: 900px; margin: 0 auto; padding: 24px 16px 48px; }
@@ -352,10 +360,10 @@ def facts(metrics, manifest):
         values = dict.fromkeys(str(d[key]) for d in dicts if d.get(key) is not None)
         return ", ".join("/".join(Path(v).parts[-2:]) if Path(v).is_absolute() else v for v in values)
 
-    targets = list(dict.fromkeys(str(d["target"]) for d in members if d.get("target") is not None))
-    target = "; ".join(f"{t}: {TARGETS[t]}" if t in TARGETS else t for t in targets)
-    if set(targets) - {"p"}:
-        target += ", with ε = p − p̂ and p̂ the ensemble before member j (member 1: t = p)"
+    target = ", ".join(f"{name}: {formula}" for name, formula in dict.fromkeys(
+        (stage["settings"].get("target"), stage.get("target_formula")) for name, stage in sorted(stages.items()) if "target_formula" in stage))
+    if "p_hat" in target:
+        target += ", where p_hat is the ensemble before member j (member 1: t = p)"
     train = {"full": "all parameters", "head": "reward head only, on frozen features"}
     splits = metrics["splits"]
     versions = dict(item for stage in stages.values() for item in (stage.get("versions") or {}).items())
@@ -371,7 +379,7 @@ def facts(metrics, manifest):
         ("Exact ties", f"{100 * splits['test']['tie_rate']:.2f} % of the members' votes on test pairs" if splits["test"].get("tie_rate") is not None else ""),
         ("Base model", said([*members, *stages.values()], "base")),
         ("Trained", ", ".join(train.get(x, x) for x in said(members, "train").split(", "))),
-        ("Target", target),
+        ("Target", pretty(target)),
         ("Seeds", "; ".join(f"{name} {x}" for name, x in (("training", said(members, "seed")), ("data", data_seed)) if x)),
         ("Settings", "; ".join(f"{k} {v}" for k, v in other.items() if v)),
         ("Date", dates[-1] if dates else ""),
@@ -406,7 +414,6 @@ def write(out, metrics, weights, manifest, logs, p, p_hat):
 
     stages = manifest.get("stages") or {}
     whole = lambda x: None if x is None else f"{x:.0f}"
-    pretty = lambda text: text.replace("p_hat", "p̂").replace("C_hat", "Ĉ").replace("^2", "²").replace(" - ", " − ")
     title = f"Pairwise calibrated rewards: {metrics['dataset']}, K = {metrics['k']}"
     parts = [
         f'<h1>{html.escape(title)}</h1>', html_table([], facts(metrics, manifest), "lw", "facts"),
@@ -432,5 +439,6 @@ def write(out, metrics, weights, manifest, logs, p, p_hat):
     ]
     page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{html.escape(title)}</title><style>{CSS}</style></head>\n<body>\n{''.join(parts)}</body></html>\n")
-    put(out / "report.html", page.encode())
+    with replacing(out / "report.html") as partial:
+        partial.write_text(page, encoding="utf-8")
     return out / "report.html"
