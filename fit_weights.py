@@ -10,7 +10,6 @@ Writes RUN/weights.json: for k = 1..K {k, alpha, fit: "qp", train_mse, kkt}.
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import nnls
 
 from pairwise.run_dir import (
     Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, read_rewards, read_split, reward_path, run_main, unchanged,
@@ -40,8 +39,45 @@ def simplex_weights(q):
     values, vectors = np.linalg.eigh(q)
     root = np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
     t = np.sqrt(np.trace(q) / k)
-    u, _ = nnls(np.vstack([root, np.full((1, k), t)]), np.append(np.zeros(k), t))
+    u = nonnegative_least_squares(np.vstack([root, np.full((1, k), t)]), np.append(np.zeros(k), t))
     return u / u.sum()
+
+
+def nonnegative_least_squares(a, b):
+    """argmin |A u - b|^2 over u >= 0, float64 (k,), for A of any rank: Lawson and Hanson's active set method.
+
+    scipy.optimize.nnls (1.15 to 1.17 at least) can return a point that is not optimal where a member is as good in the mixture as out of
+    it, which copies and opposites of members bring about (scipy issue 25389): seen in one of a thousand random problems.
+    """
+    k = a.shape[1]
+    u, free, refused = np.zeros(k), np.zeros(k, bool), np.zeros(k, bool)
+
+    def best_on(members):
+        found = np.zeros(k)
+        found[members] = np.linalg.lstsq(a[:, members], b, rcond=None)[0]
+        return found
+
+    for _ in range(100 * k):  # a few per member are needed; rounding cannot make it endless
+        gain = np.where(free | refused, -np.inf, a.T @ (b - a @ u))
+        j = gain.argmax()
+        if gain[j] <= 1e-14 * np.sum(a * a):
+            break
+        grown = free | (np.arange(k) == j)
+        wanted = best_on(grown)
+        if wanted[j] <= 0:  # its gain was rounding
+            refused[j] = True
+            continue
+        free, refused = grown, np.zeros(k, bool)
+        while (wanted[free] <= 0).any():  # go towards the wanted point as far as all stay positive, and drop who reaches zero
+            low = np.flatnonzero(free & (wanted <= 0))
+            steps = u[low] / (u[low] - wanted[low])
+            u = u + steps.min() * (wanted - u)
+            u[low[steps.argmin()]] = 0
+            free &= u > 0
+            u[~free] = 0
+            wanted = best_on(free)
+        u = wanted
+    return u
 
 
 def kkt_residual(q, alpha):
@@ -65,11 +101,11 @@ def fit_prefixes(q):
 def main(args):
     run = args.run
     data, k = read_split(run, "train"), count_members(run)
+    rewards = read_rewards(run, "train", k, (int(data.response_start[-1]),))
     inputs = data_hashes(run) | {f"rewards of member {j}": hash_file(reward_path(run, j, "train")) for j in range(1, k + 1)}
     if unchanged(run, "weights", {}, inputs, [run / "weights.json"]):
         print(f"weights: {run / 'weights.json'} is up to date, skipped")
         return
-    rewards = read_rewards(run, "train", k, (int(data.response_start[-1]),))
     sums = evaluator.pair_statistics(rewards, data.a, data.b, data.p, data.pair_start)
     pairs = len(data.a)
     q = error_matrix(sums["vote_vote"].sum(0) / pairs, sums["vote_p"].sum(0) / pairs, sums["p_p"].sum() / pairs)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The method, stage by stage: votes -> data -> K times (train a reward model on the residual, refit the weights) -> metrics and report.
-set -euo pipefail
+set -eo pipefail
 
 usage() {
     cat <<'END'
@@ -103,6 +103,10 @@ for ((j = 1; j <= K; j++)); do
     stage train_rm.py --iteration "$j" --base "$BASE" "${TRAIN[@]}"
     stage fit_weights.py
 done
+
+if [ -e "$RUN/rewards/$(printf %02d $((K + 1)))_test.npy" ]; then
+    echo "$RUN holds more than K = $K members from before; the report covers them all, and its row k = $K is what was asked for"
+fi
 
 # ---- metrics, figures, report ---------------------------------------------------------------------------------------------------------
 stage evaluate.py

@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from pairwise.run_dir import InputError, hash_file
 
-transformers_logging.disable_progress_bar()  # ours say more
+transformers_logging.disable_progress_bar()  # ours say more, and what is missing from a checkpoint is checked here, not told
+transformers_logging.set_verbosity_error()
 
 PAD_NAMES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
 

@@ -149,13 +149,15 @@ def stage_done(run, stage, settings, inputs, outputs):
     """True where `stage` is complete in `run` with these settings and inputs.
 
     settings: {flag: value}, every flag that can change the result; inputs: {name: hash}; outputs: paths that must exist.
-    Raises InputError where the stage was done with other settings or inputs, or where an output was not made by a run.
+    Raises InputError where it was completed with other settings or inputs, or where an output was not made by a run.
     """
     entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get(stage)
     if entry is None:
         strange = [path for path in outputs if path.exists()]
         if strange:
             raise InputError(f"{strange[0]} exists but was not made by this project; choose another --run")
+        return False
+    if not entry["done"]:  # begun and broken off: done again, from the start
         return False
     settings = json.loads(json.dumps(settings))  # tuples and the like as they come back from a file
     for name in sorted(entry["settings"].keys() | settings.keys()):
@@ -165,7 +167,7 @@ def stage_done(run, stage, settings, inputs, outputs):
     for name in sorted(entry["inputs"].keys() | inputs.keys()):
         if entry["inputs"].get(name) != inputs.get(name):
             raise InputError(f"{run} was made from another {name} than it is given now (stage {stage}); to have both, run: {_command_elsewhere(run)}")
-    return bool(entry.get("done")) and all(path.exists() for path in outputs)
+    return all(path.exists() for path in outputs)
 
 
 def unchanged(run, stage, settings, inputs, outputs):

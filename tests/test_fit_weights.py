@@ -1,0 +1,307 @@
+"""fit_weights.py: the quadratic program against independent oracles, and what it may and may not depend on."""
+
+import itertools
+import json
+import shutil
+
+import fit_weights
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from pairwise.run_dir import InputError, write_json, write_split
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+# ---- problems and oracles
+
+
+def q_of(votes, p):
+    """Q through the project's sums; votes (k, N), p (N,)."""
+    n = len(p)
+    return fit_weights.error_matrix(votes @ votes.T / n, votes @ p / n, p @ p / n)
+
+
+def draw_votes(rng, k=None):
+    """Votes (k, N) and p (N,) with few pairs, and members that are copies, opposites, constant, or exactly right."""
+    k, n = k or int(rng.integers(1, 17)), int(rng.integers(1, 13))
+    p = rng.integers(0, 5, n) / 4 if rng.random() < 0.7 else rng.integers(0, 4, n) / 3
+    kind = rng.integers(4)
+    if kind == 0:  # a population that members can match alone
+        p = rng.integers(0, 3, n) / 2
+    votes = rng.choice([0.0, 0.5, 1.0], (k, n), p=[0.45, 0.1, 0.45])
+    for j in range(k):
+        other = rng.integers(k)
+        match rng.integers(7):
+            case 0: votes[j] = votes[other]
+            case 1: votes[j] = 1 - votes[other]
+            case 2: votes[j] = rng.choice([0.0, 0.5, 1.0])
+            case 3: votes[j] = np.round(2 * p) / 2  # perfect, where p has only halves: then Q has a row of zeros
+            case 4: votes[j] = p > rng.random()  # a level of p: such members are calibrated together
+    if kind == 1:  # a mixture of the members is perfectly calibrated
+        p = np.clip(rng.dirichlet(np.ones(k)) @ votes, 0, 1)
+    return votes, p
+
+
+def supports_minimum(q):
+    """min alpha'Q alpha over the simplex: the closed form on every support, the best of those that are feasible.
+
+    One optimum is a corner of the set of optima; on its support the closed form is unique, whatever the rank of Q. Each candidate is made exactly
+    feasible before it counts, so that the result is never too small.
+    """
+    k, best = len(q), np.inf
+    for size in range(1, k + 1):
+        for support in map(list, itertools.combinations(range(k), size)):
+            system = np.ones((size + 1, size + 1))
+            system[:size, :size], system[size, size] = 2 * q[np.ix_(support, support)], 0
+            found = np.linalg.lstsq(system, np.append(np.zeros(size), 1), rcond=None)[0][:size]
+            alpha = np.zeros(k)
+            alpha[support] = np.clip(found, 0, None)
+            if alpha.sum() > 0.5:
+                alpha /= alpha.sum()
+                best = min(best, alpha @ q @ alpha)
+    return best
+
+
+def gram(rng, k, kind):
+    """A positive semidefinite Q: of full rank, singular, or singular up to a perturbation of 1e-3 .. 1e-15."""
+    rank = k if kind == "full" else int(rng.integers(1, k + 1))
+    factor = rng.normal(size=(k, rank)) + rng.choice([0, 1, 3])
+    if kind == "near":
+        factor = np.column_stack([factor, 10.0 ** rng.uniform(-7.5, -1.5) * rng.normal(size=(k, k))])
+    q = factor @ factor.T
+    return q / np.abs(q).max()
+
+
+def feasible(alpha):
+    return alpha.dtype == np.float64 and (alpha >= 0).all() and abs(alpha.sum() - 1) < 1e-14
+
+
+# ---- the optimum
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds, st.integers(1, 6), st.sampled_from(["full", "singular", "near", "votes"]))
+def test_weights_are_as_good_as_the_best_support(seed, k, kind):
+    rng = np.random.default_rng(seed)
+    q = q_of(*draw_votes(rng, k)) if kind == "votes" else gram(rng, k, kind)
+    alpha = fit_weights.simplex_weights(q)
+    assert alpha.shape == (k,) and feasible(alpha)
+    assert abs(alpha @ q @ alpha - supports_minimum(q)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["full", "singular", "near", "votes"])
+def test_weights_are_as_good_as_slsqp(kind):
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        k = int(rng.integers(2, 17))
+        q = q_of(*draw_votes(rng, k)) if kind == "votes" else gram(rng, k, kind)
+        alpha = fit_weights.simplex_weights(q)
+        found = minimize(lambda x: x @ q @ x, np.full(k, 1 / k), jac=lambda x: 2 * q @ x, method="SLSQP", bounds=[(0, 1)] * k,
+                         constraints={"type": "eq", "fun": lambda x: x.sum() - 1, "jac": np.ones_like}, options={"ftol": 1e-14, "maxiter": 1000}).x
+        found = np.clip(found, 0, None) / np.clip(found, 0, None).sum()
+        assert -1e-14 < found @ q @ found - alpha @ q @ alpha < 1e-7
+
+
+def test_weights_themselves_where_they_are_unique():
+    assert np.allclose(fit_weights.simplex_weights(np.diag([1.0, 2, 4])), np.array([4, 2, 1]) / 7, atol=1e-15)
+    assert np.allclose(fit_weights.simplex_weights(np.array([[1, 2], [2, 5.0]])), [1, 0], atol=1e-15)  # the unconstrained optimum is (1.5, -.5)
+    rng = np.random.default_rng(1)
+    for _ in range(20):  # rebuilt from its own support
+        q = gram(rng, 6, "full")
+        alpha = fit_weights.simplex_weights(q)
+        support = alpha > 0
+        inside = np.linalg.solve(q[np.ix_(support, support)], np.ones(support.sum()))
+        if np.linalg.cond(q) < 1e6:
+            np.testing.assert_allclose(alpha[support], inside / inside.sum(), atol=1e-9)
+
+
+@settings(max_examples=400, deadline=None)
+@given(seeds)
+def test_kkt_residual_of_every_prefix_is_within_the_promise(seed):
+    votes, p = draw_votes(np.random.default_rng(seed))
+    q = q_of(votes, p)
+    for entry in fit_weights.fit_prefixes(q):
+        k, alpha = entry["k"], np.array(entry["alpha"])
+        assert entry["kkt"] <= 1e-10 and feasible(alpha) and len(alpha) == k
+        slopes = 2 * ((alpha @ votes[:k] - p) * (votes[:k] - p)).mean(1)  # of the error along each member, from the votes
+        assert alpha @ slopes - slopes.min() <= 1e-10
+        direct = np.mean((alpha @ votes[:k] - p) ** 2)
+        assert abs(entry["train_mse"] - direct) < 1e-14
+
+
+@settings(max_examples=200, deadline=None)
+@given(seeds)
+def test_quadratic_form_is_the_calibration_error(seed):
+    rng = np.random.default_rng(seed)
+    votes, p = draw_votes(rng)
+    alpha = rng.dirichlet(np.ones(len(votes)))
+    assert abs(alpha @ q_of(votes, p) @ alpha - np.mean((alpha @ votes - p) ** 2)) < 1e-14
+
+
+@settings(max_examples=200, deadline=None)
+@given(seeds)
+def test_residual_is_positive_away_from_the_optimum(seed):
+    """Any error above the least shows in the residual; so does a weight moved where the optimum is unique, or out of the simplex."""
+    rng = np.random.default_rng(seed)
+    q = q_of(*draw_votes(rng))
+    alpha = fit_weights.simplex_weights(q)
+    other = rng.dirichlet(np.ones(len(q)))
+    assert fit_weights.kkt_residual(q, other) >= other @ q @ other - alpha @ q @ alpha - 1e-15
+    assert fit_weights.kkt_residual(q, alpha * 1.01) >= 0.0099
+    k = int(rng.integers(2, 9))
+    q = gram(rng, k, "full") + 0.1 * np.eye(k)
+    alpha = fit_weights.simplex_weights(q)
+    assert fit_weights.kkt_residual(q, alpha) < 1e-14
+    step = np.zeros(k)
+    step[[alpha.argmax(), (alpha.argmax() + 1) % k]] = -1e-3, 1e-3
+    assert fit_weights.kkt_residual(q, alpha + step) > 1e-8
+    outside = np.zeros(k)
+    outside[:2] = 1.25, -0.25
+    assert fit_weights.kkt_residual(q, outside) >= 0.25
+
+
+def test_residual_by_hand():
+    q = np.diag([1.0, 2.0])  # slopes at (1/2, 1/2): 1 and 2, so the gap is 1/2 and so is the slackness of member 2
+    assert fit_weights.kkt_residual(q, np.array([0.5, 0.5])) == 0.5
+    assert fit_weights.kkt_residual(q, np.array([2 / 3, 1 / 3])) < 1e-15
+    assert fit_weights.kkt_residual(np.diag([1.0, 1.0, 0]), np.array([0.5, 0.5, 0])) == 1  # the gap of both, each alone has 1/2
+
+
+# ---- what it depends on
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 16])
+def test_members_that_vote_alike_share_the_weight_equally(k):
+    rng = np.random.default_rng(k)
+    vote, p = rng.choice([0.0, 0.5, 1.0], 50), rng.integers(0, 4, 50) / 3
+    q = q_of(np.tile(vote, (k, 1)), p)
+    assert np.array_equal(fit_weights.simplex_weights(q), np.full(k, 1 / k))
+    assert np.array_equal(fit_weights.simplex_weights(np.zeros((k, k))), np.full(k, 1 / k))  # all of them perfect
+
+
+def test_a_perfect_member_takes_all_and_leaves_nothing():
+    rng = np.random.default_rng(0)
+    for k in (2, 5, 16):
+        p = rng.integers(0, 3, 40) / 2
+        votes = rng.choice([0.0, 0.5, 1.0], (k, 40))
+        votes[k // 2] = p
+        q = q_of(votes, p)
+        assert not q[k // 2, k // 2] and np.abs(q[k // 2]).max() < 1e-15
+        assert np.array_equal(fit_weights.simplex_weights(q).round(9), np.arange(k) == k // 2)
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds)
+def test_a_duplicate_changes_no_error_and_a_permutation_only_the_order(seed):
+    rng = np.random.default_rng(seed)
+    votes, p = draw_votes(rng)
+    k = len(votes)
+    best = fit_weights.fit_prefixes(q_of(votes, p))[-1]["train_mse"]
+    copied = np.concatenate([votes, votes[[rng.integers(k)]]])
+    assert abs(fit_weights.fit_prefixes(q_of(copied, p))[-1]["train_mse"] - best) < 1e-14
+    order = rng.permutation(k)
+    assert abs(fit_weights.fit_prefixes(q_of(votes[order], p))[-1]["train_mse"] - best) < 1e-14
+    q = gram(rng, k, "full") + 0.1 * np.eye(k)  # a unique optimum moves with its members
+    np.testing.assert_allclose(fit_weights.simplex_weights(q[np.ix_(order, order)]), fit_weights.simplex_weights(q)[order], atol=1e-12)
+    np.testing.assert_allclose(fit_weights.simplex_weights(1e-6 * q), fit_weights.simplex_weights(q), atol=1e-12)  # nor does the scale matter
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds)
+def test_prefixes_do_not_depend_on_later_members_and_never_get_worse(seed):
+    votes, p = draw_votes(np.random.default_rng(seed))
+    q = q_of(votes, p)
+    prefixes = fit_weights.fit_prefixes(q)
+    assert [entry["k"] for entry in prefixes] == list(range(1, len(q) + 1))
+    size = 1 + seed % len(q)
+    assert fit_weights.fit_prefixes(np.array(q[:size, :size])) == prefixes[:size]  # so is a second call: the same bits
+    errors = [entry["train_mse"] for entry in prefixes]
+    assert all(after <= before + 1e-14 for before, after in itertools.pairwise(errors))
+
+
+# ---- the stage
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Data of six train prompts of unequal size and rewards of three members, with exact ties."""
+    rng, run = np.random.default_rng(4), tmp_path / "run"
+    (run / "data").mkdir(parents=True)
+    (run / "rewards").mkdir()
+    for split in ("train", "test"):
+        rows = []
+        for i in range(6):
+            pairs = [{"a": int(a), "b": int(b), "votes_a": float(x), "votes_b": float(4 - x), "ties": 0.0}
+                     for (a, b), x in zip(itertools.combinations(range(2 + i % 3), 2), rng.integers(0, 5, 6))]
+            rows.append({"prompt_id": f"{split}{i}", "messages": [{"role": "user", "content": f"Question {i}?"}], "responses": [f"Answer {n}." for n in range(2 + i % 3)], "pairs": pairs})
+        write_split(run / "data" / f"{split}.parquet", rows)
+        for j in (1, 2, 3):
+            np.save(run / "rewards" / f"{j:02d}_{split}.npy", rng.integers(0, 5, 18).astype(np.float32))
+    return run
+
+
+def fit(run):
+    fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
+    return json.loads((run / "weights.json").read_text())
+
+
+def test_weights_file_is_exact_and_says_how_exact(run, capsys):
+    from pairwise.run_dir import read_split
+
+    prefixes = fit(run)
+    split = read_split(run, "train")
+    rewards = np.stack([np.load(run / "rewards" / f"{j:02d}_train.npy") for j in (1, 2, 3)]).astype(float)
+    votes = (np.sign(rewards[:, split.a] - rewards[:, split.b]) + 1) / 2
+    assert (votes == 0.5).any() and [entry["k"] for entry in prefixes] == [1, 2, 3]
+    for entry in prefixes:
+        k = entry["k"]
+        assert set(entry) == {"k", "alpha", "fit", "train_mse", "kkt"} and entry["fit"] == "qp" and len(entry["alpha"]) == k and entry["kkt"] <= 1e-10
+        d = votes[:k] - split.p
+        assert abs(entry["train_mse"] - np.mean((entry["alpha"] @ d) ** 2)) < 1e-14
+        assert abs(entry["train_mse"] - supports_minimum(d @ d.T / d.shape[1])) < 1e-12
+    assert "k=3" in capsys.readouterr().out
+
+
+def test_stage_is_skipped_repeatable_and_made_again_for_another_member(run, capsys):
+    first, content = fit(run), (run / "weights.json").read_bytes()
+    assert "skipped" not in capsys.readouterr().out
+    assert fit(run) == first and "up to date, skipped" in capsys.readouterr().out
+    (run / "weights.json").unlink()
+    fit(run)
+    assert (run / "weights.json").read_bytes() == content and "skipped" not in capsys.readouterr().out
+    for split in ("train", "test"):
+        np.save(run / "rewards" / f"04_{split}.npy", np.arange(18, dtype=np.float32))
+    assert fit(run)[:3] == first and "k=4" in capsys.readouterr().out
+    np.save(run / "rewards" / "01_train.npy", np.arange(18, dtype=np.float32))
+    assert fit(run)[0] != first[0] and "skipped" not in capsys.readouterr().out
+
+
+def rewards_with(value):
+    rewards = np.arange(18, dtype=np.float32)
+    rewards[7] = value
+    return rewards
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda run: np.save(run / "rewards/02_train.npy", rewards_with(np.nan)), r"02_train.npy: member 2, split train: 1 rewards are NaN, the first at index 7"),
+    (lambda run: (run / "rewards/02_train.npy").unlink(), r"02_train.npy: no such file"),
+    (lambda run: [path.unlink() for path in (run / "rewards").glob("02_*")], r"members \[1, 3\] found, 1 to 2 expected"),
+    (lambda run: shutil.rmtree(run / "rewards"), "no rewards; train_rm.py makes them"),
+    (lambda run: np.save(run / "rewards/03_train.npy", np.zeros(17, np.float32)), r"float32 \(17,\) found, float32 \(18,\) expected"),
+    (lambda run: np.save(run / "rewards/01_train.npy", np.zeros(18)), "float64 .* found, float32 .* expected"),
+    (lambda run: (run / "rewards/01_train.npy").write_bytes(b"reward"), "01_train.npy: not a .npy array"),
+    (lambda run: (run / "data/train.parquet").unlink(), "train.parquet: no such file"),
+    (lambda run: (run / "data/train.parquet").write_bytes(b"data"), "train.parquet: not prepared data"),
+    (shutil.rmtree, "no such file")])
+def test_bad_input_is_one_line_and_leaves_the_weights(run, spoil, message):
+    write_json(run / "weights.json", ["before"])
+    spoil(run)
+    with pytest.raises(InputError, match=message) as error:
+        fit(run)
+    assert len(str(error.value).splitlines()) == 1
+    if run.exists():
+        assert json.loads((run / "weights.json").read_text()) == ["before"] and not (run / "manifest.json").exists()

@@ -1,0 +1,144 @@
+"""run_all.sh as a user runs it, on a small demo: complete, resumable, killable, and clear about what it does not accept."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--prompts", "40", "--responses", "3", "--texts", "128", "--continuations", "3", "--threads", "1"]
+ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop("PAIRWISE_COMMAND", None)
+
+
+def run_all(*words, **options):
+    return subprocess.run(["bash", str(ROOT / "run_all.sh"), *map(str, words)], capture_output=True, text=True, env=ENVIRONMENT, **options)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"}
+
+
+def assert_refused(done, *words):
+    """Exit code 2, and one line that says all of `words`."""
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    for word in words:
+        assert word in lines[0]
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("demo") / "run"
+    done = run_all("demo", 2, "--run", run, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return run, done.stdout
+
+
+def test_everything_is_there(demo_run):
+    run, printed = demo_run
+    names = contents(run).keys()
+    for name in ["data/train.parquet", "data/valid.parquet", "data/test.parquet", "data/stats.json", "base/config.json", "continuations.parquet",
+                 "member_01/model.safetensors", "member_02/config.json", "rewards/01_train.npy", "rewards/02_test.npy", "rewards/02_continuations.npy",
+                 "logs/01.jsonl", "weights.json", "metrics.json", "report.html", "figures/calibration.png", "figures/kendall.png", "figures/votes.png",
+                 "figures/reliability.png", "figures/training.png", "figures/weights.png"]:
+        assert name in names
+    assert not [name for name in names if "partial" in name]
+    assert str(run / "report.html") in printed and "Brier" in printed
+    page = (run / "report.html").read_text()
+    assert not re.search(r'(src|href)="http', page) and "<script" not in page  # opens without a network
+    assert f"bash run_all.sh demo 2 --run {shlex.quote(str(run))}" in page
+    stages = json.loads((run / "manifest.json").read_text())["stages"]
+    assert {"data", "base", "continuations", "member_01", "member_02", "weights", "evaluate"} <= stages.keys()
+    assert all(stage["done"] and stage["seconds"] >= 0 and stage["versions"]["python"] for stage in stages.values())
+
+
+def test_second_run_skips_and_larger_k_continues(demo_run):
+    run, _ = demo_run
+    before = contents(run)
+    done = run_all("demo", 2, "--run", run, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert contents(run) == before
+    for stage in ("data", "base", "continuations", "member 1", "member 2", "weights", "evaluate"):
+        assert re.search(rf"^{stage}: .*skipped$", done.stdout, re.MULTILINE), done.stdout
+
+    done = run_all("demo", 3, "--run", run, *SMALL)
+    assert done.returncode == 0, done.stderr
+    after = contents(run)
+    unchanged = [name for name in before if name.startswith(("data", "base", "member_", "rewards", "logs", "continuations"))]
+    assert unchanged and all(after[name] == before[name] for name in unchanged)
+    assert json.loads(after["weights.json"])[:2] == json.loads(before["weights.json"])
+    assert json.loads(after["metrics.json"])["k"] == 3
+
+    done = run_all("demo", 2, "--run", run, *SMALL)  # fewer than there are: nothing is lost
+    assert "holds more than K = 2 members" in done.stdout and contents(run) == after
+
+
+def test_other_arguments_are_refused_with_a_command_that_works(demo_run):
+    run, _ = demo_run
+    before = contents(run)
+    line = assert_refused(run_all("demo", 2, "--run", run, *SMALL, "--lr", "1e-3"), "--lr was 0.003, is 0.001")
+    assert f"--run {run}-2" in line and "--lr 1e-3" in line
+    assert_refused(run_all("demo", 2, "--run", run, *SMALL, "--data-seed", "7"), "--seed was 0, is 7")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("words, said", [
+    (["demo", "0"], "K = '0'"), (["demo", "-1"], "K = '-1'"), (["demo", "x"], "K = 'x'"), (["demo", "2.5"], "K = '2.5'"), (["nosuch"], "unknown data set 'nosuch'"),
+    (["demo", "2", "more"], "'more' found"), (["demo", "--nonsense", "1"], "--nonsense"), (["demo", "--lr"], "--lr needs a value"), (["demo", "--lr", "fast"], "--lr"),
+    (["demo", "--data-seed", "x"], "--data-seed 'x'"), (["votes.csv", "2"], "needs --base"), (["missing.csv", "2", "--base", "x"], "missing.csv"),
+    (["demo", "--prompts", "0"], "--prompts"), (["demo", "--target", "nothing"], "--target"), (["demo", "--iteration", "3"], "--iteration"),
+])
+def test_wrong_words_fail_before_anything_is_written(words, said, tmp_path):
+    assert_refused(run_all(*words, "--run", tmp_path / "run"), said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_is_one_screen():
+    done = run_all("--help")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) <= 30 and max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_metrics(demo_run, tmp_path):
+    """kill -9 of the whole process group at several moments, then the same command again."""
+    reference = tmp_path / "reference"
+    assert run_all("demo", 2, "--run", reference, *SMALL).returncode == 0
+    run = tmp_path / "run"
+    for seconds in (4, 7, 9, 11):  # into the base model, the continuations, the members
+        process = subprocess.Popen(["bash", str(ROOT / "run_all.sh"), "demo", "2", "--run", str(run), *SMALL], env=ENVIRONMENT, start_new_session=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = run_all("demo", 2, "--run", run, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert (run / "metrics.json").read_bytes() == (reference / "metrics.json").read_bytes()
+    assert contents(run).keys() == contents(reference).keys()
+
+
+def test_your_own_votes_with_a_frozen_base(demo_run, tmp_path):
+    run, _ = demo_run
+    rows = [{"prompt": f"Name a fruit, number {i}.", "response_a": "An apple.", "response_b": "Perhaps it depends on you.", "votes_a": 1 + i % 4, "votes_b": 2} for i in range(12)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "run"
+    done = run_all(file, 2, "--base", run / "base", "--train", "head", "--test-share", "0.25", "--run", out, "--epochs", "2", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    assert "warning: only 3 test prompts" in done.stdout
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["dataset"] == "mine" and metrics["k"] == 2 and metrics["splits"]["test"]["prompts"] == 3 and metrics["diversity"] is None
+    assert metrics["splits"]["test"]["floor_true"] is None
+
+    rows[4]["votes_a"] = -1
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert_refused(run_all(file, 2, "--base", tmp_path / "no-base", "--run", tmp_path / "other"), "mine.jsonl line 5", "votes_a")
+    assert not (tmp_path / "other").exists()
