@@ -78,8 +78,9 @@ def table(metrics, split="test"):
     """The result table in plain text, at most 100 columns."""
     s = metrics["splits"][split]
     n = lambda x: num(x, "-")
-    lines = [*textwrap.wrap(f"{metrics['dataset']}, {split} split: {s['prompts']} prompts, {s['pairs']} pairs, {s['annotators_mean']:.1f} votes a pair. All errors: lower is better.", 100), "",
-             f"{'k':>3}  {'Brier':>6}  {'95 % interval':>14}  {'soft':>6}  {'excess':>6}  {'true err.':>9}  mixture weights"]
+    title = (f"{metrics['dataset']}, {split} split: {s['prompts']} prompts, {s['pairs']} pairs, {s['annotators_mean']:.1f} votes a pair. "
+             "All errors: lower is better.")
+    lines = [*textwrap.wrap(title, 100), "", f"{'k':>3}  {'Brier':>6}  {'95 % interval':>14}  {'soft':>6}  {'excess':>6}  {'true err.':>9}  mixture weights"]
     for e in s["ensemble"]:
         row = (f"{e['k']:>3}  {n(e['brier']):>6}  {interval(e.get('brier_ci'), '-'):>14}  {n(e.get('brier_soft')):>6}  "
                f"{n(e.get('excess')):>6}  {n(e.get('true_error')):>9}  ")
@@ -135,15 +136,18 @@ def calibration(s):
     e, c = s["ensemble"], s.get("irreducible")
     simulated = e[-1].get("true_error") is not None
     soft = [x.get("brier_soft") for x in e]
-    styles = [dict(color=ORANGE, lw=1.1), dict(color=GREEN, lw=1.1, ls=(0, (6, 2))), dict(color=BLUE, lw=1.1, ls=(0, (4, 1.5, 1, 1.5))), dict(color=INK, lw=1, ls=(0, (1, 1.5)))]
+    styles = [dict(color=ORANGE, lw=1.1), dict(color=GREEN, lw=1.1, ls=(0, (6, 2))), dict(color=BLUE, lw=1.1, ls=(0, (4, 1.5, 1, 1.5))),
+              dict(color=INK, lw=1, ls=(0, (1, 1.5)))]
     names = ["single deterministic reward (shaded): at least", "coin flip", "single soft model", "irreducible error Ĉ"]
     rows = 3 + sum(s.get(key) is not None for _, key, _, _ in REFERENCES)
     fig = Figure(figsize=(WIDE if simulated else NARROW, 2.65 + 0.13 * rows))
     error_panel(fig, 0, [(x["k"], x["brier"], x.get("brier_ci")) for x in e], None if None in soft else soft,
                 [(name, s.get(r[1]), style) for name, r, style in zip(names, REFERENCES, styles)],
-                None if c is None else ("Theorem 2: 1/(4k) + Ĉ", lambda k: 1 / (4 * k) + c), "calibration error (Brier score)", "against the annotators' votes", rows)
+                None if c is None else ("Theorem 2: 1/(4k) + Ĉ", lambda k: 1 / (4 * k) + c),
+                "calibration error (Brier score)", "against the annotators' votes", rows)
     if simulated:
-        error_panel(fig, NARROW + 0.15, [(x["k"], x["true_error"], None) for x in e], None, [(name, s.get(r[2]), style) for name, r, style in zip(names[:3], REFERENCES, styles)],
+        error_panel(fig, NARROW + 0.15, [(x["k"], x["true_error"], None) for x in e], None,
+                    [(name, s.get(r[2]), style) for name, r, style in zip(names[:3], REFERENCES, styles)],
                     ("Theorem 2: 1/(4k)", lambda k: 1 / (4 * k)), "true error", "against the true fractions", rows)
     return fig
 
@@ -158,7 +162,8 @@ def matrix(values, low, high, title, ylabel, rows):
     tall, left = n * height + 0.75, 0.5 + (wide - 1.15 - m * width) / 2
     fig = Figure(figsize=(wide, tall))
     ax = fig.add_axes([left / wide, 0.45 / tall, m * width / wide, n * height / tall])
-    mesh = ax.pcolormesh(np.arange(m + 1) + 0.5, np.arange(n + 1) + 0.5, np.ma.masked_invalid(values), cmap="Blues", vmin=low, vmax=high, edgecolors="white", lw=0.8)
+    mesh = ax.pcolormesh(np.arange(m + 1) + 0.5, np.arange(n + 1) + 0.5, np.ma.masked_invalid(values),
+                         cmap="Blues", vmin=low, vmax=high, edgecolors="white", lw=0.8)
     ax.set(ylim=(n + 0.5, 0.5), xlabel="member", ylabel=ylabel)
     fig.text(0.5, 1 - 0.08 / tall, title, va="top", ha="center")
     step = -(-max(m, n) // 24)
@@ -168,7 +173,8 @@ def matrix(values, low, high, title, ylabel, rows):
     ax.spines[:].set_visible(False)
     for (i, j), x in np.ndenumerate(values):
         if step == 1 and not np.isnan(x):  # beyond 24 members the numbers would be too small to read
-            ax.text(j + 1, i + 1, short(x), ha="center", va="center_baseline", fontsize=6 if width < 0.35 else 7, color="white" if x - low > 0.55 * (high - low) else INK)
+            ax.text(j + 1, i + 1, short(x), ha="center", va="center_baseline", fontsize=6 if width < 0.35 else 7,
+                    color="white" if x - low > 0.55 * (high - low) else INK)
     side = fig.add_axes([(left + m * width + 0.08) / wide, 0.45 / tall, 0.09 / wide, n * height / tall])
     bar = fig.colorbar(mesh, cax=side, ticks=[low, high] if n < 3 else [low, (low + high) / 2, high], format=lambda x, _: short(x))
     bar.outline.set_linewidth(0.4)
@@ -207,7 +213,8 @@ def votes(p):
     if len(values) == 1 or np.diff(values).min() > 0.045:  # room for a number over each bar
         for x, y in zip(values, height):
             ax.text(x, y + 0.015 * height.max(), f"{y:.0f}" if y >= 1 else "<1" if y else "", ha="center", va="bottom", fontsize=7)
-    ax.set(xlim=(0.465, 1.035), ylim=(0, 1.12 * height.max()), xticks=np.arange(5, 11) / 10, xlabel="majority share max(p, 1 − p)", ylabel="pairs (%)")
+    ax.set(xlim=(0.465, 1.035), ylim=(0, 1.12 * height.max()), xticks=np.arange(5, 11) / 10,
+           xlabel="majority share max(p, 1 − p)", ylabel="pairs (%)")
     ax.set_title(f"{len(p)} pairs, mean {num(float(np.maximum(p, 1 - p).mean()))}")
     return fig
 
@@ -227,10 +234,12 @@ def reliability(p, p_hat):
     fig, (ax, below) = subplots(NARROW, 3.7, 2, 1, sharex=True, height_ratios=[4, 1])
     ax.plot([0, 1], [0, 1], color=GREY, lw=0.8, ls=(0, (4, 2)), label=r"$p = \hat{p}$")
     ax.vlines(mean_x, np.maximum(mean_y - spread, 0), np.minimum(mean_y + spread, 1), color="#999999", lw=1, label="± one s.d. of p")
-    ax.plot(mean_x, mean_y, "o-" if len(mean_x) > 1 else "o", color=BLUE, mec=INK, mew=0.5, ms=4, lw=1, label="mean p" + (" (11 bins)" if binned else ""))
+    ax.plot(mean_x, mean_y, "o-" if len(mean_x) > 1 else "o", color=BLUE, mec=INK, mew=0.5, ms=4, lw=1,
+            label="mean p" + (" (11 bins)" if binned else ""))
     ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), ylabel="annotators' share p")
     width = 1 / 11 if binned else min(0.04, 0.8 * np.diff(values).min() if len(values) > 1 else 0.04)
-    below.bar((np.floor(mean_x * 11).clip(0, 10) + 0.5) / 11 if binned else mean_x, 100 * count / len(x), max(width, 0.006), color="#6f8fae", edgecolor=INK, lw=0.4)
+    centre = (np.floor(mean_x * 11).clip(0, 10) + 0.5) / 11 if binned else mean_x
+    below.bar(centre, 100 * count / len(x), max(width, 0.006), color="#6f8fae", edgecolor=INK, lw=0.4)
     below.set(xlabel=r"ensemble's share $\hat{p}$", ylabel="pairs (%)")
     below.yaxis.set_major_locator(MaxNLocator(3))
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, columnspacing=1.2)
@@ -289,25 +298,29 @@ def verdict(metrics):
     text += f", 95 % interval {interval(ci)}" if ci else ", without an interval"
     text += f"; with k = 1 it is {num(first['brier'])}. " if first["k"] == 1 < last["k"] else ". "
     parts = []
-    for name, key in (("the floor of any single deterministic reward", "floor_single"), ("the coin flip", "coin_flip"), ("the single soft model", "soft_single")):
+    for name, key in (("the floor of any single deterministic reward", "floor_single"), ("the coin flip", "coin_flip"),
+                      ("the single soft model", "soft_single")):
         x = s.get(key)
         if x is None:
             continue
         side = "below" if b < x else "above" if b > x else "equal to"
-        doubt = "" if ci is None or side == "equal to" else ", the whole interval too" if (ci[1] < x or ci[0] > x) else ", but the interval contains it"
+        doubt = "" if ci is None or side == "equal to" else \
+            ", the whole interval too" if (ci[1] < x or ci[0] > x) else ", but the interval contains it"
         parts.append(f"{side} {name} ({num(x)}{doubt})")
     text += "The ensemble is " + (", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]) + ". "
     if s.get("soft_single") is None:
         text += "There is no single soft model to compare with: member 1 was not trained on the vote fractions. "
-    if s.get("irreducible") is not None:
-        text += f"Of the error, {num(s['irreducible'])} is irreducible: no prediction can foresee which annotators were drawn. " if s["irreducible"] else ""
-    else:
+    if s.get("irreducible") is None:
         text += "The irreducible part of the error is not known for these votes. "
+    elif s["irreducible"]:
+        text += f"Of the error, {num(s['irreducible'])} is irreducible: no prediction can foresee which annotators were drawn. "
     if last.get("true_error") is not None:
-        known = [f"{name} {num(s.get(key))}" for name, key in (("single-reward floor", "floor_true"), ("coin flip", "coin_true"), ("single soft model", "soft_true")) if s.get(key) is not None]
+        known = [f"{name} {num(s[key])}" for name, key in (
+            ("single-reward floor", "floor_true"), ("coin flip", "coin_true"), ("single soft model", "soft_true")) if s.get(key) is not None]
         text += f"Against the population's true fractions the ensemble errs by {num(last['true_error'])} ({', '.join(known)}). "
     if ci:
-        text += "The interval is that of the ensemble's score over resampled prompts; the lines it is compared with come from the same pairs and have no interval here."
+        text += "The interval is that of the ensemble's score over resampled prompts; "
+        text += "the lines it is compared with come from the same pairs and have no interval here."
         text += " With fewer than 20 test prompts it is wide and rough." if s["prompts"] < 20 else ""
     return text
 
@@ -327,15 +340,29 @@ CAPTIONS = {
     "training": "Training loss of each member: running mean (black) and single steps (grey). Members are trained on different targets, "
         "so the heights of two curves do not compare.",
 }
+NOTES = {
+    "ensemble": "Test split, lower is better. Brier: mean (p̂ − p)², the pairwise calibration error, where p is the share of annotators and p̂ the "
+        "weighted share of members that prefer the first response. Soft votes: the same mixture before each member's vote is made 0 or 1. Excess: "
+        "Brier minus the irreducible error Ĉ. True error: mean (p̂ − p*)² against the population's true fraction, where it is known. –: does not "
+        "exist for this run.",
+    "members": "Each member alone, test split. Φ: mean share of annotators that it votes against. Regret: Φ beyond that of always siding with the "
+        "majority. Lower is better for the first three. Accuracy (siding with the majority, higher is better) is for comparison with other work only.",
+    "weights": "Fit qp: the exact minimum of the training error over weights that are not negative and sum to one; the KKT residual says how exact. "
+        "Fit fixed: weights given from elsewhere.",
+}
 CSS = """
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: #1a1a1a; background: #fff; max-width: 900px; margin: 0 auto; padding: 24px 16px 48px; }
-h1 { font-size: 1.5em; line-height: 1.25; margin: 0 0 .6em; } h2 { font-size: 1.12em; margin: 2em 0 .5em; padding-bottom: .2em; border-bottom: 1px solid #ccc; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: #1a1a1a; background: #fff;
+       max-width: 900px; margin: 0 auto; padding: 24px 16px 48px; }
+h1 { font-size: 1.5em; line-height: 1.25; margin: 0 0 .6em; }
+h2 { font-size: 1.12em; margin: 2em 0 .5em; padding-bottom: .2em; border-bottom: 1px solid #ccc; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums; }
 th, td { padding: .22em .8em; text-align: right; vertical-align: top; white-space: nowrap; } th { border-bottom: 1px solid #444; font-weight: 600; }
 td { border-bottom: 1px solid #eee; } .l { text-align: left; } .w { text-align: left; white-space: normal; }
 .facts td.w { overflow-wrap: anywhere; } .facts td:first-child { color: #555; white-space: nowrap; }
 .note, figcaption { color: #444; font-size: .87em; } .result { background: #f5f5f0; border-left: 3px solid #555; padding: .7em 1em; }
-figure { margin: 1.6em 0; break-inside: avoid; } figure img { display: block; max-width: 100%; height: auto; margin: 0 auto .4em; } figcaption { max-width: 44em; margin: 0 auto; }
+figure { margin: 1.6em 0; break-inside: avoid; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto .4em; }
+figcaption { max-width: 44em; margin: 0 auto; }
 pre { background: #f5f5f0; padding: .7em 1em; overflow-x: auto; font-size: .85em; white-space: pre-wrap; overflow-wrap: anywhere; }
 @media (max-width: 560px) { .facts td:first-child { white-space: normal; } th, td { padding: .22em .45em; } }
 @media print { body { max-width: none; padding: 0; font-size: 11px; } tr, .result { break-inside: avoid; } h2 { break-after: avoid; } }
@@ -348,6 +375,10 @@ def html_table(head, rows, kinds, cls=""):
     head = "<thead><tr>" + "".join(cell("th", x, k) for x, k in zip(head, kinds)) + "</tr></thead>" if head else ""
     body = "".join("<tr>" + "".join(cell("td", x, k) for x, k in zip(row, kinds)) + "</tr>\n" for row in rows)
     return f'<div class="scroll"><table class="{cls}">{head}<tbody>\n{body}</tbody></table></div>\n'
+
+
+def note(name):
+    return f'<p class="note">{html.escape(NOTES[name])}</p>\n'
 
 
 def facts(metrics, manifest):
@@ -371,19 +402,21 @@ def facts(metrics, manifest):
     data_seed = said(everything, "data_seed") or said([stages[name].get("settings") or {} for name in stages if name.startswith("data")], "seed")
     shown = {"target", "train", "base", "seed", "data_seed"}
     other = {k: said(members, k) for d in members for k in d if k not in shown}
+    sizes = [f"{name} {x['prompts']} prompts, {x['pairs']} pairs, {x['annotators_mean']:.2f} votes a pair" for name, x in splits.items()]
+    commits = dict.fromkeys(c[:12] + "+" * c.endswith("+") for c in (stage.get("git_commit") or "" for stage in stages.values()) if c)
     return [(name, text) for name, text in [
         ("Data set", metrics["dataset"]),
-        ("Votes", f"{metrics['votes']}: {VOTES.get(metrics['votes'], '')}"),
+        ("Votes", f"{metrics['votes']}: {VOTES[metrics['votes']]}"),
         ("Ensemble", f"K = {metrics['k']}"),
-        ("Splits", "; ".join(f"{name} {s['prompts']} prompts, {s['pairs']} pairs, {s['annotators_mean']:.2f} votes a pair" for name, s in splits.items())),
-        ("Exact ties", f"{100 * splits['test']['tie_rate']:.2f} % of the members' votes on test pairs" if splits["test"].get("tie_rate") is not None else ""),
+        ("Splits", "; ".join(sizes)),
+        ("Exact ties", f"{100 * splits['test']['tie_rate']:.2f} % of the members' votes on test pairs"),
         ("Base model", said([*members, *stages.values()], "base")),
         ("Trained", ", ".join(train.get(x, x) for x in said(members, "train").split(", "))),
         ("Target", pretty(target)),
         ("Seeds", "; ".join(f"{name} {x}" for name, x in (("training", said(members, "seed")), ("data", data_seed)) if x)),
         ("Settings", "; ".join(f"{k} {v}" for k, v in other.items() if v)),
         ("Date", dates[-1] if dates else ""),
-        ("Git commit", ", ".join(dict.fromkeys(c[:12] + "+" * c.endswith("+") for c in (stage.get("git_commit") or "" for stage in stages.values()) if c))),
+        ("Git commit", ", ".join(commits)),
         ("Versions", ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))),
     ] if text]
 
@@ -396,49 +429,53 @@ def write(out, metrics, weights, manifest, logs, p, p_hat):
     """
     out = Path(out)
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    s = metrics["splits"]["test"]
     with matplotlib.rc_context(STYLE):
-        figures = {"calibration": calibration(s), "votes": votes(p), "reliability": reliability(p, p_hat), "kendall": kendall(metrics.get("diversity")),
-                   "weights": mixture_weights(weights), "training": training(logs)}
+        figures = {"calibration": calibration(metrics["splits"]["test"]), "votes": votes(p), "reliability": reliability(p, p_hat),
+                   "kendall": kendall(metrics["diversity"]), "weights": mixture_weights(weights), "training": training(logs)}
         images = {name: save(fig, out / "figures" / name) for name, fig in figures.items() if fig}
     for name in figures.keys() - images.keys():  # of an earlier evaluation
         for kind in ("png", "pdf"):
             (out / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
+    widths = {name: round(figures[name].get_size_inches()[0] / WIDE * 860) for name in images}
+    with replacing(out / "report.html") as partial:
+        partial.write_text(page(metrics, weights, manifest, images, widths), encoding="utf-8")
+    return out / "report.html"
+
+
+def page(metrics, weights, manifest, images, widths):
+    """The report as HTML text. images: {name: SVG bytes}; widths: {name: pixels}."""
 
     def figure(name):
         if name not in images:
             return ""
-        inches = figures[name].get_size_inches()[0]
-        return (f'<figure><img alt="figure: {name}" style="width:{inches / WIDE * 860:.0f}px" src="data:image/svg+xml;base64,{base64.b64encode(images[name]).decode()}">'
+        data = base64.b64encode(images[name]).decode()
+        return (f'<figure><img alt="figure: {name}" style="width:{widths[name]}px" src="data:image/svg+xml;base64,{data}">'
                 f"<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>\n")
 
-    stages = manifest.get("stages") or {}
-    whole = lambda x: None if x is None else f"{x:.0f}"
+    def rows(dicts, *keys):
+        return [tuple(x[key] if key in ("k", "j", "fit") else num(x.get(key)) for key in keys) for x in dicts]
+
+    s, stages = metrics["splits"]["test"], manifest.get("stages") or {}
     title = f"Pairwise calibrated rewards: {metrics['dataset']}, K = {metrics['k']}"
+    by_k = [(*row[:2], interval(e["brier_ci"]), *row[2:]) for row, e in zip(rows(s["ensemble"], "k", "brier", "brier_soft", "excess", "true_error"), s["ensemble"])]
+    fitted = [(*row, f"{w['kkt']:.0e}" if "kkt" in w else None, "  ".join("0" if a == 0 else num(a) for a in w["alpha"]))
+              for row, w in zip(rows(weights, "k", "fit", "train_mse"), weights)]
+    timed = [(name, x.get("seconds"), x.get("peak_memory_mb"), x.get("threads"), x.get("date")) for name, x in stages.items()]
     parts = [
-        f'<h1>{html.escape(title)}</h1>', html_table([], facts(metrics, manifest), "lw", "facts"),
+        f"<h1>{html.escape(title)}</h1>", html_table([], facts(metrics, manifest), "lw", "facts"),
         f'<h2>Result</h2><p class="result">{html.escape(verdict(metrics))}</p>',
-        html_table(["k", "Brier", "95 % interval", "soft votes", "excess", "true error"],
-                   [(e["k"], num(e["brier"]), interval(e.get("brier_ci")), num(e.get("brier_soft")), num(e.get("excess")), num(e.get("true_error"))) for e in s["ensemble"]], "rrrrrr"),
-        '<p class="note">Test split, lower is better. Brier: mean (p̂ − p)², the pairwise calibration error, where p is the share of annotators and p̂ the weighted share of '
-        "members that prefer the first response. Soft votes: the same mixture before each member's vote is made 0 or 1. Excess: Brier minus the irreducible error Ĉ. "
-        "True error: mean (p̂ − p*)² against the population's true fraction, where it is known. –: does not exist for this run.</p>",
+        html_table(["k", "Brier", "95 % interval", "soft votes", "excess", "true error"], by_k, "rrrrrr"), note("ensemble"),
         html_table(["reference line", "Brier", "true error", "how"], [(pretty(name), num(x), num(true), pretty(how)) for name, x, true, how in references(s)], "lrrl"),
-        figure("calibration"), "<h2>Votes and predictions</h2>", figure("votes"), figure("reliability"),
-        "<h2>Members</h2>", html_table(["member", "Brier", "Φ", "regret", "accuracy"], [(m["j"], *(num(m[key]) for key in ("brier", "disagreement", "regret", "accuracy"))) for m in s["members"]], "rrrrr"),
-        '<p class="note">Each member alone, test split. Φ: mean share of annotators that it votes against. Regret: Φ beyond that of always siding with the majority. Lower is better for the first three. '
-        "Accuracy (siding with the majority, higher is better) is for comparison with other work only.</p>",
-        figure("kendall"), "<h2>Mixture weights</h2>", figure("weights"),
-        html_table(["k", "fit", "train error", "KKT residual", "weights of members 1..k"],
-                   [(w["k"], w.get("fit"), num(w.get("train_mse")), None if w.get("kkt") is None else f"{w['kkt']:.0e}", "  ".join("0" if a == 0 else num(a) for a in w["alpha"])) for w in weights], "rlrrw"),
-        '<p class="note">Fit qp: the exact minimum of the training error over weights that are not negative and sum to one; the KKT residual says how exact. Fit fixed: weights given from elsewhere.</p>',
-        "<h2>Training</h2>" if "training" in images else "", figure("training"),
-        "<h2>Stages</h2>" + html_table(["stage", "seconds", "peak memory, MB", "threads", "date"],
-                                       [(name, None if x.get("seconds") is None else f"{x['seconds']:.1f}", whole(x.get("peak_memory_mb")), x.get("threads"), x.get("date")) for name, x in stages.items()], "lrrrl") if stages else "",
+        figure("calibration"),
+        "<h2>Votes and predictions</h2>", figure("votes"), figure("reliability"),
+        "<h2>Members</h2>",
+        html_table(["member", "Brier", "Φ", "regret", "accuracy"], rows(s["members"], "j", "brier", "disagreement", "regret", "accuracy"), "rrrrr"), note("members"),
+        figure("kendall"),
+        "<h2>Mixture weights</h2>", figure("weights"),
+        html_table(["k", "fit", "train error", "KKT residual", "weights of members 1..k"], fitted, "rlrrw"), note("weights"),
+        "<h2>Training</h2>" + figure("training") if "training" in images else "",
+        "<h2>Stages</h2>" + html_table(["stage", "seconds", "peak memory, MB", "threads", "date"], timed, "lrrrl") if stages else "",
         f"<h2>Reproduce</h2><pre>{html.escape(str(manifest['command']))}</pre>" if manifest.get("command") else "",
     ]
-    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{html.escape(title)}</title><style>{CSS}</style></head>\n<body>\n{''.join(parts)}</body></html>\n")
-    with replacing(out / "report.html") as partial:
-        partial.write_text(page, encoding="utf-8")
-    return out / "report.html"
