@@ -6,6 +6,8 @@
 Reads data/, rewards/ and weights.json of the run; writes metrics.json, report.html and figures/ into it, or into --out.
 """
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from scipy.special import expit
 from pairwise import report
 from pairwise.run_dir import (
     REPOSITORY, InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, natural, read_json,
-    read_rewards, read_splits, read_weights, reward_path, run_main, unchanged, write_json)
+    read_rewards, read_splits, read_weights, reward_path, run_main, seed, unchanged, write_json)
 
 evaluator = import_evaluator()
 
@@ -52,6 +54,17 @@ def interval(errors, pairs, counts):
     return np.percentile(resampled, [2.5, 97.5], axis=0).T
 
 
+def counted_pairs(split):
+    """The split without its pairs of fewer than two votes, which train has with --min-votes 1, and without prompts that have no other; None where nothing is left.
+
+    Responses keep their places, so that rewards still fit.
+    """
+    keep = split.n >= 2
+    start = np.concatenate([[0], np.cumsum(keep)])[split.pair_start]
+    pairs = {name: getattr(split, name)[keep] for name in ("a", "b", "votes_a", "votes_b", "ties", "p_true") if getattr(split, name) is not None}
+    return dataclasses.replace(split, prompt_id=list(itertools.compress(split.prompt_id, np.diff(start))), pair_start=np.unique(start), **pairs) if keep.any() else None
+
+
 def split_metrics(split, rewards, alphas, fits, stats, counts):
     """The S of metrics.json for one split.
 
@@ -60,7 +73,8 @@ def split_metrics(split, rewards, alphas, fits, stats, counts):
     sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
     total = {name: values.sum(0) for name, values in sums.items()}
     p, n, truth, pairs, k = split.p, split.n, split.p_true, len(split.p), len(rewards)
-    soft = expit((rewards[:, split.a] - rewards[:, split.b]).astype(np.float64))  # (K, N)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite rewards are ranks too: the difference of two equal ones is 0
+        soft = expit(np.nan_to_num(rewards[:, split.a] - rewards[:, split.b]).astype(np.float64))  # (K, N)
     halves = split.ties if stats["ties"] == "half" else np.zeros(pairs)
     c = {"sampled": irreducible(p, n, halves), "population": 0.0, "dependent": None}[stats["votes"]]
     votes = evaluator.votes(rewards, split.a, split.b) / 2 if truth is not None else None
@@ -98,28 +112,45 @@ def split_metrics(split, rewards, alphas, fits, stats, counts):
         "ensemble": ensemble, "members": members, "pairwise_disagreement": (total["disagreement"] / pairs).tolist()}
 
 
-def diversity(run, k):
-    """Kendall's tau-b between the members' rankings of every prompt's continuations, averaged over prompts (figure 3); None without them.
-
-    A prompt on which a member is constant has no tau for it and is left out of that cell.
-    """
-    if not (run / "continuations.parquet").exists() and not reward_path(run, 1, "continuations").exists():
+def read_continuations(run, k):
+    """Rewards of the continuations, float32 (K, prompts, n); None where there are none."""
+    if not (run / "continuations.parquet").exists() and not list((run / "rewards").glob("*_continuations.npy")):
         return None
-    first = np.load(reward_path(run, 1, "continuations"), allow_pickle=False, mmap_mode="r")
-    scores = read_rewards(run, "continuations", k, first.shape)
+    path = reward_path(run, 1, "continuations")
+    try:
+        shape = np.load(path, allow_pickle=False).shape
+    except (OSError, ValueError, EOFError):
+        shape = (0, 0)  # read_rewards says what is wrong
+    if len(shape) != 2:
+        raise InputError(f"{path}: shape {shape} found, (prompts, n) expected")
+    return read_rewards(run, "continuations", k, shape)
+
+
+def diversity(scores):
+    """Kendall's tau-b between the members' rankings of every prompt's continuations, averaged over prompts (figure 3).
+
+    scores float32 (K, prompts, n), or None: then None. A prompt on which a member is constant has no tau for it and is left out of that cell.
+    """
+    if scores is None:
+        return None
     tau = evaluator.kendall_tau(scores)
     known = ~np.isnan(tau)
     mean = np.where(known, tau, 0).sum(0) / np.maximum(known.sum(0), 1)
-    return {"prompts": first.shape[0], "continuations": first.shape[1],
+    return {"prompts": scores.shape[1], "continuations": scores.shape[2],
             "kendall_tau": [[float(x) if seen else None for x, seen in zip(*row)] for row in zip(mean, known.any(0))]}
 
 
 def read_ensemble(run):
-    """(K, weights.json, weights of each prefix). Raises InputError where weights and rewards are of different K."""
-    k, prefixes = count_members(run), read_json(run / "weights.json")
-    if max(entry["k"] for entry in prefixes) != k:
-        raise InputError(f"{run / 'weights.json'}: weights for K = {max(entry['k'] for entry in prefixes)} found, rewards of K = {k} members; fit_weights.py fits them anew")
-    return k, prefixes, [read_weights(run, entry["k"]) for entry in prefixes]
+    """(K, weights.json, weights of each prefix, how each was found). Raises InputError where weights and rewards are of different K."""
+    k, path = count_members(run), run / "weights.json"
+    prefixes = read_json(path)
+    try:
+        largest, fits = max(entry["k"] for entry in prefixes), [entry["fit"] for entry in prefixes]
+        if largest != k:
+            raise InputError(f"{path}: weights for K = {largest} found, rewards of K = {k} members; fit_weights.py fits them anew")
+        return k, prefixes, [read_weights(run, entry["k"]) for entry in prefixes], fits
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: a list of {{k, alpha, fit}} expected; fit_weights.py makes it") from None
 
 
 def read_logs(run, k):
@@ -129,11 +160,14 @@ def read_logs(run, k):
 
 
 def main(args):
-    run, out = args.run, args.out or args.run
+    run = args.run
+    out = run if args.out is None or args.out.resolve() == run.resolve() else args.out
     splits, stats = read_splits(run)
-    k, prefixes, alphas = read_ensemble(run)
+    k, prefixes, alphas, fits = read_ensemble(run)
+    rewards = {name: read_rewards(run, name, k, (int(split.response_start[-1]),)) for name, split in splits.items()}
+    scores = read_continuations(run, k)
     settings = {"resamples": args.resamples, "seed": args.seed}
-    names = [*splits, *(["continuations"] if reward_path(run, 1, "continuations").exists() else [])]
+    names = [*splits, *(["continuations"] if scores is not None else [])]
     files = [run / "weights.json", *(reward_path(run, j, name) for j in range(1, k + 1) for name in names)]
     code = [REPOSITORY / "evaluate.py", REPOSITORY / "pairwise" / "report.py", *sorted((REPOSITORY / "csrc").glob("*"))]
     inputs = data_hashes(run) | {str(path.relative_to(run)): hash_file(path) for path in files} | {path.name: hash_file(path) for path in code}
@@ -144,14 +178,14 @@ def main(args):
     else:
         if out == run:
             started = begin_stage(run, "evaluate", settings, inputs)
-        metrics = {"dataset": stats["dataset"], "k": k, "votes": stats["votes"], "splits": {}, "diversity": diversity(run, k)}
+        metrics = {"dataset": stats["dataset"], "k": k, "votes": stats["votes"], "splits": {}, "diversity": diversity(scores)}
         for name, split in splits.items():
-            rewards = read_rewards(run, name, k, (int(split.response_start[-1]),))
-            counts = evaluator.bootstrap_counts(len(split.prompt_id), args.resamples, args.seed)
-            metrics["splits"][name] = split_metrics(split, rewards, alphas, [entry["fit"] for entry in prefixes], stats, counts)
+            if (counted := counted_pairs(split)) is not None:
+                counts = evaluator.bootstrap_counts(len(counted.prompt_id), args.resamples, args.seed)
+                metrics["splits"][name] = split_metrics(counted, rewards[name], alphas, fits, stats, counts)
         write_json(out / "metrics.json", metrics)
         test = splits["test"]
-        p_hat = alphas[-1] @ evaluator.votes(read_rewards(run, "test", k, (int(test.response_start[-1]),)), test.a, test.b) / 2
+        p_hat = alphas[-1] @ evaluator.votes(rewards["test"], test.a, test.b) / 2
         report.write(out, metrics, prefixes, read_json(run / "manifest.json"), read_logs(run, k), test.p, p_hat)
         if out == run:
             end_stage(run, "evaluate", settings, inputs, started)
@@ -164,7 +198,7 @@ def parse_args(argv=None):
     parser.add_argument("--run", required=True, type=Path, help="run directory with data/, rewards/ and weights.json")
     parser.add_argument("--out", type=Path, help="write metrics.json, report.html and figures/ there instead of into the run")
     parser.add_argument("--resamples", type=natural, default=10000, help="bootstrap resamples over prompts")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--seed", type=seed, default=0, help="of the bootstrap")
     return parser.parse_args(argv)
 
 

@@ -47,10 +47,10 @@ def nonnegative_least_squares(a, b):
     """argmin |A u - b|^2 over u >= 0, float64 (k,), for A of any rank: Lawson and Hanson's active set method.
 
     scipy.optimize.nnls (1.15 to 1.17 at least) can return a point that is not optimal where a member is as good in the mixture as out of
-    it, which copies and opposites of members bring about (scipy issue 25389): seen in one of a thousand random problems.
+    it, which copies and opposites of members bring about (scipy issue 25389): seen in 28 of 39,175 random problems.
     """
     k = a.shape[1]
-    u, free, refused = np.zeros(k), np.zeros(k, bool), np.zeros(k, bool)
+    u, free = np.zeros(k), np.zeros(k, bool)
 
     def best_on(members):
         found = np.zeros(k)
@@ -58,16 +58,15 @@ def nonnegative_least_squares(a, b):
         return found
 
     for _ in range(100 * k):  # a few per member are needed; rounding cannot make it endless
-        gain = np.where(free | refused, -np.inf, a.T @ (b - a @ u))
+        gain = np.where(free, -np.inf, a.T @ (b - a @ u))
         j = gain.argmax()
         if gain[j] <= 1e-14 * np.sum(a * a):
             break
         grown = free | (np.arange(k) == j)
         wanted = best_on(grown)
-        if wanted[j] <= 0:  # its gain was rounding
-            refused[j] = True
-            continue
-        free, refused = grown, np.zeros(k, bool)
+        if wanted[j] <= 0:  # the largest gain was rounding
+            break
+        free = grown
         while (wanted[free] <= 0).any():  # go towards the wanted point as far as all stay positive, and drop who reaches zero
             low = np.flatnonzero(free & (wanted <= 0))
             steps = u[low] / (u[low] - wanted[low])

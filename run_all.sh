@@ -38,7 +38,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit 0 ;;
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
-        --*) [ $# -ge 2 ] || fail "$1 needs a value" ;;
+        --*) [[ $# -ge 2 && $2 != --* ]] || fail "$1 needs a value" ;;
         *) WORDS+=("$1"); shift; continue ;;
     esac
     case $1 in

@@ -1,6 +1,5 @@
 """From single comparisons to prompt groups and splits: the steps that all of data_prep/ shares."""
 
-import argparse
 import hashlib
 import json
 from collections import Counter
@@ -9,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pairwise.run_dir import SPLITS, InputError, begin_stage, end_stage, replacing, share, stage_done, write_json, write_split
+from pairwise.run_dir import SPLITS, InputError, begin_stage, end_stage, replacing, seed, share, stage_done, write_json, write_split
 
 VOTES = ("sampled", "population", "dependent")  # how the votes of a pair arose; decides the irreducible error
 
@@ -28,14 +27,6 @@ class Comparison(NamedTuple):
     categories: dict | None = None
     split: str | None = None
     where: str = ""  # file and row, for error messages
-
-
-def seed(text):
-    """argparse type: an integer of at least zero, as numpy's generators want it."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} found, an integer of at least 0 expected")
-    return value
 
 
 def add_arguments(parser, test_share=0.1, valid_share=0.0):

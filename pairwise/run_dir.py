@@ -64,6 +64,14 @@ def natural(text):
     return value
 
 
+def seed(text):
+    """argparse type: an integer of at least zero."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} found, an integer of at least 0 expected")
+    return value
+
+
 def share(text):
     """argparse type: a number in [0, 1)."""
     value = float(text)
@@ -363,13 +371,16 @@ def read_rewards(run, split, k, shape):
 
 
 def read_weights(run, k):
-    """The mixture weights of the first k members, float64 (k,). Raises InputError where weights.json has none for this k."""
+    """The mixture weights of the first k members, float64 (k,). Raises InputError where weights.json has none for this k, or broken ones."""
     path = run / "weights.json"
-    prefixes = read_json(path)
-    for entry in prefixes:
-        if entry["k"] == k:
-            alpha = np.array(entry["alpha"], np.float64)
-            if alpha.shape != (k,) or not np.isfinite(alpha).all() or (alpha < 0).any() or abs(alpha.sum() - 1) > 1e-9:
-                raise InputError(f"{path}: k={k}: {entry['alpha']} found, {k} weights that are at least 0 and sum to 1 expected")
-            return alpha
-    raise InputError(f"{path}: weights for k = {', '.join(str(entry['k']) for entry in prefixes)} found, k = {k} expected; fit_weights.py makes them")
+    try:
+        prefixes = {entry["k"]: np.array(entry["alpha"], np.float64) for entry in read_json(path)}
+        alpha = prefixes.get(k)
+        broken = alpha is not None and (alpha.shape != (k,) or not (alpha >= 0).all() or not abs(alpha.sum() - 1) <= 1e-9)  # NaN fails both
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: a list of {{k, alpha, fit}} expected; fit_weights.py makes it") from None
+    if broken:
+        raise InputError(f"{path}: k={k}: {alpha.tolist()} found, {k} weights that are at least 0 and sum to 1 expected")
+    if alpha is None:
+        raise InputError(f"{path}: weights for k = {', '.join(map(str, prefixes))} found, k = {k} expected; fit_weights.py makes them")
+    return alpha

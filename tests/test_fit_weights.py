@@ -133,6 +133,16 @@ def test_kkt_residual_of_every_prefix_is_within_the_promise(seed):
         assert abs(entry["train_mse"] - direct) < 1e-14
 
 
+def test_a_member_that_could_join_but_need_not():
+    """Members 1 and 3 are copies, and member 2 is worth exactly as much in the mixture as out of it. scipy 1.17's nnls gives member 2 a weight of .05."""
+    votes = np.array([[1, 1, 0, 0, 0, 1, 1, 1, 0], [1, 2, 1, 2, 2, 2, 2, 0, 2], [1, 1, 0, 0, 0, 1, 1, 1, 0]]) / 2
+    q = q_of(votes, np.array([1, 2, 0, 0, 0, 2, 1, 2, 0]) / 3)
+    alpha = fit_weights.simplex_weights(q)
+    assert alpha[1] < 1e-12 and fit_weights.kkt_residual(q, alpha) < 1e-14
+    for seed in (8, 3203, 5386, 7857, 19463):  # more of the kind
+        assert max(entry["kkt"] for entry in fit_weights.fit_prefixes(q_of(*draw_votes(np.random.default_rng(seed))))) < 1e-12
+
+
 @settings(max_examples=200, deadline=None)
 @given(seeds)
 def test_quadratic_form_is_the_calibration_error(seed):

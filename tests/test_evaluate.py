@@ -1,0 +1,636 @@
+"""evaluate.py: every number against a second computation from the files alone, intervals against a second bootstrap, and what may change none of them."""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import evaluate
+import fit_weights
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy.stats import binom, kendalltau, multinomial
+
+from pairwise import prompts
+from pairwise.run_dir import BUILD_COMMAND, InputError, hash_file, read_split, write_split
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TOP = {"dataset", "k", "votes", "splits", "diversity"}
+SPLIT = {"prompts", "pairs", "annotators_mean", "majority_mean", "tie_rate", "floor_single", "coin_flip", "soft_single", "irreducible", "floor_true", "coin_true",
+         "soft_true", "ensemble", "members", "pairwise_disagreement"}
+ENSEMBLE = {"k", "alpha", "fit", "brier", "brier_ci", "brier_soft", "excess", "true_error"}
+MEMBER = {"j", "brier", "disagreement", "regret", "accuracy"}
+DIVERSITY = {"prompts", "continuations", "kendall_tau"}
+
+
+# ---- runs made by hand
+
+
+def comparisons(rng, count, ties, truth, single):
+    """Prompts with 2 to 6 responses and 1 to 15 of their pairs; `single`: also pairs of one vote, and a prompt with nothing else."""
+    for i in range(count):
+        responses = int(rng.integers(2, 7))
+        pairs = list(itertools.combinations(range(responses), 2))
+        for a, b in [pairs[x] for x in sorted(rng.permutation(len(pairs))[: rng.integers(1, len(pairs) + 1)])]:
+            n = 1 if single and (i == 0 or rng.random() < 0.3) else int(rng.integers(2, 9))
+            votes = int(rng.binomial(n, rng.choice([0.1, 0.5, 0.8])))
+            yield prompts.Comparison(
+                f"prompt {i}", [{"role": "user", "content": f"Question {i}?"}], f"Answer {a}.", f"Answer {b}.", votes, n - votes,
+                int(rng.integers(0, 4)) if ties else 0, float(rng.random()) if truth else None, None, ("test" if i % 3 == 1 else "train") if single else None)
+
+
+def draw_rewards(rng, j, size):
+    """Odd members on a coarse grid, with exact ties; even ones without."""
+    return (rng.integers(0, 5, size) / 4 - 0.5 if j % 2 else rng.normal(size=size)).astype(np.float32)
+
+
+def make(run, *, votes="sampled", ties="drop", truth=True, valid=0.2, continuations=True, k=3, count=24, single=False, seed=0):
+    """A run directory as the stages before evaluate.py leave it, without a model."""
+    rng = np.random.default_rng(seed)
+    args = argparse.Namespace(run=run, seed=seed, ties=ties, min_votes=1 if single else 2, test_share=0.4, valid_share=valid)
+    prompts.prepare(args, "made", lambda: comparisons(rng, count, ties == "half" or not truth, truth, single), votes, {}, {})
+    (run / "rewards").mkdir()
+    (run / "logs").mkdir()
+    for j in range(1, k + 1):
+        for path in (run / "data").glob("*.parquet"):
+            np.save(run / "rewards" / f"{j:02d}_{path.stem}.npy", draw_rewards(rng, j, sum(map(len, pq.read_table(path)["responses"].to_pylist()))))
+        if continuations:
+            scores = draw_rewards(rng, j, (5, 12))
+            if j > 1:
+                scores[: 5 if j == k > 2 else 2] = 0.25  # a constant ranking on two prompts; the last member is constant on all
+            np.save(run / "rewards" / f"{j:02d}_continuations.npy", scores)
+        steps = [{"step": n, "loss": 0.3 / n + 0.01 * j, "lr": 1e-3, "tokens": 100, "pairs": 8, "seconds": 1.0, "grad_norm": 1.0} for n in range(1, 6)]
+        (run / "logs" / f"{j:02d}.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
+    return run
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """The report is tested elsewhere and takes longer than all numbers."""
+    def write(out, *_):
+        (out / "figures").mkdir(exist_ok=True)
+        (out / "report.html").write_text("report")
+    monkeypatch.setattr(evaluate.report, "write", write)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Not evaluated; read only."""
+    return make(tmp_path_factory.mktemp("prepared") / "run")
+
+
+@pytest.fixture
+def run(prepared, tmp_path):
+    """A copy to spoil."""
+    return Path(shutil.copytree(prepared, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory):
+    """Evaluated with figures and report; read only."""
+    run = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("whole") / "run"))
+    run_evaluate(run)
+    return run
+
+
+def run_evaluate(run, *flags):
+    evaluate.main(evaluate.parse_args(["--run", str(run), *flags]))
+
+
+def evaluated(run, *flags):
+    run_evaluate(run, *flags)
+    return json.loads((run / "metrics.json").read_text())
+
+
+def files_of(directory):
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+# ---- the second computation: parquet, .npy and weights.json, pair by pair
+
+
+def read_pairs(run, split):
+    """Prompt number, indices into all responses, votes and truth of every pair that counts, and the rewards (K, R)."""
+    rows, start, pairs = pq.read_table(run / "data" / f"{split}.parquet").to_pylist(), 0, []
+    for number, row in enumerate(rows):
+        for i, pair in enumerate(row["pairs"]):
+            n = pair["votes_a"] + pair["votes_b"]
+            if n >= 2:
+                pairs.append((number, start + pair["a"], start + pair["b"], pair["votes_a"] / n, n, pair["ties"], row["p_true"][i] if "p_true" in row else np.nan))
+        start += len(row["responses"])
+    prompt, a, b, p, n, ties, truth = np.array(pairs).T
+    rewards = np.stack([np.load(path) for path in sorted((run / "rewards").glob(f"*_{split}.npy"))])
+    assert rewards.dtype == np.float32 and rewards.shape[1] == start
+    return prompt.astype(int), rewards[:, a.astype(int)], rewards[:, b.astype(int)], p, n, ties, truth
+
+
+def expected(run):
+    weights, stats = json.loads((run / "weights.json").read_text()), json.loads((run / "data" / "stats.json").read_text())
+    k = max(entry["k"] for entry in weights)
+    result = {"dataset": "made", "k": k, "votes": stats["votes"], "splits": {}, "diversity": None}
+    for path in (run / "data").glob("*.parquet"):
+        prompt, first, second, p, n, ties, truth = read_pairs(run, path.stem)
+        known = not np.isnan(truth).any()
+        mean_true = lambda values, known=known: np.mean(values) if known else None  # noqa: E731
+        votes = np.where(first > second, 1, np.where(first < second, 0, 0.5))
+        soft = 1 / (1 + np.exp(-(first - second).astype(float)))
+        h = ties if stats["ties"] == "half" else 0 * ties
+        c = {"sampled": np.mean((p * (1 - p) - h / (4 * n)) / (n - 1)), "population": 0, "dependent": None}[stats["votes"]]
+        ensemble, members = [], []
+        for entry in weights:
+            alpha = np.array(entry["alpha"])
+            brier = np.mean((alpha @ votes[: len(alpha)] - p) ** 2)
+            ensemble.append({"k": entry["k"], "alpha": entry["alpha"], "fit": entry["fit"], "brier": brier, "brier_soft": np.mean((alpha @ soft[: len(alpha)] - p) ** 2),
+                             "excess": None if c is None else brier - c, "true_error": mean_true((alpha @ votes[: len(alpha)] - truth) ** 2)})
+        for j, vote in enumerate(votes):
+            regret = np.select([vote > 0.5, vote < 0.5], [1 - p, p], 0.5) - np.minimum(p, 1 - p)
+            right = np.where(vote == 0.5, 0.5, (vote > 0.5) == (p > 0.5))[p != 0.5]
+            members.append({"j": j + 1, "brier": np.mean((vote - p) ** 2), "disagreement": np.mean(vote * (1 - p) + (1 - vote) * p), "regret": np.mean(regret),
+                            "accuracy": right.mean() if len(right) else None})
+        result["splits"][path.stem] = {
+            "prompts": len(set(prompt)), "pairs": len(p), "annotators_mean": n.mean(), "majority_mean": np.mean(np.maximum(p, 1 - p)), "tie_rate": np.mean(first == second),
+            "floor_single": np.mean(np.minimum(p, 1 - p) ** 2), "coin_flip": np.mean((p - 0.5) ** 2), "soft_single": np.mean((soft[0] - p) ** 2), "irreducible": c,
+            "floor_true": mean_true(np.minimum(truth, 1 - truth) ** 2), "coin_true": mean_true((truth - 0.5) ** 2), "soft_true": mean_true((soft[0] - truth) ** 2),
+            "ensemble": ensemble, "members": members, "pairwise_disagreement": [[np.mean(np.abs(x - y)) for y in votes] for x in votes]}
+    if (run / "rewards" / "01_continuations.npy").exists():
+        scores = np.stack([np.load(run / "rewards" / f"{j:02d}_continuations.npy") for j in range(1, k + 1)])
+        tau = np.full((k, k, scores.shape[1]), np.nan)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for i, j, x in np.ndindex(tau.shape):
+                tau[i, j, x] = kendalltau(scores[i, x], scores[j, x]).statistic
+        mean = [[None if np.isnan(cell).all() else np.nanmean(cell) for cell in row] for row in tau]
+        result["diversity"] = {"prompts": scores.shape[1], "continuations": scores.shape[2], "kendall_tau": mean}
+    return result
+
+
+def compare(found, wanted, tolerance, skip=(), where="metrics"):
+    """Equal up to tolerance in every number; null, text, whole numbers and the set of keys exactly."""
+    if isinstance(wanted, dict):
+        assert set(found) - set(skip) == set(wanted) - set(skip), where
+        for name in set(wanted) - set(skip):
+            compare(found[name], wanted[name], tolerance, skip, f"{where}.{name}")
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted), where
+        for i, pair in enumerate(zip(found, wanted)):
+            compare(*pair, tolerance, skip, f"{where}[{i}]")
+    elif wanted is None or isinstance(wanted, str | int):
+        assert found == wanted and not isinstance(found, bool), f"{where}: {found} and {wanted}"
+    else:
+        assert isinstance(found, float | int) and abs(found - wanted) <= tolerance, f"{where}: {found} and {wanted}"
+
+
+def no_constant(name):
+    raise AssertionError(f"{name} in JSON")
+
+
+KINDS = {
+    "truth": {}, "no truth": {"truth": False}, "population": {"votes": "population"}, "dependent": {"votes": "dependent", "truth": False},
+    "ties half": {"ties": "half", "truth": False}, "ties half, truth": {"ties": "half", "votes": "dependent"}, "no valid": {"valid": 0.0, "continuations": False},
+    "one member": {"k": 1}, "seven members": {"k": 7, "count": 12}, "few prompts": {"count": 4, "valid": 0.0}, "one vote": {"single": True, "truth": True, "ties": "half"}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_again_from_the_files(kind, tmp_path, no_figures):
+    run = make(tmp_path / "run", **KINDS[kind], seed=len(kind))
+    metrics = evaluated(run, "--resamples", "50")
+    json.loads((run / "metrics.json").read_text(), parse_constant=no_constant)
+    compare(metrics, expected(run), 1e-9, skip={"brier_ci"})
+    assert set(metrics) == TOP and set(metrics["splits"]) == {path.stem for path in (run / "data").glob("*.parquet")}
+    assert metrics["diversity"] is None or set(metrics["diversity"]) == DIVERSITY
+    assert ("valid" in metrics["splits"]) == (KINDS[kind].get("valid", 1) > 0) and (metrics["diversity"] is None) == (kind == "no valid")
+    for s in metrics["splits"].values():
+        assert set(s) == SPLIT and all(set(e) == ENSEMBLE for e in s["ensemble"]) and all(set(m) == MEMBER for m in s["members"])
+        assert all(len(e["brier_ci"]) == 2 and 0 <= e["brier_ci"][0] <= e["brier_ci"][1] <= 1 for e in s["ensemble"])
+    test = metrics["splits"]["test"]
+    assert test["tie_rate"] > 0 or kind == "few prompts"
+    assert (test["ensemble"][0]["true_error"] is None) == (not KINDS[kind].get("truth", True))
+    if KINDS[kind].get("continuations", True) and kind != "one member":
+        tau = metrics["diversity"]["kendall_tau"]
+        assert tau[-1] == [None] * len(tau) and tau[0][0] == 1 and abs(tau[0][1]) < 1
+
+
+def test_pairs_of_one_vote_count_in_no_number(tmp_path, no_figures):
+    """--min-votes 1 keeps them in train, for hard-label losses; a prompt with nothing else is no prompt of the evaluation, nor of its bootstrap."""
+    run = make(tmp_path / "run", single=True, valid=0.0)
+    before = evaluated(run, "--resamples", "200")["splits"]["train"]
+    split = read_split(run, "train")
+    assert before["pairs"] == (split.n >= 2).sum() < len(split.n) and before["prompts"] < len(split.prompt_id)
+    rows, rewards = pq.read_table(run / "data" / "train.parquet").to_pylist(), [np.load(run / "rewards" / f"{j:02d}_train.npy") for j in (1, 2, 3)]
+    for row in rows:
+        keep = [i for i, pair in enumerate(row["pairs"]) if pair["votes_a"] + pair["votes_b"] >= 2]
+        row["pairs"], row["p_true"] = [row["pairs"][i] for i in keep], [row["p_true"][i] for i in keep]
+    kept = [bool(row["pairs"]) for row in rows]
+    write_split(run / "data" / "train.parquet", [row for row in rows if row["pairs"]])
+    for j in (1, 2, 3):
+        np.save(run / "rewards" / f"{j:02d}_train.npy", rewards[j - 1][np.repeat(kept, [len(row["responses"]) for row in rows])])
+    compare(evaluated(run, "--resamples", "200")["splits"]["train"], before, 1e-12)
+    for pair in (pair for row in rows for pair in row["pairs"]):
+        pair["votes_a"], pair["votes_b"] = 1.0, 0.0
+    write_split(run / "data" / "train.parquet", [row for row in rows if row["pairs"]])
+    assert set(evaluated(run)["splits"]) == {"test"}  # no pair of train is left to evaluate
+
+
+def test_weights_from_elsewhere_have_one_entry(run, no_figures):
+    (run / "weights.json").write_text(json.dumps([{"k": 3, "alpha": [0.5, 0.25, 0.25], "fit": "fixed", "train_mse": 0.1, "kkt": None}]))
+    metrics = evaluated(run, "--resamples", "50")
+    compare(metrics, expected(run), 1e-9, skip={"brier_ci"})
+    assert [(e["k"], e["fit"]) for e in metrics["splits"]["test"]["ensemble"]] == [(3, "fixed")]
+
+
+def test_accuracy_is_null_where_no_pair_has_a_majority(run, no_figures):
+    rows = pq.read_table(run / "data" / "test.parquet").to_pylist()
+    for pair in (pair for row in rows for pair in row["pairs"]):
+        pair["votes_a"] = pair["votes_b"] = 2.0
+    write_split(run / "data" / "test.parquet", rows)
+    metrics = evaluated(run, "--resamples", "50")
+    compare(metrics, expected(run), 1e-9, skip={"brier_ci"})
+    assert [m["accuracy"] for m in metrics["splits"]["test"]["members"]] == [None] * 3
+
+
+def test_infinite_rewards_are_ranks_like_others(run, no_figures):
+    """A difference that overflows float32 is certain; two equal infinities are a tie. No number becomes NaN."""
+    path = run / "rewards" / "02_test.npy"
+    rewards = np.load(path)
+    outcomes = []
+    for low, high in ((-np.inf, np.inf), (-3e38, 3e38)):
+        extreme = rewards.copy()
+        extreme[: len(extreme) // 2], extreme[len(extreme) // 2 :: 3] = high, low
+        np.save(path, extreme)
+        outcomes.append(evaluated(run, "--resamples", "50"))
+    compare(outcomes[0], outcomes[1], 1e-12)
+
+
+# ---- intervals
+
+
+def clustered(prompt_count=60):
+    """Errors that depend on the prompt, which have 1 to 20 pairs: (prompt of each pair, error of each pair)."""
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(1, 21, prompt_count)
+    prompt = np.repeat(np.arange(prompt_count), sizes)
+    return prompt, rng.beta(1, 3, prompt_count)[prompt] * rng.uniform(0.5, 1, len(prompt))
+
+
+def resample(prompt, errors, seed):
+    """sum(errors) / sum(pairs) of 10,000 resamples, by numpy's own generator."""
+    sums, pairs = np.bincount(prompt, errors), np.bincount(prompt)
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (10_000, len(sums)))
+    return sums[drawn].sum(1) / pairs[drawn].sum(1)
+
+
+def agrees(limits, resampled):
+    """Within sampling error of both bootstraps: the standard error of a 2.5 % quantile of 10,000 is .16 % in probability, of the difference .22 %."""
+    return all(np.quantile(resampled, q - 0.008) < limit < np.quantile(resampled, q + 0.008) for limit, q in zip(limits, (0.025, 0.975)))
+
+
+def test_interval_is_that_of_an_independent_bootstrap_over_prompts():
+    prompt, errors = clustered()
+    sums, pairs = np.bincount(prompt, errors), np.bincount(prompt)
+    counts = evaluate.evaluator.bootstrap_counts(len(sums), 10_000, 0)
+    limits = evaluate.interval(np.column_stack([sums, 2 * sums]), pairs, counts)
+    assert limits.shape == (2, 2) and np.allclose(limits[1], 2 * limits[0], rtol=1e-12)
+    assert agrees(limits[0], resample(prompt, errors, 1))
+    assert not agrees(limits[0], resample(np.arange(len(errors)), errors, 1))  # pairs drawn one by one: too narrow
+    mean_of_prompts = resample(np.arange(len(sums)), sums / pairs, 1)
+    assert not agrees(limits[0], mean_of_prompts) and not agrees(np.quantile(resample(prompt, errors, 2), [0.05, 0.95]), resample(prompt, errors, 1))
+    many = evaluate.evaluator.bootstrap_counts(2100, 10_000, 5)  # more than are multiplied at once
+    x, y = np.random.default_rng(0).random((2, 2100)) + 0.5
+    np.testing.assert_allclose(evaluate.interval(x[:, None], y, many)[0], np.percentile(many @ x / (many @ y), [2.5, 97.5]), rtol=1e-12)
+
+
+def test_interval_of_a_run_is_that_of_an_independent_bootstrap(tmp_path, no_figures):
+    run = make(tmp_path / "run", count=80)
+    for split, s in evaluated(run)["splits"].items():
+        prompt, first, second, p, *_ = read_pairs(run, split)
+        votes = (np.sign(first - second) + 1) / 2
+        for e in s["ensemble"]:
+            resampled = resample(prompt, (np.array(e["alpha"]) @ votes[: e["k"]] - p) ** 2, e["k"])
+            assert agrees(e["brier_ci"], resampled), (split, e, np.quantile(resampled, [0.025, 0.975]))
+
+
+def test_more_pairs_of_the_same_prompts_do_not_narrow_the_interval(run, no_figures):
+    before = evaluated(run)
+    for split in before["splits"]:
+        rows = pq.read_table(run / "data" / f"{split}.parquet").to_pylist()
+        for row in rows:
+            row["pairs"], row["p_true"] = 3 * row["pairs"], 3 * row["p_true"]
+        write_split(run / "data" / f"{split}.parquet", rows)
+    after = evaluated(run)
+    assert after["splits"]["test"]["pairs"] == 3 * before["splits"]["test"]["pairs"]
+    compare(after, before, 1e-12, skip={"pairs"})
+
+
+def test_seed_and_resamples_change_the_intervals_only(run, no_figures):
+    first = evaluated(run, "--resamples", "300")
+    for flags in (("--resamples", "301"), ("--resamples", "300", "--seed", "1")):
+        other = evaluated(run, *flags)
+        compare(other, first, 0, skip={"brier_ci"})
+        assert other["splits"]["test"]["ensemble"][-1]["brier_ci"] != first["splits"]["test"]["ensemble"][-1]["brier_ci"]
+
+
+# ---- the irreducible error, exactly: all outcomes with their probabilities
+
+SHARES = [0, 0.1, 0.25, 1 / 3, 0.5, 0.77, 0.9, 1]
+
+
+def estimate(p, n, halves=0.0):
+    return evaluate.irreducible(np.array([p]), np.array([float(n)]), np.array([float(halves)]))
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 7, 20])
+@pytest.mark.parametrize("truth", SHARES)
+def test_irreducible_is_unbiased(n, truth):
+    outcomes = np.arange(n + 1)
+    chance = binom.pmf(outcomes, n, truth)
+    variance = chance @ (outcomes / n - truth) ** 2
+    assert abs(chance @ [estimate(x / n, n) for x in outcomes] - variance) < 1e-12
+    assert abs(variance - truth * (1 - truth) / n) < 1e-12
+    for predicted in (0, 0.3, 0.5, 1):  # Lemma 1: the expected Brier score is the true error and C
+        assert abs(chance @ (predicted - outcomes / n) ** 2 - (predicted - truth) ** 2 - variance) < 1e-12
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 7])
+@pytest.mark.parametrize("a, tie", [(0.2, 0.3), (0.5, 0.5), (0, 1), (0.7, 0), (0.1, 0.8), (0, 0.5)])
+def test_irreducible_is_unbiased_with_ties_as_halves(n, a, tie):
+    chance, value, estimates = [], [], []
+    for x, t in itertools.product(range(n + 1), repeat=2):
+        if x + t <= n:
+            chance.append(multinomial.pmf([x, t, n - x - t], n, [a, tie, 1 - a - tie]))
+            value.append((x + t / 2) / n)
+            estimates.append(estimate(value[-1], n, t))
+    chance, value = np.array(chance), np.array(value)
+    assert abs(chance.sum() - 1) < 1e-12
+    variance = chance @ (value - a - tie / 2) ** 2
+    assert abs(chance @ estimates - variance) < 1e-12
+    for predicted in (0, 0.3, 1):
+        assert abs(chance @ (predicted - value) ** 2 - (predicted - a - tie / 2) ** 2 - variance) < 1e-12
+
+
+def test_irreducible_with_ties_dropped_is_unbiased_given_the_votes_that_remain():
+    n, a, b = 5, 0.3, 0.4
+    for left in range(2, n + 1):  # given that `left` votes are no ties they are binomial, with the share of a among the decided
+        chance = binom.pmf(np.arange(left + 1), left, a / (a + b))
+        assert abs(chance @ [estimate(x / left, left) for x in range(left + 1)] - a * b / (a + b) ** 2 / left) < 1e-12
+
+
+def test_reference_lines_by_hand():
+    p = np.array([0, 0.25, 0.5, 0.75, 1])
+    assert evaluate.floor_single(p) == (0.25**2 * 2 + 0.5**2) / 5 and evaluate.coin_flip(p) == (0.5**2 * 2 + 0.25**2 * 2) / 5
+    assert evaluate.irreducible(p[1:3], np.array([4.0, 2.0]), np.array([0.0, 0.0])) == pytest.approx((0.25 * 0.75 / 3 + 0.25) / 2)
+    assert evaluate.irreducible(p[2:3], np.array([2.0]), np.array([2.0])) == 0  # both votes were ties, and always would be
+
+
+# ---- what changes no number
+
+
+def rewrite(run, change):
+    """change(rows, list of rewards per prompt) -> the same of every split; weights are fitted anew."""
+    for path in (run / "data").glob("*.parquet"):
+        rows = pq.read_table(path).to_pylist()
+        files = sorted((run / "rewards").glob(f"*_{path.stem}.npy"))
+        starts = np.cumsum([len(row["responses"]) for row in rows])[:-1]
+        rewards = [np.split(np.load(file), starts) for file in files]
+        rows, rewards = change(rows, rewards)
+        write_split(path, rows)
+        for file, parts in zip(files, rewards):
+            np.save(file, np.concatenate(parts))
+    fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
+
+
+@pytest.mark.parametrize("ties", ["drop", "half"])
+def test_swapping_the_sides_of_every_pair_changes_no_number(ties, tmp_path, no_figures):
+    run = make(tmp_path / "run", ties=ties)
+
+    def swap(rows, rewards):
+        for row in rows:
+            row["pairs"] = [{"a": x["b"], "b": x["a"], "votes_a": x["votes_b"], "votes_b": x["votes_a"], "ties": x["ties"]} for x in row["pairs"]]
+            row["p_true"] = [1 - x for x in row["p_true"]]
+        return rows, rewards
+
+    before, weights = evaluated(run, "--resamples", "300"), json.loads((run / "weights.json").read_text())
+    rewrite(run, swap)
+    compare(evaluated(run, "--resamples", "300"), before, 1e-12)
+    compare(json.loads((run / "weights.json").read_text()), weights, 1e-12)
+
+
+def test_order_of_prompts_and_of_pairs_changes_intervals_only(run, no_figures):
+    def shuffle(rows, rewards):
+        rng = np.random.default_rng(len(rows))
+        for row in rows:
+            order = rng.permutation(len(row["pairs"]))
+            row["pairs"], row["p_true"] = [row["pairs"][i] for i in order], [row["p_true"][i] for i in order]
+        order = rng.permutation(len(rows))
+        return [rows[i] for i in order], [[parts[i] for i in order] for parts in rewards]
+
+    before = evaluated(run)
+    rewrite(run, shuffle)
+    after = evaluated(run)
+    compare(after, before, 1e-12, skip={"brier_ci"})
+    ci = [m["splits"]["test"]["ensemble"][-1]["brier_ci"] for m in (before, after)]
+    assert ci[0] != ci[1] and np.allclose(*ci, atol=0.1 * (ci[0][1] - ci[0][0]))
+
+
+def test_monotone_transforms_of_rewards_change_no_hard_number(run, no_figures):
+    before = evaluated(run)
+    for path in (run / "rewards").glob("*.npy"):
+        old = np.load(path)
+        ranks = np.unique(old, return_inverse=True)[1].reshape(old.shape).astype(np.float32)
+        np.save(path, {1: ranks**2, 2: ranks - 1000, 3: np.exp(ranks / 50)}[int(path.name[:2])])
+    fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
+    soft = {"brier_soft", "soft_single", "soft_true"}
+    after = evaluated(run)
+    compare(after, before, 0, skip=soft)
+    assert all(after["splits"]["test"][name] != before["splits"]["test"][name] for name in ("soft_single", "soft_true"))
+
+
+# ---- the stage
+
+
+def test_two_evaluations_give_the_same_bytes_and_out_leaves_the_run_alone(whole, tmp_path):
+    before = files_of(whole)
+    run_evaluate(whole, "--out", str(tmp_path / "new" / "out"))
+    assert files_of(whole) == before
+    out = files_of(tmp_path / "new" / "out")
+    figures = {name for name in before if name.startswith("figures/")}
+    assert {f"figures/{name}.png" for name in ("calibration", "votes", "reliability", "kendall", "weights", "training")} <= figures
+    assert set(out) == {"metrics.json", "report.html"} | figures
+    assert all(out[name] == before[name] for name in {"metrics.json"} | figures)
+
+
+def test_finished_stage_is_skipped_and_says_so(whole, tmp_path, capsys):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    run_evaluate(run)
+    out = capsys.readouterr().out
+    assert "evaluate: nothing has changed, skipped" in out and "floor of any single" in out and str(run / "report.html") in out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("change", [
+    lambda run: np.save(run / "rewards/01_train.npy", np.load(run / "rewards/01_train.npy")[::-1]),
+    lambda run: np.save(run / "rewards/02_continuations.npy", np.zeros((5, 12), np.float32)),
+    lambda run: (run / "metrics.json").unlink(),
+    lambda run: (run / "weights.json").write_text((run / "weights.json").read_text().replace("qp", "fixed"))])
+def test_whatever_changes_is_evaluated_again(run, change, no_figures, capsys):
+    run_evaluate(run, "--resamples", "50")
+    run_evaluate(run, "--resamples", "50")
+    assert "skipped" in capsys.readouterr().out
+    change(run)
+    compare(evaluated(run, "--resamples", "50"), expected(run), 1e-9, skip={"brier_ci"})
+    assert "skipped" not in capsys.readouterr().out
+
+
+# ---- bad input
+
+
+def put(name, array):
+    return lambda run: np.save(run / "rewards" / name, array)
+
+
+def poke(name, value):
+    def spoil(run):
+        rewards = np.load(run / "rewards" / name)
+        rewards.flat[3] = value
+        np.save(run / "rewards" / name, rewards)
+    return spoil
+
+
+def delete(pattern):
+    return lambda run: [path.unlink() for path in run.glob(pattern)]
+
+
+def text(name, content):
+    return lambda run: (run / name).write_text(content)
+
+
+def weights(*alphas, **more):
+    return text("weights.json", json.dumps([{"k": len(alpha), "alpha": alpha, "fit": "qp"} | more for alpha in alphas]))
+
+
+W3 = [0.5, 0.25, 0.25]
+BAD = {
+    "NaN in test": (poke("02_test.npy", np.nan), r"02_test.npy: member 2, split test: 1 rewards are NaN, the first at index 3"),
+    "NaN in train": (poke("03_train.npy", np.nan), r"member 3, split train: .* NaN"),
+    "NaN in valid": (poke("01_valid.npy", np.nan), r"member 1, split valid: .* NaN"),
+    "NaN in continuations": (poke("02_continuations.npy", np.nan), r"member 2, split continuations: .* NaN"),
+    "no test rewards of the last": (delete("rewards/03_test.npy"), r"weights for K = 3 found, rewards of K = 2"),
+    "no train rewards": (delete("rewards/02_train.npy"), r"02_train.npy: no such file"),
+    "no valid rewards": (delete("rewards/01_valid.npy"), r"01_valid.npy: no such file"),
+    "no continuations of one": (delete("rewards/02_continuations.npy"), r"02_continuations.npy: no such file"),
+    "no continuations of the first": (delete("rewards/01_continuations.npy"), r"01_continuations.npy: no such file"),
+    "no continuations' rewards": (lambda run: (delete("rewards/*_continuations.npy")(run), text("continuations.parquet", "PAR1")(run)), r"01_continuations.npy: no such file"),
+    "gap": (delete("rewards/02_*"), r"members \[1, 3\] found, 1 to 2 expected"),
+    "no rewards": (delete("rewards/*"), "no rewards; train_rm.py makes them"),
+    "too short": (put("02_test.npy", np.zeros(3, np.float32)), r"02_test.npy: float32 \(3,\) found, float32 \(\d+,\) expected"),
+    "two columns": (put("02_test.npy", np.zeros((3, 2), np.float32)), r"float32 \(3, 2\) found"),
+    "float64": (lambda run: np.save(run / "rewards/02_test.npy", np.load(run / "rewards/02_test.npy").astype(float)), r"02_test.npy: float64 \(\d+,\) found, float32"),
+    "other continuations": (put("02_continuations.npy", np.zeros((5, 11), np.float32)), r"02_continuations.npy: float32 \(5, 11\) found, float32 \(5, 12\) expected"),
+    "flat continuations": (put("01_continuations.npy", np.zeros(60, np.float32)), r"01_continuations.npy: shape \(60,\) found, \(prompts, n\) expected"),
+    "continuations no array": (text("rewards/01_continuations.npy", "reward"), "01_continuations.npy: not a .npy array"),
+    "no array": (text("rewards/01_train.npy", "reward"), "01_train.npy: not a .npy array"),
+    "empty file": (text("rewards/01_train.npy", ""), "01_train.npy: not a .npy array"),
+    "pickle": (lambda run: np.save(run / "rewards/01_train.npy", np.array([None]), allow_pickle=True), "01_train.npy: not a .npy array"),
+    "weights for fewer": (weights([1.0], [0.5, 0.5]), r"weights.json: weights for K = 2 found, rewards of K = 3 members; fit_weights.py fits them anew"),
+    "weights for more": (weights([0.25] * 4), r"weights for K = 4 found, rewards of K = 3"),
+    "no weights": (delete("weights.json"), "weights.json: no such file"),
+    "weights no JSON": (text("weights.json", '[{"k": 1, '), r"weights.json: not JSON \(.*line 1 column"),
+    "weights {}": (text("weights.json", "{}"), "weights.json: "), "weights []": (text("weights.json", "[]"), "weights.json: "),
+    "weights null": (text("weights.json", "null"), "weights.json: "), "weights of numbers": (text("weights.json", "[0.5, 0.5]"), "weights.json: "),
+    "weights without k": (text("weights.json", '[{"alpha": [1.0], "fit": "qp"}]'), "weights.json: "),
+    "weights without alpha": (text("weights.json", '[{"k": 3, "fit": "qp"}]'), "weights.json: "),
+    "weights without fit": (text("weights.json", '[{"k": 3, "alpha": [0.5, 0.25, 0.25]}]'), "weights.json: "),
+    "k as text": (text("weights.json", '[{"k": "3", "alpha": [0.5, 0.25, 0.25], "fit": "qp"}]'), "weights.json: "),
+    "weights as text": (weights(["a", "b", "c"]), "weights.json: "),
+    "ragged weights": (weights([[0.5], 0.25, 0.25]), "weights.json: "),
+    "one weight too few": (weights([0.5, 0.5], k=3), r"k=3: \[0.5, 0.5\] found, 3 weights that are at least 0 and sum to 1"),
+    "negative weight": (weights([1.5, -0.25, -0.25]), "at least 0 and sum to 1"), "sum is .9": (weights([0.5, 0.25, 0.15]), "at least 0 and sum to 1"),
+    "NaN weight": (weights([math.nan, 0.5, 0.5]), "at least 0 and sum to 1"),
+    "no test data": (delete("data/test.parquet"), r"test.parquet: no such file; data_prep/ makes it"),
+    "no train data": (delete("data/train.parquet"), "train.parquet: no such file"), "no stats": (delete("data/stats.json"), "stats.json: no such file"),
+    "data no parquet": (text("data/test.parquet", "data"), "test.parquet: not prepared data"),
+    "stats no JSON": (text("data/stats.json", "{"), "stats.json: not JSON"),
+    "no data": (lambda run: shutil.rmtree(run / "data"), "no such file"), "no run": (shutil.rmtree, "no such file")}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_line_before_anything_is_written(kind, run, no_figures):
+    spoil, message = BAD[kind]
+    (run / "metrics.json").write_text("before")
+    spoil(run)
+    before = files_of(run)
+    with pytest.raises(InputError, match=message) as error:
+        run_evaluate(run, "--resamples", "50")
+    assert len(str(error.value).splitlines()) == 1 and str(run) in str(error.value)
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--resamples", "0"], "--resamples: 0 found, an integer of at least 1 expected"), (["--seed", "-1"], "--seed: -1 found, an integer of at least 0"),
+    (["--seed", "x"], "--seed"), (["--res", "5"], "unrecognized arguments"), ([], None)])
+def test_bad_flag_is_one_line(flags, message, capsys):
+    if message is None:  # it is the flag that fails
+        assert evaluate.parse_args(["--run", "r"]).resamples == 10_000
+        return
+    with pytest.raises(SystemExit) as stop:
+        evaluate.parse_args(["--run", "r", *flags])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
+
+
+# ---- as a program
+
+
+def program(code, *words, cwd):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]), "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *(["-c", code] if code else []), *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+HIDE = """
+import runpy, sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name in {hidden!r}:
+            raise {error}(name + " was imported", name=name) if {error} is ModuleNotFoundError else {error}(name + " was imported")
+sys.meta_path.insert(0, Hide())
+for sys.argv in {commands!r}:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_neither_stage_imports_torch(run):
+    (run / "weights.json").unlink()
+    stages = [[str(REPOSITORY / name), "--run", str(run)] for name in ("fit_weights.py", "evaluate.py")]
+    done = program(HIDE.format(hidden=["torch", "transformers", "datasets"], error="RuntimeError", commands=stages), cwd=run.parent)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    compare(json.loads((run / "metrics.json").read_text()), expected(run), 1e-9, skip={"brier_ci"})
+    hook = program(HIDE.format(hidden=["torch"], error="RuntimeError", commands=[]) + "import torch", cwd=run.parent)
+    assert "torch was imported" in hook.stderr  # the hook works
+
+
+@pytest.mark.parametrize("name", ["fit_weights.py", "evaluate.py"])
+def test_without_the_extension_the_command_that_builds_it_is_named(name, run):
+    before = files_of(run)
+    code = HIDE.format(hidden=["pairwise.evaluator"], error="ModuleNotFoundError", commands=[[str(REPOSITORY / name), "--run", str(run)]])
+    done = program(code, cwd=run.parent)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{name}: error: ") and BUILD_COMMAND in done.stderr
+    assert files_of(run) == before
+
+
+def test_bad_input_as_a_program_is_exit_code_2_and_one_line(whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    metrics = hash_file(run / "metrics.json")
+    poke("02_test.npy", np.nan)(run)
+    done = program("", REPOSITORY / "evaluate.py", "--run", run, cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(r"evaluate.py: error: .*02_test.npy: member 2, split test: 1 rewards are NaN, the first at index 3\n", done.stderr)
+    assert hash_file(run / "metrics.json") == metrics
