@@ -20,7 +20,7 @@ import torch
 
 from pairwise import reward_model as rm
 from pairwise.rows import messages, read_rows, text, wrong
-from pairwise.run_dir import InputError, Parser, count_members, import_evaluator, member_name, natural, read_json, read_weights, replacing, run_main
+from pairwise.run_dir import InputError, Parser, count_members, hash_file, import_evaluator, member_name, natural, read_json, read_weights, replacing, run_main
 
 evaluator = import_evaluator()
 FIELDS = {"prompt": "messages", "responses": "json", "response_a": "text", "response_b": "text"}
@@ -50,17 +50,15 @@ def rewards_of_run(run, k, settings, questions, args):
     tokenizer = rm.load_tokenizer(settings["base"], args.chat_template)
     dtype = getattr(torch, settings["dtype"])
     sequences = rm.encode_split(tokenizer, [q[1] for q in questions], [q[2] for q in questions], settings["max_length"])
-    distinct = {tuple(ids): number for number, ids in enumerate(dict.fromkeys(map(tuple, sequences)))}
-    places, sequences = np.array([distinct[tuple(ids)] for ids in sequences]), [list(ids) for ids in distinct]
-    heads = [run / member_name(j) / "head.safetensors" for j in range(1, k + 1)]
-    if all(path.exists() for path in heads):
+    members = [run / member_name(j) for j in range(1, k + 1)]
+    if all((directory / "head.safetensors").exists() for directory in members):
         model = rm.load_base(settings["base"], tokenizer, dtype, args.device)
         features = torch.from_numpy(rm.features_of(model, sequences, tokenizer, args.micro_batch_tokens))
-        rewards = [rm.score_features(features, rm.load_head(path)) for path in heads]
+        rewards = [rm.score_features(features, rm.load_head(directory)) for directory in members]
     else:
         rewards = [rm.score_sequences(rm.load_member(run, j, settings["base"], tokenizer, dtype, args.device), sequences, tokenizer,
                                       args.micro_batch_tokens, f"member {j}") for j in range(1, k + 1)]
-    return np.stack(rewards)[:, places]
+    return np.stack(rewards)
 
 
 def answers(questions, rewards, alpha):
@@ -94,6 +92,9 @@ def main(args):
     entry = read_json(run / "manifest.json")["stages"].get(member_name(1))
     if not entry or not (run / member_name(1)).is_dir():
         raise InputError(f"{run}: no trained members found; a run directory with {member_name(1)}/ expected")
+    template = hash_file(args.chat_template) if args.chat_template else None
+    if template != entry["inputs"].get("chat template"):
+        raise InputError(f"--chat-template {args.chat_template or 'is missing'}: {run} was made with {'another' if 'chat template' in entry['inputs'] else 'none'}")
     settings = entry["settings"] | {"base": args.base or entry["base"]}
     rows = answers(questions, rewards_of_run(run, k, settings, questions, args), alpha)
     out = args.out or args.file.with_name(args.file.name.split(".")[0] + "-scores.jsonl")
@@ -110,7 +111,7 @@ def parse_args(argv=None):
     add("--out", type=Path, help="FILE.jsonl or FILE.csv (default: beside FILE, -scores.jsonl)")
     add("--base", help="the base model, where it is no longer where the run found it")
     add("--chat-template", metavar="FILE", help="Jinja chat template, where the run was made with one")
-    add("--micro-batch-tokens", type=natural, default=8192, help="padded tokens in one forward pass")
+    add("--micro-batch-tokens", type=natural, default=8192 if torch.cuda.is_available() else 1024, help="padded tokens in one forward pass")
     add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

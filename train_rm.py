@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from pairwise import reward_model as rm
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, natural, read_rewards,
-    read_splits, read_weights, replacing, reward_path, run_main, share, stage_done)
+    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, natural, nonnegative, positive,
+    read_rewards, read_splits, read_weights, replacing, reward_path, run_main, seed, share, stage_done)
 
 # ---- the method
 
@@ -132,8 +132,11 @@ def train(model, rewards_at, steps, pairs, args, log):
     """Minimise the squared error over `steps`, one optimizer step each; updates the model, appends a JSON line per step to `log`.
 
     rewards_at(responses) -> (float32 rewards of these responses, with gradient; tokens); steps: lists of micro-batches, each an array of
-    pair indices; pairs: (a, b, target) arrays over all pairs. Raises InputError where the loss or a gradient is not finite.
+    pair indices; pairs: (a, b, target) arrays over all pairs. Raises InputError where there is nothing to train on, and where the loss or a
+    gradient is not finite.
     """
+    if not steps:
+        raise InputError(f"member {args.iteration}: no pair is left to train on: all are identical after encoding; a larger --max-length may help")
     a, b, target = pairs
     groups = parameter_groups(model, args)
     # The optimizer works on float32 masters: in BF16 alone most of a small update is lost to rounding. In float32 they are the parameters.
@@ -143,7 +146,7 @@ def train(model, rewards_at, steps, pairs, args, log):
         lr=args.lr, weight_decay=args.weight_decay, precondition_frequency=args.precondition_frequency)
     twins = [(p, master) for group, copies in zip(groups, masters) for p, master in zip(group, copies) if p is not master]
     everything = [master for copies in masters for master in copies]
-    started, seen = time.time(), 0
+    started, seen, pairs_seen = time.time(), 0, 0
     with tqdm(total=len(steps), desc=f"member {args.iteration}", unit="step", mininterval=1) as bar:
         for number, step in enumerate(steps):
             count, loss, tokens = sum(len(micro) for micro in step), 0.0, 0
@@ -171,12 +174,13 @@ def train(model, rewards_at, steps, pairs, args, log):
             with torch.no_grad():
                 for p, master in twins:
                     p.copy_(master)
-            seen += tokens
+            seen, pairs_seen = seen + tokens, pairs_seen + count
             line = {"step": number + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens, "pairs": count,
                     "seconds": round(time.time() - started, 3), "grad_norm": norm}
             log.write(json.dumps(line) + "\n")
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.4f}, {seen / (time.time() - started):,.0f} tokens/s", refresh=False)
+            done, what = (seen, "tokens") if seen else (pairs_seen, "pairs")
+            bar.set_postfix_str(f"loss {loss:.4f}, {done / (time.time() - started):,.0f} {what}/s", refresh=False)
 
 
 def train_full(args, model, tokenizer, split, sequences, target, keep, rng, log):
@@ -253,14 +257,17 @@ def score_continuations(args, run, j, model, tokenizer, texts, inputs):
 
 
 def export(args):
-    """Write member args.export of a head run as a plain directory, in its place."""
+    """Make the directory of member args.export, of a head run, a plain one: base and head together, beside the head alone."""
     directory = args.run / member_name(args.export)
-    if not (directory / "head.safetensors").exists():
+    if not (directory / "head.safetensors").exists() or (directory / "model.safetensors").exists():
         raise InputError(f"{directory}: " + ("already a plain directory" if (directory / "config.json").exists() else "no such member"))
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     model = rm.load_member(args.run, args.export, args.base, tokenizer, getattr(torch, args.dtype), args.device)
-    with replacing(directory) as partial:
-        rm.save_member(model, tokenizer, partial)
+    partial = directory.with_name(f".partial-{directory.name}")
+    rm.save_member(model, tokenizer, partial)
+    for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):  # the weights last: they say that all is there
+        path.replace(directory / path.name)
+    partial.rmdir()
     print(f"{directory}: plain directory written")
 
 
@@ -307,6 +314,9 @@ def main(args):
                 keep = np.array([sequences["train"][a] != sequences["train"][b] for a, b in zip(data.a, data.b)])
                 train_full(args, model, tokenizer, data, sequences["train"], target, keep, rng, log)
                 scores = {name: rm.score_sequences(model, s, tokenizer, args.micro_batch_tokens, f"member {j}, {name}") for name, s in sequences.items()}
+            for name, values in scores.items():
+                if not np.isfinite(values).all():
+                    raise InputError(f"member {j}: rewards of {name} are not finite after the last step; a lower --lr may help")
         for name, values in scores.items():
             save_rewards(run, j, name, values)
         with replacing(run / member_name(j)) as partial:
@@ -329,34 +339,37 @@ def parse_args(argv=None):
     add = parser.add_argument
     # what
     add("--run", required=True, type=Path, help="run directory with data/")
-    add("--iteration", type=natural, default=1, metavar="J", help="which member to train, 1..")
-    add("--export", type=natural, metavar="J", help="train nothing: write member J of a head run as a plain directory, in its place")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--iteration", type=natural, metavar="J", help="train member J, 1..")
+    task.add_argument("--export", type=natural, metavar="J", help="train nothing: make the directory of member J of a head run a plain one")
     add("--base", required=True, help="base model: hub id or transformers directory")
     add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
     # objective
     add("--train", choices=("full", "head"), default="full", help="all parameters (the paper's appendix F.1), or the head on a frozen base (section 4)")
     add("--target", choices=tuple(TARGETS), default="centered", help="; ".join(f"{name}: {formula}" for name, (formula, _) in TARGETS.items()))
-    add("--seed", type=int, default=0, help="of head and order; with J, so every member draws its own")
+    add("--seed", type=seed, default=0, help="of head and order; with J, so every member draws its own")
     # optimizer (SOAP)
-    add("--lr", type=float, help="peak learning rate (default 2e-5; head: 1e-3)")
+    add("--lr", type=positive, help="peak learning rate (default 2e-5; head: 1e-3)")
     add("--epochs", type=natural, help="passes over the train pairs (default 1; head: 10)")
     add("--pairs-per-step", type=natural, default=64, help="pairs in an optimizer step, whole prompts (the paper: up to 512)")
-    add("--weight-decay", type=float, help="decoupled (default 0.1; head: 5, the regularisation of a linear fit to convergence)")
+    add("--weight-decay", type=nonnegative, help="decoupled (default 0.1; head: 5, the regularisation of a linear fit to convergence)")
     add("--warmup", type=share, default=0.03, help="share of the steps, at least one step, then cosine to zero")
     add("--precondition-frequency", type=natural, default=5, help="steps between updates of SOAP's eigenbases")
     add("--max-precondition-dim", type=natural, default=4096, help="larger dimensions are not preconditioned")
     # size and speed
     add("--max-length", type=natural, default=2048, help="tokens of prompt and response; longer ones lose the prompt's beginning")
     add("--dtype", choices=("bfloat16", "float32"), help="of the parameters (default bfloat16 on a GPU, float32 on a CPU)")
-    add("--micro-batch-tokens", type=natural, default=8192, help="padded tokens in one forward pass")
+    add("--micro-batch-tokens", type=natural, help="padded tokens in one forward pass (default 8192; on a CPU 1024)")
     add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     head = args.train == "head"
-    args.lr = args.lr or (1e-3 if head else 2e-5)
-    args.epochs = args.epochs or (10 if head else 1)
-    args.weight_decay = (5.0 if head else 0.1) if args.weight_decay is None else args.weight_decay
-    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    cpu = args.device == "cpu"
+    defaults = {"lr": 1e-3 if head else 2e-5, "epochs": 10 if head else 1, "weight_decay": 5.0 if head else 0.1,
+                "dtype": "float32" if cpu else "bfloat16", "micro_batch_tokens": 1024 if cpu else 8192}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from pairwise.reward_model import encode, fingerprint, load_tokenizer
-from pairwise.run_dir import InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, natural, read_split, replacing, run_main, stage_done
+from pairwise.run_dir import InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, natural, positive, read_split, replacing, run_main, seed, stage_done
 
 
 @torch.no_grad()
@@ -28,7 +28,9 @@ def sample(model, tokenizer, messages, count, temperature, max_tokens):
         prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=temperature, top_k=0, top_p=1.0, num_return_sequences=count,
         max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id)
     answer = out[:, prompt.shape[1] :]
-    real = answer != tokenizer.pad_token_id
+    eos = model.generation_config.eos_token_id  # one, several or none
+    ends = torch.isin(answer, torch.tensor(-1 if eos is None else eos, device=answer.device)).long()
+    real = ends.cumsum(1) - ends == 0  # up to the first end; a pad token before it was sampled like any other
     mask = torch.cat([torch.ones_like(out[:, : prompt.shape[1]]), real.long()], dim=1)
     logits = model(input_ids=out, attention_mask=mask).logits[:, prompt.shape[1] - 1 : -1].float()
     each = logits.log_softmax(-1).gather(-1, answer[..., None]).squeeze(-1)
@@ -38,14 +40,14 @@ def sample(model, tokenizer, messages, count, temperature, max_tokens):
 def main(args):
     run = args.run
     test = read_split(run, "test")
+    if args.prompts > len(test.prompt_id):
+        raise InputError(f"--prompts {args.prompts}: {run} has {len(test.prompt_id)} test prompts")
     settings = {name: getattr(args, name) for name in ("prompts", "count", "temperature", "max_tokens", "seed")}
     tokenizer = load_tokenizer(args.base, args.chat_template)
     inputs = data_hashes(run) | {"base model": fingerprint(args.base)} | ({"chat template": hash_file(args.chat_template)} if args.chat_template else {})
     if stage_done(run, "continuations", settings, inputs, [run / "continuations.parquet"]):
         print(f"continuations: {run / 'continuations.parquet'} is there, skipped")
         return
-    if args.prompts > len(test.prompt_id):
-        raise InputError(f"--prompts {args.prompts}: {run} has {len(test.prompt_id)} test prompts")
     started = begin_stage(run, "continuations", settings, inputs)
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,9 +72,9 @@ def parse_args(argv=None):
     add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
     add("--prompts", type=natural, default=50, help="test prompts, drawn by the seed")
     add("--count", type=natural, default=100, help="continuations of each")
-    add("--temperature", type=float, default=1.0)
+    add("--temperature", type=positive, default=1.0)
     add("--max-tokens", type=natural, default=256, help="longest continuation")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed, default=0)
     add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
     return parser.parse_args(argv)
 

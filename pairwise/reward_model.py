@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -66,7 +67,7 @@ def encode(tokenizer, messages, response=None, max_length=None):
         bos = []  # neither the template nor the tokenizer begins with one
     body = ids[lead:]
     if max_length:
-        body = body[-(max_length - len(bos)) :]
+        body = body[max(0, len(body) - (max_length - len(bos))) :]
     return bos + body
 
 
@@ -105,13 +106,14 @@ def load_base(base, tokenizer, dtype, device):
     """
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=1, dtype=dtype, pad_token_id=tokenizer.pad_token_id, output_loading_info=True)
-    except (OSError, ValueError) as error:
+            base, num_labels=1, dtype=dtype, pad_token_id=tokenizer.pad_token_id, ignore_mismatched_sizes=True, output_loading_info=True)
+    except (OSError, ValueError, AssertionError) as error:  # AssertionError: a pad token outside the embedding
         raise InputError(f"--base {base}: the model could not be loaded ({_first_line(error)})") from None
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise InputError(f"--base {base}: {type(model).__name__} has no linear head called score; a decoder such as Llama, Mistral, Qwen or Gemma expected")
-    if set(info["missing_keys"]) - {"score.weight"}:
-        raise InputError(f"--base {base}: weights are missing: {', '.join(sorted(info['missing_keys'])[:5])}; a checkpoint with all weights but the reward head's expected")
+    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])} - {"score.weight"}  # a head of another shape is dropped too
+    if missing:
+        raise InputError(f"--base {base}: weights are missing: {', '.join(sorted(missing)[:5])}; a checkpoint with all weights but the reward head's expected")
     model.score.float()
     return model.eval().to(device)  # eval: no dropout, in training neither
 
@@ -121,12 +123,14 @@ def load_member(run, j, base, tokenizer, dtype, device):
     directory = run / f"member_{j:02d}"
     if (directory / "head.safetensors").exists():
         model = load_base(base, tokenizer, dtype, device)
-        model.score.weight.data.copy_(load_head(directory / "head.safetensors"))
+        model.score.weight.data.copy_(load_head(directory))
         return model
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory")
     model, info = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=dtype, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:
         raise InputError(f"{directory}: weights missing {info['missing_keys']}, unexpected {info['unexpected_keys']}")
-    model.score.float()
+    model.score.float().weight.data.copy_(load_head(directory))  # the loader has rounded it to dtype
     return model.eval().to(device)
 
 
@@ -150,7 +154,13 @@ def rewards_of(model, ids, mask):
 
 @torch.no_grad()
 def over_sequences(model, function, sequences, tokenizer, tokens, label):
-    """function(model, ids, mask) for all sequences, in batches of at most `tokens` tokens: float32 (sequences, ..), in their order."""
+    """function(model, ids, mask) for all sequences, in batches of at most `tokens` tokens: float32 (sequences, ..), in their order.
+
+    Equal sequences are computed once: apart, even in one batch, they can differ in the last bit, and then they would not tie.
+    """
+    numbers = {}
+    places = [numbers.setdefault(tuple(ids), len(numbers)) for ids in sequences]
+    sequences = [list(ids) for ids in numbers]
     out, device, started, done = None, next(model.parameters()).device, time.time(), 0
     with tqdm(total=len(sequences), desc=label, unit="response", leave=False, mininterval=1) as bar:
         for batch in batches(sequences, tokens):
@@ -161,7 +171,7 @@ def over_sequences(model, function, sequences, tokenizer, tokens, label):
             done += int(mask.sum())
             bar.update(len(batch))
             bar.set_postfix_str(f"{done / (time.time() - started):,.0f} tokens/s")
-    return out
+    return out[places]
 
 
 def score_sequences(model, sequences, tokenizer, tokens, label="score"):
@@ -201,14 +211,18 @@ def save_head(model, directory):
     save_file({"score.weight": model.score.weight.detach().cpu().contiguous()}, directory / "head.safetensors")
 
 
-def load_head(path):
-    """The head's weight, float32 (1, d)."""
-    return load_file(path)["score.weight"]
+def load_head(directory):
+    """The head's weight, float32 (1, d), from a member's directory of either kind."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if "score.weight" in file.keys():
+                return file.get_tensor("score.weight").float()
+    raise InputError(f"{directory}: no score.weight in its safetensors files")
 
 
 def score_features(features, weight):
     """Rewards float32 (R,) of features float32 (R, d) under a head's weight float32 (1, d)."""
-    return (features @ weight.T).squeeze(-1).numpy()
+    return (features * weight).sum(1).numpy()  # not a matrix product, which can give equal rows unequal rewards
 
 
 def fingerprint(base):

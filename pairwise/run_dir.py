@@ -64,6 +64,22 @@ def natural(text):
     return value
 
 
+def positive(text):
+    """argparse type: a number above zero."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} found, a number above 0 expected")
+    return value
+
+
+def nonnegative(text):
+    """argparse type: a number of at least zero."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} found, a number of at least 0 expected")
+    return value
+
+
 def seed(text):
     """argparse type: an integer of at least zero."""
     value = int(text)

@@ -32,7 +32,8 @@ def train(run, base, *flags, iteration=1):
     """train_rm.py in this process."""
     import train_rm
 
-    train_rm.main(train_rm.parse_args(["--run", str(run), "--base", str(base), "--iteration", str(iteration), *FLAGS, *flags]))
+    task = () if "--export" in flags else ("--iteration", str(iteration))
+    train_rm.main(train_rm.parse_args(["--run", str(run), "--base", str(base), *task, *FLAGS, *flags]))
 
 
 def fit(run):

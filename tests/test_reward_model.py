@@ -1,0 +1,372 @@
+"""pairwise/reward_model.py: one encoding, rewards that depend on nothing but the response, checkpoints that load."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_base
+from safetensors.torch import load_file, save_file
+from tokenizers import processors
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pairwise import reward_model as rm
+from pairwise.run_dir import InputError
+
+ASK = [{"role": "user", "content": "how can i sleep better this week ?"}]
+ANSWER = "one way is to drink no coffee ."
+LOOP = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+OPEN = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+
+
+@pytest.fixture
+def own(base):
+    """A tokenizer of the test's own, to be changed."""
+    return AutoTokenizer.from_pretrained(base)
+
+
+@pytest.fixture(scope="module")
+def model(base, tokenizer):
+    model = rm.load_base(base, tokenizer, torch.float32, "cpu")
+    rm.draw_head(model, 1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def mixed(tokenizer):
+    """Sequences of many lengths."""
+    return [rm.encode(tokenizer, [{"role": "user", "content": "please " * i + "help ?"}], "go on " * (7 * i % 5 + 1)) for i in range(12)]
+
+
+def add_bos(tokenizer):
+    """Let the tokenizer itself put a BOS first, as Llama's does."""
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)])
+    assert tokenizer("x").input_ids[0] == tokenizer.bos_token_id
+
+
+# ---- encode
+
+
+@pytest.mark.parametrize("tokenizer_adds", [False, True])
+@pytest.mark.parametrize("template, expected", [("{{ bos_token }}", 1), ("{{ bos_token }}{{ bos_token }}", 1), ("", 0)])
+def test_exactly_one_bos_where_the_model_has_one(own, template, expected, tokenizer_adds):
+    own.chat_template = template + LOOP + OPEN
+    if tokenizer_adds:
+        add_bos(own)
+        expected = 1
+    for response in (None, ANSWER):
+        ids = rm.encode(own, ASK, response)
+        assert ids.count(own.bos_token_id) == expected
+        assert (ids[0] == own.bos_token_id) == bool(expected)
+
+
+def test_tokenizer_without_bos(own):
+    own.bos_token = None
+    own.chat_template = LOOP + OPEN
+    ids = rm.encode(own, ASK, ANSWER)
+    assert own.decode(ids) == f"<|user|>{ASK[0]['content']}<|assistant|>{ANSWER}<|eos|>" and None not in ids
+    assert rm.encode(own, ASK, ANSWER, 5) == ids[-5:]
+
+
+def test_text_of_prompt_and_response(tokenizer):
+    """Every turn is there in order, the response ends with the model's end, and a prompt alone is ready to be answered."""
+    chat = [{"role": "user", "content": "hey"}, {"role": "assistant", "content": "yes ?"}, *ASK]
+    start = f"<|bos|><|user|>hey<|assistant|>yes ?<|eos|><|user|>{ASK[0]['content']}<|assistant|>"
+    assert tokenizer.decode(rm.encode(tokenizer, chat)) == start
+    assert tokenizer.decode(rm.encode(tokenizer, chat, ANSWER)) == start + ANSWER + "<|eos|>"
+    assert rm.encode(tokenizer, chat, ANSWER)[-1] == tokenizer.eos_token_id
+    assert all(type(i) is int for i in rm.encode(tokenizer, chat))
+
+
+@pytest.mark.parametrize("template_bos", [True, False])
+def test_truncation_keeps_bos_and_the_end(own, template_bos):
+    own.chat_template = ("{{ bos_token }}" if template_bos else "") + LOOP + OPEN
+    bos = [own.bos_token_id] if template_bos else []
+    whole = rm.encode(own, ASK, ANSWER)
+    answer = len(own(ANSWER).input_ids) + 2  # with its header and end
+    assert len(whole) > answer + 3
+    for limit in (len(whole) + 1, len(whole), len(whole) - 1, answer, answer - 4, 3, 2):
+        ids = rm.encode(own, ASK, ANSWER, limit)
+        assert len(ids) == min(limit, len(whole))
+        assert ids == bos + whole[len(bos) :][-(min(limit, len(whole)) - len(bos)) :], limit
+    assert rm.encode(own, ASK, ANSWER, 1) == (bos or whole[-1:])
+
+
+def test_encode_split_is_encode_in_data_order(tokenizer):
+    prompts = [ASK, [{"role": "user", "content": "and then ?"}]]
+    texts = [["a", ANSWER], ["b", "c", "a"]]
+    expected = [rm.encode(tokenizer, m, t, 9) for m, group in zip(prompts, texts) for t in group]
+    assert rm.encode_split(tokenizer, prompts, texts, 9) == expected and len(expected) == 5
+
+
+# ---- pad token and chat template
+
+
+def saved(tokenizer, directory):
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_pad_is_a_spare_token_and_never_eos(own, tmp_path):
+    own.pad_token = own.eos_token
+    found = rm.load_tokenizer(saved(own, tmp_path / "t"))
+    assert found.pad_token == "<|pad|>" != found.eos_token and found.padding_side == "right"
+    assert found.pad_token_id < len(own) == len(found)
+
+
+def test_pad_is_not_bos_either(own, tmp_path):
+    own.pad_token = own.bos_token
+    assert rm.load_tokenizer(saved(own, tmp_path / "t")).pad_token == "<|pad|>"
+
+
+def test_own_pad_token_is_kept(own, tmp_path):
+    own.pad_token = "<|user|>"
+    assert rm.load_tokenizer(saved(own, tmp_path / "t")).pad_token == "<|user|>"
+
+
+def test_without_a_spare_token(own, tmp_path, monkeypatch):
+    own.pad_token = own.eos_token
+    monkeypatch.setattr(rm, "PAD_NAMES", ("<|nothing|>", "<|eos|>"))
+    with pytest.raises(InputError, match=r"pad token is its eos token.*<\|nothing\|>"):
+        rm.load_tokenizer(saved(own, tmp_path / "t"))
+
+
+def test_pad_token_outside_the_embedding(own, tmp_path, base):
+    shutil.copytree(base, tmp_path / "b")
+    own.add_special_tokens({"pad_token": "<|new|>"})
+    own.save_pretrained(tmp_path / "b")
+    tokenizer = rm.load_tokenizer(tmp_path / "b")
+    assert tokenizer.pad_token_id == 400
+    with pytest.raises(InputError, match="could not be loaded"):
+        rm.load_base(tmp_path / "b", tokenizer, torch.float32, "cpu")
+
+
+def test_base_without_chat_template(own, tmp_path):
+    template = own.chat_template
+    own.chat_template = None
+    directory = saved(own, tmp_path / "t")
+    with pytest.raises(InputError, match="no chat template.*--chat-template FILE"):
+        rm.load_tokenizer(directory)
+    with pytest.raises(InputError, match="--chat-template .*nowhere"):
+        rm.load_tokenizer(directory, tmp_path / "nowhere")
+    (tmp_path / "own.jinja").write_text(template)
+    own.chat_template = template
+    assert rm.encode(rm.load_tokenizer(directory, tmp_path / "own.jinja"), ASK, ANSWER) == rm.encode(own, ASK, ANSWER)
+
+
+def test_template_file_wins(base, tmp_path):
+    (tmp_path / "own.jinja").write_text("{{ bos_token }}{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    tokenizer = rm.load_tokenizer(base, tmp_path / "own.jinja")
+    assert tokenizer.decode(rm.encode(tokenizer, ASK, "yes")) == f"<|bos|><{ASK[0]['content']}><yes>"
+
+
+@pytest.mark.parametrize("function", [rm.load_tokenizer, lambda base: rm.load_base(base, rm.load_tokenizer(base), torch.float32, "cpu")])
+def test_no_such_base(tmp_path, function):
+    with pytest.raises(InputError, match="--base .*nothing"):
+        function(str(tmp_path / "nothing"))
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 90, 10**6])
+def test_batches_cover_each_sequence_once_within_the_budget(mixed, tokens):
+    found = list(rm.batches(mixed, tokens))
+    assert sorted(i for batch in found for i in batch) == list(range(len(mixed)))
+    for batch in found:
+        assert len(batch) == 1 or len(batch) * max(len(mixed[i]) for i in batch) <= tokens
+    lengths = [len(mixed[i]) for batch in found for i in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    if tokens == 90:
+        assert 1 < len(found) < len(mixed)
+
+
+def test_pad_is_on_the_right():
+    ids, mask = rm.pad([[5, 6, 7], [8]], 9, "cpu")
+    assert ids.tolist() == [[5, 6, 7], [8, 9, 9]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+# ---- rewards
+
+
+def test_alone_in_a_batch_and_by_transformers(model, tokenizer, mixed):
+    batch = rm.score_sequences(model, mixed, tokenizer, 10**6)
+    assert batch.dtype == np.float32 and batch.std() > 0.05
+    for tokens in (1, 40, 90):
+        np.testing.assert_allclose(rm.score_sequences(model, mixed, tokenizer, tokens), batch, atol=1e-5)
+    ids, mask = rm.pad(mixed, tokenizer.pad_token_id, "cpu")
+    with torch.no_grad():
+        np.testing.assert_allclose(model(input_ids=ids, attention_mask=mask).logits[:, 0], batch, atol=1e-5)
+        for one, value in zip(mixed, batch):
+            assert abs(model(input_ids=torch.tensor([one])).logits.item() - value) < 1e-5
+
+
+def test_what_stands_in_the_padding_does_not_matter(model, tokenizer, mixed):
+    ids, mask = rm.pad(mixed, tokenizer.pad_token_id, "cpu")
+    garbage = torch.where(mask == 1, ids, torch.randint(5, 400, ids.shape, generator=torch.Generator().manual_seed(0)))
+    longer = torch.nn.functional.pad(garbage, (0, 9), value=77), torch.nn.functional.pad(mask, (0, 9))
+    with torch.no_grad():
+        clean = rm.rewards_of(model, ids, mask)
+        torch.testing.assert_close(rm.rewards_of(model, garbage, mask), clean, atol=1e-5, rtol=0)
+        torch.testing.assert_close(rm.rewards_of(model, *longer), clean, atol=1e-5, rtol=0)
+
+
+def test_reward_is_read_at_the_end_of_the_response(model, tokenizer):
+    """Even where the response itself holds the pad token."""
+    ids = rm.encode(tokenizer, ASK, "yes <|pad|><|pad|>")
+    assert ids.count(tokenizer.pad_token_id) == 2
+    alone = rm.score_sequences(model, [ids], tokenizer, 1000)
+    assert abs(alone[0] - rm.score_sequences(model, [ids + [9] * 30, ids], tokenizer, 1000)[1]) < 1e-5
+    assert abs(alone[0] - rm.score_sequences(model, [ids[:-3]], tokenizer, 1000)[0]) > 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 120, 10**6])
+def test_equal_sequences_tie_exactly(model, tokenizer, mixed, tokens):
+    """However many other responses there are, and whichever batch they come in."""
+    sequences = [*mixed, *[list(mixed[3]) for _ in range(7)], *mixed[::2]]
+    rewards = rm.score_sequences(model, sequences, tokenizer, tokens)
+    assert len(set(rewards[12:19].tolist()) | {rewards[3]}) == 1
+    np.testing.assert_array_equal(rewards[19:], rewards[:12:2])
+    features = torch.from_numpy(rm.features_of(model, sequences, tokenizer, tokens))
+    heads = rm.score_features(features, model.score.weight.detach())
+    assert len(set(heads[12:19].tolist()) | {heads[3]}) == 1
+    np.testing.assert_allclose(heads, rewards, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [3, 5, 7, 61])
+def test_equal_features_tie_exactly(count):
+    torch.manual_seed(0)
+    features, weight = torch.randn(1, 384).repeat(count, 1), torch.randn(1, 384)
+    rewards = rm.score_features(features, weight)
+    assert rewards.dtype == np.float32 and len(set(rewards.tolist())) == 1
+    assert abs(rewards[0] - float((features[0].double() * weight[0].double()).sum())) < 1e-4
+
+
+# ---- the head
+
+
+def test_the_head_comes_from_the_seed_alone(base, tokenizer):
+    heads = []
+    for state, seed in ((1, 5), (2, 5), (2, 6)):
+        torch.manual_seed(state)
+        np.random.seed(state)
+        model = rm.load_base(base, tokenizer, torch.float32, "cpu")
+        rm.draw_head(model, seed)
+        heads.append(model.score.weight.detach().clone())
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    assert 0.05 < heads[0].std() < 0.2  # the model's initializer_range is 0.1
+
+
+def test_bfloat16_keeps_head_and_rewards_in_float32(base, tokenizer, mixed, tmp_path):
+    model = rm.load_base(base, tokenizer, torch.bfloat16, "cpu")
+    rm.draw_head(model, 0)
+    assert model.score.weight.dtype == torch.float32 and {p.dtype for p in model.base_model.parameters()} == {torch.bfloat16}
+    ids, mask = rm.pad(mixed, tokenizer.pad_token_id, "cpu")
+    rewards = rm.rewards_of(model, ids, mask)
+    assert rewards.dtype == torch.float32 and not torch.equal(rewards, rewards.bfloat16().float())
+    rm.save_member(model, tokenizer, tmp_path / "member_01")
+    loaded = rm.load_member(tmp_path, 1, base, tokenizer, torch.bfloat16, "cpu")
+    assert loaded.score.weight.dtype == torch.float32
+    assert torch.equal(loaded.score.weight, model.score.weight), "rounded on loading"
+    assert torch.equal(rm.rewards_of(loaded, ids, mask), rewards)
+
+
+def test_rewards_have_a_gradient(model, tokenizer, mixed):
+    rewards = rm.rewards_of(model, *rm.pad(mixed[:2], tokenizer.pad_token_id, "cpu"))
+    rewards.sum().backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0 and not model.training
+    model.zero_grad()
+
+
+# ---- checkpoints
+
+
+def test_a_base_may_lack_its_head_and_nothing_else(base, tokenizer, tmp_path):
+    broken = shutil.copytree(base, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    assert "score.weight" not in weights
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"weights are missing: .*layers\.1\.mlp\.up_proj"):
+        rm.load_base(broken, tokenizer, torch.float32, "cpu")
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 32)
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"weights are missing: .*layers\.1\.mlp\.up_proj"):
+        rm.load_base(broken, tokenizer, torch.float32, "cpu")
+
+
+def test_a_base_with_a_head_of_another_shape(base, tokenizer, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).save_pretrained(tmp_path / "three")
+    model = rm.load_base(tmp_path / "three", tokenizer, torch.float32, "cpu")
+    rm.draw_head(model, 0)
+    assert model.score.weight.shape == (1, 32)
+
+
+def test_a_base_of_another_kind(tokenizer, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    BertForSequenceClassification(BertConfig(vocab_size=400, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(InputError, match="no linear head called score"):
+        rm.load_base(tmp_path / "bert", tokenizer, torch.float32, "cpu")
+
+
+def test_a_saved_member_is_a_plain_directory(model, tokenizer, mixed, tmp_path):
+    rm.save_member(model, tokenizer, tmp_path / "member_01")
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "member_01", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert loaded.config.num_labels == 1
+    ids, mask = rm.pad(mixed, tokenizer.pad_token_id, "cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(input_ids=ids, attention_mask=mask).logits[:, 0], rm.rewards_of(model, ids, mask), atol=1e-6, rtol=0)
+    again = AutoTokenizer.from_pretrained(tmp_path / "member_01")
+    assert rm.encode(again, ASK, ANSWER) == rm.encode(tokenizer, ASK, ANSWER) and again.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_member_says_what_transformers_4_reads(base, tokenizer, tmp_path, dtype):
+    rm.save_member(rm.load_base(base, tokenizer, getattr(torch, dtype), "cpu"), tokenizer, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["rope_theta"] == 500000.0 and config["rope_scaling"] is None
+    assert config["torch_dtype"] == config["dtype"] == dtype and config["pad_token_id"] == tokenizer.pad_token_id
+    described = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    assert described["tokenizer_class"] == "PreTrainedTokenizerFast" and described["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def test_scaled_rope_survives_for_transformers_4(tokenizer, tmp_path):
+    rope = {"rope_type": "linear", "rope_theta": 7000.0, "factor": 2.0}
+    base = make_base(tokenizer, tmp_path / "b", 0, rope_parameters=rope)
+    rm.save_member(rm.load_base(base, tokenizer, torch.float32, "cpu"), tokenizer, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["rope_theta"] == 7000.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").config.rope_parameters == rope
+
+
+def test_a_member_that_lacks_its_head_is_refused(model, base, tokenizer, tmp_path):
+    rm.save_member(model, tokenizer, tmp_path / "member_01")
+    weights = load_file(tmp_path / "member_01" / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, tmp_path / "member_01" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"member_01: weights missing.*score\.weight"):
+        rm.load_member(tmp_path, 1, base, tokenizer, torch.float32, "cpu")
+    with pytest.raises(InputError, match="member_02: no such directory"):
+        rm.load_member(tmp_path, 2, base, tokenizer, torch.float32, "cpu")
+
+
+def test_head_is_saved_and_put_on_the_base_again(model, base, tokenizer, mixed, tmp_path):
+    rm.save_head(model, tmp_path / "member_03")
+    assert [path.name for path in (tmp_path / "member_03").iterdir()] == ["head.safetensors"]
+    loaded = rm.load_member(tmp_path, 3, base, tokenizer, torch.float32, "cpu")
+    np.testing.assert_array_equal(rm.score_sequences(loaded, mixed, tokenizer, 500), rm.score_sequences(model, mixed, tokenizer, 500))
+
+
+def test_fingerprint_follows_the_content(base, tokenizer, tmp_path):
+    copy = shutil.copytree(base, tmp_path / "copy")
+    assert rm.fingerprint(copy) == rm.fingerprint(base)
+    (copy / "README.md").write_text("said later")
+    assert rm.fingerprint(copy) == rm.fingerprint(base)
+    other = make_base(tokenizer, tmp_path / "other", 1)
+    assert rm.fingerprint(other) != rm.fingerprint(base)
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    assert rm.fingerprint(copy) != rm.fingerprint(base)

@@ -1,0 +1,833 @@
+"""train_rm.py: the targets and the loss by hand, steps and batches, and what a run directory holds after training, or after being killed."""
+
+import io
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import train_rm
+from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, make_base, manifest, rewards, train
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from pairwise import reward_model as rm
+from pairwise.run_dir import InputError, read_split, write_split
+
+
+def arguments(*flags):
+    return train_rm.parse_args(["--run", "run", "--base", "base", "--iteration", "1", *FLAGS, *flags])
+
+
+def log_of(run, j=1):
+    return [json.loads(line) for line in (run / "logs" / f"{j:02d}.jsonl").read_text().splitlines()]
+
+
+def contents(run):
+    """Every byte that a run has made, apart from times and the manifest."""
+    found = {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file() and path.name != "manifest.json"}
+    for name in [name for name in found if name.startswith("logs/")]:
+        found[name] = [{**json.loads(line), "seconds": None} for line in found[name].splitlines()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def split(data):
+    return read_split(data, "train")
+
+
+@pytest.fixture(scope="module")
+def sequences(split, tokenizer):
+    return rm.encode_split(tokenizer, split.messages, split.responses, None)
+
+
+@pytest.fixture
+def model(base, tokenizer):
+    model = rm.load_base(base, tokenizer, torch.float32, "cpu")
+    rm.draw_head(model, 1)
+    return model
+
+
+# ---- targets and loss
+
+
+def test_targets_by_hand():
+    p = np.array([0.75, 0.5, 1.0])
+    r = np.array([[1.0, 2.0, 2.0], [3.0, 1.0, 3.0]], np.float32)  # member 1: y2 = y3 > y1; member 2: y1 = y3 > y2
+    a, b, alpha = np.array([0, 1, 2]), np.array([1, 2, 0]), np.array([0.75, 0.25])
+    # V_1 = 0, 1/2, 1; V_2 = 1, 0, 1/2
+    p_hat = np.array([0.25, 0.375, 0.875])
+    expected = {
+        "p": p,
+        "residual": [0.5, 0.125, 0.125],
+        "centered": [1.0, 0.625, 0.625],
+        "mixture": p_hat + 3 * np.array([0.5, 0.125, 0.125]),  # j = 3
+    }
+    assert set(expected) == set(train_rm.TARGETS)
+    for name, value in expected.items():
+        np.testing.assert_allclose(train_rm.target_of(name, p, r, alpha, a, b), value, atol=1e-15)
+        np.testing.assert_array_equal(train_rm.target_of(name, p, np.zeros((0, 3), np.float32), np.zeros(0), a, b), p)
+
+
+def test_centered_is_the_printed_objective_over_both_orders():
+    """(eps - s)^2 of the pair, plus the same of the pair turned round, is 2 (t - s)^2 up to a constant."""
+    s = np.linspace(0, 1, 101)
+    for p, p_hat in ((0.75, 0.2), (0.0, 0.9), (0.5, 0.5)):
+        t = train_rm.TARGETS["centered"][1](p, p_hat, 2)
+        assert np.ptp((p - p_hat - s) ** 2 + ((1 - p) - (1 - p_hat) - (1 - s)) ** 2 - 2 * (t - s) ** 2) < 1e-12
+
+
+def test_mixture_is_the_stagewise_objective():
+    """(p - (1 - 1/j) p_hat - s/j)^2, of the mixture that gives the new member the share 1/j, is (t - s)^2 / j^2."""
+    s = np.linspace(0, 1, 101)
+    for j, p, p_hat in ((2, 0.75, 0.2), (3, 0.0, 0.9), (8, 1.0, 0.125)):
+        t = train_rm.TARGETS["mixture"][1](p, p_hat, j)
+        np.testing.assert_allclose((p - (1 - 1 / j) * p_hat - s / j) ** 2, (t - s) ** 2 / j**2, atol=1e-12)
+
+
+def test_squared_error_and_its_gradient():
+    r = torch.tensor([0.3, -1.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([0.75, -0.2], dtype=torch.float64)
+    loss = train_rm.squared_error(r[:2], r[2:], t)
+    by_hand = (0.75 - 1 / (1 + math.exp(1.7))) ** 2 + (-0.2 - 1 / (1 + math.exp(1.5))) ** 2
+    assert abs(loss.item() - by_hand) < 1e-12
+    loss.backward()
+    for i in range(4):
+        step = torch.zeros(4, dtype=torch.float64)
+        step[i] = 1e-6
+        up, down = (train_rm.squared_error((r + d)[:2], (r + d)[2:], t).item() for d in (step, -step))
+        assert abs((up - down) / 2e-6 - r.grad[i].item()) < 1e-8
+
+
+# ---- steps
+
+
+@pytest.mark.parametrize("budget", [1, 4, 7, 30, 1000])
+def test_steps_of_prompts(budget):
+    sizes = np.array([6, 1, 3, 0, 12, 6, 2, 9])
+    start = np.concatenate([[0], np.cumsum(sizes)])
+    keep = np.random.default_rng(3).random(start[-1]) < 0.8
+    steps = train_rm.steps_of_prompts(start, keep, budget, np.random.default_rng(0))
+    assert sorted(np.concatenate([part for step in steps for part in step])) == list(np.flatnonzero(keep))  # each kept pair once
+    places = {}
+    for number, step in enumerate(steps):
+        assert 0 < sum(len(part) for part in step) <= budget
+        for part in step:
+            prompts = {int(np.searchsorted(start, pair, side="right")) - 1 for pair in part}
+            assert len(prompts) == 1
+            places.setdefault(prompts.pop(), []).append(number)
+    for prompt, where in places.items():
+        kept = keep[start[prompt] : start[prompt + 1]].sum()
+        assert len(where) == -(-kept // budget), "a prompt within the budget is split"
+    again = train_rm.steps_of_prompts(start, keep, budget, np.random.default_rng(0))
+    other = train_rm.steps_of_prompts(start, keep, budget, np.random.default_rng(1))
+    flat = [[[part.tolist() for part in step] for step in found] for found in (steps, again, other)]
+    assert flat[0] == flat[1] != flat[2]
+
+
+def test_a_prompt_that_is_split_is_shuffled_first():
+    steps = train_rm.steps_of_prompts(np.array([0, 40]), np.ones(40, bool), 20, np.random.default_rng(0))
+    assert len(steps) == 2 and not any(np.array_equal(step[0], np.sort(step[0])) for step in steps)
+
+
+def test_steps_are_filled():
+    """Prompts of 3 pairs, a budget of 7: two prompts a step, the last has one."""
+    steps = train_rm.steps_of_prompts(np.arange(0, 31, 3)[:10], np.ones(27, bool), 7, np.random.default_rng(0))
+    assert sorted(len(step) for step in steps) == [1, 2, 2, 2, 2]
+
+
+def test_steps_of_pairs():
+    keep = np.arange(50) % 7 != 0
+    steps = train_rm.steps_of_pairs(keep, 8, 3, np.random.default_rng(0))
+    per_epoch = -(-keep.sum() // 8)
+    assert len(steps) == 3 * per_epoch
+    epochs = [np.concatenate([step[0] for step in steps[i * per_epoch : (i + 1) * per_epoch]]) for i in range(3)]
+    for order in epochs:
+        assert sorted(order) == list(np.flatnonzero(keep))
+    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[0], np.flatnonzero(keep))
+    assert all(len(step) == 1 and len(step[0]) <= 8 for step in steps)
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 150, 400, 10**6])
+def test_micro_batches_are_a_partition_within_the_budget(tokens):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 60, 40)
+    pairs = [(i, j) for p in range(10) for i in range(4 * p, 4 * p + 4) for j in range(i + 1, 4 * p + 4)]
+    a, b = np.array(pairs).T
+    step = [np.arange(6 * p, 6 * p + 6) for p in range(10)]
+    found = train_rm.micro_batches(step, a, b, lengths, tokens)
+    assert sorted(np.concatenate(found)) == list(range(60))
+    for micro in found:
+        responses = np.union1d(a[micro], b[micro])
+        assert len(micro) == 1 or len(responses) * lengths[responses].max() <= tokens
+    if tokens == 1:
+        assert len(found) == 60
+    if tokens == 10**6:
+        assert len(found) == 1
+    if tokens == 400:
+        assert len(found) < 10, "prompts that fit together go together"
+
+
+@pytest.mark.parametrize("steps, warmup, rise", [(1, 0.03, 1), (2, 0.0, 1), (10, 0.03, 1), (100, 0.03, 3), (1000, 0.1, 100)])
+def test_schedule(steps, warmup, rise):
+    rates = [train_rm.schedule(step, steps, warmup) for step in range(steps)]
+    assert rates[0] == 1 / rise and rates[rise - 1] == max(rates) == 1 and min(rates) > 0
+    np.testing.assert_allclose(np.diff(rates[:rise]), 1 / rise)
+    assert all(x >= y for x, y in zip(rates[rise - 1 :], rates[rise:]))
+    if steps >= 100:
+        assert rates[-1] < 0.001
+
+
+def test_schedule_by_hand():
+    """Two of ten steps of warm-up, then half a cosine over eight; one step of warm-up at least."""
+    quarter = math.sqrt(0.5)
+    np.testing.assert_allclose([train_rm.schedule(i, 10, 0.2) for i in (0, 1, 2, 4, 6, 8)], [0.5, 1, 1, (1 + quarter) / 2, 0.5, (1 - quarter) / 2])
+    np.testing.assert_allclose([train_rm.schedule(i, 5, 0.0) for i in (0, 1, 3)], [1, 1, 0.5])
+
+
+# ---- one step
+
+
+class Record:
+    """In the optimizer's place: keeps the gradients that it is given, and changes nothing."""
+
+    def __init__(self, groups, lr, **settings):
+        self.param_groups = [dict(group, lr=lr) for group in groups]
+        self.grads = None
+        Record.last = self
+
+    def step(self):
+        self.grads = {id(p): None if p.grad is None else p.grad.clone() for group in self.param_groups for p in group["params"]}
+
+    def zero_grad(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+@pytest.mark.parametrize("tokens, micro_batches", [(1, 72), (300, None), (10**6, 1)])
+def test_gradient_is_the_plain_sum_over_pairs(model, tokenizer, split, sequences, monkeypatch, tokens, micro_batches):
+    """Each response encoded once, accumulated over micro-batches, against every pair encoded by itself."""
+    monkeypatch.setattr(train_rm, "SOAP", Record)
+    seen = []
+    monkeypatch.setattr(rm, "rewards_of", lambda model, ids, mask, f=rm.rewards_of: seen.append(len(ids)) or f(model, ids, mask))
+    log = io.StringIO()
+    keep = np.ones(len(split.a), bool)
+    train_rm.train_full(arguments("--pairs-per-step", "1000", "--micro-batch-tokens", str(tokens)), model, tokenizer, split, sequences, split.p, keep,
+                        np.random.default_rng(0), log)
+    found = Record.last.grads
+    monkeypatch.undo()
+    total = 0.0
+    for a, b, t in zip(split.a, split.b, split.p):
+        reward = rm.rewards_of(model, *rm.pad([sequences[a], sequences[b]], tokenizer.pad_token_id, "cpu"))
+        error = (t - torch.sigmoid(reward[0] - reward[1])) ** 2 / len(split.a)
+        error.backward()
+        total += error.item()
+    assert sum(p.numel() for p in model.parameters()) == sum(grad.numel() for grad in found.values())
+    for name, p in model.named_parameters():
+        assert p.grad.abs().max() > 1e-6, name
+        torch.testing.assert_close(found[id(p)], p.grad, atol=1e-6, rtol=0, msg=lambda said: f"{name}: {said}")
+    line = json.loads(log.getvalue())
+    assert abs(line["loss"] - total) < 1e-6 and line["pairs"] == 72
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters())).item()
+    assert abs(line["grad_norm"] - norm) < 1e-5
+    assert len(seen) > 1 if micro_batches is None else len(seen) == micro_batches
+    if micro_batches == 1:
+        assert seen == [48] and line["tokens"] == sum(map(len, sequences))
+
+
+def test_bfloat16_gradients_are_accumulated_in_float32(base, tokenizer, split, sequences, monkeypatch):
+    """Pair by pair or all at once: the same gradient, up to BF16's rounding of each."""
+    monkeypatch.setattr(train_rm, "SOAP", Record)
+    found = []
+    for tokens in ("1", "1000000"):
+        model = rm.load_base(base, tokenizer, torch.bfloat16, "cpu")
+        rm.draw_head(model, 1)
+        args = arguments("--pairs-per-step", "1000", "--micro-batch-tokens", tokens)
+        train_rm.train_full(args, model, tokenizer, split, sequences, split.p, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+        assert {grad.dtype for grad in Record.last.grads.values()} == {torch.float32}
+        found.append(torch.cat([grad.flatten() for grad in Record.last.grads.values()]))
+    assert (found[0] - found[1]).norm() < 0.1 * found[1].norm()
+
+
+def test_partial_last_step_is_divided_by_its_own_pairs(model, tokenizer, split, sequences, monkeypatch):
+    """72 pairs in steps of 30: the last holds 12, and its loss is their mean."""
+    monkeypatch.setattr(train_rm, "SOAP", Record)
+    log = io.StringIO()
+    train_rm.train_full(arguments("--pairs-per-step", "30"), model, tokenizer, split, sequences, split.p, np.ones(72, bool), np.random.default_rng(0), log)
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert sorted(line["pairs"] for line in lines) == [12, 30, 30]
+    r = rm.score_sequences(model, sequences, tokenizer, 10**6)
+    whole = np.mean((split.p - 1 / (1 + np.exp(r[split.b] - r[split.a]))) ** 2)
+    assert abs(sum(line["loss"] * line["pairs"] for line in lines) / 72 - whole) < 1e-6
+
+
+def test_the_first_step_counts(model, tokenizer, split, sequences):
+    """SOAP's first call only initialises; one step changes every parameter that has a gradient."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    args = arguments("--pairs-per-step", "1000", "--lr", "1e-3", "--weight-decay", "0")
+    train_rm.train_full(args, model, tokenizer, split, sequences, split.p, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+    for name, p in model.named_parameters():
+        assert 1e-5 < (p - before[name]).abs().mean() < 1e-2, name
+
+
+def test_weight_decay_is_decoupled_and_applied(base, tokenizer, split, sequences):
+    """A difference of decays is a difference of the parameters, about lr x decay in size."""
+    after = []
+    for decay in ("0", "100"):
+        model = rm.load_base(base, tokenizer, torch.float32, "cpu")
+        rm.draw_head(model, 1)
+        args = arguments("--pairs-per-step", "1000", "--lr", "1e-3", "--weight-decay", decay)
+        train_rm.train_full(args, model, tokenizer, split, sequences, split.p, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+        after.append(model.model.layers[0].mlp.up_proj.weight.norm().item())
+    assert 0.75 < after[1] / after[0] < 0.95
+
+
+def test_bfloat16_trains_float32_masters(base, tokenizer, split, sequences, monkeypatch):
+    """At lr 1e-5 most of the float32 update is in the masters; the model stays BF16 and follows them."""
+    seen = {}
+
+    class Spy(train_rm.SOAP):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            seen["now"] = [p for group in self.param_groups for p in group["params"]]
+            seen["before"] = [p.detach().clone().float() for p in seen["now"]]
+
+    monkeypatch.setattr(train_rm, "SOAP", Spy)
+    moves = {}
+    for dtype in ("float32", "bfloat16"):
+        model = rm.load_base(base, tokenizer, torch.bfloat16, "cpu")
+        model.to(getattr(torch, dtype)).score.float()
+        rm.draw_head(model, 1)
+        args = arguments("--dtype", dtype, "--lr", "1e-5", "--weight-decay", "0", "--pairs-per-step", "12", "--warmup", "0")
+        train_rm.train_full(args, model, tokenizer, split, sequences, split.p, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+        moves[dtype] = torch.cat([(now - before).flatten() for now, before in zip(seen["now"], seen["before"])])
+        assert {p.dtype for p in model.base_model.parameters()} == {getattr(torch, dtype)} and model.score.weight.dtype == torch.float32
+        masters = {tuple(p.shape): [] for p in seen["now"]}
+        for p in seen["now"]:
+            masters[tuple(p.shape)].append(p)
+        for p in model.parameters():
+            assert any(torch.equal(p, master.to(p.dtype)) for master in masters[tuple(p.shape)])
+    survived = (moves["float32"] @ moves["bfloat16"] / moves["float32"].square().sum()).item()
+    assert survived > 0.7, survived
+
+
+def test_loss_falls_when_a_few_pairs_are_learnt_by_heart(model, tokenizer, split, sequences):
+    log = io.StringIO()
+    keep = np.arange(72) < 6
+    target = 1 / (1 + np.exp((split.b % 4) ** 2 - (split.a % 4) ** 2))  # of the first prompt's four responses, the last is the best
+    train_rm.train_full(arguments("--lr", "3e-3", "--epochs", "40"), model, tokenizer, split, sequences, target, keep, np.random.default_rng(0), log)
+    losses = [json.loads(line)["loss"] for line in log.getvalue().splitlines()]
+    assert len(losses) == 40 and losses[-1] < 0.3 * losses[0]
+
+
+def test_which_parameters_are_preconditioned(model):
+    groups = train_rm.parameter_groups(model, arguments())
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices, plain = ([names[id(p)] for p in group] for group in groups)
+    assert sorted(matrices + plain) == sorted(names.values())
+    assert {"score.weight", "model.embed_tokens.weight", "model.norm.weight"} <= set(plain)
+    assert all(".mlp." in name or ".self_attn." in name for name in matrices) and len(matrices) == 14
+
+
+# ---- a full run
+
+
+def test_log_has_the_contract_s_fields(full_run, split, sequences):
+    lines = log_of(full_run)
+    assert all(set(line) == {"step", "loss", "lr", "tokens", "pairs", "seconds", "grad_norm"} for line in lines)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert sum(line["pairs"] for line in lines) == 72 and sum(line["tokens"] for line in lines) == sum(map(len, sequences))
+    np.testing.assert_allclose([line["lr"] for line in lines], [3e-3 * train_rm.schedule(i, len(lines), 0.03) for i in range(len(lines))])
+    assert all(x["seconds"] <= y["seconds"] for x, y in zip(lines, lines[1:]))
+
+
+def test_a_run_holds_what_the_contract_says(full_run):
+    for j in (1, 2):
+        for name in ("train", "valid", "test"):
+            r = rewards(full_run, j, name)
+            assert r.dtype == np.float32 and r.shape == (read_split(full_run, name).response_start[-1],) and r.std() > 0
+        r = rewards(full_run, j, "continuations")
+        assert r.dtype == np.float32 and r.shape == (2, 5)
+        assert (full_run / f"member_{j:02d}" / "model.safetensors").exists()
+    entry = manifest(full_run)["member_01"]
+    assert entry["done"] and entry["identical_pairs"] == 0 and entry["target_formula"] == "t = 1/2 + (p - p_hat)" and entry["threads"] == 1
+    assert not leftovers(full_run)
+
+
+def test_a_full_member_loads_in_transformers_and_gives_the_stored_rewards(full_run):
+    check_plain_directory(full_run, 2)
+
+
+def check_plain_directory(run, j):
+    """Loaded as a user would: all keys, the stored rewards, alone and in a batch."""
+    directory = run / f"member_{j:02d}"
+    model, info = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    test = read_split(run, "test")
+    stored = rewards(run, j)
+    chats = [[*messages, {"role": "assistant", "content": text}] for messages, texts in zip(test.messages, test.responses) for text in texts]
+    assert len(chats) == len(stored) == 12
+    with torch.no_grad():
+        for chat, value in zip(chats[::5], stored[::5]):
+            ids = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")
+            assert abs(model(**ids).logits.item() - value) < 1e-5
+        batch = tokenizer.apply_chat_template(chats, return_dict=True, return_tensors="pt", padding=True)
+        np.testing.assert_allclose(model(**batch).logits[:, 0], stored, atol=1e-5)
+
+
+def test_member_two_is_trained_on_the_residual(full_run, data, base, monkeypatch):
+    """What reaches training is t_2 = 1/2 + p - V_1, from member 1's stored rewards."""
+    seen = capture(monkeypatch)
+    run = fresh(full_run, data.parent, "target")
+    forget(run, 2)
+    with pytest.raises(Stop):
+        train(run, base, *FULL, iteration=2)
+    split, r = read_split(run, "train"), rewards(run, 1, "train")
+    np.testing.assert_allclose(seen[0]["target"], 0.5 + split.p - (r[split.a] > r[split.b]), atol=1e-12)
+
+
+class Stop(Exception):
+    pass
+
+
+def capture(monkeypatch):
+    """Stop where training would begin, and keep what it is given."""
+    seen = []
+
+    def stop(model, rewards_at, steps, pairs, args, log):
+        order = [sorted(int(pair) for micro in step for pair in micro) for step in steps]
+        seen.append({"head": model.score.weight.detach().clone(), "order": order, "target": pairs[2]})
+        raise Stop
+
+    monkeypatch.setattr(train_rm, "train", stop)
+    return seen
+
+
+def forget(run, j):
+    """As if member j had never been made."""
+    whole = json.loads((run / "manifest.json").read_text())
+    for stage in [stage for stage in whole["stages"] if stage.startswith(f"member_{j:02d}")]:
+        del whole["stages"][stage]
+    (run / "manifest.json").write_text(json.dumps(whole))
+    shutil.rmtree(run / f"member_{j:02d}", ignore_errors=True)
+    for path in [run / "logs" / f"{j:02d}.jsonl", *(run / "rewards").glob(f"{j:02d}_*.npy")]:
+        path.unlink(missing_ok=True)
+
+
+def test_head_and_order_come_from_seed_and_member(full_run, base, tmp_path, monkeypatch):
+    seen = capture(monkeypatch)
+    run = fresh(full_run, tmp_path)
+    for j in (1, 2):
+        forget(run, j)
+    for state, (seed, j) in enumerate(((0, 1), (0, 1), (1, 1), (0, 2))):
+        torch.manual_seed(state)
+        np.random.seed(state)
+        if j == 2:
+            shutil.copy(full_run / "rewards" / "01_train.npy", run / "rewards")
+        with pytest.raises(Stop):
+            train(run, base, *FULL, "--seed", str(seed), iteration=j)
+        forget(run, j)
+    first, again, other_seed, other_member = seen
+    assert torch.equal(first["head"], again["head"]) and first["order"] == again["order"]
+    for other in (other_seed, other_member):
+        assert not torch.equal(first["head"], other["head"]) and first["order"] != other["order"]
+    assert sorted(pair for step in first["order"] for pair in step) == list(range(72))
+
+
+def test_same_seed_same_bits_and_other_seed_other_rewards(full_run, data, base, tmp_path):
+    run = fresh(data, tmp_path)
+    torch.manual_seed(77)
+    train(run, base, *FULL)
+    for name in ("train", "test"):
+        np.testing.assert_array_equal(rewards(run, 1, name), rewards(full_run, 1, name))
+    other = fresh(data, tmp_path, "other")
+    train(other, base, *FULL, "--seed", "1")
+    assert abs(rewards(other) - rewards(full_run)).max() > 0.01
+
+
+def test_member_two_depends_on_member_one_s_rewards_and_weight_alone(full_run, data, base, tmp_path):
+    """Not on K, nor on how member 1 came about: here it never was in this directory, and weights.json goes further than k = 1."""
+    run = fresh(data, tmp_path)
+    (run / "rewards").mkdir()
+    shutil.copy(full_run / "rewards" / "01_train.npy", run / "rewards")
+    shutil.copy(full_run / "weights.json", run)
+    assert len(json.loads((run / "weights.json").read_text())) == 2
+    train(run, base, *FULL, iteration=2)
+    for name in ("train", "valid", "test"):
+        np.testing.assert_array_equal(rewards(run, 2, name), rewards(full_run, 2, name))
+
+
+def test_continuations_that_come_later_are_scored_by_the_stored_member(full_run, data, base, tmp_path, capsys):
+    run = fresh(full_run, tmp_path)
+    kept = rewards(run, 1, "continuations")
+    whole = json.loads((run / "manifest.json").read_text())
+    del whole["stages"]["member_01_continuations"]
+    (run / "manifest.json").write_text(json.dumps(whole))
+    (run / "rewards" / "01_continuations.npy").unlink()
+    train(run, base, *FULL)
+    assert "skipped" in capsys.readouterr().out
+    np.testing.assert_array_equal(rewards(run, 1, "continuations"), kept)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("flags", [("--lr", "1e30"), ("--lr", "1e30", "--pairs-per-step", "1000"), ("--lr", "1e30", *HEAD[:2])])
+def test_a_loss_that_is_not_finite(data, base, tmp_path, flags):
+    run = fresh(data, tmp_path)
+    before = contents(run)
+    with pytest.raises(InputError, match="member 1.*lower --lr") as error:
+        train(run, base, "--pairs-per-step", "16", *flags)
+    assert "1000" in flags or "step 2: loss nan" in str(error.value)
+    after = {name for name in contents(run) if not name.startswith("features/")}
+    assert after == set(before) and not leftovers(run)
+    assert not manifest(run)["member_01"]["done"]
+
+
+def test_a_finished_member_is_skipped_whatever_the_speed(full_run, base, tmp_path, capsys):
+    run = fresh(full_run, tmp_path)
+    before = contents(run)
+    times = {path: path.stat().st_mtime_ns for path in run.rglob("*.npy")}
+    train(run, base, *FULL, "--micro-batch-tokens", "100", "--threads", "2")
+    torch.set_num_threads(1)
+    assert "member 1" in (said := capsys.readouterr().out) and "skipped" in said
+    assert contents(run) == before and {path: path.stat().st_mtime_ns for path in times} == times
+
+
+@pytest.mark.parametrize("flags, was", [
+    (("--lr", "1e-4"), "--lr was 0.003, is 0.0001"), (("--seed", "7"), "--seed was 0, is 7"), (("--target", "p"), "--target was centered, is p"),
+    (("--epochs", "2"), "--epochs was 1, is 2"), (("--max-length", "99"), "--max-length was 2048, is 99"), (("--train", "head"), "--train was full, is head"),
+    (("--pairs-per-step", "17"), "--pairs-per-step was 16, is 17"), (("--weight-decay", "0"), "--weight-decay was 0.1, is 0.0"),
+    (("--dtype", "bfloat16"), "--dtype was float32, is bfloat16"), (("--warmup", "0.5"), "--warmup was 0.03, is 0.5")])
+def test_other_arguments_are_refused(full_run, base, monkeypatch, flags, was):
+    """...with what was and is, and the command that has a run of its own."""
+    typed = ["train_rm.py", "--run", str(full_run), "--base", str(base), *flags]
+    monkeypatch.setattr(sys, "argv", typed)
+    given = [*FULL, *flags] if "--train" not in flags else ["--lr", "3e-3", "--epochs", "1", "--weight-decay", "0.1", "--pairs-per-step", "16", *flags]
+    before = contents(full_run)
+    with pytest.raises(InputError) as error:
+        train(full_run, base, *given)
+    assert was in str(error.value) and str(error.value).endswith("run: " + shlex.join(["python", "train_rm.py", "--base", str(base), *flags, "--run", f"{full_run}-2"]))
+    assert contents(full_run) == before
+
+
+def test_another_base_is_refused(full_run, tokenizer, tmp_path):
+    other = make_base(tokenizer, tmp_path / "other", 1)
+    with pytest.raises(InputError, match=f"from another base model.*--run {full_run}-2"):
+        train(full_run, other, *FULL)
+
+
+def test_another_chat_template_is_refused(full_run, base, tokenizer, tmp_path):
+    (tmp_path / "own.jinja").write_text(tokenizer.chat_template.replace("<|", "<||"))
+    with pytest.raises(InputError, match=f"from another chat template.*--run {full_run}-2"):
+        train(full_run, base, *FULL, "--chat-template", str(tmp_path / "own.jinja"))
+
+
+def test_other_data_is_refused(full_run, base, tmp_path):
+    run = fresh(full_run, tmp_path)
+    rows = pq.read_table(run / "data" / "train.parquet").to_pylist()
+    rows[0]["pairs"][0]["votes_a"] += 1
+    write_split(run / "data" / "train.parquet", rows)
+    with pytest.raises(InputError, match=f"from another data/train.parquet.*--run {run}-2"):
+        train(run, base, *FULL)
+
+
+def test_other_rewards_of_the_members_before_are_refused(full_run, base, tmp_path):
+    run = fresh(full_run, tmp_path)
+    np.save(run / "rewards" / "01_train.npy", rewards(run, 1, "train") + 1)
+    with pytest.raises(InputError, match="from another rewards of member 1"):
+        train(run, base, *FULL, iteration=2)
+
+
+def test_weights_for_another_k(full_run, base, tmp_path):
+    run = fresh(full_run, tmp_path)
+    (run / "weights.json").write_text(json.dumps(json.loads((run / "weights.json").read_text())[:1]))
+    with pytest.raises(InputError, match="weights for k = 1 found, k = 2 expected"):
+        train(run, base, *FULL, iteration=3)
+
+
+def test_data_errors_come_before_the_base_is_looked_for(full_run, tmp_path):
+    run = fresh(full_run, tmp_path)
+    damaged = rewards(run, 1, "train")
+    damaged[5] = np.nan
+    np.save(run / "rewards" / "01_train.npy", damaged)
+    with pytest.raises(InputError, match="member 1, split train: 1 rewards are NaN, the first at index 5"):
+        train(run, tmp_path / "no-base", iteration=2)
+    (run / "rewards" / "01_train.npy").unlink()
+    with pytest.raises(InputError, match="01_train.npy: no such file"):
+        train(run, tmp_path / "no-base", iteration=2)
+    (run / "weights.json").unlink()
+    with pytest.raises(InputError, match="weights.json: no such file"):
+        train(run, tmp_path / "no-base", iteration=2)
+    (run / "data" / "test.parquet").write_text("no parquet")
+    with pytest.raises(InputError, match="test.parquet: not prepared data"):
+        train(run, tmp_path / "no-base")
+    with pytest.raises(InputError, match="train.parquet: no such file"):
+        train(tmp_path / "nowhere", tmp_path / "no-base")
+
+
+def test_the_base_is_looked_for_before_anything_is_written(data, tmp_path):
+    run = fresh(data, tmp_path)
+    with pytest.raises(InputError, match="--base .*no-base"):
+        train(run, tmp_path / "no-base")
+    assert contents(run) == contents(data) and "member_01" not in manifest(run)
+
+
+def test_the_script_ends_with_one_line_and_code_2(tmp_path):
+    done = subprocess.run([sys.executable, str(REPOSITORY / "train_rm.py"), "--run", str(tmp_path / "none"), "--base", "b", "--iteration", "1"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("train_rm.py: error: ") and "train.parquet: no such file" in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---- identical after truncation
+
+
+@pytest.mark.parametrize("flags", [FULL, HEAD])
+def test_pairs_identical_after_truncation(data, base, tokenizer, split, tmp_path, flags):
+    """Left out of training and counted; in evaluation a tie, in whatever batch the two came."""
+    run = fresh(data, tmp_path)
+    train(run, base, *flags, "--max-length", "8", "--micro-batch-tokens", "30")
+    lists = {name: rm.encode_split(tokenizer, s.messages, s.responses, 8) for name, s in (("train", split), ("test", read_split(data, "test")))}
+    identical = sum(lists["train"][a] == lists["train"][b] for a, b in zip(split.a, split.b))
+    assert 5 < identical < 60
+    assert manifest(run)["member_01"]["identical_pairs"] == identical
+    lines = log_of(run)
+    assert sum(line["pairs"] for line in lines) == (72 - identical) * (5 if flags is HEAD else 1)
+    for name, found in lists.items():
+        stored, s = rewards(run, 1, name), read_split(run, name)
+        for a, b in zip(s.a, s.b):
+            assert (stored[a] == stored[b]) == (found[a] == found[b])
+    assert sum(lists["test"][a] == lists["test"][b] for a, b in zip(read_split(data, "test").a, read_split(data, "test").b)) > 0
+
+
+# ---- killed
+
+HARNESS = """
+import json, os, signal, sys, time
+from pathlib import Path
+import torch, train_rm
+from pairwise import run_dir
+
+def main(run):
+    sys.stdout = open(os.devnull, "w"); sys.stderr = open(os.devnull, "w")
+    train_rm.main(train_rm.parse_args(["--run", run, "--iteration", "1", *json.loads(sys.argv[3])]))
+
+def forked(function, *args, after=None):
+    '''Run in a child; kill it after so many seconds. Returns the signal that ended it.'''
+    child = os.fork()
+    if not child:
+        try:
+            function(*args)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.__stderr__, flush=True)
+            os._exit(1)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, status
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+def die_at_rename(run, number, after):
+    count, replace = [0], os.replace
+    def counted(*args):
+        count[0] += 1
+        if after: replace(*args)
+        if count[0] == number: os.kill(os.getpid(), signal.SIGKILL)
+        if not after: replace(*args)
+    os.replace = counted
+    main(run)
+
+def die_at_step(run, number):
+    count, step = [0], train_rm.SOAP.step
+    def counted(self, *args, **kwargs):
+        count[0] += 1
+        if count[0] == number: os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args, **kwargs)
+    train_rm.SOAP.step = counted
+    main(run)
+
+torch.set_num_threads(1)
+runs, found = json.loads(sys.argv[1]), {}
+main(runs["whole"])  # here, so that all is imported before the forks
+started = time.time()
+assert forked(main, runs["again"]) == 0
+took = time.time() - started
+for name, run in runs.items():
+    kind, _, moment = name.partition(" ")
+    if kind == "after":
+        found[name] = forked(main, run, after=float(moment) * took)
+    elif kind == "rename":
+        found[name] = forked(die_at_rename, run, abs(int(moment)), int(moment) < 0)
+    elif kind == "step":
+        found[name] = forked(die_at_step, run, int(moment))
+    if kind not in ("whole", "again"):
+        assert forked(main, run) == 0, name
+Path(sys.argv[2]).write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("flags, moments", [
+    (FULL, ("after 0.02", "after 0.3", "after 0.7", "step 1", "step 4", "rename 1", "rename 2", "rename 4", "rename 6", "rename 7", "rename -7", "rename 9")),
+    (HEAD, ("after 0.4", "step 4", "rename 4", "rename 6", "rename 9", "rename 11"))])
+def test_killed_and_run_again(full_run, data, base, tmp_path, flags, moments):
+    """SIGKILL, at any moment: the same command ends in the same bits as if nothing had happened, and leaves nothing behind.
+
+    Moments: after a share of the time, before the n-th rename (negative: right after it), in the n-th call of the optimizer.
+    """
+    runs = {name: fresh(data, tmp_path, name.replace(" ", "_")) for name in ("whole", "again", *moments)}
+    for run in runs.values():
+        shutil.copy(full_run / "continuations.parquet", run)
+    result = tmp_path / "killed.json"
+    subprocess.run([sys.executable, "-c", HARNESS, json.dumps({name: str(run) for name, run in runs.items()}), str(result),
+                    json.dumps(["--base", str(base), *FLAGS, *flags])], check=True, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""})
+    killed = json.loads(result.read_text())
+    assert all(signal == 9 for name, signal in killed.items() if not name.startswith("after")), killed
+    assert killed["after 0.4" if flags is HEAD else "after 0.3"] == 9
+    expected = contents(runs["whole"])
+    assert "rewards/01_test.npy" in expected and "rewards/01_continuations.npy" in expected
+    for name, run in runs.items():
+        assert not leftovers(run), name
+        found = contents(run)
+        assert found.keys() == expected.keys(), name
+        for file in expected:
+            assert found[file] == expected[file], (name, file)
+        assert all(entry["done"] for entry in manifest(run).values()), name
+
+
+# ---- head training
+
+
+def test_features_are_computed_once(head_run):
+    assert head_run.times[0] == head_run.times[1]
+    assert manifest(head_run.run)["features"]["done"]
+
+
+def test_head_rewards_are_the_head_on_the_base_s_features(head_run, base, tokenizer):
+    run, test = head_run.run, read_split(head_run.run, "test")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    expected = np.load(run / "features" / "test.npy")
+    assert expected.dtype == np.float32 and expected.shape == (12, 32)
+    lists = rm.encode_split(tokenizer, test.messages, test.responses, None)
+    with torch.no_grad():
+        features = torch.stack([model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in lists]).numpy()
+    np.testing.assert_allclose(expected, features, atol=1e-5)
+    for j in (1, 2):
+        assert [path.name for path in (run / f"member_{j:02d}").iterdir()] == ["head.safetensors"]
+        np.testing.assert_allclose(rewards(run, j), features @ rm.load_head(run / f"member_{j:02d}").numpy()[0], atol=1e-5)
+
+
+def test_unit_scale_is_folded_into_the_head(head_run, model, split):
+    """Trained on features divided by their deviation: with a vanishing learning rate the stored head is the drawn one, divided alike."""
+    features = np.load(head_run.run / "features" / "train.npy")
+    drawn = model.score.weight.detach().clone().numpy()
+    log = io.StringIO()
+    args = arguments(*HEAD[:2], "--lr", "1e-12", "--epochs", "1", "--pairs-per-step", "1000", "--weight-decay", "0")
+    train_rm.train_head(args, model, split, features, split.p, np.ones(72, bool), np.random.default_rng(0), log)
+    np.testing.assert_allclose(model.score.weight.detach().numpy(), drawn / (features.std(0) + 1e-6), rtol=1e-5)
+    r = rm.score_features(torch.from_numpy(features), model.score.weight.detach())
+    expected = np.mean((split.p - 1 / (1 + np.exp(r[split.b] - r[split.a]))) ** 2)
+    assert abs(json.loads(log.getvalue())["loss"] - expected) < 1e-5
+
+
+def test_head_training_changes_nothing_but_the_head(head_run, model, split):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    features = np.load(head_run.run / "features" / "train.npy")
+    train_rm.train_head(arguments(*HEAD), model, split, features, split.p, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed == [name for name, p in model.named_parameters() if p.requires_grad] == ["score.weight"]
+
+
+def test_head_log(head_run):
+    lines = log_of(head_run.run)
+    assert sum(line["pairs"] for line in lines) == 5 * 72 and max(line["pairs"] for line in lines) == 64
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_export(head_run, base, tmp_path, capsys):
+    run = fresh(head_run.run, tmp_path)
+    head, before = rm.load_head(run / "member_01"), contents(run)
+    train(run, base, *HEAD, "--export", "1")
+    assert torch.equal(rm.load_head(run / "member_01"), head)
+    check_plain_directory(run, 1)
+    kept = {name: content for name, content in contents(run).items() if not name.startswith("member_01/")}
+    assert kept == {name: content for name, content in before.items() if not name.startswith("member_01/")} and not leftovers(run)
+    train(run, base, *HEAD, "--export", "2")
+    check_plain_directory(run, 2)
+    capsys.readouterr()
+    for again, said in (("1", "already a plain directory"), ("3", "no such member")):
+        with pytest.raises(InputError, match=rf"member_0{again}: {said}"):
+            train(run, base, *HEAD, "--export", again)
+    train(run, base, *HEAD, iteration=2)
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_a_full_member_needs_no_export(full_run, base):
+    with pytest.raises(InputError, match="member_01: already a plain directory"):
+        train(full_run, base, "--export", "1")
+
+
+# ---- continuations
+
+
+def sampled(continuations, data, base, directory, *flags):
+    run = fresh(data, directory, f"run{len(list(directory.iterdir()))}")
+    continuations.main(continuations.parse_args(["--run", str(run), "--base", str(base), "--prompts", "2", "--count", "4", "--max-tokens", "12", "--threads", "1", *flags]))
+    return pq.read_table(run / "continuations.parquet").to_pylist()
+
+
+def test_continuations_are_seeded(continuations, data, base, tmp_path):
+    rows = sampled(continuations, data, base, tmp_path)
+    test = read_split(data, "test")
+    assert [set(row) for row in rows] == [{"prompt_id", "messages", "texts", "logprob"}] * 2
+    for row in rows:
+        assert row["messages"] == test.messages[test.prompt_id.index(row["prompt_id"])]
+        assert len(row["texts"]) == len(row["logprob"]) == 4 and len(set(row["texts"])) > 1 and all(value < 0 for value in row["logprob"])
+    assert len({row["prompt_id"] for row in rows}) == 2
+    assert sampled(continuations, data, base, tmp_path) == rows
+    assert [row["texts"] for row in sampled(continuations, data, base, tmp_path, "--seed", "1")] != [row["texts"] for row in rows]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_logprob_is_that_of_the_sampled_tokens_and_their_end(continuations, base, tokenizer, temperature):
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    outs = []
+    generate = model.generate
+    model.generate = lambda *args, **kwargs: outs.append(generate(*args, **kwargs)) or outs[-1]
+    messages = [{"role": "user", "content": "how can i get fit ?"}]
+    torch.manual_seed(1)
+    texts, logprob = continuations.sample(model, tokenizer, messages, 40, temperature, 60)
+    start = len(rm.encode(tokenizer, messages))
+    assert outs[0].shape[0] == len(texts) == len(logprob) == 40
+    ended = padded = 0
+    for row, text, value in zip(outs[0].tolist(), texts, logprob):
+        assert row[:start] == rm.encode(tokenizer, messages)
+        answer = row[start:]
+        if tokenizer.eos_token_id in answer:
+            answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
+            ended += 1
+        padded += tokenizer.pad_token_id in answer
+        with torch.no_grad():
+            each = model(input_ids=torch.tensor([row[:start] + answer])).logits[0, start - 1 : -1].double().log_softmax(-1)
+        assert abs(sum(each[i, token].item() for i, token in enumerate(answer)) - value) < 1e-3
+        assert text == tokenizer.decode(answer, skip_special_tokens=True)
+    assert ended and padded, "no case of both kinds: choose another seed"
+
+
+def test_continuations_of_too_few_prompts_and_a_second_run(continuations, full_run, data, base, tmp_path, capsys):
+    flags = ["--run", str(full_run), "--base", str(base), "--count", "5", "--max-tokens", "20", "--threads", "1"]
+    continuations.main(continuations.parse_args([*flags, "--prompts", "2"]))
+    assert "skipped" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--prompts 4: .* has 3 test prompts"):
+        continuations.main(continuations.parse_args(["--run", str(data), "--base", str(tmp_path / "none"), "--prompts", "4"]))
+    with pytest.raises(InputError, match="--count was 5, is 6"):
+        continuations.main(continuations.parse_args([*flags, "--prompts", "2", "--count", "6"]))
