@@ -55,14 +55,16 @@ def interval(errors, pairs, counts):
 
 
 def counted_pairs(split):
-    """The split without its pairs of fewer than two votes, which train has with --min-votes 1, and without prompts that have no other; None where nothing is left.
+    """The split without its pairs of fewer than two votes, which train has with --min-votes 1, and without prompts that have no other.
 
+    None where nothing is left.
     Responses keep their places, so that rewards still fit.
     """
     keep = split.n >= 2
     start = np.concatenate([[0], np.cumsum(keep)])[split.pair_start]
     pairs = {name: getattr(split, name)[keep] for name in ("a", "b", "votes_a", "votes_b", "ties", "p_true") if getattr(split, name) is not None}
-    return dataclasses.replace(split, prompt_id=list(itertools.compress(split.prompt_id, np.diff(start))), pair_start=np.unique(start), **pairs) if keep.any() else None
+    prompt_id = list(itertools.compress(split.prompt_id, np.diff(start)))
+    return dataclasses.replace(split, prompt_id=prompt_id, pair_start=np.unique(start), **pairs) if keep.any() else None
 
 
 def split_metrics(split, rewards, alphas, fits, stats, counts):

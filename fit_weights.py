@@ -113,7 +113,8 @@ def main(args):
     write_json(run / "weights.json", prefixes)
     end_stage(run, "weights", {}, inputs, started)
     last = prefixes[-1]
-    print(f"weights: k={k}, train error {last['train_mse']:.4f}, alpha {' '.join(f'{weight:.3f}' for weight in last['alpha'])}, KKT residual {last['kkt']:.0e}")
+    alpha = " ".join(f"{weight:.3f}" for weight in last["alpha"])
+    print(f"weights: k={k}, train error {last['train_mse']:.4f}, alpha {alpha}, KKT residual {last['kkt']:.0e}")
 
 
 def parse_args(argv=None):

@@ -168,7 +168,8 @@ def prepare(args, name, comparisons, votes, inputs, settings, more_stats=None):
         write_json(partial / "stats.json", stats)
     end_stage(run, "data", settings, inputs, started)
     for split, s in stats["splits"].items():
-        print(f"data: {split:5} {s['prompts']:6,} prompts {s['responses']:7,} responses {s['pairs']:8,} pairs   {s['annotators_mean']:.2f} votes a pair, majority {s['majority_mean']:.3f}")
+        print(f"data: {split:5} {s['prompts']:6,} prompts {s['responses']:7,} responses {s['pairs']:8,} pairs   "
+              f"{s['annotators_mean']:.2f} votes a pair, majority {s['majority_mean']:.3f}")
     for reason, count in sorted(dropped.items()):
         print(f"data: {count:,} dropped: {reason}")
     if len(kept["test"]) < 20:

@@ -187,7 +187,8 @@ def stage_done(run, stage, settings, inputs, outputs):
     for name in sorted(entry["settings"].keys() | settings.keys()):
         was, now = entry["settings"].get(name), settings.get(name)
         if was != now:
-            raise InputError(f"{run} was made with other arguments: --{name.replace('_', '-')} was {was}, is {now}; to have both, run: {_command_elsewhere(run)}")
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{run} was made with other arguments: {flag} was {was}, is {now}; to have both, run: {_command_elsewhere(run)}")
     for name in sorted(entry["inputs"].keys() | inputs.keys()):
         if entry["inputs"].get(name) != inputs.get(name):
             raise InputError(f"{run} was made from another {name} than it is given now (stage {stage}); to have both, run: {_command_elsewhere(run)}")
@@ -243,7 +244,7 @@ def _command_elsewhere(run):
 
 def _versions():
     versions = {"python": platform.python_version()}
-    for package in ("numpy", "scipy", "torch", "transformers", "pytorch_optimizer", "datasets", "pyarrow"):
+    for package in ("numpy", "scipy", "torch", "transformers", "pytorch_optimizer", "pyarrow"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
@@ -381,7 +382,8 @@ def read_rewards(run, split, k, shape):
         if found.dtype != np.float32 or found.shape != shape:
             raise InputError(f"{path}: {found.dtype} {found.shape} found, float32 {shape} expected")
         if np.isnan(found).any():
-            raise InputError(f"{path}: member {j}, split {split}: {int(np.isnan(found).sum())} rewards are NaN, the first at index {int(np.argmax(np.isnan(found)))}")
+            nan = np.isnan(found).ravel()
+            raise InputError(f"{path}: member {j}, split {split}: {nan.sum()} rewards are NaN, the first at index {nan.argmax()}")
         rewards[j - 1] = found
     return rewards
 
