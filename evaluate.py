@@ -171,10 +171,14 @@ def main(args):
     settings = {"resamples": args.resamples, "seed": args.seed}
     names = [*splits, *(["continuations"] if scores is not None else [])]
     files = [run / "weights.json", *(reward_path(run, j, name) for j in range(1, k + 1) for name in names)]
+    if out != run and (out / "manifest.json").exists():
+        raise InputError(f"--out {out}: another run directory found; its own results stay as they are")
+    outputs = [run / "metrics.json", run / "report.html", *(run / "figures" / f"{name}.png" for name in ("calibration", "votes", "reliability", "weights"))]
+    logs = sorted((run / "logs").glob("[0-9]*.jsonl"))
     code = [REPOSITORY / "evaluate.py", REPOSITORY / "pairwise" / "report.py", *sorted((REPOSITORY / "csrc").glob("*"))]
-    inputs = data_hashes(run) | {str(path.relative_to(run)): hash_file(path) for path in files} | {path.name: hash_file(path) for path in code}
+    inputs = data_hashes(run) | {str(path.relative_to(run)): hash_file(path) for path in [*files, *logs]} | {path.name: hash_file(path) for path in code}
 
-    if out == run and unchanged(run, "evaluate", settings, inputs, [run / "metrics.json", run / "report.html", run / "figures"]):
+    if out == run and unchanged(run, "evaluate", settings, inputs, outputs):
         print("evaluate: nothing has changed, skipped")
         metrics = read_json(run / "metrics.json")
     else:

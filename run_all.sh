@@ -32,7 +32,12 @@ fail() {
 }
 
 # ---- arguments -------------------------------------------------------------------------------------------------------------------
-COMMAND="bash run_all.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
+COMMAND='bash run_all.sh' QUOTED="'\\''"
+for word in "$@"; do # quoted as any POSIX shell reads it
+    case $word in *[!A-Za-z0-9_./=:,@%+-]* | '') word="'${word//\'/$QUOTED}'" ;; esac
+    COMMAND+=" $word"
+done
+EVERYWHERE=() # flags of every stage that runs a model
 WORDS=() DATA=() TRAIN=() RUN='' BASE='' CONTINUATIONS='' DATA_SEED=0
 while [ $# -gt 0 ]; do
     case $1 in
@@ -47,6 +52,7 @@ while [ $# -gt 0 ]; do
         --data-seed) DATA_SEED=$2 ;;
         --continuations) CONTINUATIONS=$2 ;;
         --source | --ties | --min-votes | --test-share | --valid-share | --votes | --prompts | --responses | --texts) DATA+=("$1" "$2") ;;
+        --threads | --device | --chat-template) EVERYWHERE+=("$1" "$2") TRAIN+=("$1" "$2") ;;
         --iteration | --export) fail "$1 is train_rm.py's own; run_all.sh sets it" ;;
         *) TRAIN+=("$1" "$2") ;;
     esac
@@ -59,10 +65,11 @@ DATASET=${WORDS[0]:-demo} K=${WORDS[1]:-4}
 [[ -z $CONTINUATIONS || $CONTINUATIONS =~ ^[1-9][0-9]*$ ]] || fail "--continuations '$CONTINUATIONS' found, a number of at least 1 expected"
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[[ $DATASET = demo || ! -f $DATASET || $DATASET = */* ]] || DATASET=./$DATASET # a file that is there is a file, whatever its ending
 case $DATASET in
     demo)
         PREPARE=demo NAME=demo
-        TRAIN=(--lr 3e-3 --threads 2 --dtype float32 "${TRAIN[@]}")
+        TRAIN=(--lr 3e-3 --threads 2 --dtype float32 "${TRAIN[@]}") EVERYWHERE=(--threads 2 "${EVERYWHERE[@]}")
         CONTINUATIONS=${CONTINUATIONS:-10} COUNT=20 ;;
     */* | *.jsonl | *.json | *.csv | *.parquet | *.gz)
         PREPARE=votes NAME=$(basename "$DATASET" .gz) NAME=${NAME%.*}
@@ -90,12 +97,8 @@ END
 stage "data_prep/$PREPARE.py" --seed "$DATA_SEED" "${DATA[@]}"
 
 # ---- continuations: sampled once from the base, ranked by every member (figure 3) ----------------------------------------------------
-CHAT=() # a base without a chat template needs its file here too
-for ((i = 0; i < ${#TRAIN[@]}; i += 2)); do
-    [ "${TRAIN[i]}" != --chat-template ] || CHAT=(--chat-template "${TRAIN[i + 1]}")
-done
 if [ -n "$CONTINUATIONS" ]; then
-    stage data_prep/continuations.py --base "$BASE" --prompts "$CONTINUATIONS" --count "$COUNT" --seed "$DATA_SEED" "${CHAT[@]}"
+    stage data_prep/continuations.py --base "$BASE" --prompts "$CONTINUATIONS" --count "$COUNT" --seed "$DATA_SEED" "${EVERYWHERE[@]}"
 fi
 
 # ---- forward stagewise additive modelling: member j on what members 1..j-1 leave over, then the weights of all j ----------------------

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from pairwise import reward_model as rm
-from pairwise.rows import messages, read_rows, text, wrong
-from pairwise.run_dir import InputError, Parser, count_members, hash_file, import_evaluator, member_name, natural, read_json, read_weights, replacing, run_main
+from pairwise.rows import kind, messages, read_rows, text, wrong
+from pairwise.run_dir import InputError, Parser, count_members, import_evaluator, member_name, natural, read_json, read_weights, replacing, run_main
 
 evaluator = import_evaluator()
 FIELDS = {"prompt": "messages", "responses": "json", "response_a": "text", "response_b": "text"}
@@ -47,11 +47,12 @@ def rewards_of_run(run, k, settings, questions, args):
 
     settings: the run's, of member 1. Members of a head run share one pass over the base.
     """
-    tokenizer = rm.load_tokenizer(settings["base"], args.chat_template)
+    members = [run / member_name(j) for j in range(1, k + 1)]
+    heads = all((directory / "head.safetensors").exists() for directory in members)
+    tokenizer = rm.load_tokenizer(settings["base"] if heads else members[0], args.chat_template)
     dtype = getattr(torch, settings["dtype"])
     sequences = rm.encode_split(tokenizer, [q[1] for q in questions], [q[2] for q in questions], settings["max_length"])
-    members = [run / member_name(j) for j in range(1, k + 1)]
-    if all((directory / "head.safetensors").exists() for directory in members):
+    if heads:
         model = rm.load_base(settings["base"], tokenizer, dtype, args.device)
         features = torch.from_numpy(rm.features_of(model, sequences, tokenizer, args.micro_batch_tokens))
         rewards = [rm.score_features(features, rm.load_head(directory)) for directory in members]
@@ -92,12 +93,14 @@ def main(args):
     entry = read_json(run / "manifest.json")["stages"].get(member_name(1))
     if not entry or not (run / member_name(1)).is_dir():
         raise InputError(f"{run}: no trained members found; a run directory with {member_name(1)}/ expected")
-    template = hash_file(args.chat_template) if args.chat_template else None
-    if template != entry["inputs"].get("chat template"):
-        raise InputError(f"--chat-template {args.chat_template or 'is missing'}: {run} was made with {'another' if 'chat template' in entry['inputs'] else 'none'}")
-    settings = entry["settings"] | {"base": args.base or entry["base"]}
+    base = args.base or (str(run / "base") if (run / "base").is_dir() else entry["base"])
+    if entry["settings"]["train"] == "head" or args.chat_template:  # a full member has base and template in its own directory
+        rm.check_base(entry, base, args.chat_template)
+    settings = entry["settings"] | {"base": base}
     rows = answers(questions, rewards_of_run(run, k, settings, questions, args), alpha)
-    out = args.out or args.file.with_name(args.file.name.split(".")[0] + "-scores.jsonl")
+    out = args.out or args.file.with_name(kind(args.file)[0] + "-scores.jsonl")
+    if out.is_dir() or out.resolve() == args.file.resolve():
+        raise InputError(f"--out {out}: {'a directory' if out.is_dir() else 'the file of questions itself'} found, another file expected")
     with replacing(out) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         file.write(as_csv(rows, k) if out.suffix == ".csv" else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{out}: {len(questions)} prompts, {k} members")
@@ -113,7 +116,7 @@ def parse_args(argv=None):
     add("--chat-template", metavar="FILE", help="Jinja chat template, where the run was made with one")
     add("--micro-batch-tokens", type=natural, default=8192 if torch.cuda.is_available() else 1024, help="padded tokens in one forward pass")
     add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=rm.device, default=rm.device(), help="cpu or cuda (default: cuda where there is one)")
     args = parser.parse_args(argv)
     if args.out and args.out.suffix not in (".jsonl", ".csv"):
         parser.error(f"--out {args.out}: a name ending in .jsonl or .csv expected")

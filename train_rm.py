@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 import torch
 from pytorch_optimizer import SOAP
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from pairwise import reward_model as rm
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, natural, nonnegative, positive,
-    read_rewards, read_splits, read_weights, replacing, reward_path, run_main, seed, share, stage_done)
+    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, must_agree, natural, nonnegative, positive,
+    read_json, read_rewards, read_splits, read_weights, replacing, reward_path, run_main, seed, share, stage_done)
 
 # ---- the method
 
@@ -121,15 +122,17 @@ def schedule(step, steps, warmup):
 # ---- training
 
 
-def parameter_groups(model, args):
+def parameter_groups(model):
     """SOAP's groups: matrices of the layers are preconditioned; for embedding, head and norms it is plain Adam."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = {id(p) for name, p in trained if p.ndim < 2 or p is model.score.weight or p is model.get_input_embeddings().weight}
-    return [[p for _, p in trained if id(p) not in plain], [p for _, p in trained if id(p) in plain]]
+    apart = (model.score.weight, model.get_input_embeddings().weight)
+    plain = [p for p in model.parameters() if p.ndim < 2 or any(p is other for other in apart)]
+    return [[p for p in model.parameters() if not any(p is other for other in plain)], plain]
 
 
-def train(model, rewards_at, steps, pairs, args, log):
-    """Minimise the squared error over `steps`, one optimizer step each; updates the model, appends a JSON line per step to `log`.
+def train(groups, rewards_at, steps, pairs, args, log):
+    """Minimise the squared error over `steps`, one optimizer step each; updates the parameters, appends a JSON line per step to `log`.
+
+    groups: [matrices that SOAP preconditions, other parameters].
 
     rewards_at(responses) -> (float32 rewards of these responses, with gradient; tokens); steps: lists of micro-batches, each an array of
     pair indices; pairs: (a, b, target) arrays over all pairs. Raises InputError where there is nothing to train on, and where the loss or a
@@ -138,7 +141,6 @@ def train(model, rewards_at, steps, pairs, args, log):
     if not steps:
         raise InputError(f"member {args.iteration}: no pair is left to train on: all are identical after encoding; a larger --max-length may help")
     a, b, target = pairs
-    groups = parameter_groups(model, args)
     # The optimizer works on float32 masters: in BF16 alone most of a small update is lost to rounding. In float32 they are the parameters.
     masters = [[p if p.dtype == torch.float32 else p.detach().float() for p in group] for group in groups]
     optimizer = SOAP(
@@ -194,36 +196,37 @@ def train_full(args, model, tokenizer, split, sequences, target, keep, rng, log)
 
     steps = [step for _ in range(args.epochs) for step in steps_of_prompts(split.pair_start, keep, args.pairs_per_step, rng)]
     steps = [micro_batches(step, split.a, split.b, lengths, args.micro_batch_tokens) for step in steps]
-    train(model, rewards_at, steps, (split.a, split.b, target), args, log)
+    train(parameter_groups(model), rewards_at, steps, (split.a, split.b, target), args, log)
 
 
-def train_head(args, model, split, features, target, keep, rng, log):
-    """The head alone on stored features float32 (R, d), on shuffled pairs: section 4's frozen backbone."""
-    model.requires_grad_(False)
-    model.score.weight.requires_grad_(True)
-    device = model.score.weight.device
-    scale = torch.from_numpy(features.std(0) + 1e-6).to(device)  # one learning rate for all features: train on unit scale, fold it in after
-    scaled = torch.from_numpy(features).to(device) / scale
-    train(model, lambda responses: (model.score(scaled[responses]).squeeze(-1), 0), steps_of_pairs(keep, args.pairs_per_step, args.epochs, rng),
-          (split.a, split.b, target), args, log)
-    model.score.weight.data.div_(scale)
+def train_head(args, weight, split, features, target, keep, rng, log):
+    """The head's weight (1, d) alone, on stored features float32 (R, d) and shuffled pairs: section 4's frozen backbone."""
+    scale = torch.from_numpy(features.std(0) + 1e-6).to(weight.device)  # one learning rate for all features: train on unit scale, fold it in after
+    scaled = torch.from_numpy(features).to(weight.device) / scale
+    steps = steps_of_pairs(keep, args.pairs_per_step, args.epochs, rng)
+    train([[], [weight]], lambda responses: (scaled[responses] @ weight[0], 0), steps, (split.a, split.b, target), args, log)
+    weight.data.div_(scale)
 
 
 # ---- stages
 
 
-def ask_features(args, run, model, tokenizer, texts, inputs):
-    """{name: float32 (R, d)} features of every split (and the continuations), computed once for all members of a run."""
-    settings = {name: getattr(args, name) for name in ("max_length", "chat_template", "dtype")}
-    paths = {name: run / "features" / f"{name}.npy" for name in texts}
-    if not stage_done(run, "features", settings, inputs, list(paths.values())):
-        started = begin_stage(run, "features", settings, inputs)
+def ask_features(args, stage, texts, tokenizer, inputs):
+    """{name: float32 (R, d)}: a feature per response under the frozen base, computed once for all members of a run, in a stage of its own.
+
+    texts: {name: (messages (P,), responses (P,) lists of str)}.
+    """
+    settings = {name: getattr(args, name) for name in ("max_length", "dtype")}
+    paths = {name: args.run / "features" / f"{name}.npy" for name in texts}
+    if not stage_done(args.run, stage, settings, inputs, list(paths.values())):
+        started = begin_stage(args.run, stage, settings, inputs)
+        model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
         for name, (messages, responses) in texts.items():
             sequences = rm.encode_split(tokenizer, messages, responses, args.max_length)
             features = rm.features_of(model, sequences, tokenizer, args.micro_batch_tokens, f"features, {name}")
             with replacing(paths[name]) as partial, open(partial, "wb") as file:
                 np.save(file, features)
-        end_stage(run, "features", settings, inputs, started)
+        end_stage(args.run, stage, settings, inputs, started, threads=args.threads, device=args.device)
     return {name: np.load(path) for name, path in paths.items()}
 
 
@@ -241,17 +244,22 @@ def save_rewards(run, j, name, rewards):
         np.save(file, rewards.astype(np.float32))
 
 
-def score_continuations(args, run, j, model, tokenizer, texts, inputs):
+def score_continuations(args, j, model, tokenizer, texts, inputs):
     """Write rewards/0j_continuations.npy, float32 (prompts, n): a stage of its own, so that continuations may come later."""
-    messages, responses = texts
+    run, (messages, responses) = args.run, texts
     stage, path = f"{member_name(j)}_continuations", reward_path(run, j, "continuations")
     inputs = inputs | {"continuations.parquet": hash_file(run / "continuations.parquet")}
     if stage_done(run, stage, {}, inputs, [path]):
         return
     started = begin_stage(run, stage, {}, inputs)
-    model = model or rm.load_member(run, j, args.base, tokenizer, getattr(torch, args.dtype), args.device)
-    sequences = rm.encode_split(tokenizer, messages, responses, args.max_length)
-    rewards = rm.score_sequences(model, sequences, tokenizer, args.micro_batch_tokens, f"member {j}, continuations")
+    if args.train == "head":
+        asked = {name: inputs[name] for name in inputs if not name.startswith("rewards")}
+        features = ask_features(args, "features_continuations", {"continuations": texts}, tokenizer, asked)["continuations"]
+        rewards = rm.score_features(torch.from_numpy(features), rm.load_head(run / member_name(j)))
+    else:
+        model = model or rm.load_member(run, j, args.base, tokenizer, getattr(torch, args.dtype), args.device)
+        sequences = rm.encode_split(tokenizer, messages, responses, args.max_length)
+        rewards = rm.score_sequences(model, sequences, tokenizer, args.micro_batch_tokens, f"member {j}, continuations")
     save_rewards(run, j, "continuations", rewards.reshape(len(messages), -1))
     end_stage(run, stage, {}, inputs, started)
 
@@ -261,8 +269,10 @@ def export(args):
     directory = args.run / member_name(args.export)
     if not (directory / "head.safetensors").exists() or (directory / "model.safetensors").exists():
         raise InputError(f"{directory}: " + ("already a plain directory" if (directory / "config.json").exists() else "no such member"))
+    entry = read_json(args.run / "manifest.json")["stages"][member_name(args.export)]
+    rm.check_base(entry, args.base, args.chat_template)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    model = rm.load_member(args.run, args.export, args.base, tokenizer, getattr(torch, args.dtype), args.device)
+    model = rm.load_member(args.run, args.export, args.base, tokenizer, getattr(torch, entry["settings"]["dtype"]), args.device)
     partial = directory.with_name(f".partial-{directory.name}")
     rm.save_member(model, tokenizer, partial)
     for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):  # the weights last: they say that all is there
@@ -292,6 +302,8 @@ def main(args):
         inputs["chat template"] = hash_file(args.chat_template)
     ensemble = {f"rewards of member {i}": hash_file(reward_path(run, i, "train")) for i in range(1, j)}
     settings = {name: getattr(args, name) for name in SETTINGS}
+    if j > 1:
+        must_agree(run, member_name(1), settings, inputs)  # the members of a run differ in their residual only
     outputs = [run / member_name(j), run / "logs" / f"{j:02d}.jsonl", *(reward_path(run, j, name) for name in splits)]
     texts, model = continuation_texts(run), None
     if stage_done(run, member_name(j), settings, inputs | ensemble, outputs):
@@ -300,19 +312,20 @@ def main(args):
         started = begin_stage(run, member_name(j), settings, inputs | ensemble)
         torch.manual_seed(args.seed)
         head_seed, order_seed = (int(s) for s in np.random.SeedSequence([args.seed, j]).generate_state(2))
-        model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
-        rm.draw_head(model, head_seed)
         rng = np.random.default_rng(order_seed)
         with replacing(run / "logs" / f"{j:02d}.jsonl") as partial, open(partial, "w", encoding="utf-8") as log:
             if args.train == "head":
-                found = ask_features(args, run, model, tokenizer, {name: (s.messages, s.responses) for name, s in splits.items()}, inputs)
+                found = ask_features(args, "features", {name: (s.messages, s.responses) for name, s in splits.items()}, tokenizer, inputs)
                 keep = (found["train"][data.a] != found["train"][data.b]).any(1)
-                train_head(args, model, data, found["train"], target, keep, rng, log)
-                weight = model.score.weight.detach().cpu()
-                scores = {name: rm.score_features(torch.from_numpy(f), weight) for name, f in found.items()}
+                weight = torch.nn.Parameter(torch.empty(1, found["train"].shape[1], device=args.device))
+                rm.draw_head(weight, AutoConfig.from_pretrained(args.base), head_seed)
+                train_head(args, weight, data, found["train"], target, keep, rng, log)
+                scores = {name: rm.score_features(torch.from_numpy(f), weight.detach().cpu()) for name, f in found.items()}
             else:
                 sequences = {name: rm.encode_split(tokenizer, s.messages, s.responses, args.max_length) for name, s in splits.items()}
                 keep = np.array([sequences["train"][a] != sequences["train"][b] for a, b in zip(data.a, data.b)])
+                model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
+                rm.draw_head(model.score.weight, model.config, head_seed)
                 train_full(args, model, tokenizer, data, sequences["train"], target, keep, rng, log)
                 scores = {name: rm.score_sequences(model, s, tokenizer, args.micro_batch_tokens, f"member {j}, {name}") for name, s in sequences.items()}
             for name, values in scores.items():
@@ -321,13 +334,13 @@ def main(args):
         for name, values in scores.items():
             save_rewards(run, j, name, values)
         with replacing(run / member_name(j)) as partial:
-            (rm.save_head(model, partial) if args.train == "head" else rm.save_member(model, tokenizer, partial))
+            (rm.save_head(weight, partial) if args.train == "head" else rm.save_member(model, tokenizer, partial))
         end_stage(run, member_name(j), settings, inputs | ensemble, started, base=str(args.base), target_formula=TARGETS[args.target][0],
                   threads=args.threads, device=args.device, micro_batch_tokens=args.micro_batch_tokens, identical_pairs=int((~keep).sum()))
         said = f", {int((~keep).sum())} pairs left out, identical after encoding" if not keep.all() else ""
         print(f"member {j}: trained on {int(keep.sum()):,} pairs in {time.time() - started:.0f} s{said}")
     if texts:
-        score_continuations(args, run, j, model, tokenizer, texts, {"base model": inputs["base model"]} | ensemble)
+        score_continuations(args, j, model, tokenizer, texts, {"base model": inputs["base model"]} | ensemble)
 
 
 # Flags that change the result; a run directory holds one choice of them. The others are about speed, memory and place.
@@ -362,7 +375,7 @@ def parse_args(argv=None):
     add("--dtype", choices=("bfloat16", "float32"), help="of the parameters (default bfloat16 on a GPU, float32 on a CPU)")
     add("--micro-batch-tokens", type=natural, help="padded tokens in one forward pass (default 8192; on a CPU 1024)")
     add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=rm.device, default=rm.device(), help="cpu or cuda (default: cuda where there is one)")
     args = parser.parse_args(argv)
     head = args.train == "head"
     cpu = args.device == "cpu"

@@ -14,25 +14,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pairwise.reward_model import encode, fingerprint, load_tokenizer
+from pairwise.reward_model import device, encode, fingerprint, load_tokenizer
 from pairwise.run_dir import InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, natural, positive, read_split, replacing, run_main, seed, stage_done
+
+
+AT_ONCE = 20  # answers sampled together: bounds the memory that keys, values and logits take
 
 
 @torch.no_grad()
 def sample(model, tokenizer, messages, count, temperature, max_tokens):
     """`count` answers to one prompt, sampled from the whole vocabulary: (texts, log-probabilities at temperature 1)."""
     prompt = torch.tensor([encode(tokenizer, messages)], device=model.device)
-    out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=temperature, top_k=0, top_p=1.0, num_return_sequences=count,
-        max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id)
-    answer = out[:, prompt.shape[1] :]
     eos = model.generation_config.eos_token_id  # one, several or none
+    config = GenerationConfig(  # not the base's own, which may bend the distribution
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, num_return_sequences=count, max_new_tokens=max_tokens,
+        eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+    answer = out[:, prompt.shape[1] :]
     ends = torch.isin(answer, torch.tensor(-1 if eos is None else eos, device=answer.device)).long()
     real = ends.cumsum(1) - ends == 0  # up to the first end; a pad token before it was sampled like any other
     mask = torch.cat([torch.ones_like(out[:, : prompt.shape[1]]), real.long()], dim=1)
-    logits = model(input_ids=out, attention_mask=mask).logits[:, prompt.shape[1] - 1 : -1].float()
+    logits = model(input_ids=out, attention_mask=mask, logits_to_keep=answer.shape[1] + 1).logits[:, :-1].float()
     each = logits.log_softmax(-1).gather(-1, answer[..., None]).squeeze(-1)
     return tokenizer.batch_decode(answer, skip_special_tokens=True), (each * real).sum(1).tolist()
 
@@ -40,8 +44,9 @@ def sample(model, tokenizer, messages, count, temperature, max_tokens):
 def main(args):
     run = args.run
     test = read_split(run, "test")
-    if args.prompts > len(test.prompt_id):
-        raise InputError(f"--prompts {args.prompts}: {run} has {len(test.prompt_id)} test prompts")
+    prompts = min(args.prompts, len(test.prompt_id))
+    if prompts < args.prompts:
+        print(f"continuations: only {prompts} test prompts for --prompts {args.prompts}, all of them taken")
     settings = {name: getattr(args, name) for name in ("prompts", "count", "temperature", "max_tokens", "seed")}
     tokenizer = load_tokenizer(args.base, args.chat_template)
     inputs = data_hashes(run) | {"base model": fingerprint(args.base)} | ({"chat template": hash_file(args.chat_template)} if args.chat_template else {})
@@ -50,18 +55,25 @@ def main(args):
         return
     started = begin_stage(run, "continuations", settings, inputs)
     torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32 if device == "cpu" else torch.bfloat16).eval().to(device)
-    chosen = sorted(np.random.default_rng([args.seed, 3]).choice(len(test.prompt_id), args.prompts, replace=False))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32 if args.device == "cpu" else torch.bfloat16)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--base {args.base}: no causal language model could be loaded ({str(error).splitlines()[0]})") from None
+    model.eval().to(args.device)
+    chosen = sorted(np.random.default_rng([args.seed, 3]).choice(len(test.prompt_id), prompts, replace=False))
     rows = []
     for number in tqdm(chosen, desc="continuations", unit="prompt", leave=False):
         torch.manual_seed(int(np.random.SeedSequence([args.seed, int(number)]).generate_state(1)[0]))
-        texts, logprob = sample(model, tokenizer, test.messages[number], args.count, args.temperature, args.max_tokens)
+        texts, logprob = [], []
+        while len(texts) < args.count:
+            more = min(AT_ONCE, args.count - len(texts))
+            for whole, part in zip((texts, logprob), sample(model, tokenizer, test.messages[number], more, args.temperature, args.max_tokens)):
+                whole += part
         rows.append({"prompt_id": test.prompt_id[number], "messages": test.messages[number], "texts": texts, "logprob": logprob})
     with replacing(run / "continuations.parquet") as partial:
         pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
     end_stage(run, "continuations", settings, inputs, started, threads=args.threads)
-    print(f"continuations: {args.count} for each of {args.prompts} test prompts")
+    print(f"continuations: {args.count} for each of {prompts} test prompts")
 
 
 def parse_args(argv=None):
@@ -70,12 +82,13 @@ def parse_args(argv=None):
     add("--run", required=True, type=Path, help="run directory with data/")
     add("--base", required=True, help="base model: hub id or transformers directory")
     add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
-    add("--prompts", type=natural, default=50, help="test prompts, drawn by the seed")
+    add("--prompts", type=natural, default=50, help="test prompts, drawn by the seed; all where there are fewer")
     add("--count", type=natural, default=100, help="continuations of each")
     add("--temperature", type=positive, default=1.0)
     add("--max-tokens", type=natural, default=256, help="longest continuation")
     add("--seed", type=seed, default=0)
     add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
+    add("--device", type=device, default=device(), help="cpu or cuda (default: cuda where there is one)")
     return parser.parse_args(argv)
 
 

@@ -10,7 +10,8 @@ The ending decides how the file is read: .jsonl, .json (a list of rows), .csv or
     p, n                       the share of n votes for a, rounded or not, p n being a multiple of one half; or
     choice                     one vote: a, b or tie
 
-with one of the three forms of votes for the whole file. Optional, for all rows or for none: prompt_id (a string or an integer),
+with one of the three forms of votes for the whole file. Half votes are ties already shared out: as their number is then unknown, the
+irreducible error is overestimated; give `ties` and --ties half instead. Optional, for all rows or for none: prompt_id (a string or an integer),
 categories {name: label}, p_true (the population's fraction for a), split (train or test). Other columns are ignored. Rows belong
 together by prompt_id, else by prompt; the votes of rows for the same two responses, in either order, are added up. In CSV an
 empty cell means missing, and messages and categories are written as JSON. A line of a .jsonl:

@@ -115,19 +115,26 @@ def finish(row, rng):
 def split_prompts(rows, test_share, valid_share, rng):
     """{split: rows}: the split the rows name where they name one, else `test_share` of the prompts, at least two, for test.
 
-    valid_share of the train prompts become the validation split (at least one, where the share is not zero).
+    valid_share of the train prompts become the validation split (at least one, where the share is not zero). Rows with equal messages stay
+    together whatever their ids, so that no text is in two splits; where named splits part them, a warning says so.
     """
-    if rows and rows[0]["split"] is None:
-        order = rng.permutation(len(rows))
-        count = max(2, round(test_share * len(rows)))
-        split = {"test": [rows[i] for i in sorted(order[:count])], "train": [rows[i] for i in sorted(order[count:])]}
+    def draw(rows, share, least):
+        """(drawn, rest): `share` of the distinct prompts, at least `least`."""
+        contexts = list(dict.fromkeys(row["context"] for row in rows))
+        order = rng.permutation(len(contexts))
+        drawn = {contexts[i] for i in order[: max(least, round(share * len(contexts)))]}
+        return [row for row in rows if row["context"] in drawn], [row for row in rows if row["context"] not in drawn]
+
+    split = {}
+    if rows[0]["split"] is None:
+        split["test"], split["train"] = draw(rows, test_share, 2)
     else:
         split = {name: [row for row in rows if row["split"] == name] for name in ("train", "test")}
+        twice = {row["context"] for row in split["train"]} & {row["context"] for row in split["test"]}
+        if twice:
+            print(f"data: warning: {len(twice)} texts of prompts are in train and in test, under different prompt_ids")
     if valid_share:
-        order = rng.permutation(len(split["train"]))
-        count = max(1, round(valid_share * len(split["train"])))
-        split["valid"] = [split["train"][i] for i in sorted(order[:count])]
-        split["train"] = [split["train"][i] for i in sorted(order[count:])]
+        split["valid"], split["train"] = draw(split["train"], valid_share, 1)
     return split
 
 

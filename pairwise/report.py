@@ -385,7 +385,6 @@ def facts(metrics, manifest):
     """Rows (name, text) of the header: what was run. Whatever the manifest does not say is left out."""
     stages = manifest.get("stages") or {}
     members = [stage.get("settings") or {} for name, stage in sorted(stages.items()) if name.startswith("member_")]
-    everything = [stage.get("settings") or {} for stage in stages.values()]
 
     def said(dicts, key):  # distinct values in order; of an absolute path only its end, which means something elsewhere
         values = dict.fromkeys(str(d[key]) for d in dicts if d.get(key) is not None)
@@ -399,8 +398,8 @@ def facts(metrics, manifest):
     splits = metrics["splits"]
     versions = dict(item for stage in stages.values() for item in (stage.get("versions") or {}).items())
     dates = sorted(str(stage["date"]) for stage in stages.values() if stage.get("date"))
-    data_seed = said(everything, "data_seed") or said([stages[name].get("settings") or {} for name in stages if name.startswith("data")], "seed")
-    shown = {"target", "train", "base", "seed", "data_seed"}
+    data_seed = said([stages.get("data", {}).get("settings") or {}], "seed")
+    shown = {"target", "train", "base", "seed"}
     other = {k: said(members, k) for d in members for k in d if k not in shown}
     sizes = [f"{name} {x['prompts']} prompts, {x['pairs']} pairs, {x['annotators_mean']:.2f} votes a pair" for name, x in splits.items()]
     commits = dict.fromkeys(c[:12] + "+" * c.endswith("+") for c in (stage.get("git_commit") or "" for stage in stages.values()) if c)
@@ -424,7 +423,7 @@ def facts(metrics, manifest):
 def write(out, metrics, weights, manifest, logs, p, p_hat):
     """Write out/figures/*.png, *.pdf and out/report.html; returns the report's path.
 
-    metrics: metrics.json; weights: weights.json; manifest: {"command", "stages"}, any key may be missing; logs: {j: list of steps};
+    metrics: metrics.json; weights: weights.json; manifest: manifest.json, whose keys may be missing; logs: {j: list of steps};
     p, p_hat (pairs,): the test split's vote fractions and the full ensemble's predictions.
     """
     out = Path(out)
@@ -460,6 +459,7 @@ def page(metrics, weights, manifest, images, widths):
     by_k = [(*row[:2], interval(e["brier_ci"]), *row[2:]) for row, e in zip(rows(s["ensemble"], "k", "brier", "brier_soft", "excess", "true_error"), s["ensemble"])]
     fitted = [(*row, f"{w['kkt']:.0e}" if "kkt" in w else None, "  ".join("0" if a == 0 else num(a) for a in w["alpha"]))
               for row, w in zip(rows(weights, "k", "fit", "train_mse"), weights)]
+    commands = "\n".join(dict.fromkeys(stage["command"] for stage in stages.values() if stage.get("command")))
     timed = [(name, x.get("seconds"), x.get("peak_memory_mb"), x.get("threads"), x.get("date")) for name, x in stages.items()]
     parts = [
         f"<h1>{html.escape(title)}</h1>", html_table([], facts(metrics, manifest), "lw", "facts"),
@@ -475,7 +475,7 @@ def page(metrics, weights, manifest, images, widths):
         html_table(["k", "fit", "train error", "KKT residual", "weights of members 1..k"], fitted, "rlrrw"), note("weights"),
         "<h2>Training</h2>" + figure("training") if "training" in images else "",
         "<h2>Stages</h2>" + html_table(["stage", "seconds", "peak memory, MB", "threads", "date"], timed, "lrrrl") if stages else "",
-        f"<h2>Reproduce</h2><pre>{html.escape(str(manifest['command']))}</pre>" if manifest.get("command") else "",
+        f"<h2>Reproduce</h2><pre>{html.escape(commands)}</pre>" if commands else "",
     ]
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{html.escape(title)}</title><style>{CSS}</style></head>\n<body>\n{''.join(parts)}</body></html>\n")

@@ -1,11 +1,13 @@
 """A reward model: base model with a scalar head, one encode() for every use, and the forward pass. Parameters may be BF16;
 head, rewards and everything after them are float32."""
 
+import argparse
 import hashlib
 import json
 import time
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -50,6 +52,10 @@ def load_tokenizer(base, chat_template=None):
         raise InputError(f"--base {base}: its pad token is its eos token, and no spare one was found among {', '.join(PAD_NAMES)}")
     tokenizer.pad_token = spare[0]
     tokenizer.padding_side = "right"
+    try:
+        encode(tokenizer, [{"role": "user", "content": "a question"}], "an answer")
+    except jinja2.TemplateError as error:
+        raise InputError(f"{f'--chat-template {chat_template}' if chat_template else f'--base {base}'}: the chat template fails ({_first_line(error)})") from None
     return tokenizer
 
 
@@ -99,6 +105,15 @@ def pad(sequences, pad_id, device):
 # ---- model
 
 
+def device(name=None):
+    """argparse type: a device that is there, as a string; without a name, cuda where there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda") or kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{name} found, {'cpu or cuda' if torch.cuda.is_available() else 'cpu, as there is no cuda here,'} expected")
+    return name
+
+
 def load_base(base, tokenizer, dtype, device):
     """The base with its token-prediction head dropped and a scalar head attached (section 4), in dtype; the head in float32.
 
@@ -134,11 +149,10 @@ def load_member(run, j, base, tokenizer, dtype, device):
     return model.eval().to(device)
 
 
-def draw_head(model, seed):
-    """Draw the reward head anew, normal with the model's own initial standard deviation."""
+def draw_head(weight, config, seed):
+    """Draw a reward head's weight (1, d) anew, normal with the base's own initial standard deviation."""
     generator = torch.Generator().manual_seed(seed)
-    std = getattr(model.config, "initializer_range", 0.02)
-    model.score.weight.data.copy_(torch.randn(model.score.weight.shape, generator=generator) * std)
+    weight.data.copy_(torch.randn(weight.shape, generator=generator) * getattr(config, "initializer_range", 0.02))
 
 
 def last_hidden(model, ids, mask):
@@ -205,10 +219,10 @@ def save_member(model, tokenizer, directory):
     path.write_text(json.dumps(described, indent=2) + "\n")
 
 
-def save_head(model, directory):
-    """Write the head alone, as head.safetensors: all that training a head on a frozen base changes."""
+def save_head(weight, directory):
+    """Write the head's weight alone, as head.safetensors: all that training a head on a frozen base changes."""
     directory.mkdir(parents=True)
-    save_file({"score.weight": model.score.weight.detach().cpu().contiguous()}, directory / "head.safetensors")
+    save_file({"score.weight": weight.detach().cpu().contiguous()}, directory / "head.safetensors")
 
 
 def load_head(directory):
@@ -226,12 +240,34 @@ def score_features(features, weight):
 
 
 def fingerprint(base):
-    """What identifies a base model's content: of a directory a hash over its files, of a hub id its name and commit."""
+    """What identifies a base model's content: of a directory a hash over its files (of files beyond 64 MiB, over size, beginning, middle
+    and end: all of it would take a minute a stage), of a hub id its name and commit."""
     directory = Path(base)
     if not directory.is_dir():
         return f"{base}@{getattr(AutoConfig.from_pretrained(base), '_commit_hash', None)}"
-    files = sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors", ".jinja", ".model"))
-    return hashlib.sha256("".join(f"{path.name} {hash_file(path)}\n" for path in files).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".bin", ".jinja", ".model"):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with open(path, "rb") as file:
+                for start in (0, size // 2, size - 2**20) if size > 2**26 else (0,):
+                    file.seek(start)
+                    digest.update(file.read(2**20 if size > 2**26 else size))
+    return digest.hexdigest()
+
+
+def check_base(entry, base, chat_template):
+    """Raise InputError where a member's manifest entry names another base or chat template than it is given now.
+
+    A hub id and a local copy of it are not compared.
+    """
+    was = entry["inputs"]["base model"]
+    if Path(base).is_dir() and "@" not in was and fingerprint(base) != was:
+        raise InputError(f"--base {base}: another base model than the run was made from")
+    template = hash_file(chat_template) if chat_template else None
+    if template != entry["inputs"].get("chat template"):
+        raise InputError(f"--chat-template {chat_template or 'is missing'}: the run was made with {'another' if 'chat template' in entry['inputs'] else 'none'}")
 
 
 def _first_line(error):

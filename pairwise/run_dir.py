@@ -10,13 +10,14 @@ Prepared data, one row a prompt, in DIR/data/{train,test}.parquet (and valid.par
     categories {name: label}, optional     the user's own labels of the prompt
 
 Rewards, one float32 per distinct response in data order: DIR/rewards/JJ_SPLIT.npy; DIR/rewards/JJ_continuations.npy has
-shape (prompts, n). Mixture weights: DIR/weights.json. Every stage writes under a temporary name and renames at the end, then
-enters itself in DIR/manifest.json; a stage that is not entered there did not happen, and is done again.
+shape (prompts, n). Mixture weights: DIR/weights.json. A stage enters itself in DIR/manifest.json as begun, writes under temporary names,
+renames, and enters itself as done; one that was begun and not done is done again.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -36,7 +37,8 @@ import pyarrow.parquet as pq
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "valid", "test")
-BUILD_COMMAND = "python -m pip install --no-build-isolation --no-deps --use-pep517 -e ."
+_locks = {}  # run directory -> the open file that locks it for this process
+BUILD_COMMAND = f"cd {REPOSITORY} && python setup.py build_ext --inplace"
 
 
 # ---- errors and the command line
@@ -83,8 +85,8 @@ def nonnegative(text):
 def seed(text):
     """argparse type: an integer of at least zero."""
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} found, an integer of at least 0 expected")
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} found, an integer from 0 to 2^63 - 1 expected")
     return value
 
 
@@ -97,12 +99,19 @@ def share(text):
 
 
 def run_main(main, args):
-    """Run main(args) as a script does: an InputError is one line on stderr and exit code 2."""
+    """Run main(args) as a script does: an InputError, or a path that cannot be read or written, is one line on stderr and exit code 2."""
     try:
         main(args)
+        return
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        sys.stdout = None
+        sys.exit(1)
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        said = str(error)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        said = f"{error.filename}: {error.strerror}"
+    print(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr)
+    sys.exit(2)
 
 
 def import_evaluator():
@@ -120,14 +129,17 @@ def import_evaluator():
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`; on success rename it to `path` (a file, or a directory), on failure remove it."""
+    """Yield a temporary path beside `path`; on success rename it to `path` (a file, or a directory), on failure remove it.
+
+    Only a directory ever replaces a directory: os.replace raises where a file should.
+    """
     path = Path(path)
     partial = path.with_name(f".partial-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
     try:
         yield partial
-        if path.is_dir():
+        if path.is_dir() and partial.is_dir():
             _remove(path)
         os.replace(partial, path)
     finally:
@@ -183,26 +195,44 @@ def stage_done(run, stage, settings, inputs, outputs):
         return False
     if not entry["done"]:  # begun and broken off: done again, from the start
         return False
-    settings = json.loads(json.dumps(settings))  # tuples and the like as they come back from a file
-    for name in sorted(entry["settings"].keys() | settings.keys()):
-        was, now = entry["settings"].get(name), settings.get(name)
-        if was != now:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{run} was made with other arguments: {flag} was {was}, is {now}; to have both, run: {_command_elsewhere(run)}")
-    for name in sorted(entry["inputs"].keys() | inputs.keys()):
-        if entry["inputs"].get(name) != inputs.get(name):
-            raise InputError(f"{run} was made from another {name} than it is given now (stage {stage}); to have both, run: {_command_elsewhere(run)}")
+    must_agree(run, stage, settings, inputs)
     return all(path.exists() for path in outputs)
 
 
+def must_agree(run, stage, settings, inputs):
+    """Raise InputError where `stage` of `run` is complete and was done with other settings or inputs."""
+    entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get(stage)
+    if not entry or not entry["done"]:
+        return
+    for name in sorted(entry["settings"].keys() | settings.keys()):
+        was, now = entry["settings"].get(name), settings.get(name)
+        if was != now:
+            raise InputError(f"{run} was made with other arguments (stage {stage}): {name.replace('_', '-')} was {was}, is {now}; "
+                             f"to have both, run: {_command_elsewhere(run)}")
+    for name in sorted(entry["inputs"].keys() | inputs.keys()):
+        if entry["inputs"].get(name) != inputs.get(name):
+            raise InputError(f"{run} was made from another {name} than it is given now (stage {stage}); to have both, run: {_command_elsewhere(run)}")
+
+
 def unchanged(run, stage, settings, inputs, outputs):
-    """True where a cheap stage is complete and was made with these settings and inputs; it is simply made again where not."""
+    """True where a stage of seconds, with no flags that others depend on, is complete and up to date; where not, it is simply done again."""
     entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get(stage, {})
     return bool(entry.get("done")) and entry["settings"] == settings and entry["inputs"] == inputs and all(path.exists() for path in outputs)
 
 
 def begin_stage(run, stage, settings, inputs):
-    """Enter `stage` in the manifest as begun and return the start time, to be handed to end_stage."""
+    """Enter `stage` in the manifest as begun and return the start time, to be handed to end_stage.
+
+    Raises InputError where another process works in `run`: this one keeps the directory until it ends.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    if run.resolve() not in _locks:
+        lock = open(run / ".lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{run}: another process is working in this run directory") from None
+        _locks[run.resolve()] = lock
     _update_manifest(run, stage, {"settings": settings, "inputs": inputs, "done": False})
     return time.time()
 
@@ -220,8 +250,6 @@ def end_stage(run, stage, settings, inputs, started, **facts):
 
 def _update_manifest(run, stage, entry):
     manifest = read_json(run / "manifest.json", {"stages": {}})
-    if "PAIRWISE_COMMAND" in os.environ or "command" not in manifest:
-        manifest["command"] = _command()
     manifest["stages"][stage] = entry
     write_json(run / "manifest.json", manifest)
 
@@ -343,8 +371,8 @@ def read_splits(run):
 
 
 def data_hashes(run):
-    """{file name: SHA-256} of the prepared splits."""
-    return {f"data/{path.name}": hash_file(path) for path in sorted((run / "data").glob("*.parquet"))}
+    """{file name: SHA-256} of the prepared data."""
+    return {f"data/{path.name}": hash_file(path) for path in sorted((run / "data").iterdir())}
 
 
 # ---- rewards and weights

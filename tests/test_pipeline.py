@@ -86,9 +86,9 @@ def test_second_run_skips_and_larger_k_continues(demo_run):
 def test_other_arguments_are_refused_with_a_command_that_works(demo_run):
     run, _ = demo_run
     before = contents(run)
-    line = assert_refused(run_all("demo", 2, "--run", run, *SMALL, "--lr", "1e-3"), "--lr was 0.003, is 0.001")
+    line = assert_refused(run_all("demo", 2, "--run", run, *SMALL, "--lr", "1e-3"), "lr was 0.003, is 0.001")
     assert f"--run {run}-2" in line and "--lr 1e-3" in line
-    assert_refused(run_all("demo", 2, "--run", run, *SMALL, "--data-seed", "7"), "--seed was 0, is 7")
+    assert_refused(run_all("demo", 2, "--run", run, *SMALL, "--data-seed", "7"), "stage data", "seed was 0, is 7")
     assert contents(run) == before
 
 

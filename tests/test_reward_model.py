@@ -29,7 +29,7 @@ def own(base):
 @pytest.fixture(scope="module")
 def model(base, tokenizer):
     model = rm.load_base(base, tokenizer, torch.float32, "cpu")
-    rm.draw_head(model, 1)
+    rm.draw_head(model.score.weight, model.config, 1)
     return model
 
 
@@ -253,7 +253,7 @@ def test_the_head_comes_from_the_seed_alone(base, tokenizer):
         torch.manual_seed(state)
         np.random.seed(state)
         model = rm.load_base(base, tokenizer, torch.float32, "cpu")
-        rm.draw_head(model, seed)
+        rm.draw_head(model.score.weight, model.config, seed)
         heads.append(model.score.weight.detach().clone())
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert 0.05 < heads[0].std() < 0.2  # the model's initializer_range is 0.1
@@ -261,7 +261,7 @@ def test_the_head_comes_from_the_seed_alone(base, tokenizer):
 
 def test_bfloat16_keeps_head_and_rewards_in_float32(base, tokenizer, mixed, tmp_path):
     model = rm.load_base(base, tokenizer, torch.bfloat16, "cpu")
-    rm.draw_head(model, 0)
+    rm.draw_head(model.score.weight, model.config, 0)
     assert model.score.weight.dtype == torch.float32 and {p.dtype for p in model.base_model.parameters()} == {torch.bfloat16}
     ids, mask = rm.pad(mixed, tokenizer.pad_token_id, "cpu")
     rewards = rm.rewards_of(model, ids, mask)
@@ -300,7 +300,7 @@ def test_a_base_may_lack_its_head_and_nothing_else(base, tokenizer, tmp_path):
 def test_a_base_with_a_head_of_another_shape(base, tokenizer, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).save_pretrained(tmp_path / "three")
     model = rm.load_base(tmp_path / "three", tokenizer, torch.float32, "cpu")
-    rm.draw_head(model, 0)
+    rm.draw_head(model.score.weight, model.config, 0)
     assert model.score.weight.shape == (1, 32)
 
 
@@ -355,7 +355,7 @@ def test_a_member_that_lacks_its_head_is_refused(model, base, tokenizer, tmp_pat
 
 
 def test_head_is_saved_and_put_on_the_base_again(model, base, tokenizer, mixed, tmp_path):
-    rm.save_head(model, tmp_path / "member_03")
+    rm.save_head(model.score.weight, tmp_path / "member_03")
     assert [path.name for path in (tmp_path / "member_03").iterdir()] == ["head.safetensors"]
     loaded = rm.load_member(tmp_path, 3, base, tokenizer, torch.float32, "cpu")
     np.testing.assert_array_equal(rm.score_sequences(loaded, mixed, tokenizer, 500), rm.score_sequences(model, mixed, tokenizer, 500))

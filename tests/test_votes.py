@@ -159,9 +159,11 @@ def test_rows_group_by_prompt_id_else_by_prompt(tmp_path):
     splits, _ = prepared(tmp_path, rows)
     assert sorted(len(r["pairs"]) for members in splits.values() for r in members) == [1, 2, 2]
     assert chat in [r["messages"] for members in splits.values() for r in members]
-    rows = [row("Why?", prompt_id=i) for i in (0, 1, 2, "2")]
+    rows = [row("Why?", prompt_id=i) for i in (0, 1, 2, "2")] + [row("Who?", prompt_id=3), row("Where?", prompt_id=4)]
     splits, _ = prepared(tmp_path, rows, run="ids")
-    assert sorted((r["prompt_id"], r["pairs"][0]["votes_a"] + r["pairs"][0]["votes_b"]) for members in splits.values() for r in members) == [("0", 4), ("1", 4), ("2", 8)]
+    assert sorted((r["prompt_id"], r["pairs"][0]["votes_a"] + r["pairs"][0]["votes_b"]) for members in splits.values() for r in members) == [("0", 4), ("1", 4), ("2", 8), ("3", 4), ("4", 4)]
+    homes = {name for name, members in splits.items() for r in members if r["messages"][0]["content"] == "Why?"}
+    assert len(homes) == 1  # the same text under three ids: three prompts, on one side of the split
 
 
 def test_given_split_is_kept(tmp_path):
@@ -220,7 +222,7 @@ def test_other_votes_are_another_run(tmp_path, capsys):
     prepared(tmp_path, numbered(3))
     prepared(tmp_path, numbered(3))
     assert "skipped" in capsys.readouterr().out
-    with pytest.raises(InputError, match="--votes was sampled, is population"):
+    with pytest.raises(InputError, match="votes was sampled, is population"):
         prepared(tmp_path, numbered(3), "--votes", "population")
     with pytest.raises(InputError, match="another source"):
         prepared(tmp_path, numbered(4))
