@@ -16,9 +16,9 @@ bash run_all.sh [DATASET|FILE] [K] [flags]        default: demo 4
   --seed S             of the training (default 0)
   --data-seed S        of the data: population, split, orientation (default 0)
   --continuations N    for a FILE: sample 100 continuations for each of N test prompts, for the diversity measurement
-  data flags           --ties drop|half  --test-share X  --valid-share X  --votes sampled|population|dependent  --min-votes 1|2
-                       demo: --prompts N  --responses N  --texts N
-  any other flag       goes to train_rm.py: --train full|head  --target p|residual|centered|mixture  --lr X  --epochs N
+  data flags           --ties drop|half  --test-share X  --valid-share X  --min-votes 1|2
+                       FILE: --votes sampled|population|dependent    demo: --prompts N  --responses N  --texts N
+  any other flag       of train_rm.py: --train full|head  --target p|residual|centered|mixture  --lr X  --epochs N
                        --pairs-per-step N  --dtype bfloat16|float32  --threads N ... (train_rm.py --help)
 
 Finished stages are skipped; a larger K continues the run; other arguments need another --run.

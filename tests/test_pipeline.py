@@ -41,11 +41,11 @@ def demo_run(tmp_path_factory):
     run = tmp_path_factory.mktemp("demo") / "run"
     done = run_all("demo", 2, "--run", run, *SMALL)
     assert done.returncode == 0, done.stderr
-    return run, done.stdout
+    return run, done.stdout, (run / "metrics.json").read_bytes()
 
 
 def test_everything_is_there(demo_run):
-    run, printed = demo_run
+    run, printed, _ = demo_run
     names = contents(run).keys()
     for name in ["data/train.parquet", "data/valid.parquet", "data/test.parquet", "data/stats.json", "base/config.json", "continuations.parquet",
                  "member_01/model.safetensors", "member_02/config.json", "rewards/01_train.npy", "rewards/02_test.npy", "rewards/02_continuations.npy",
@@ -63,7 +63,7 @@ def test_everything_is_there(demo_run):
 
 
 def test_second_run_skips_and_larger_k_continues(demo_run):
-    run, _ = demo_run
+    run, _, _ = demo_run
     before = contents(run)
     done = run_all("demo", 2, "--run", run, *SMALL)
     assert done.returncode == 0, done.stderr
@@ -84,7 +84,7 @@ def test_second_run_skips_and_larger_k_continues(demo_run):
 
 
 def test_other_arguments_are_refused_with_a_command_that_works(demo_run):
-    run, _ = demo_run
+    run, _, _ = demo_run
     before = contents(run)
     line = assert_refused(run_all("demo", 2, "--run", run, *SMALL, "--lr", "1e-3"), "lr was 0.003, is 0.001")
     assert f"--run {run}-2" in line and "--lr 1e-3" in line
@@ -110,8 +110,7 @@ def test_help_is_one_screen():
 
 def test_killed_at_any_moment_it_ends_in_the_same_metrics(demo_run, tmp_path):
     """kill -9 of the whole process group at several moments, then the same command again."""
-    reference = tmp_path / "reference"
-    assert run_all("demo", 2, "--run", reference, *SMALL).returncode == 0
+    reference, _, metrics = demo_run
     run = tmp_path / "run"
     for seconds in (4, 7, 9, 11):  # into the base model, the continuations, the members
         process = subprocess.Popen(["bash", str(ROOT / "run_all.sh"), "demo", "2", "--run", str(run), *SMALL], env=ENVIRONMENT, start_new_session=True,
@@ -121,12 +120,13 @@ def test_killed_at_any_moment_it_ends_in_the_same_metrics(demo_run, tmp_path):
         process.wait()
     done = run_all("demo", 2, "--run", run, *SMALL)
     assert done.returncode == 0, done.stderr
-    assert (run / "metrics.json").read_bytes() == (reference / "metrics.json").read_bytes()
-    assert contents(run).keys() == contents(reference).keys()
+    assert (run / "metrics.json").read_bytes() == metrics
+    assert (run / "base" / "model.safetensors").read_bytes() == (reference / "base" / "model.safetensors").read_bytes()
+    assert not list(run.rglob(".partial-*"))
 
 
 def test_your_own_votes_with_a_frozen_base(demo_run, tmp_path):
-    run, _ = demo_run
+    run, _, _ = demo_run
     rows = [{"prompt": f"Name a fruit, number {i}.", "response_a": "An apple.", "response_b": "Perhaps it depends on you.", "votes_a": 1 + i % 4, "votes_b": 2} for i in range(12)]
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
