@@ -194,7 +194,7 @@ def pretrain(chats, seed, batch=64, lr=3e-3):
             optimizer.zero_grad()
             schedule.step()
             tokens += int(mask.sum())
-            bar.set_postfix_str(f"loss {loss.item():.3f} {tokens / (time.time() - started):,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {loss.item():.3f} {tokens / (time.time() - started):,.0f} tokens/s", refresh=False)
     return model, tokenizer
 
 

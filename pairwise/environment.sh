@@ -31,4 +31,3 @@ else
     fi
     if command -v flock >/dev/null; then exec 9>&-; fi
 fi
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # threads that wait leave the core to others: a busy machine is slower, not ten times slower

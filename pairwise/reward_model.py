@@ -184,7 +184,7 @@ def over_sequences(model, function, sequences, tokenizer, tokens, label):
             out[batch] = values
             done += int(mask.sum())
             bar.update(len(batch))
-            bar.set_postfix_str(f"{done / (time.time() - started):,.0f} tokens/s")
+            bar.set_postfix_str(f"{done / (time.time() - started):,.0f} tokens/s", refresh=False)
     return out[places]
 
 
