@@ -5,7 +5,7 @@
 
 current='import sys; sys.exit(sys.version_info < (3, 11))'
 if [ -n "${PYTHON:-}" ]; then
-    PYTHON=$(command -v "$PYTHON" || true)
+    PYTHON=$(command -v "$PYTHON" || echo "$PYTHON")
     case $PYTHON in '' | /*) ;; *) PYTHON=$PWD/$PYTHON ;; esac
     "$PYTHON" -c "$current" 2>/dev/null || { echo "error: PYTHON is '$PYTHON', which is no Python >= 3.11" >&2; exit 2; }
     export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
