@@ -88,6 +88,9 @@ def as_csv(rows, k):
 def main(args):
     torch.set_num_threads(args.threads)
     questions = read_questions(args.file)
+    out = args.out or args.file.with_name(kind(args.file)[0] + "-scores.jsonl")
+    if out.is_dir() or out.resolve() == args.file.resolve():
+        raise InputError(f"--out {out}: {'a directory' if out.is_dir() else 'the file of questions itself'} found, another file expected")
     run, k = args.run, count_members(args.run)
     alpha = read_weights(run, k)
     entry = read_json(run / "manifest.json")["stages"].get(member_name(1))
@@ -98,9 +101,6 @@ def main(args):
         rm.check_base(entry, base, args.chat_template)
     settings = entry["settings"] | {"base": base}
     rows = answers(questions, rewards_of_run(run, k, settings, questions, args), alpha)
-    out = args.out or args.file.with_name(kind(args.file)[0] + "-scores.jsonl")
-    if out.is_dir() or out.resolve() == args.file.resolve():
-        raise InputError(f"--out {out}: {'a directory' if out.is_dir() else 'the file of questions itself'} found, another file expected")
     with replacing(out) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         file.write(as_csv(rows, k) if out.suffix == ".csv" else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{out}: {len(questions)} prompts, {k} members")

@@ -24,7 +24,8 @@ from transformers import AutoConfig
 from pairwise import reward_model as rm
 from pairwise.run_dir import (
     InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, must_agree, natural, nonnegative, positive,
-    read_json, read_rewards, read_splits, read_weights, replacing, reward_path, run_main, seed, share, stage_done)
+    read_json, read_rewards, read_splits, read_weights, replacing, reward_path, run_main, seed, share, stage_done,
+    write_array)
 
 # ---- the method
 
@@ -132,9 +133,7 @@ def parameter_groups(model):
 def train(groups, rewards_at, steps, pairs, args, log):
     """Minimise the squared error over `steps`, one optimizer step each; updates the parameters, appends a JSON line per step to `log`.
 
-    groups: [matrices that SOAP preconditions, other parameters].
-
-    rewards_at(responses) -> (float32 rewards of these responses, with gradient; tokens); steps: lists of micro-batches, each an array of
+    groups: [matrices that SOAP preconditions, other parameters]; rewards_at(responses) -> (float32 rewards of these responses, with gradient; tokens); steps: lists of micro-batches, each an array of
     pair indices; pairs: (a, b, target) arrays over all pairs. Raises InputError where there is nothing to train on, and where the loss or a
     gradient is not finite.
     """
@@ -224,8 +223,7 @@ def ask_features(args, stage, texts, tokenizer, inputs):
         for name, (messages, responses) in texts.items():
             sequences = rm.encode_split(tokenizer, messages, responses, args.max_length)
             features = rm.features_of(model, sequences, tokenizer, args.micro_batch_tokens, f"features, {name}")
-            with replacing(paths[name]) as partial, open(partial, "wb") as file:
-                np.save(file, features)
+            write_array(paths[name], features)
         end_stage(args.run, stage, settings, inputs, started, threads=args.threads, device=args.device)
     return {name: np.load(path) for name, path in paths.items()}
 
@@ -237,11 +235,6 @@ def continuation_texts(run):
         return None
     table = pq.read_table(path)
     return table["messages"].to_pylist(), table["texts"].to_pylist()
-
-
-def save_rewards(run, j, name, rewards):
-    with replacing(reward_path(run, j, name)) as partial, open(partial, "wb") as file:
-        np.save(file, rewards.astype(np.float32))
 
 
 def score_continuations(args, j, model, tokenizer, texts, inputs):
@@ -260,7 +253,7 @@ def score_continuations(args, j, model, tokenizer, texts, inputs):
         model = model or rm.load_member(run, j, args.base, tokenizer, getattr(torch, args.dtype), args.device)
         sequences = rm.encode_split(tokenizer, messages, responses, args.max_length)
         rewards = rm.score_sequences(model, sequences, tokenizer, args.micro_batch_tokens, f"member {j}, continuations")
-    save_rewards(run, j, "continuations", rewards.reshape(len(messages), -1))
+    write_array(path, rewards.reshape(len(messages), -1))
     end_stage(run, stage, {}, inputs, started)
 
 
@@ -297,9 +290,7 @@ def main(args):
     target = target_of(args.target, data.p, rewards, alpha, data.a, data.b)
 
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    inputs = data_hashes(run) | {"base model": rm.fingerprint(args.base)}
-    if args.chat_template:
-        inputs["chat template"] = hash_file(args.chat_template)
+    inputs = data_hashes(run) | rm.base_hashes(args.base, args.chat_template)
     ensemble = {f"rewards of member {i}": hash_file(reward_path(run, i, "train")) for i in range(1, j)}
     settings = {name: getattr(args, name) for name in SETTINGS}
     if j > 1:
@@ -332,7 +323,7 @@ def main(args):
                 if not np.isfinite(values).all():
                     raise InputError(f"member {j}: rewards of {name} are not finite after the last step; a lower --lr may help")
         for name, values in scores.items():
-            save_rewards(run, j, name, values)
+            write_array(reward_path(run, j, name), values)
         with replacing(run / member_name(j)) as partial:
             (rm.save_head(weight, partial) if args.train == "head" else rm.save_member(model, tokenizer, partial))
         end_stage(run, member_name(j), settings, inputs | ensemble, started, base=str(args.base), target_formula=TARGETS[args.target][0],

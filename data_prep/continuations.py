@@ -16,9 +16,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pairwise.reward_model import device, encode, fingerprint, load_tokenizer
-from pairwise.run_dir import InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, natural, positive, read_split, replacing, run_main, seed, stage_done
-
+from pairwise.reward_model import base_hashes, device, encode, load_tokenizer
+from pairwise.run_dir import (
+    InputError, Parser, begin_stage, data_hashes, end_stage, natural, positive, read_split, replacing, run_main, seed, stage_done)
 
 AT_ONCE = 20  # answers sampled together: bounds the memory that keys, values and logits take
 
@@ -49,7 +49,7 @@ def main(args):
         print(f"continuations: only {prompts} test prompts for --prompts {args.prompts}, all of them taken")
     settings = {name: getattr(args, name) for name in ("prompts", "count", "temperature", "max_tokens", "seed")}
     tokenizer = load_tokenizer(args.base, args.chat_template)
-    inputs = data_hashes(run) | {"base model": fingerprint(args.base)} | ({"chat template": hash_file(args.chat_template)} if args.chat_template else {})
+    inputs = data_hashes(run) | base_hashes(args.base, args.chat_template)
     if stage_done(run, "continuations", settings, inputs, [run / "continuations.parquet"]):
         print(f"continuations: {run / 'continuations.parquet'} is there, skipped")
         return

@@ -257,6 +257,11 @@ def fingerprint(base):
     return digest.hexdigest()
 
 
+def base_hashes(base, chat_template):
+    """{name: hash} of the base model and, where one is given, the chat template: what a stage that runs the base was made from."""
+    return {"base model": fingerprint(base)} | ({"chat template": hash_file(chat_template)} if chat_template else {})
+
+
 def check_base(entry, base, chat_template):
     """Raise InputError where a member's manifest entry names another base or chat template than it is given now.
 

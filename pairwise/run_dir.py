@@ -159,6 +159,12 @@ def write_json(path, value):
         partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def write_array(path, array):
+    """Write a float32 array as .npy."""
+    with replacing(path) as partial, open(partial, "wb") as file:
+        np.save(file, array.astype(np.float32, copy=False))
+
+
 def read_json(path, otherwise=None):
     """The JSON value of a file; `otherwise` where there is no such file and a default was given."""
     path = Path(path)
