@@ -55,8 +55,8 @@ def interval(ci, none="–"):
 
 
 def short(x):
-    """Two decimals, .25; 0 where it is exactly zero."""
-    return "0" if x == 0 else f"{x:.2f}".replace("0.", ".", 1).replace("-", "−")
+    """Two decimals, .25; 0 where it is exactly zero, and no minus before .00 (-0.0 + 0.0 is 0.0)."""
+    return "0" if x == 0 else f"{round(x, 2) + 0.0:.2f}".replace("0.", ".", 1).replace("-", "−")
 
 
 def pretty(text):
