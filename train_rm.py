@@ -180,6 +180,7 @@ def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints
 def train_full(args, model, split, sequences, target, keep, rng, log, checkpoints=None):
     """All parameters on whole prompts, for args.epochs epochs; sequences: token ids of every distinct response."""
     lengths = np.array([len(ids) for ids in sequences])
+    rm.check_positions(model, sequences)
 
     def size(responses):
         return rm.count_tokens(model, [sequences[i] for i in responses])

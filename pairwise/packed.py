@@ -284,6 +284,8 @@ def prepare(model):
             error = ((_run(model, row)[row.places].float() - alone).norm() / alone.norm()).item()
             if not error < (1e-4 if next(base.parameters()).dtype == torch.float32 else 0.05):
                 raise NotImplementedError(f"packed, hidden states change by {error:.1g} of their size")
+            if {"dynamic", "longrope"} & rope_types(config):
+                raise NotImplementedError("rotary positions that depend on the longest sequence")
             if list(row.windows.values()) != windows(config):
                 raise NotImplementedError("windows of attention that the configuration does not explain")
             model.packs = "varlen" if varlen else "segments"
@@ -303,3 +305,9 @@ def windows(config):
     if set(types) - {"full_attention", "sliding_attention"}:
         raise NotImplementedError(f"layers of {', '.join(sorted(set(types)))}")
     return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def rope_types(config):
+    """Kinds of rotary positions in the configuration; a model may have one a kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -208,14 +207,38 @@ def rewards_of_batch(model, sequences, tokens=None):
     """
     if tokens is None or count_tokens(model, sequences) <= tokens:
         return head(model)(hidden_of_batch(model, sequences)).squeeze(-1)
-    parts = list(batches_of(model, sequences, tokens))
-    rewards = [checkpoint(rewards_of_batch, model, [sequences[i] for i in part], use_reentrant=False, preserve_rng_state=False) for part in parts]
-    return torch.cat(rewards)[np.argsort(np.concatenate(parts))]
+    anchor = torch.empty(0, device=next(model.parameters()).device, requires_grad=torch.is_grad_enabled())
+    return InParts.apply(anchor, model, sequences, list(batches_of(model, sequences, tokens)))
+
+
+class InParts(torch.autograd.Function):
+    """Rewards float32 (n,) of sequences in parts; backward() runs each part again and goes through it at once, so that gradients are added up
+    part by part, in float32 (Offload), and the graph of one part is there at a time. anchor: any tensor that wants a gradient."""
+
+    @staticmethod
+    def forward(ctx, anchor, model, sequences, parts):
+        ctx.model, ctx.sequences, ctx.parts = model, sequences, parts
+        return torch.cat([rewards_of_batch(model, [sequences[i] for i in part]) for part in parts])[np.argsort(np.concatenate(parts))]
+
+    @staticmethod
+    def backward(ctx, grad):
+        for part in ctx.parts:
+            with torch.enable_grad():
+                rewards_of_batch(ctx.model, [ctx.sequences[i] for i in part]).backward(grad[part])
+        return None, None, None, None
 
 
 def count_tokens(model, sequences):
     """Tokens that one forward pass over these sequences runs, padding included."""
     return packed.count_tokens(sequences) if model.packs else len(sequences) * max(map(len, sequences))
+
+
+def check_positions(model, sequences):
+    """Raise InputError where a sequence is longer than the model has positions for."""
+    config, longest = model.config.get_text_config(), max(map(len, sequences))
+    most = getattr(config, "max_position_embeddings", None)
+    if most and longest > most and not getattr(config, "relative_attention", False):  # DeBERTa's distances have no end
+        raise InputError(f"a prompt with its response has {longest} tokens, and the base has positions for {most}; --max-length {most} or less expected")
 
 
 def batches_of(model, sequences, tokens):
@@ -232,6 +255,7 @@ def over_sequences(model, function, sequences, tokens, label):
     numbers = {}
     places = [numbers.setdefault(tuple(ids), len(numbers)) for ids in sequences]
     sequences = [list(ids) for ids in numbers]
+    check_positions(model, sequences)
     out, started, done = None, time.time(), 0
     with tqdm(total=len(sequences), desc=label, unit="response", leave=False, mininterval=1) as bar:
         for batch in batches_of(model, sequences, tokens):

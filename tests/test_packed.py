@@ -15,7 +15,7 @@ from transformers import (
 
 from pairwise import packed
 from pairwise import reward_model as rm
-from pairwise.run_dir import read_split
+from pairwise.run_dir import InputError, read_split
 
 SHAPE = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
          "initializer_range": 0.1, "pad_token_id": 0, "num_labels": 1}
@@ -238,7 +238,10 @@ def test_in_several_passes(mixed, tokens, packs):
     assert rm.count_tokens(model, mixed) > tokens
     values = rm.rewards_of_batch(model, mixed, tokens)
     torch.testing.assert_close(values, alone(model, mixed), atol=2e-6, rtol=0)
+    added = []  # the gradient comes part by part, not as one sum in the parameters' own precision
+    rm.head(model).weight.register_post_accumulate_grad_hook(added.append)
     found = gradient(model, values, weights)
+    assert len(added) == len(list(rm.batches_of(model, mixed, tokens))) > 1
     for name in expected:
         assert (found[name] - expected[name]).norm() <= 2e-6 * expected[name].norm(), name
 
@@ -304,6 +307,21 @@ def test_a_base_with_other_layers_is_padded(capsys, mixed):
     assert model.config._attn_implementation != "packed" and not model.base_model.layers[-1]._forward_pre_hooks
     with torch.no_grad():
         torch.testing.assert_close(rm.rewards_of_batch(model, mixed), alone(model, mixed), atol=1e-5, rtol=0)
+
+
+def test_positions_that_depend_on_the_longest_sequence_are_padded(capsys):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 2048}
+    assert build(LlamaConfig(**SHAPE, rope_parameters=rope)).packs is None
+    assert "padded, not packed (rotary positions" in capsys.readouterr().out
+    assert build(LlamaConfig(**SHAPE, rope_parameters=rope | {"rope_type": "linear"})).packs
+
+
+def test_longer_than_the_base_has_positions_for(mixed):
+    model = build(LlamaConfig(**SHAPE, max_position_embeddings=max(map(len, mixed))))
+    rm.score_sequences(model, mixed, 1000)
+    model.config.max_position_embeddings -= 1
+    with pytest.raises(InputError, match="--max-length"):
+        rm.score_sequences(model, mixed, 1000)
 
 
 @pytest.mark.parametrize("fault", ["leak", "window"])
