@@ -9,17 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import FLAGS, FULL, REPOSITORY, fresh, leftovers, manifest
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 from test_offload import outputs
 
 from pairwise import parallel
 
 SAME = (*FULL, "--micro-batch-tokens", "400", "--precondition-frequency", "2")  # a step is two prompts, each a micro-batch: no other order of sums
 HARNESS = """
-import json, os, signal, sys
+import json, os, signal, sys, threading
 from pathlib import Path
-import torch, train_rm
+import torch, tqdm, train_rm
 from pairwise import checkpoint, offload, run_dir
 
 PLACES = {"step": (offload.Offload, "step"), "file": (offload, "save_file"), "sync": (os, "fsync"), "error": (train_rm, "squared_error")}
@@ -32,12 +33,12 @@ def at(place, number, do):
         return do(function, *args, **kwargs) if count[0] == number else function(*args, **kwargs)
     setattr(owner, name, counted)
 
-def held(directory, rank):
+def held(path):
     close = offload.Offload.close
     def told(self):
         tensors = [t for state in self.optimizer.state.values() for t in offload._tensors(state)]
         tensors += [part.master for part in self.parts if part.twin]
-        (directory / f"held-{rank}").write_text(str(sum(t.untyped_storage().nbytes() for t in tensors)))
+        Path(path).write_text(str(sum(t.untyped_storage().nbytes() for t in tensors)))
         close(self)
     offload.Offload.close = told
 
@@ -48,7 +49,7 @@ def process(rank, job):
     if job.get("plain"):  # an optimizer that does not make much of a rounding error
         train_rm.SOAP = lambda groups, lr, weight_decay, precondition_frequency: torch.optim.SGD(groups, lr)
     if job.get("held"):
-        held(Path(job["held"]), rank)
+        held(f"{job['run']}-held-{rank}")
     sys.argv[0] = "train_rm.py"
     run_dir.run_main(train_rm.main, train_rm.parse_args(["--run", job["run"], "--iteration", "1", *flags, *job["flags"]]))
 
@@ -60,6 +61,7 @@ def started(rank, job, store):
         sys.stderr = open(f"{job['run']}.stderr", "a")
         sys.stdout = open(f"{job['run']}.stdout", "a")
         code = 0
+        tqdm.tqdm.set_lock(threading.RLock())  # not the one that forked processes share, and that who is killed may hold
         try:
             process(rank, job)
         except SystemExit as ended:
@@ -90,95 +92,96 @@ Path(sys.argv[3]).write_text(json.dumps(codes))
 """
 
 
-def ended(jobs, base, directory, *flags):
-    """Exit codes of every job's processes, the first one's apart, which runs alone in this very process."""
-    subprocess.run([sys.executable, "-c", HARNESS, json.dumps(jobs), json.dumps(["--base", str(base), *FLAGS, *flags]), str(directory / "codes")], check=True,
-                   cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}, timeout=120)
-    return json.loads((directory / "codes").read_text())
-
-
-def job(run, processes, *flags, **more):
-    return {"run": str(run), "processes": processes, "flags": flags} | more
-
-
-def assert_same(run, expected):
-    """Every byte but the manifest; the log but for times and the last digits of sums that have another order."""
-    found, expected = outputs(run), outputs(expected)
-    logs = [files.pop("logs/01.jsonl") for files in (found, expected)]
-    assert found == expected
-    for one, other in zip(*logs, strict=True):
-        for name in ("loss", "grad_norm"):
-            assert abs(one.pop(name) / other.pop(name) - 1) < 1e-6
-    assert logs[0] == logs[1] and not leftovers(run)
+OFTEN, PAGED, PLAIN = ("--checkpoint-minutes", "1e-9"), ("--optimizer-memory-gb", "0"), ("--pairs-per-step", "40", "--lr", "0.1", "--warmup", "0")
+JOBS = [  # run, processes, flags, and what befalls one of them at a number of calls; the first runs alone in the harness itself
+    ("float32", 1, SAME, {}), ("bfloat16", 1, SAME, {}), ("plain", 1, PLAIN, {"plain": True}), ("float32 two", 2, SAME, {}), ("float32 two", 2, SAME, {}),
+    ("float32 three", 3, SAME, {}), ("bfloat16 two", 2, SAME, {"held": True}), ("plain two", 2, PLAIN, {"plain": True}), ("plain three", 3, PLAIN, {"plain": True}),
+    ("float32 killed", 2, (*SAME, *OFTEN), {"rank": 1, "place": "step", "number": 3}), ("float32 killed", 2, (*SAME, *OFTEN), {"rank": 1, "place": "file", "number": 16}),
+    ("float32 killed", 2, (*SAME, *OFTEN), {"rank": 0, "place": "sync", "number": 25}), ("float32 killed", 2, SAME, {}),
+    ("float32 fewer", 2, (*SAME, *OFTEN), {"rank": 0, "place": "step", "number": 4}), ("float32 fewer", 1, SAME, {}),
+    ("float32 more", 1, (*SAME, *OFTEN), {"rank": 0, "place": "step", "number": 4}), ("float32 more", 2, SAME, {}),
+    ("bfloat16 paged", 2, (*SAME, *OFTEN, *PAGED), {"rank": 1, "place": "file", "number": 16}), ("bfloat16 paged", 2, (*SAME, *PAGED), {}),
+    ("nan", 2, SAME, {"rank": 1, "place": "error", "number": 3}), ("head", 2, ("--train", "head"), {})]
 
 
 @pytest.fixture(scope="module")
-def prompts(data, tmp_path_factory):
-    """The prepared data, and four continuations of two prompts to rank; two are equal."""
-    run = fresh(data, tmp_path_factory.mktemp("prompts"))
+def ran(data, base, tmp_path_factory):
+    """The directory with a run for each name in JOBS, and the exit codes of every job's processes. They have four continuations of two prompts to score."""
+    directory = tmp_path_factory.mktemp("parallel")
     messages = [[{"role": "user", "content": text}] for text in ("how can i get fit ?", "what is for dinner ?")]
-    pq.write_table(pa.table({"messages": messages, "texts": [["run .", "walk more .", "run .", "rest ."], ["soup .", "rice .", "soup .", "tea ."]]}), run / "continuations.parquet")
-    return run
+    texts = pa.table({"messages": messages, "texts": [["run .", "walk more .", "run .", "rest ."], ["soup .", "rice .", "soup .", "tea ."]]})
+    for name in {name for name, *_ in JOBS}:
+        pq.write_table(texts, fresh(data, directory, name) / "continuations.parquet")
+    jobs = [{"run": str(directory / name), "processes": processes, "flags": ["--dtype", "bfloat16" if "bfloat16" in name else "float32", *flags]} | more
+            for name, processes, flags, more in JOBS]
+    subprocess.run([sys.executable, "-c", HARNESS, json.dumps(jobs), json.dumps(["--base", str(base), *FLAGS]), str(directory / "codes")], check=True,
+                   cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}, timeout=150)
+    return directory, json.loads((directory / "codes").read_text())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_any_number_of_processes_gives_the_same_bits(prompts, base, tmp_path, dtype):
-    """...as one, where the order of sums is the same: two, three of which one has no micro-batch, two that page, killed and continued, also by other numbers."""
-    often, paged = ("--checkpoint-minutes", "1e-9"), ("--optimizer-memory-gb", "0")
-    one, two, three, paging, broken, fewer, more = (fresh(prompts, tmp_path, name) for name in ("one", "two", "three", "paging", "broken", "fewer", "more"))
-    jobs = [(job(one, 1), 0), (job(two, 2, held=str(tmp_path)), 0), (job(two, 2), 0), (job(three, 3), 0), (job(paging, 2, *paged), 0),
-            (job(broken, 2, *often, rank=1, place="step", number=3), 9), (job(broken, 2, *often, rank=1, place="file", number=16), 9),
-            (job(broken, 2, *often, rank=0, place="sync", number=25), 9), (job(broken, 2), 0),
-            (job(fewer, 2, *often, rank=0, place="step", number=4), 9), (job(fewer, 1), 0),
-            (job(more, 1, *often, rank=0, place="step", number=4), 9), (job(more, 2, *paged), 0)]
-    jobs = jobs if dtype == "float32" else jobs[:9]
-    codes = ended([job for job, _ in jobs], base, tmp_path, *SAME, "--dtype", dtype)
-    for (done, dead), found in zip(jobs[1:], codes):
-        assert found == [0] * done["processes"] if not dead else found[done["rank"]] == -9 and 0 not in found, done
-    for run in {done["run"] for done, _ in jobs[1:]}:
-        assert_same(tmp_path / run, one)
-    assert [manifest(run)["member_01"]["processes"] for run in (one, two, three, broken)] == [1, 2, 3, 2]
-    said = (tmp_path / "two.stdout").read_text()
-    assert said.count("trained on 72 pairs") == said.count("is there, skipped") == 1
-    assert (tmp_path / "broken.stdout").read_text().count("continued after step") == 3
-    rewards = np.load(two / "rewards" / "01_continuations.npy")
+def test_all_end_together(ran):
+    """With code 0, or, where one is killed or finds an error, none with it."""
+    for (name, processes, _, more), codes in zip(JOBS[1:], ran[1], strict=True):
+        if "rank" not in more and name != "head":
+            assert codes == [0] * processes, name
+        elif name in ("nan", "head"):
+            assert codes == [2, 2], name
+        else:
+            assert codes[more["rank"]] == -9 and 0 not in codes, name
+
+
+@pytest.mark.parametrize("name", sorted({name for name, *_ in JOBS if "32 " in name or "16 " in name}))
+def test_any_number_of_processes_gives_the_same_bits(ran, name):
+    """...as one, where the order of sums is the same: also with a process that has nothing to do, paged, killed, and continued by fewer or more."""
+    one, run = ran[0] / name.split()[0], ran[0] / name
+    found, expected = outputs(run), outputs(one)
+    for ours, theirs in zip(found.pop("logs/01.jsonl"), expected.pop("logs/01.jsonl"), strict=True):
+        for sums in ("loss", "grad_norm"):  # these are added up in another order
+            assert abs(ours.pop(sums) / theirs.pop(sums) - 1) < 1e-6
+        assert ours == theirs
+    assert found == expected and not leftovers(run)
+    jobs = [(processes, more) for job, processes, _, more in JOBS if job == name]
+    said = (ran[0] / f"{name}.stdout").read_text()
+    assert manifest(run)["member_01"]["processes"] == jobs[-1][0] and all(stage["done"] for stage in manifest(run).values())
+    assert said.count("trained on 72 pairs") == 1 and said.count("is there, skipped") == (name == "float32 two")
+    assert said.count("continued after step") == len([more for _, more in jobs if "rank" in more])
+
+
+def test_the_first_alone_writes_and_equal_responses_tie(ran):
+    rewards = np.load(ran[0] / "float32 two" / "rewards" / "01_continuations.npy")
     assert rewards.shape == (2, 4) and (rewards[:, 0] == rewards[:, 2]).all() and len(np.unique(rewards)) == 6
-    held = [int((tmp_path / f"held-{rank}").read_text()) for rank in (0, 1)]
-    whole = sum(4 * (2 * p.size + 2 * sum(d * d for d in p.shape) * (p.ndim > 1 and "layers" in name) + p.size * (dtype == "bfloat16" and name != "score.weight"))
-                for name, p in load_file(one / "member_01" / "model.safetensors").items())
+
+
+def test_each_holds_half_of_masters_and_state(ran):
+    held = [int((ran[0] / f"bfloat16 two-held-{rank}").read_text()) for rank in (0, 1)]
+    whole = 4 * sum((2 + (p.dtype != torch.float32)) * p.numel() + (2 * sum(d * d for d in p.shape) if p.ndim > 1 and "layers" in name else 0)
+                    for name, p in load_file(ran[0] / "bfloat16" / "member_01" / "model.safetensors").items())
     assert sum(held) == pytest.approx(whole, rel=0.01) and 0.45 < held[0] / whole < 0.55
 
 
-def test_other_orders_of_sums_give_other_roundings_alone(data, base, tmp_path):
-    """Six prompts a step, with plain gradient descent: SOAP divides by the size of gradients, and of zero only rounding is left."""
-    flags = ("--pairs-per-step", "40", "--lr", "0.1", "--warmup", "0", "--dtype", "float32", "--checkpoint-minutes", "0")
-    runs = [fresh(data, tmp_path, f"run{count}") for count in (1, 2, 3)]
-    codes = ended([job(run, count, plain=True) for count, run in enumerate(runs, 1)], base, tmp_path, *flags)
-    assert codes == [[0] * 2, [0] * 3]
-    logs = [[json.loads(line) for line in (run / "logs" / "01.jsonl").read_text().splitlines()] for run in runs]
-    assert [line["pairs"] for line in logs[0]] == [36, 36]
-    before, after = load_file(base / "model.safetensors"), [load_file(run / "member_01" / "model.safetensors") for run in runs]
-    assert max(np.abs(before[name] - after[0][name]).max() for name in before) > 1e-2
-    for log, weights, run in zip(logs[1:], after[1:], runs[1:]):
-        for one, other in zip(logs[0], log, strict=True):
-            assert all(one[name] == other[name] for name in ("step", "pairs", "lr"))
-            assert all(abs(one[name] / other[name] - 1) < 1e-5 for name in ("loss", "grad_norm"))
-        for name in weights:
-            np.testing.assert_allclose(weights[name], after[0][name], atol=1e-5, rtol=0)
-        for name in ("train", "valid", "test"):
-            np.testing.assert_allclose(*(np.load(run / "rewards" / f"01_{name}.npy") for run in (run, runs[0])), atol=1e-4)
+@pytest.mark.parametrize("name", ["plain two", "plain three"])
+def test_other_orders_of_sums_give_other_roundings_alone(ran, base, name):
+    """Six prompts a step, with plain gradient descent: SOAP divides by the size of a gradient, and of zero only rounding is left."""
+    one, run, before = ran[0] / "plain", ran[0] / name, load_file(base / "model.safetensors")
+    logs = [[json.loads(line) for line in (run / "logs" / "01.jsonl").read_text().splitlines()] for run in (one, run)]
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours["pairs"] == 36 and all(ours[fact] == theirs[fact] for fact in ("step", "pairs", "lr"))
+        assert all(abs(ours[fact] / theirs[fact] - 1) < 1e-5 for fact in ("loss", "grad_norm"))
+    expected, found = (load_file(run / "member_01" / "model.safetensors") for run in (one, run))
+    assert max((before[weight] - expected[weight]).abs().max() for weight in before) > 5e-3
+    for weight in expected:
+        torch.testing.assert_close(found[weight], expected[weight], atol=1e-6, rtol=0)
+    for split in ("train", "valid", "test", "continuations"):
+        np.testing.assert_allclose(*(np.load(run / "rewards" / f"01_{split}.npy") for run in (run, one)), atol=1e-5)
 
 
-def test_an_error_of_one_is_told_once(data, base, tmp_path):
-    """...and ends both: a loss that is not finite in the second process, an input that neither can use, a lock that the first alone asks for."""
-    runs = [fresh(data, tmp_path, name) for name in ("one", "nan", "head")]
-    codes = ended([job(runs[0], 1), job(runs[1], 2, rank=1, place="error", number=3), job(runs[2], 2, "--train", "head")], base, tmp_path, *SAME)
-    assert codes == [[2, 2]] * 2
-    (line,) = [line for line in (tmp_path / "nan.stderr").read_text().split("\n") if "step/s" not in line and line]
+def test_an_error_is_told_once(ran):
+    """...by one of them: a loss that is not finite in the second alone, and what none can do."""
+    (line,) = [line for line in (ran[0] / "nan.stderr").read_text().split("\n") if line and "step/s" not in line]
     assert line.startswith("train_rm.py: error: member 1, step 3: loss nan, gradient norm nan; a lower --lr may help, or leaving out a prompt of this step (demo-")
-    assert (tmp_path / "head.stderr").read_text() == ("train_rm.py: error: 2 processes found, 1 expected: --train head, --export and --plan do not share their "
-                                                      "work; leave torchrun out\n")
-    assert not leftovers(runs[1]) and not list(runs[1].glob("member_*")) and not list(runs[1].glob("logs/*"))
+    assert (ran[0] / "head.stderr").read_text() == ("train_rm.py: error: 2 processes found, 1 expected: --train head, --export and --plan do not share "
+                                                    "their work; leave torchrun out\n")
+    assert not leftovers(ran[0] / "nan") and not any((ran[0] / "nan").glob("[mlr]*/*01*"))
 
 
 def test_torchrun_itself(data, base, tmp_path):
