@@ -6,8 +6,8 @@
 Stage j reads the prepared data, the rewards of members 1..j-1 and their weights, computes the residual
 eps_j = p - p_hat_{j-1}, trains r_j from the same base on the target that --target makes of it, and writes
 RUN/member_0j, RUN/rewards/0j_SPLIT.npy and RUN/logs/0j.jsonl.   --export J turns member J of a head run into a plain directory;
---plan --base llama-3-8b trains nothing and says what training takes in memory, disk and hours. torchrun --standalone --nproc-per-node N train_rm.py ..
-trains on N GPUs.
+--plan --base llama-3-8b trains nothing and says what training takes in memory, disk and hours. On N GPUs of one machine:
+torchrun --standalone --nproc-per-node N -- train_rm.py --run .., where the lone -- keeps --run from torchrun.
 """
 
 import contextlib
@@ -129,8 +129,9 @@ def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints
     """Minimise the squared error over `steps`, one optimizer step each; updates the parameters, appends a JSON line per step to `log`.
 
     groups: [matrices that SOAP preconditions, other parameters]; rewards_at(responses) -> (float32 rewards of these responses, with gradient;
-    tokens); steps: of each, for each process, its micro-batches, arrays of pair indices; pairs: (a, b, target) arrays over all pairs; prompts: prompt id of every
-    pair; checkpoints: where to resume from and write to; budget: Offload's. Raises InputError where there is nothing to train on, and where the loss or a gradient is not finite.
+    tokens); steps: of each, for each process, its micro-batches, arrays of pair indices; pairs: (a, b, target) arrays over all pairs; prompts: prompt
+    id of every pair; checkpoints: where to resume from and write to; budget: Offload's. Raises InputError where there is nothing to train on, and
+    where the loss or a gradient is not finite.
     """
     if not steps:
         raise InputError(f"member {args.iteration}: no pair is left to train on: all are identical after encoding; a larger --max-length may help")
@@ -194,9 +195,8 @@ def train_full(args, model, split, sequences, target, keep, rng, log, checkpoint
         return rm.rewards_of_batch(model, [sequences[i] for i in responses], args.micro_batch_tokens), int(lengths[responses].sum())
 
     steps = [step for _ in range(args.epochs) for step in steps_of_prompts(split.pair_start, keep, args.pairs_per_step, rng)]
-    sizes = [[size(np.union1d(split.a[part], split.b[part])) for part in step] for step in steps]
-    steps = [[micro_batches(share, split.a, split.b, lengths, size, args.micro_batch_tokens) for share in parallel.deal(step, sizes_of_step)]
-             for step, sizes_of_step in zip(steps, sizes)]
+    steps = [parallel.deal(step, [lengths[np.union1d(split.a[part], split.b[part])].sum() for part in step]) for step in steps]
+    steps = [[micro_batches(part, split.a, split.b, lengths, size, args.micro_batch_tokens) for part in step] for step in steps]
     device = next(model.parameters()).device
     groups = parameter_groups(model)
     budget = None if args.optimizer_memory_gb is None else args.optimizer_memory_gb * 2**30
@@ -216,8 +216,8 @@ def train_head(args, weight, split, features, target, keep, rng, log):
     """The head's weight (1, d) alone, on stored features float32 (R, d) and shuffled pairs: section 4's frozen backbone."""
     scale = torch.from_numpy(features.std(0) + 1e-6).to(weight.device)  # one learning rate for all features: train on unit scale, fold it in after
     scaled = torch.from_numpy(features).to(weight.device) / scale
-    steps = steps_of_pairs(keep, args.pairs_per_step, args.epochs, rng)
-    train([[], [weight]], lambda responses: (scaled[responses] @ weight[0], 0), [[step] for step in steps], (split.a, split.b, target), args, log, prompts_of(split))
+    steps = [[step] for step in steps_of_pairs(keep, args.pairs_per_step, args.epochs, rng)]
+    train([[], [weight]], lambda responses: (scaled[responses] @ weight[0], 0), steps, (split.a, split.b, target), args, log, prompts_of(split))
     weight.data.div_(scale)
 
 
@@ -294,7 +294,7 @@ def export(args):
 def main(args):
     run, j, first = args.run, args.iteration, parallel.rank() == 0
     if parallel.count() > 1 and (args.train == "head" or args.export or args.plan):
-        raise InputError(f"{parallel.count()} processes found, 1 expected: --train head, --export and --plan do not share their work; leave torchrun out")
+        raise InputError(f"{parallel.count()} processes found, 1 expected: --train head, --export and --plan share no work; leave torchrun out")
     if args.plan:
         return plan.show(args, parameter_groups)
     torch.set_num_threads(args.threads)

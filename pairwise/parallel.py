@@ -64,8 +64,8 @@ def together(main):
                     raise InputError(f"{size} processes found, at most one for each of the {gpus} GPUs expected")
                 args.device = f"cuda:{place}"
                 torch.cuda.set_device(place)
-            patience = datetime.timedelta(hours=6)  # the first may write for long; torchrun sees those that have died
-            dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=number, world_size=size, timeout=patience)
+            dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=number, world_size=size,
+                                    timeout=datetime.timedelta(hours=6))  # the first may write for long; torchrun sees those that have died
             if number:
                 sys.stdout = open(os.devnull, "w")
             main(args)

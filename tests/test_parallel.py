@@ -56,8 +56,8 @@ def process(rank, job):
 def started(rank, job, store):
     child = os.fork()
     if not child:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
-                          TORCHELASTIC_USE_AGENT_STORE="True")
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
         sys.stderr = open(f"{job['run']}.stderr", "a")
         sys.stdout = open(f"{job['run']}.stdout", "a")
         code = 0
@@ -94,9 +94,11 @@ Path(sys.argv[3]).write_text(json.dumps(codes))
 
 OFTEN, PAGED, PLAIN = ("--checkpoint-minutes", "1e-9"), ("--optimizer-memory-gb", "0"), ("--pairs-per-step", "40", "--lr", "0.1", "--warmup", "0")
 JOBS = [  # run, processes, flags, and what befalls one of them at a number of calls; the first runs alone in the harness itself
-    ("float32", 1, SAME, {}), ("bfloat16", 1, SAME, {}), ("plain", 1, PLAIN, {"plain": True}), ("float32 two", 2, SAME, {}), ("float32 two", 2, SAME, {}),
-    ("float32 three", 3, SAME, {}), ("bfloat16 two", 2, SAME, {"held": True}), ("plain two", 2, PLAIN, {"plain": True}), ("plain three", 3, PLAIN, {"plain": True}),
-    ("float32 killed", 2, (*SAME, *OFTEN), {"rank": 1, "place": "step", "number": 3}), ("float32 killed", 2, (*SAME, *OFTEN), {"rank": 1, "place": "file", "number": 16}),
+    ("float32", 1, SAME, {}), ("bfloat16", 1, SAME, {}), ("plain", 1, PLAIN, {"plain": True}),
+    ("float32 two", 2, SAME, {}), ("float32 two", 2, SAME, {}), ("float32 three", 3, SAME, {}), ("bfloat16 two", 2, SAME, {"held": True}),
+    ("plain two", 2, PLAIN, {"plain": True}), ("plain three", 3, PLAIN, {"plain": True}),
+    ("float32 killed", 2, (*SAME, *OFTEN), {"rank": 1, "place": "step", "number": 3}),
+    ("float32 killed", 2, (*SAME, *OFTEN), {"rank": 1, "place": "file", "number": 16}),
     ("float32 killed", 2, (*SAME, *OFTEN), {"rank": 0, "place": "sync", "number": 25}), ("float32 killed", 2, SAME, {}),
     ("float32 fewer", 2, (*SAME, *OFTEN), {"rank": 0, "place": "step", "number": 4}), ("float32 fewer", 1, SAME, {}),
     ("float32 more", 1, (*SAME, *OFTEN), {"rank": 0, "place": "step", "number": 4}), ("float32 more", 2, SAME, {}),
@@ -106,16 +108,18 @@ JOBS = [  # run, processes, flags, and what befalls one of them at a number of c
 
 @pytest.fixture(scope="module")
 def ran(data, base, tmp_path_factory):
-    """The directory with a run for each name in JOBS, and the exit codes of every job's processes. They have four continuations of two prompts to score."""
+    """The directory with a run for each name in JOBS, with continuations of two prompts to score, and the exit codes of every job's processes."""
     directory = tmp_path_factory.mktemp("parallel")
     messages = [[{"role": "user", "content": text}] for text in ("how can i get fit ?", "what is for dinner ?")]
     texts = pa.table({"messages": messages, "texts": [["run .", "walk more .", "run .", "rest ."], ["soup .", "rice .", "soup .", "tea ."]]})
     for name in {name for name, *_ in JOBS}:
         pq.write_table(texts, fresh(data, directory, name) / "continuations.parquet")
-    jobs = [{"run": str(directory / name), "processes": processes, "flags": ["--dtype", "bfloat16" if "bfloat16" in name else "float32", *flags]} | more
-            for name, processes, flags, more in JOBS]
-    subprocess.run([sys.executable, "-c", HARNESS, json.dumps(jobs), json.dumps(["--base", str(base), *FLAGS]), str(directory / "codes")], check=True,
-                   cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}, timeout=150)
+    jobs = [{"run": str(directory / name), "processes": processes, "flags": flags} | more for name, processes, flags, more in JOBS]
+    for job in jobs:
+        job["flags"] += ("--dtype", "bfloat16" if "bfloat16" in job["run"] else "float32")
+    words, changes = [json.dumps(jobs), json.dumps(["--base", str(base), *FLAGS])], {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    subprocess.run([sys.executable, "-c", HARNESS, *words, str(directory / "codes")], check=True, cwd=REPOSITORY, timeout=150,
+                   env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | changes)
     return directory, json.loads((directory / "codes").read_text())
 
 
@@ -178,16 +182,17 @@ def test_other_orders_of_sums_give_other_roundings_alone(ran, base, name):
 def test_an_error_is_told_once(ran):
     """...by one of them: a loss that is not finite in the second alone, and what none can do."""
     (line,) = [line for line in (ran[0] / "nan.stderr").read_text().split("\n") if line and "step/s" not in line]
-    assert line.startswith("train_rm.py: error: member 1, step 3: loss nan, gradient norm nan; a lower --lr may help, or leaving out a prompt of this step (demo-")
-    assert (ran[0] / "head.stderr").read_text() == ("train_rm.py: error: 2 processes found, 1 expected: --train head, --export and --plan do not share "
-                                                    "their work; leave torchrun out\n")
+    assert line.startswith("train_rm.py: error: member 1, step 3: loss nan, gradient norm nan; ") and "a prompt of this step (demo-" in line
+    (line,) = (ran[0] / "head.stderr").read_text().splitlines()
+    assert line.startswith("train_rm.py: error: 2 processes found, 1 expected: --train head, ")
     assert not leftovers(ran[0] / "nan") and not any((ran[0] / "nan").glob("[mlr]*/*01*"))
 
 
 def test_torchrun_itself(data, base, tmp_path):
     """Two steps of a training that does not stay finite: a line, before torchrun's own report, and no success."""
     words = ["--run", fresh(data, tmp_path), "--iteration", "1", "--base", base, *FLAGS, *SAME, "--lr", "1e30"]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", REPOSITORY / "train_rm.py", *words],
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    done = subprocess.run([*torchrun, REPOSITORY / "train_rm.py", *words],
                           capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})
     assert done.returncode and done.stderr.count("error: member 1, step 2: loss nan") == done.stderr.count("train_rm.py: error:") == 1
 
@@ -198,10 +203,11 @@ def test_run_all_starts_it(tmp_path, flags, expected):
     """With an interpreter that prints what it is given."""
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "python").chmod(0o755)
-    done = subprocess.run(["bash", REPOSITORY / "run_all.sh", "demo", "2", "--run", tmp_path / "run", *flags], capture_output=True, text=True, check=True,
-                          env=os.environ | {"PYTHON": str(tmp_path / "python")})
+    done = subprocess.run(["bash", REPOSITORY / "run_all.sh", "demo", "2", "--run", tmp_path / "run", *flags],
+                          capture_output=True, text=True, check=True, env=os.environ | {"PYTHON": str(tmp_path / "python")})
     lines = [line for line in done.stdout.replace(f"{REPOSITORY}/", "").splitlines() if "--iteration" in line and not line.startswith("- ")]
-    assert lines == [f"{expected} --run {tmp_path}/run --iteration {j} --base {tmp_path}/run/base --lr 3e-3 --threads 2 --dtype float32" for j in (1, 2)]
+    words = f"--base {tmp_path}/run/base --lr 3e-3 --threads 2 --dtype float32"
+    assert lines == [f"{expected} --run {tmp_path}/run --iteration {j} {words}" for j in (1, 2)]
 
 
 @pytest.mark.parametrize("flags, said", [(("--gpus", "two"), "--gpus 'two' found"), (("--gpus", "0"), "--gpus '0' found"),
