@@ -16,6 +16,7 @@ bash run_all.sh [DATASET|FILE] [K] [flags]        default: demo 4
   --base NAME_OR_DIR   base model: hub id or transformers directory with a chat template, or with --chat-template FILE
   --seed S             of the training (default 0)
   --data-seed S        of the data: population, split, orientation (default 0)
+  --gpus N             train on N GPUs of this machine, by torchrun (default 1); where there are none, N processes on the CPU
   --continuations N    sample continuations for each of N prompts, for the diversity measurement: 100, demo 20
                        (default: a FILE 0; demo 10 test prompts; the paper's 50 of PRISM, tldr test prompts)
   data flags           --ties drop|half  --test-share X  --valid-share X  --min-votes 1|2
@@ -42,7 +43,7 @@ for word in "$@"; do # quoted as any POSIX shell reads it
     COMMAND+=" $word"
 done
 EVERYWHERE=() # flags of every stage that runs a model
-WORDS=() DATA=() TRAIN=() RUN='' BASE='' CONTINUATIONS='' DATA_SEED=0 PRISM=()
+WORDS=() DATA=() TRAIN=() RUN='' BASE='' CONTINUATIONS='' DATA_SEED=0 PRISM=() GPUS=1
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit 0 ;;
@@ -54,6 +55,7 @@ while [ $# -gt 0 ]; do
         --run) RUN=$2 ;;
         --base) BASE=$2 ;;
         --data-seed) DATA_SEED=$2 ;;
+        --gpus) GPUS=$2 ;;
         --continuations) CONTINUATIONS=$2 ;;
         --source | --revision | --ties | --min-votes | --test-share | --valid-share | --votes | --beaver | --annotators | --cnndm) DATA+=("$1" "$2") ;;
         --prompts | --responses | --texts) DATA+=("$1" "$2") ;;
@@ -69,6 +71,8 @@ DATASET=${WORDS[0]:-demo} K=${WORDS[1]:-4}
 [[ $K =~ ^[1-9][0-9]?$ ]] || fail "K = '$K' found, a number from 1 to 99 expected"
 [[ $DATA_SEED =~ ^[0-9]+$ ]] || fail "--data-seed '$DATA_SEED' found, a number of at least 0 expected"
 [[ $CONTINUATIONS =~ ^(|0|[1-9][0-9]*)$ ]] || fail "--continuations '$CONTINUATIONS' found, a number of at least 0 expected"
+[[ $GPUS =~ ^[1-9][0-9]*$ ]] || fail "--gpus '$GPUS' found, a number of at least 1 expected"
+[[ $GPUS = 1 || " ${TRAIN[*]} " != *" --train head "* ]] || fail "--gpus is for all parameters; --train head runs on one"
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [[ $DATASET = demo || ! -f $DATASET || $DATASET = */* ]] || DATASET=./$DATASET # a file that is there is a file, whatever its ending
@@ -100,6 +104,8 @@ BASE=${BASE:-$RUN/base}
 
 source "$ROOT/pairwise/environment.sh"
 export PAIRWISE_COMMAND=$COMMAND
+TRAINER=("$PYTHON") # -- as torchrun would take --run for a flag of its own
+[ "$GPUS" = 1 ] || TRAINER=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" --)
 stage() { "$PYTHON" "$ROOT/$1" --run "$RUN" "${@:2}"; }
 # The training flags are tried first: a wrong one fails before anything runs.
 "$PYTHON" - "$ROOT" --run "$RUN" --iteration 1 --base "$BASE" "${TRAIN[@]}" <<'END'
@@ -121,7 +127,7 @@ fi
 
 # ---- forward stagewise additive modelling: member j on what members 1..j-1 leave over, then the weights of all j ----------------------
 for ((j = 1; j <= K; j++)); do
-    stage train_rm.py --iteration "$j" --base "$BASE" "${TRAIN[@]}"
+    "${TRAINER[@]}" "$ROOT/train_rm.py" --run "$RUN" --iteration "$j" --base "$BASE" "${TRAIN[@]}"
     stage fit_weights.py
 done
 

@@ -6,9 +6,11 @@
 Stage j reads the prepared data, the rewards of members 1..j-1 and their weights, computes the residual
 eps_j = p - p_hat_{j-1}, trains r_j from the same base on the target that --target makes of it, and writes
 RUN/member_0j, RUN/rewards/0j_SPLIT.npy and RUN/logs/0j.jsonl.   --export J turns member J of a head run into a plain directory;
---plan --base llama-3-8b trains nothing and says what training takes in memory, disk and hours.
+--plan --base llama-3-8b trains nothing and says what training takes in memory, disk and hours. On N GPUs of one machine:
+torchrun --standalone --nproc-per-node N -- train_rm.py --run .., where the lone -- keeps --run from torchrun.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -22,7 +24,7 @@ from pytorch_optimizer import SOAP
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from pairwise import plan
+from pairwise import parallel, plan
 from pairwise import reward_model as rm
 from pairwise.checkpoint import Checkpoints
 from pairwise.offload import Offload, names_memory_flags, recompute_activations
@@ -127,8 +129,9 @@ def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints
     """Minimise the squared error over `steps`, one optimizer step each; updates the parameters, appends a JSON line per step to `log`.
 
     groups: [matrices that SOAP preconditions, other parameters]; rewards_at(responses) -> (float32 rewards of these responses, with gradient;
-    tokens); steps: lists of micro-batches, each an array of pair indices; pairs: (a, b, target) arrays over all pairs; prompts: prompt id of every
-    pair; checkpoints: where to resume from and write to; budget: Offload's. Raises InputError where there is nothing to train on, and where the loss or a gradient is not finite.
+    tokens); steps: of each, for each process, its micro-batches, arrays of pair indices; pairs: (a, b, target) arrays over all pairs; prompts: prompt
+    id of every pair; checkpoints: where to resume from and write to; budget: Offload's. Raises InputError where there is nothing to train on, and
+    where the loss or a gradient is not finite.
     """
     if not steps:
         raise InputError(f"member {args.iteration}: no pair is left to train on: all are identical after encoding; a larger --max-length may help")
@@ -144,11 +147,12 @@ def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints
         log.write("".join(lines))
     before = json.loads(lines[-1])["seconds"] if lines else 0
     started, seen, pairs_seen = time.time(), 0, 0
-    with tqdm(total=len(steps), initial=len(lines), desc=f"member {args.iteration}", unit="step", mininterval=1) as bar:
+    with tqdm(total=len(steps), initial=len(lines), desc=f"member {args.iteration}", unit="step", mininterval=1, disable=parallel.rank() > 0) as bar:
         for number in range(len(lines), len(steps)):
             step = steps[number]
-            count, loss, tokens = sum(len(micro) for micro in step), 0.0, 0
-            for micro in step:
+            whole = np.concatenate([micro for share in step for micro in share])
+            count, loss, tokens = len(whole), 0.0, 0
+            for micro in step[parallel.rank()]:
                 responses, index = np.unique(np.concatenate([a[micro], b[micro]]), return_inverse=True)  # each response once
                 rewards, used = rewards_at(responses)
                 index = torch.from_numpy(index).to(rewards.device)
@@ -157,9 +161,12 @@ def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints
                 error.backward()
                 loss += error.item()
                 tokens += used
+            optimizer.sum_gradients()
             norm = torch.nn.utils.get_total_norm(optimizer.gradients()).item()
+            loss, tokens, square = map(sum, zip(*parallel.gathered((loss, tokens, norm**2))))
+            norm = math.sqrt(square)
             if not math.isfinite(loss) or not math.isfinite(norm):
-                named = list(dict.fromkeys(prompts[np.concatenate(step)].tolist()))[:5] if prompts is not None else []
+                named = list(dict.fromkeys(prompts[whole].tolist()))[:5] if prompts is not None else []
                 raise InputError(f"member {args.iteration}, step {number + 1}: loss {loss}, gradient norm {norm}; a lower --lr may help" +
                                  (f", or leaving out a prompt of this step ({', '.join(map(str, named))}, ..)" if named else ""))
             rate = args.lr * schedule(number, len(steps), args.warmup)
@@ -189,7 +196,8 @@ def train_full(args, model, split, sequences, target, keep, rng, log, checkpoint
         return rm.rewards_of_batch(model, [sequences[i] for i in responses], args.micro_batch_tokens), int(lengths[responses].sum())
 
     steps = [step for _ in range(args.epochs) for step in steps_of_prompts(split.pair_start, keep, args.pairs_per_step, rng)]
-    steps = [micro_batches(step, split.a, split.b, lengths, size, args.micro_batch_tokens) for step in steps]
+    steps = [parallel.deal(step, [lengths[np.union1d(split.a[part], split.b[part])].sum() for part in step]) for step in steps]
+    steps = [[micro_batches(part, split.a, split.b, lengths, size, args.micro_batch_tokens) for part in step] for step in steps]
     device = next(model.parameters()).device
     groups = parameter_groups(model)
     budget = None if args.optimizer_memory_gb is None else args.optimizer_memory_gb * 2**30
@@ -209,7 +217,7 @@ def train_head(args, weight, split, features, target, keep, rng, log):
     """The head's weight (1, d) alone, on stored features float32 (R, d) and shuffled pairs: section 4's frozen backbone."""
     scale = torch.from_numpy(features.std(0) + 1e-6).to(weight.device)  # one learning rate for all features: train on unit scale, fold it in after
     scaled = torch.from_numpy(features).to(weight.device) / scale
-    steps = steps_of_pairs(keep, args.pairs_per_step, args.epochs, rng)
+    steps = [[step] for step in steps_of_pairs(keep, args.pairs_per_step, args.epochs, rng)]
     train([[], [weight]], lambda responses: (scaled[responses] @ weight[0], 0), steps, (split.a, split.b, target), args, log, prompts_of(split))
     weight.data.div_(scale)
 
@@ -249,9 +257,9 @@ def score_continuations(args, j, model, tokenizer, texts, inputs):
     run, (messages, responses) = args.run, texts
     stage, path = f"{member_name(j)}_continuations", reward_path(run, j, "continuations")
     inputs = inputs | {"continuations.parquet": hash_file(run / "continuations.parquet")}
-    if stage_done(run, stage, {}, inputs, [path]):
+    if parallel.of_first(lambda: stage_done(run, stage, {}, inputs, [path])):
         return
-    started = begin_stage(run, stage, {}, inputs)
+    started = parallel.of_first(lambda: begin_stage(run, stage, {}, inputs))
     if args.train == "head":
         asked = {name: inputs[name] for name in inputs if not name.startswith("rewards")}
         features = ask_features(args, "features_continuations", {"continuations": texts}, tokenizer, asked)["continuations"]
@@ -260,8 +268,9 @@ def score_continuations(args, j, model, tokenizer, texts, inputs):
         model = model or rm.load_member(run, j, args.base, tokenizer, getattr(torch, args.dtype), args.device)
         sequences = rm.encode_split(tokenizer, messages, responses, args.max_length)
         rewards = rm.score_sequences(model, sequences, args.micro_batch_tokens, f"member {j}, continuations")
-    write_array(path, rewards.reshape(len(messages), -1))
-    end_stage(run, stage, {}, inputs, started)
+    if parallel.rank() == 0:
+        write_array(path, rewards.reshape(len(messages), -1))
+        end_stage(run, stage, {}, inputs, started)
 
 
 def export(args):
@@ -281,9 +290,12 @@ def export(args):
     print(f"{directory}: plain directory written")
 
 
+@parallel.together
 @names_memory_flags
 def main(args):
-    run, j = args.run, args.iteration
+    run, j, first = args.run, args.iteration, parallel.rank() == 0
+    if parallel.count() > 1 and (args.train == "head" or args.export or args.plan):
+        raise InputError(f"{parallel.count()} processes found, 1 expected: --train head, --export and --plan share no work; leave torchrun out")
     if args.plan:
         return plan.show(args, parameter_groups)
     torch.set_num_threads(args.threads)
@@ -308,14 +320,15 @@ def main(args):
     outputs = [run / member_name(j), run / "logs" / f"{j:02d}.jsonl", *(reward_path(run, j, name) for name in splits)]
     texts, model = continuation_texts(run), None
     checkpoints = Checkpoints(run, j, settings, inputs | ensemble, args.checkpoint_minutes)
-    if stage_done(run, member_name(j), settings, inputs | ensemble, outputs):
+    if parallel.of_first(lambda: stage_done(run, member_name(j), settings, inputs | ensemble, outputs)):
         print(f"member {j}: {run / member_name(j)} is there, skipped")
     else:
-        started = begin_stage(run, member_name(j), settings, inputs | ensemble)
+        started = parallel.of_first(lambda: begin_stage(run, member_name(j), settings, inputs | ensemble))
         torch.manual_seed(args.seed)
         head_seed, order_seed = (int(s) for s in np.random.SeedSequence([args.seed, j]).generate_state(2))
         rng = np.random.default_rng(order_seed)
-        with replacing(run / "logs" / f"{j:02d}.jsonl") as partial, open(partial, "w", encoding="utf-8") as log:
+        written = replacing(run / "logs" / f"{j:02d}.jsonl") if first else contextlib.nullcontext(os.devnull)
+        with written as partial, open(partial, "w", encoding="utf-8") as log:
             if args.train == "head":
                 found = ask_features(args, "features", {name: (s.messages, s.responses) for name, s in splits.items()}, tokenizer, inputs)
                 keep = (found["train"][data.a] != found["train"][data.b]).any(1)
@@ -333,12 +346,14 @@ def main(args):
             for name, values in scores.items():
                 if not np.isfinite(values).all():
                     raise InputError(f"member {j}: rewards of {name} are not finite after the last step; a lower --lr may help")
-        for name, values in scores.items():
-            write_array(reward_path(run, j, name), values)
-        with replacing(run / member_name(j)) as partial:
-            (rm.save_head(weight, partial) if args.train == "head" else rm.save_member(model, tokenizer, partial))
-        end_stage(run, member_name(j), settings, inputs | ensemble, started, base=str(args.base), target_formula=TARGETS[args.target][0],
-                  threads=args.threads, device=args.device, micro_batch_tokens=args.micro_batch_tokens, identical_pairs=int((~keep).sum()))
+        if first:
+            for name, values in scores.items():
+                write_array(reward_path(run, j, name), values)
+            with replacing(run / member_name(j)) as partial:
+                (rm.save_head(weight, partial) if args.train == "head" else rm.save_member(model, tokenizer, partial))
+            end_stage(run, member_name(j), settings, inputs | ensemble, started, base=str(args.base), target_formula=TARGETS[args.target][0],
+                      threads=args.threads, device=args.device, processes=parallel.count(), micro_batch_tokens=args.micro_batch_tokens,
+                      identical_pairs=int((~keep).sum()))
         said = f", {int((~keep).sum())} pairs left out, identical after encoding" if not keep.all() else ""
         print(f"member {j}: trained on {int(keep.sum()):,} pairs in {time.time() - started:.0f} s{said}")
     checkpoints.remove()
@@ -381,7 +396,8 @@ def parse_args(argv=None):
     add("--optimizer-memory-gb", type=nonnegative, metavar="GB", help="GiB of the device for float32 masters, SOAP's state and copy buffers; the rest is paged "
         "through host memory (default: what is free; on a CPU all)")
     add("--checkpoint-minutes", type=nonnegative, default=30, help="between checkpoints from which a killed full training continues; 0: none (default 30)")
-    add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
+    add("--threads", type=natural, default=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), help="CPU threads (default: all; of "
+        "several processes, of each its share)")
     add("--device", type=rm.device, default=rm.device(), help="cpu or cuda (default: cuda where there is one)")
     # the plan alone
     add("--members", type=natural, default=8, metavar="K", help="--plan: reward models to train")

@@ -4,6 +4,7 @@ One holds the masters and the optimizer's state (Offload.save), the log so far, 
 belongs to. Order and content of the steps follow from the seed, so the number of steps done says where the data stand. No pickle.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import time
 import torch
 from safetensors.torch import load_file, save_file
 
+from pairwise import parallel
 from pairwise.run_dir import InputError, read_json, replacing
 
 
@@ -23,19 +25,23 @@ class Checkpoints:
         self.seconds, self.last = 60 * minutes, time.time()
 
     def due(self):
-        return self.seconds > 0 and time.time() - self.last >= self.seconds
+        return self.seconds > 0 and parallel.of_first(lambda: time.time() - self.last >= self.seconds)
 
     def write(self, optimizer, log):
-        """Write the state after len(log) steps; log: the JSON lines so far."""
-        path = self.directory / f"{len(log):06d}"
-        with replacing(path) as partial:
-            partial.mkdir()
-            save_file(_random_state(), partial / "random.safetensors")
+        """Write the state after len(log) steps; log: the JSON lines so far. Each process writes what it owns, the first all else."""
+        path, first = self.directory / f"{len(log):06d}", parallel.rank() == 0
+        with replacing(path) if first else contextlib.nullcontext() as partial:
+            if first:
+                partial.mkdir()
+                save_file(_random_state(), partial / "random.safetensors")
+            partial = parallel.gathered(partial)[0]
             state = self.key | {"log": log, "optimizer": optimizer.save(partial)}
-            (partial / "state.json").write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
-            for file in partial.iterdir():  # on the disk before it counts: a power cut is a kill too
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
+            parallel.gathered(None)  # all is written
+            if first:
+                (partial / "state.json").write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+                for file in partial.iterdir():  # on the disk before it counts: a power cut is a kill too
+                    with open(file, "rb") as opened:
+                        os.fsync(opened.fileno())
         self._remove_all_but(path)
         self.last = time.time()
 
@@ -52,6 +58,7 @@ class Checkpoints:
                 print(f"{path}: continued after step {len(log)}", flush=True)
             else:
                 print(f"{found[-1]}: made with other arguments or inputs, not used", flush=True)
+        parallel.gathered(None)  # all have read
         self._remove_all_but(path)
         return log
 
@@ -65,12 +72,13 @@ class Checkpoints:
             raise InputError(f"{self.directory.parent}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for checkpoints and the member{hint}")
 
     def remove(self):
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if parallel.rank() == 0:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def _remove_all_but(self, path):
         if path is None:
             return self.remove()
-        for other in self.directory.iterdir():
+        for other in self.directory.iterdir() if parallel.rank() == 0 else []:
             if other != path:
                 shutil.rmtree(other)
 

@@ -2,19 +2,23 @@
 
 What it keeps beside a BF16 parameter of shape (a, b) is a float32 master and two moments (a, b), and for every dimension d of at most
 max_precondition_dim a covariance GG and its eigenbasis Q, both (d, d). What does not fit on the device lies in one block of host memory
-and is copied to the device for its turn in step(), one parameter at a time, while the one before it is computed.
+and is copied to the device for its turn in step(), one parameter at a time, while the one before it is computed. With several processes
+each owns a share of the parameters: it alone has their masters and state, is sent their gradients, steps them and sends the others the result.
 """
 
 import functools
+import json
 import math
 import os
 import re
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from pairwise import parallel
 from pairwise.run_dir import InputError, first_line
 
 PAGED = {"paged": True}  # in place of the state of a parameter whose turn it is not
@@ -82,15 +86,19 @@ class Offload:
     def __init__(self, groups, make, budget=None):
         self.parts = [Part(p, group["max_precondition_dim"]) for group in groups for p in group["params"]]
         self.nbytes = 4 * sum(part.numbers + part.p.numel() * (not part.twin) for part in self.parts)  # of masters and state
-        resident = choose_resident([4 * part.numbers for part in self.parts], budget)
-        self.resident = [i for i in range(len(self.parts)) if i in resident]
-        self.paged = [i for i in range(len(self.parts)) if i not in resident]
+        dealt = parallel.deal(range(len(self.parts)), [part.numbers for part in self.parts])
+        self.owners, self.mine = {i: process for process, share in enumerate(dealt) for i in share}, dealt[parallel.rank()]
+        resident = choose_resident([4 * self.parts[i].numbers for i in self.mine], budget)
+        self.resident = [i for k, i in enumerate(self.mine) if k in resident]
+        self.paged = [i for k, i in enumerate(self.mine) if k not in resident]
         self.device, self.calls = self.parts[0].p.device, 0
         self.stream = _side_stream(self.device) if self.paged else None
         if self.paged:
             self._allocate()
-        for part in self.parts:
-            if part.twin and part.host is None:
+        for i, part in enumerate(self.parts):
+            if part.twin and self.owners[i] != parallel.rank():
+                part.master = torch.zeros((), device=self.device).expand(part.p.shape)  # its shape alone, for the gradient
+            elif part.twin and part.host is None:
                 part.master = part.p.detach().float()
             elif part.twin:
                 part.master = part.views(self.buffers[0])[0]  # not its values, which come with its turn; its shape, for the gradient
@@ -105,7 +113,7 @@ class Offload:
     def _allocate(self):
         """Host memory in one block and two buffers on the device, each the size of the largest paged parameter; once."""
         parts = [self.parts[i] for i in self.paged]
-        need, have = 4 * sum(part.numbers for part in parts), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        need, have = 4 * sum(part.numbers for part in parts), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // parallel.count()
         if need > have:
             raise InputError(f"{need / 1e9:.0f} GB of host memory needed for the optimizer, {have / 1e9:.0f} GB are there; a larger "
                              "--optimizer-memory-gb or a smaller --max-precondition-dim may do; --plan says what fits")
@@ -122,11 +130,28 @@ class Offload:
         self.loaded = [None, None]
 
     def gradients(self):
-        """Float32 gradients, in the order of the parameters."""
-        return [part.master.grad for part in self.parts if part.master.grad is not None]
+        """Float32 gradients, in the order of the parameters; those that this process owns."""
+        return [self.parts[i].master.grad for i in self.mine if self.parts[i].master.grad is not None]
+
+    def sum_gradients(self):
+        """Send the gradients to the processes that own their parameters, in sum; a process that had none to add adds zero."""
+        if parallel.count() == 1:
+            return
+        found = zip(*parallel.gathered([part.master.grad is not None for part in self.parts]))
+        for i, anywhere in enumerate(map(any, found)):
+            if anywhere:
+                master = self.parts[i].master
+                total = torch.zeros(master.shape, device=self.device) if master.grad is None else master.grad
+                dist.reduce(total, self.owners[i])
+                master.grad = total if self.owners[i] == parallel.rank() else None
+
+    def _send(self):
+        """Give all processes the parameters as their owners have them."""
+        for i, part in enumerate(self.parts if parallel.count() > 1 else []):
+            dist.broadcast(part.p.detach(), self.owners[i])
 
     def step(self, lr):
-        """One step of all parameters with the gradients so far, which are then forgotten."""
+        """One step of all parameters with the gradients so far, summed over processes, which are then forgotten."""
         for group in self.groups:
             group["lr"] = lr
         calls = 1 if self.calls else 2  # the library's first call only initialises the preconditioners; the second uses this gradient
@@ -146,6 +171,7 @@ class Offload:
             for i in self.resident:
                 if self.parts[i].twin:
                     self.parts[i].p.copy_(self.parts[i].master)
+        self._send()
         for part in self.parts:
             part.master.grad = None
 
@@ -200,39 +226,41 @@ class Offload:
     # ---- checkpoints
 
     def save(self, directory):
-        """Write masters and state to `directory`, a safetensors file per parameter; what load() needs besides, for JSON."""
+        """Write masters and state to `directory`, a safetensors file per parameter, by its owner; what load() needs besides, for JSON."""
         if self.stream:
             self.stream.synchronize()
-        strides = []
-        for i, part in enumerate(self.parts):
+        for i in self.mine:
+            part = self.parts[i]
             if part.host is None:
                 tensors = _tensors(self.optimizer.state.get(part.master))
             else:
                 tensors = part.views(part.host)[part.twin :] if part.strides[-1] else []
-            strides.append([tensor.stride() for tensor in tensors])
             flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]  # as it lies in memory
             named = {"master": part.value().contiguous()} | {f"state {k}": tensor for k, tensor in enumerate(flat)}
-            save_file(named, directory / f"{i:04d}.safetensors")
-        return {"calls": self.calls, "strides": strides}
+            save_file(named, directory / f"{i:04d}.safetensors", {"strides": json.dumps([tensor.stride() for tensor in tensors])})
+        return {"calls": self.calls}
 
     @torch.no_grad()
     def load(self, directory, facts):
-        """Take up what save() has written and returned, whatever the budgets then and now."""
+        """Take up what save() has written and returned, whatever the budgets and the number of processes then and now."""
         self.calls = facts["calls"]
-        for i, (part, group, strides) in enumerate(zip(self.parts, self.groups, facts["strides"])):
+        for i in self.mine:
+            part, group = self.parts[i], self.groups[i]
             group["step"] = self.calls
-            part.strides[part.twin :] = map(tuple, strides) if strides else part.strides[part.twin :]
-            if part.host is None:
-                views = [torch.empty_strided(shape, stride, device=self.device) for shape, stride in zip(part.shapes[part.twin :], strides)]
-            else:
-                views = part.views(part.host)[part.twin :]
             with safe_open(directory / f"{i:04d}.safetensors", "pt") as file:
+                strides = json.loads(file.metadata()["strides"])
+                part.strides[part.twin :] = map(tuple, strides) if strides else part.strides[part.twin :]
+                if part.host is None:
+                    views = [torch.empty_strided(shape, stride, device=self.device) for shape, stride in zip(part.shapes[part.twin :], strides)]
+                else:
+                    views = part.views(part.host)[part.twin :]
                 part.value().copy_(file.get_tensor("master"))
                 part.p.copy_(part.value())
                 for k, view in enumerate(views if strides else []):
                     view.as_strided((view.numel(),), (1,)).copy_(file.get_tensor(f"state {k}"))
             if strides:
                 self.optimizer.state[part.master] = PAGED if part.host is not None else _state(group, views)
+        self._send()
 
 
 def _side_stream(device):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from pairwise import packed
+from pairwise import packed, parallel
 from pairwise.run_dir import InputError, first_line, hash_file
 
 transformers_logging.disable_progress_bar()  # ours say more, and what is missing from a checkpoint is checked here, not told
@@ -250,21 +250,26 @@ def batches_of(model, sequences, tokens):
 def over_sequences(model, function, sequences, tokens, label):
     """function(model, sequences) for all of them, in batches that run at most `tokens` tokens: float32 (sequences, ..), in their order.
 
-    Equal sequences are computed once: apart, even in one batch, they can differ in the last bit, and then they would not tie.
+    Equal sequences are computed once: apart, even in one batch, they can differ in the last bit, and then they would not tie. The batches are
+    dealt to the processes, and all have the result.
     """
     numbers = {}
     places = [numbers.setdefault(tuple(ids), len(numbers)) for ids in sequences]
     sequences = [list(ids) for ids in numbers]
     check_positions(model, sequences)
-    out, started, done = None, time.time(), 0
-    with tqdm(total=len(sequences), desc=label, unit="response", leave=False, mininterval=1) as bar:
-        for batch in batches_of(model, sequences, tokens):
-            values = function(model, [sequences[i] for i in batch]).cpu().numpy()
-            out = np.empty((len(sequences), *values.shape[1:]), np.float32) if out is None else out
-            out[batch] = values
+    parts = list(batches_of(model, sequences, tokens))
+    mine = parallel.deal(parts, [sum(len(sequences[i]) for i in part) for part in parts])[parallel.rank()]
+    found, started, done = [], time.time(), 0
+    with tqdm(total=sum(map(len, mine)), desc=label, unit="response", leave=False, mininterval=1, disable=parallel.rank() > 0) as bar:
+        for batch in mine:
+            found.append((batch, function(model, [sequences[i] for i in batch]).cpu().numpy()))
             done += sum(len(sequences[i]) for i in batch)
             bar.update(len(batch))
             bar.set_postfix_str(f"{done / (time.time() - started):,.0f} tokens/s", refresh=False)
+    found = [pair for theirs in parallel.gathered(found) for pair in theirs]
+    out = np.empty((len(sequences), *found[0][1].shape[1:]), np.float32)
+    for batch, values in found:
+        out[batch] = values
     return out[places]
 
 
