@@ -150,7 +150,7 @@ def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints
     with tqdm(total=len(steps), initial=len(lines), desc=f"member {args.iteration}", unit="step", mininterval=1, disable=parallel.rank() > 0) as bar:
         for number in range(len(lines), len(steps)):
             step = steps[number]
-            whole = np.concatenate([micro for share in step for micro in share])
+            whole = np.concatenate([micro for share in step for micro in share])  # the pairs of all processes
             count, loss, tokens = len(whole), 0.0, 0
             for micro in step[parallel.rank()]:
                 responses, index = np.unique(np.concatenate([a[micro], b[micro]]), return_inverse=True)  # each response once

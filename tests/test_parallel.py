@@ -118,7 +118,7 @@ def ran(data, base, tmp_path_factory):
     for job in jobs:
         job["flags"] += ("--dtype", "bfloat16" if "bfloat16" in job["run"] else "float32")
     words, changes = [json.dumps(jobs), json.dumps(["--base", str(base), *FLAGS])], {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run([sys.executable, "-c", HARNESS, *words, str(directory / "codes")], check=True, cwd=REPOSITORY, timeout=150,
+    subprocess.run([sys.executable, "-c", HARNESS, *words, str(directory / "codes")], check=True, cwd=REPOSITORY, timeout=400,
                    env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | changes)
     return directory, json.loads((directory / "codes").read_text())
 
@@ -193,7 +193,7 @@ def test_torchrun_itself(data, base, tmp_path):
     words = ["--run", fresh(data, tmp_path), "--iteration", "1", "--base", base, *FLAGS, *SAME, "--lr", "1e30"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
     done = subprocess.run([*torchrun, REPOSITORY / "train_rm.py", *words],
-                          capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})
+                          capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})
     assert done.returncode and done.stderr.count("error: member 1, step 2: loss nan") == done.stderr.count("train_rm.py: error:") == 1
 
 

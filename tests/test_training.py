@@ -406,7 +406,7 @@ def capture(monkeypatch):
     seen = []
 
     def stop(groups, rewards_at, steps, pairs, args, log, *more):
-        order = [sorted(int(pair) for micro in step for pair in micro) for step in steps]
+        order = [sorted(int(pair) for micro in step for pair in micro) for (step,) in steps]  # of one process
         (head,) = [p for p in groups[1] if p.shape == (1, 32)]
         seen.append({"head": head.detach().clone(), "order": order, "target": pairs[2]})
         raise Stop
