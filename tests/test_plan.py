@@ -151,9 +151,9 @@ def test_flops_by_hand():
     """Twice the weights per token forward, four times that in training, and attention; one member's steps."""
     config, model = plan.describe("llama-3-8b", torch.bfloat16)
     counts = {"tokens": 500, "train": 1000, "scored": 1100, "pairs": 500}
-    work, step = plan.flops(config, model, train_rm.parameter_groups(model), arguments(), counts)
+    work, slow, step = plan.flops(config, model, train_rm.parameter_groups(model), arguments(), counts)
     dense = 7_504_928_768 - 128256 * 4096
-    assert work == pytest.approx((2 * dense + 2 * 500 * 4096 * 32) * 500 * (4 * 1000 + 1100))
+    assert work == pytest.approx((2 * dense + 2 * 500 * 4096 * 32) * 500 * (4 * 1000 + 1100)) and slow == 0
     per_layer = 8 * (2 * 2 * 4096**3 + 2 * 1024 * 4096 * (1024 + 4096) + 3 * 14336 * 4096**2)
     per_layer += (2 + 8 / 3) / 5 * (2 * 2 * 4096**3 + 2 * (1024**3 + 4096**3) + 3 * 4096**3)
     assert step == pytest.approx(32 * per_layer)
@@ -164,11 +164,11 @@ def test_what_is_printed(capsys):
     train_rm.main(arguments("--gpu-gb", "80", "--members", "4"))
     said = capsys.readouterr().out
     assert "7,504,928,768 parameters" in said and "assumed: multipref" in said and "4 members" in said
-    assert "a card of 80 GB: full fits, with " in said and "GB of host memory; head fits" in said
+    assert "a card of 80 GB: full fits, with " in said and "GB of host memory; lora fits; head fits" in said
     train_rm.main(arguments("--gpu-gb", "24"))
-    assert "a card of 24 GB: full does not fit; head fits" in capsys.readouterr().out
+    assert "a card of 24 GB: full does not fit; lora fits with --micro-batch-tokens 4096; head fits; a smaller" in capsys.readouterr().out
     train_rm.main(arguments("--gpu-gb", "8", "--train", "head"))
-    assert "full does not fit; head does not fit" in capsys.readouterr().out
+    assert "full does not fit; lora does not fit; head does not fit" in capsys.readouterr().out
 
 
 def test_what_is_refused(tmp_path):
