@@ -117,7 +117,7 @@ def schedule(step, steps, warmup):
 
 
 def parameter_groups(model):
-    """SOAP's groups of what is trained: matrices of the layers (or their adapters) are preconditioned; for embedding, head and norms it is plain Adam."""
+    """SOAP's groups of what is trained: the layers' matrices, or adapters, are preconditioned; for embedding, head and norms it is plain Adam."""
     apart, trained = (rm.head(model).weight, model.get_input_embeddings().weight), [p for p in model.parameters() if p.requires_grad]
     plain = [p for p in trained if p.ndim < 2 or any(p is other for other in apart)]
     return [[p for p in trained if not any(p is other for other in plain)], plain]
@@ -395,7 +395,7 @@ def parse_args(argv=None):
     add("--micro-batch-tokens", type=natural, help="tokens run in one forward pass (default 8192; lora: 4096; on a CPU 1024)")
     add("--optimizer-memory-gb", type=nonnegative, metavar="GB", help="GiB of the device for float32 masters, SOAP's state and copy buffers; the rest is paged "
         "through host memory (default: what is free; on a CPU all)")
-    add("--checkpoint-minutes", type=nonnegative, default=30, help="between checkpoints from which a killed full training continues; 0: none (default 30)")
+    add("--checkpoint-minutes", type=nonnegative, default=30, help="between checkpoints from which a killed full or lora training continues; 0: none (default 30)")
     add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
     add("--device", type=rm.device, default=rm.device(), help="cpu or cuda (default: cuda where there is one)")
     # the plan alone
