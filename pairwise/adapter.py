@@ -18,7 +18,8 @@ def add(model, rank, alpha):
     from peft import LoraConfig, inject_adapter_in_model
 
     if not hasattr(model, "score"):  # its pooler is drawn with the head, and an adapter cannot carry it
-        raise InputError(f"--train lora: {type(model).__name__} pools with weights of its own, which have to be trained; --train full, or a decoder, expected")
+        raise InputError(f"--train lora: {type(model).__name__} pools with weights of its own, which have to be trained; --train full, or a decoder, "
+                         "expected")
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="SEQ_CLS"), model.eval())
     model.eval().score.requires_grad_(True)
     for p in trained(model).values():

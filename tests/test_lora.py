@@ -73,7 +73,8 @@ def test_what_is_trained(base, tokenizer, sequences, dtype):
     """Adapters on every linear layer and the head, in float32; a run begins with the base's own rewards, packed."""
     model = adapted(base, tokenizer, dtype)
     names = {name.removeprefix("base_model.model.") for name in adapter.trained(model)}
-    linear = [f"model.layers.{i}.{part}_proj" for i in range(2) for part in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")]
+    parts = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    linear = [f"model.layers.{i}.{part}_proj" for i in range(2) for part in parts]
     assert names == {"score.weight", *(f"{name}.lora_{side}.weight" for name in linear for side in "AB")}
     assert {p.dtype for p in adapter.trained(model).values()} == {torch.float32} and model.packs == "segments" and not model.training
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
@@ -103,7 +104,7 @@ def test_gradient_is_that_of_peft_s_own_padded_forward(model, base, tokenizer, s
     monkeypatch.setattr(train_rm, "SOAP", Record)
     monkeypatch.setattr(train_rm, "recompute_activations", lambda model, on: None)
     found, runs, args = [], [], arguments("--pairs-per-step", "1000", "--micro-batch-tokens", "200")
-    model.model.layers[0].mlp.register_forward_hook(lambda *call: runs.append(len(found)))
+    model.model.layers[0].self_attn.register_forward_hook(lambda *call: runs.append(len(found)))
     for recompute in (False, True):
         recompute_activations(model, recompute)
         train_rm.train_full(args, model, split, sequences, split.p, np.arange(72) < 18, np.random.default_rng(0), io.StringIO())
