@@ -166,6 +166,16 @@ def test_peft_and_load_member_give_the_stored_rewards(lora_run, base, tokenizer,
     assert abs(rewards(lora_run, 1) - rewards(lora_run, 2)).max() > 0.1 and rewards(lora_run, 1, "continuations").shape == (2, 5)
 
 
+def test_continuations_that_come_later_are_scored_by_the_stored_adapter(lora_run, base, tmp_path):
+    run = fresh(lora_run, tmp_path)
+    whole = json.loads((run / "manifest.json").read_text())
+    del whole["stages"]["member_02_continuations"]
+    (run / "manifest.json").write_text(json.dumps(whole))
+    (run / "rewards" / "02_continuations.npy").unlink()
+    train(run, base, *LORA, iteration=2)
+    np.testing.assert_array_equal(rewards(run, 2, "continuations"), rewards(lora_run, 2, "continuations"))
+
+
 def test_the_same_bits_again_and_other_adapters_for_another_seed_or_member(lora_run, data, base, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(adapter, "draw", lambda model, seed, f=adapter.draw: drawn.append(seed) or f(model, seed))
