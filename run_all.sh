@@ -23,7 +23,7 @@ bash run_all.sh [DATASET|FILE] [K] [flags]        default: demo 4
                        FILE: --votes sampled|population|dependent    demo: --prompts N  --responses N  --texts N
                        the paper's: --source PATH  --prism-source PATH  --revision R  --beaver published|negated
                        --annotators zip|cross|preference  --cnndm drop|keep    (data_prep/NAME.py --help)
-  any other flag       of train_rm.py: --train full|head  --target p|residual|centered|mixture  --lr X  --epochs N
+  any other flag       of train_rm.py: --train full|lora|head  --target p|residual|centered|mixture  --lr X  --epochs N
                        --pairs-per-step N  --dtype bfloat16|float32  --threads N ... (train_rm.py --help)
 
 Finished stages are skipped; a larger K continues the run; other arguments need another --run.

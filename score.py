@@ -45,11 +45,11 @@ def read_questions(path):
 def rewards_of_run(run, k, settings, questions, args):
     """float32 (k, R): every member's reward of every response, in the order of the questions; each is encoded as in training.
 
-    settings: the run's, of member 1. Members of a head run share one pass over the base.
+    settings: the run's, of member 1. Members of a head run share one pass over the base; of a full run each has its tokenizer.
     """
     members = [run / member_name(j) for j in range(1, k + 1)]
     heads = all((directory / "head.safetensors").exists() for directory in members)
-    tokenizer = rm.load_tokenizer(settings["base"] if heads else members[0], args.chat_template)
+    tokenizer = rm.load_tokenizer(members[0] if settings["train"] == "full" else settings["base"], args.chat_template)
     dtype = getattr(torch, settings["dtype"])
     sequences = rm.encode_split(tokenizer, [q[1] for q in questions], [q[2] for q in questions], settings["max_length"])
     if heads:
@@ -97,7 +97,7 @@ def main(args):
     if not entry or not (run / member_name(1)).is_dir():
         raise InputError(f"{run}: no trained members found; a run directory with {member_name(1)}/ expected")
     base = args.base or (str(run / "base") if (run / "base").is_dir() else entry["base"])
-    if entry["settings"]["train"] == "head" or args.chat_template:  # a full member has base and template in its own directory
+    if entry["settings"]["train"] != "full" or args.chat_template:  # a full member has base and template in its own directory
         rm.check_base(entry, base, args.chat_template)
     settings = entry["settings"] | {"base": base}
     rows = answers(questions, rewards_of_run(run, k, settings, questions, args), alpha)

@@ -5,7 +5,7 @@
 
 Stage j reads the prepared data, the rewards of members 1..j-1 and their weights, computes the residual
 eps_j = p - p_hat_{j-1}, trains r_j from the same base on the target that --target makes of it, and writes
-RUN/member_0j, RUN/rewards/0j_SPLIT.npy and RUN/logs/0j.jsonl.   --export J turns member J of a head run into a plain directory;
+RUN/member_0j, RUN/rewards/0j_SPLIT.npy and RUN/logs/0j.jsonl.   --export J turns member J of a head or lora run into a plain directory;
 --plan --base llama-3-8b trains nothing and says what training takes in memory, disk and hours. On N GPUs of one machine:
 torchrun --standalone --nproc-per-node N -- train_rm.py --run .., where the lone -- keeps --run from torchrun.
 """
@@ -24,10 +24,10 @@ from pytorch_optimizer import SOAP
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from pairwise import parallel, plan
+from pairwise import adapter, parallel, plan
 from pairwise import reward_model as rm
 from pairwise.checkpoint import Checkpoints
-from pairwise.offload import Offload, names_memory_flags, recompute_activations
+from pairwise.offload import MAX_PRECONDITION_DIM, Offload, names_memory_flags, recompute_activations
 from pairwise.run_dir import (
     InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, must_agree, natural, nonnegative, positive,
     read_json, read_rewards, read_splits, read_weights, replacing, reward_path, run_main, seed, share, stage_done,
@@ -119,10 +119,10 @@ def schedule(step, steps, warmup):
 
 
 def parameter_groups(model):
-    """SOAP's groups: matrices of the layers are preconditioned; for embedding, head and norms it is plain Adam."""
-    apart = (rm.head(model).weight, model.get_input_embeddings().weight)
-    plain = [p for p in model.parameters() if p.ndim < 2 or any(p is other for other in apart)]
-    return [[p for p in model.parameters() if not any(p is other for other in plain)], plain]
+    """SOAP's groups of what is trained: the layers' matrices, or adapters, are preconditioned; for embedding, head and norms it is plain Adam."""
+    apart, trained = (rm.head(model).weight, model.get_input_embeddings().weight), [p for p in model.parameters() if p.requires_grad]
+    plain = [p for p in trained if p.ndim < 2 or any(p is other for other in apart)]
+    return [[p for p in trained if not any(p is other for other in plain)], plain]
 
 
 def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints=None, budget=None):
@@ -185,7 +185,7 @@ def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints
 
 
 def train_full(args, model, split, sequences, target, keep, rng, log, checkpoints=None):
-    """All parameters on whole prompts, for args.epochs epochs; sequences: token ids of every distinct response."""
+    """All parameters, or adapters and head, on whole prompts, for args.epochs epochs; sequences: token ids of every distinct response."""
     lengths = np.array([len(ids) for ids in sequences])
     rm.check_positions(model, sequences)
 
@@ -274,14 +274,20 @@ def score_continuations(args, j, model, tokenizer, texts, inputs):
 
 
 def export(args):
-    """Make the directory of member args.export, of a head run, a plain one: base and head together, beside the head alone."""
+    """Make the directory of member args.export, of a head or lora run, a plain one: all weights together, beside the head or the adapter alone.
+
+    The adapter stays in a directory of its own: transformers would put one that lies beside the merged weights on top of them.
+    """
     directory = args.run / member_name(args.export)
-    if not (directory / "head.safetensors").exists() or (directory / "model.safetensors").exists():
+    kept = [name for name in ("head.safetensors", "adapter") if (directory / name).exists()]
+    if not kept or (directory / "model.safetensors").exists():
         raise InputError(f"{directory}: " + ("already a plain directory" if (directory / "config.json").exists() else "no such member"))
     entry = read_json(args.run / "manifest.json")["stages"][member_name(args.export)]
     rm.check_base(entry, args.base, args.chat_template)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     model = rm.load_member(args.run, args.export, args.base, tokenizer, getattr(torch, entry["settings"]["dtype"]), args.device)
+    if kept == ["adapter"]:
+        adapter.merge(model)
     partial = directory.with_name(f".partial-{directory.name}")
     rm.save_member(model, tokenizer, partial)
     for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):  # the weights last: they say that all is there
@@ -314,7 +320,7 @@ def main(args):
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     inputs = data_hashes(run) | rm.base_hashes(args.base, args.chat_template)
     ensemble = {f"rewards of member {i}": hash_file(reward_path(run, i, "train")) for i in range(1, j)}
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     if j > 1:
         must_agree(run, member_name(1), settings, inputs)  # the members of a run differ in their residual only
     outputs = [run / member_name(j), run / "logs" / f"{j:02d}.jsonl", *(reward_path(run, j, name) for name in splits)]
@@ -325,9 +331,10 @@ def main(args):
     else:
         started = parallel.of_first(lambda: begin_stage(run, member_name(j), settings, inputs | ensemble))
         torch.manual_seed(args.seed)
-        head_seed, order_seed = (int(s) for s in np.random.SeedSequence([args.seed, j]).generate_state(2))
+        head_seed, order_seed, adapter_seed = (int(s) for s in np.random.SeedSequence([args.seed, j]).generate_state(3))
         rng = np.random.default_rng(order_seed)
-        written = replacing(run / "logs" / f"{j:02d}.jsonl") if first else contextlib.nullcontext(os.devnull)
+        trained = parallel.of_first(checkpoints.finished)  # by a call that was killed while it scored
+        written = replacing(run / "logs" / f"{j:02d}.jsonl") if first and not trained else contextlib.nullcontext(os.devnull)
         with written as partial, open(partial, "w", encoding="utf-8") as log:
             if args.train == "head":
                 found = ask_features(args, "features", {name: (s.messages, s.responses) for name, s in splits.items()}, tokenizer, inputs)
@@ -335,22 +342,38 @@ def main(args):
                 weight = torch.nn.Parameter(torch.empty(1, found["train"].shape[1], device=args.device))
                 rm.draw_head(weight, AutoConfig.from_pretrained(args.base), head_seed)
                 train_head(args, weight, data, found["train"], target, keep, rng, log)
-                scores = {name: rm.score_features(torch.from_numpy(f), weight.detach().cpu()) for name, f in found.items()}
             else:
                 sequences = {name: rm.encode_split(tokenizer, s.messages, s.responses, args.max_length) for name, s in splits.items()}
                 keep = np.array([sequences["train"][a] != sequences["train"][b] for a, b in zip(data.a, data.b)])
-                model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
-                rm.draw_head(rm.head(model).weight, model.config, head_seed)
-                train_full(args, model, data, sequences["train"], target, keep, rng, log, checkpoints)
-                scores = {name: rm.score_sequences(model, s, args.micro_batch_tokens, f"member {j}, {name}") for name, s in sequences.items()}
-            for name, values in scores.items():
-                if not np.isfinite(values).all():
-                    raise InputError(f"member {j}: rewards of {name} are not finite after the last step; a lower --lr may help")
+                dtype = getattr(torch, args.dtype)
+                if trained:
+                    model = rm.load_member(run, j, args.base, tokenizer, dtype, args.device)
+                else:
+                    model = rm.load_base(args.base, tokenizer, dtype, args.device)
+                    rm.draw_head(rm.head(model).weight, model.config, head_seed)
+                    if args.train == "lora":
+                        adapter.add(model, args.lora_rank, args.lora_alpha)
+                        adapter.draw(model, adapter_seed)
+                    train_full(args, model, data, sequences["train"], target, keep, rng, log, checkpoints)
+        if first and not trained:
+            with replacing(run / member_name(j)) as partial:
+                if args.train == "head":
+                    rm.save_head(weight, partial)
+                elif args.train == "lora":
+                    adapter.save(model, args.base, partial / "adapter")
+                else:
+                    rm.save_member(model, tokenizer, partial)
+            checkpoints.finish()
+        if args.train == "head":
+            scores = {name: rm.score_features(torch.from_numpy(f), weight.detach().cpu()) for name, f in found.items()}
+        else:
+            scores = {name: rm.score_sequences(model, s, args.micro_batch_tokens, f"member {j}, {name}") for name, s in sequences.items()}
+        for name, values in scores.items():
+            if not np.isfinite(values).all():
+                raise InputError(f"member {j}: rewards of {name} are not finite after the last step; a lower --lr may help")
         if first:
             for name, values in scores.items():
                 write_array(reward_path(run, j, name), values)
-            with replacing(run / member_name(j)) as partial:
-                (rm.save_head(weight, partial) if args.train == "head" else rm.save_member(model, tokenizer, partial))
             end_stage(run, member_name(j), settings, inputs | ensemble, started, base=str(args.base), target_formula=TARGETS[args.target][0],
                       threads=args.threads, device=args.device, processes=parallel.count(), micro_batch_tokens=args.micro_batch_tokens,
                       identical_pairs=int((~keep).sum()))
@@ -363,7 +386,7 @@ def main(args):
 
 # Flags that change the result; a run directory holds one choice of them. The others are about speed, memory and place.
 SETTINGS = ("train", "target", "seed", "lr", "epochs", "pairs_per_step", "weight_decay", "warmup", "precondition_frequency", "max_precondition_dim",
-            "dtype", "max_length")
+            "lora_rank", "lora_alpha", "dtype", "max_length")
 
 
 def parse_args(argv=None):
@@ -373,29 +396,33 @@ def parse_args(argv=None):
     add("--run", type=Path, help="run directory with data/; --plan does without")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--iteration", type=natural, metavar="J", help="train member J, 1..")
-    task.add_argument("--export", type=natural, metavar="J", help="train nothing: make the directory of member J of a head run a plain one")
+    task.add_argument("--export", type=natural, metavar="J", help="train nothing: make the directory of member J of a head or lora run a plain one")
     task.add_argument("--plan", action="store_true", help="train nothing: print what training takes in memory, disk and hours; no weights, no GPU")
     add("--base", required=True, help="base model: hub id or transformers directory; for --plan also llama-3-8b")
     add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
     # objective
-    add("--train", choices=("full", "head"), default="full", help="all parameters (the paper's appendix F.1), or the head on a frozen base (section 4)")
+    add("--train", choices=("full", "lora", "head"), default="full", help="all parameters (the paper's appendix F.1), low-rank adapters and the head (ours, "
+        "for a card of 24 GB), or the head on a frozen base (section 4)")
+    add("--lora-rank", type=natural, help="of the adapters on every linear layer of the base (default 16)")
+    add("--lora-alpha", type=positive, help="they are scaled by alpha / rank (default: twice the rank, so that another rank keeps the scale)")
     add("--target", choices=tuple(TARGETS), default="centered", help="; ".join(f"{name}: {formula}" for name, (formula, _) in TARGETS.items()))
     add("--seed", type=seed, default=0, help="of head and order; with J, so every member draws its own")
     # optimizer (SOAP)
-    add("--lr", type=positive, help="peak learning rate (default 2e-5; head: 1e-3)")
+    add("--lr", type=positive, help="peak learning rate (default 2e-5; head: 1e-3; lora: 2e-4, ours: adapters begin at zero and have few steps)")
     add("--epochs", type=natural, help="passes over the train pairs (default 1; head: 10)")
     add("--pairs-per-step", type=natural, default=64, help="pairs in an optimizer step, whole prompts (the paper: up to 512)")
     add("--weight-decay", type=nonnegative, help="decoupled (default 0.1; head: 5, the regularisation of a linear fit to convergence)")
     add("--warmup", type=share, default=0.03, help="share of the steps, at least one step, then cosine to zero")
     add("--precondition-frequency", type=natural, default=5, help="steps between updates of SOAP's eigenbases")
-    add("--max-precondition-dim", type=natural, default=4096, help="larger dimensions are not preconditioned")
+    add("--max-precondition-dim", type=natural, help="larger dimensions are not preconditioned (default 4096; lora: the rank, as the other side of an "
+        "adapter is as long as the base's layer, and its preconditioner would be larger than the layer)")
     # size and speed
     add("--max-length", type=natural, default=2048, help="tokens of prompt and response; longer ones lose the prompt's beginning")
     add("--dtype", choices=("bfloat16", "float32"), help="of the parameters (default bfloat16 on a GPU, float32 on a CPU)")
-    add("--micro-batch-tokens", type=natural, help="tokens run in one forward pass (default 8192; on a CPU 1024)")
+    add("--micro-batch-tokens", type=natural, help="tokens run in one forward pass (default 8192; lora: 4096; on a CPU 1024)")
     add("--optimizer-memory-gb", type=nonnegative, metavar="GB", help="GiB of the device for float32 masters, SOAP's state and copy buffers; the rest is paged "
         "through host memory (default: what is free; on a CPU all)")
-    add("--checkpoint-minutes", type=nonnegative, default=30, help="between checkpoints from which a killed full training continues; 0: none (default 30)")
+    add("--checkpoint-minutes", type=nonnegative, default=30, help="between checkpoints from which a killed full or lora training continues; 0: none (default 30)")
     add("--threads", type=natural, default=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), help="CPU threads (default: all; of "
         "several processes, of each its share)")
     add("--device", type=rm.device, default=rm.device(), help="cpu or cuda (default: cuda where there is one)")
@@ -407,10 +434,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.run and not args.plan:
         parser.error("--run is missing")
-    head = args.train == "head"
+    head, lora = args.train == "head", args.train == "lora"
+    if not lora and not args.plan and (args.lora_rank or args.lora_alpha):
+        parser.error("--lora-rank and --lora-alpha are for --train lora")
     cpu = args.device == "cpu" and not args.plan  # a plan is for a card
-    defaults = {"lr": 1e-3 if head else 2e-5, "epochs": 10 if head else 1, "weight_decay": 5.0 if head else 0.1,
-                "dtype": "float32" if cpu else "bfloat16", "micro_batch_tokens": 1024 if cpu else 8192}
+    rank = (args.lora_rank or 16) if lora or args.plan else None
+    defaults = {"lr": {"full": 2e-5, "lora": 2e-4, "head": 1e-3}[args.train], "epochs": 10 if head else 1, "weight_decay": 5.0 if head else 0.1,
+                "lora_rank": rank, "lora_alpha": rank and 2.0 * rank, "max_precondition_dim": rank if lora else MAX_PRECONDITION_DIM,
+                "dtype": "float32" if cpu else "bfloat16", "micro_batch_tokens": 1024 if cpu else 4096 if lora else 8192}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

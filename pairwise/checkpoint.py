@@ -1,4 +1,5 @@
-"""Checkpoints of a training under way: RUN/checkpoint_0J/STEP/, written aside and renamed, then the older one removed.
+"""Checkpoints of a training under way: RUN/checkpoint_0J/STEP/, written aside and renamed, then the older one removed. When the member itself is
+written and its rewards are not, RUN/checkpoint_0J/trained.json says so instead.
 
 One holds the masters and the optimizer's state (Offload.save), the log so far, torch's random state, and the settings and inputs that it
 belongs to. Order and content of the steps follow from the seed, so the number of steps done says where the data stand. No pickle.
@@ -21,7 +22,8 @@ class Checkpoints:
     """Those of one member; settings and inputs as in the manifest, minutes between two of them (0: none are written)."""
 
     def __init__(self, run, j, settings, inputs, minutes):
-        self.directory, self.key = run / f"checkpoint_{j:02d}", {"settings": settings, "inputs": inputs}
+        self.directory, self.member = run / f"checkpoint_{j:02d}", run / f"member_{j:02d}"
+        self.key = {"settings": settings, "inputs": inputs}
         self.seconds, self.last = 60 * minutes, time.time()
 
     def due(self):
@@ -62,6 +64,16 @@ class Checkpoints:
         self._remove_all_but(path)
         return log
 
+    def finish(self):
+        """Training is done and the member written: that is kept in place of the checkpoints until its rewards are there too."""
+        with replacing(self.directory / "trained.json") as partial:
+            partial.write_text(json.dumps(self.key, allow_nan=False), encoding="utf-8")
+        self._remove_all_but(self.directory / "trained.json")
+
+    def finished(self):
+        """Whether finish() was called with these settings and inputs."""
+        return self.member.is_dir() and read_json(self.directory / "trained.json", {}) == self.key
+
     def check_disk(self, nbytes, member):
         """Raise InputError where the disk does not hold a checkpoint of nbytes beside the one before it, and the member of `member` bytes."""
         self.directory.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +91,10 @@ class Checkpoints:
         if path is None:
             return self.remove()
         for other in self.directory.iterdir() if parallel.rank() == 0 else []:
-            if other != path:
+            if other.is_dir() and other != path:
                 shutil.rmtree(other)
+            elif other != path:
+                other.unlink()
 
 
 def _random_state():

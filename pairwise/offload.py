@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pairwise import parallel
 from pairwise.run_dir import InputError, first_line
 
+MAX_PRECONDITION_DIM = 4096  # of full training
 PAGED = {"paged": True}  # in place of the state of a parameter whose turn it is not
 ALIGN = 16  # numbers: 64 bytes, as torch's own allocator, so that a copy is computed with the same instructions
 

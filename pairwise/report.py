@@ -406,7 +406,7 @@ def facts(metrics, manifest):
         (stage["settings"].get("target"), stage.get("target_formula")) for name, stage in sorted(stages.items()) if "target_formula" in stage))
     if "p_hat" in target:
         target += ", where p_hat is the ensemble before member j (member 1: t = p)"
-    train = {"full": "all parameters", "head": "reward head only, on frozen features"}
+    train = {"full": "all parameters", "head": "reward head only, on frozen features", "lora": "low-rank adapters and reward head"}
     splits = metrics["splits"]
     versions = dict(item for stage in stages.values() for item in (stage.get("versions") or {}).items())
     dates = sorted(str(stage["date"]) for stage in stages.values() if stage.get("date"))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from pairwise import packed, parallel
+from pairwise import adapter, packed, parallel
 from pairwise.run_dir import InputError, first_line, hash_file
 
 transformers_logging.disable_progress_bar()  # ours say more, and what is missing from a checkpoint is checked here, not told
@@ -156,8 +156,12 @@ def ready(model, device):
 
 
 def load_member(run, j, base, tokenizer, dtype, device):
-    """Reward model j of a run: its directory, or the base with the head that was trained on its frozen features."""
+    """Reward model j of a run: its directory, or the base with the head or the adapters that were trained on it."""
     directory = run / f"member_{j:02d}"
+    if (directory / "adapter").is_dir():
+        model = load_base(base, tokenizer, dtype, device)
+        adapter.load(model, directory / "adapter")
+        return model
     if (directory / "head.safetensors").exists():
         model = load_base(base, tokenizer, dtype, device)
         head(model).weight.data.copy_(load_head(directory))

@@ -292,7 +292,7 @@ def _command_elsewhere(run):
 
 def _versions():
     versions = {"python": platform.python_version()}
-    for package in ("numpy", "scipy", "torch", "transformers", "pytorch_optimizer", "pyarrow"):
+    for package in ("numpy", "scipy", "torch", "transformers", "peft", "pytorch_optimizer", "pyarrow"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions

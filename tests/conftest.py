@@ -18,6 +18,7 @@ TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num
 FLAGS = ("--threads", "1", "--device", "cpu")
 FULL = ("--lr", "3e-3", "--pairs-per-step", "16")
 HEAD = ("--train", "head", "--lr", "1e-2", "--epochs", "5")
+LORA = ("--train", "lora", "--lora-rank", "4", "--lr", "1e-2", "--pairs-per-step", "16")
 
 
 def script(name):
@@ -134,3 +135,14 @@ def head_run(data, base, tmp_path_factory):
         fit(run)
         times.append((run / "features" / "train.npy").stat().st_mtime_ns)
     return SimpleNamespace(run=run, times=times)
+
+
+@pytest.fixture(scope="session")
+def lora_run(data, full_run, base, tmp_path_factory):
+    """Two members of adapters and head, float32, with the continuations of the full run. Read only too."""
+    run = fresh(data, tmp_path_factory.mktemp("lora"))
+    shutil.copy(full_run / "continuations.parquet", run)
+    for j in (1, 2):
+        train(run, base, *LORA, iteration=j)
+        fit(run)
+    return run

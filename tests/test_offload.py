@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -361,6 +362,36 @@ def killed_after(run, base, monkeypatch, steps, *flags):
         patch.setattr(Offload, "step", counted)
         with pytest.raises(Killed):
             train(run, base, *FULL, "--checkpoint-minutes", "1e-9", *flags)
+
+
+@pytest.mark.parametrize("kind", [["--dtype", "bfloat16"], ["--train", "lora"]])
+def test_killed_while_scoring_does_not_train_again(data, base, tmp_path, monkeypatch, capsys, kind):
+    """What is trained is kept; its rewards come out the same. With other arguments, or without the member, it is trained anew."""
+    whole, broken = fresh(data, tmp_path, "whole"), fresh(data, tmp_path, "broken")
+    train(whole, base, *FULL, *kind)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_rm.rm, "score_sequences", killed)
+        train(broken, base, *FULL, *kind)
+    assert [path.name for path in (broken / "checkpoint_01").iterdir()] == ["trained.json"] and not list(broken.glob("rewards/*"))
+    for change in ("arguments", "member"):
+        other = fresh(broken, tmp_path, change)
+        if change == "member":
+            shutil.rmtree(other / "member_01")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train_rm, "train", killed)
+            train(other, base, *FULL, *kind, *(["--seed", "7"] if change == "arguments" else []))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_rm, "train", killed)
+        train(broken, base, *FULL, *kind)
+    assert not (broken / "checkpoint_01").exists() and not leftovers(broken) and manifest(broken)["member_01"]["done"]
+    names = ["logs/01.jsonl", "rewards/01_train.npy", "rewards/01_test.npy", *(str(path.relative_to(whole)) for path in whole.rglob("*.safetensors"))]
+    for name in names[1:]:
+        assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
+    assert [json.loads(line)["loss"] for line in open(broken / names[0])] == [json.loads(line)["loss"] for line in open(whole / names[0])]
 
 
 def test_a_checkpoint_of_other_arguments_is_not_used(data, base, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
 
-from pairwise import plan
+from pairwise import adapter, plan
 from pairwise import reward_model as rm
 from pairwise.offload import Offload, recompute_activations
 from pairwise.run_dir import InputError, read_splits
@@ -48,16 +48,19 @@ def test_llama_3_8b():
 
 @pytest.mark.parametrize("kind, tied", [(LlamaConfig, False), (Qwen2Config, True)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("dim", [4096, 48])
-def test_tensor_bytes_are_those_of_a_real_step(kind, tied, dtype, dim, tmp_path):
+@pytest.mark.parametrize("dim, rank", [(4096, None), (48, None), (5, 5)])
+def test_tensor_bytes_are_those_of_a_real_step(kind, tied, dtype, dim, rank, tmp_path):
+    """Of all parameters, or of adapters of a rank."""
     config = config_of(kind)
     config.tie_word_embeddings = tied
     config.save_pretrained(tmp_path)
-    config, model = plan.describe(str(tmp_path), getattr(torch, dtype))
-    args = arguments("--dtype", dtype, "--max-precondition-dim", str(dim))
+    config, model = plan.describe(str(tmp_path), getattr(torch, dtype), rank)
+    args = arguments("--dtype", dtype, *(("--train", "lora", "--lora-rank", str(rank)) if rank else ("--max-precondition-dim", str(dim))))
     rows, _ = plan.memory(model, train_rm.parameter_groups(model), args, 80e9)
     real = AutoModelForSequenceClassification.from_config(config, dtype=getattr(torch, dtype))
     real.score.float()
+    if rank:
+        adapter.add(real, rank, rank)
     groups = [{"params": group, "max_precondition_dim": d} for group, d in zip(train_rm.parameter_groups(real), (dim, 1))]
     offload = Offload(groups, lambda groups: SOAP(groups, precondition_frequency=1))
     gradients = 0
@@ -65,11 +68,13 @@ def test_tensor_bytes_are_those_of_a_real_step(kind, tied, dtype, dim, tmp_path)
         real.score(real.model(input_ids=torch.arange(1, 9)[None], use_cache=False).last_hidden_state[:, -1].float()).sum().backward()
         gradients = sum(g.nbytes for g in offload.gradients())
         offload.step(1e-3)
-    found = {"weights": sum(p.nbytes for p in real.parameters()), "gradients": gradients,
+    adapters = sum(p.nbytes for name, p in real.named_parameters() if "lora_" in name)
+    found = {"weights": sum(p.nbytes for p in real.parameters()) - adapters, "gradients": gradients,
              "masters": sum(part.master.nbytes for part in offload.parts if part.twin),
              "moments": sum(state[name].nbytes for state in offload.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")),
              "preconditioners": sum(t.nbytes for state in offload.optimizer.state.values() for name in ("GG", "Q") for t in state[name] if len(t))}
-    assert found == {name.split(",")[0]: card for name, (card, _) in rows.items() if name.split(",")[0] in found}
+    found |= {"adapters of rank 5": adapters} if rank else {}
+    assert found == {name.split(",")[0]: card for name, (card, _) in rows.items() if name.split(",")[0] in found} and found["preconditioners"]
     assert sum(host for _, host in rows.values()) == 0
 
 
@@ -100,13 +105,16 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config])
 @pytest.mark.parametrize("dtype, width", [(torch.float32, 4), (torch.bfloat16, 2)])
 @pytest.mark.parametrize("shape", [(64, 160, 3, 4, 2), (64, 224, 6, 4, 1), (96, 128, 4, 4, 4)])
-def test_activations(kind, dtype, width, shape):
+@pytest.mark.parametrize("rank", [None, 8])
+def test_activations(kind, dtype, width, shape, rank):
     """The estimate is within a tenth of what is alive at the peak of forward and backward."""
     model = AutoModelForSequenceClassification.from_config(config_of(kind, *shape), dtype=dtype).eval()
+    if rank:
+        adapter.add(model, rank, rank)
     recompute_activations(model)
     with Peak(model) as memory:
         model.model(input_ids=torch.randint(1, 200, (4, 200)), use_cache=False).last_hidden_state[:, -1].float().sum().backward()
-    assert plan.activation_bytes(model.config, 800, width) == pytest.approx(memory.peak, rel=0.1)
+    assert plan.activation_bytes(model.config, 800, width, rank) == pytest.approx(memory.peak, rel=0.1)
 
 
 def test_activations_of_llama_3_8b():
@@ -151,24 +159,48 @@ def test_flops_by_hand():
     """Twice the weights per token forward, four times that in training, and attention; one member's steps."""
     config, model = plan.describe("llama-3-8b", torch.bfloat16)
     counts = {"tokens": 500, "train": 1000, "scored": 1100, "pairs": 500}
-    work, step = plan.flops(config, model, train_rm.parameter_groups(model), arguments(), counts)
+    work, slow, step = plan.flops(config, model, train_rm.parameter_groups(model), arguments(), counts)
     dense = 7_504_928_768 - 128256 * 4096
-    assert work == pytest.approx((2 * dense + 2 * 500 * 4096 * 32) * 500 * (4 * 1000 + 1100))
+    assert work == pytest.approx((2 * dense + 2 * 500 * 4096 * 32) * 500 * (4 * 1000 + 1100)) and slow == 0
     per_layer = 8 * (2 * 2 * 4096**3 + 2 * 1024 * 4096 * (1024 + 4096) + 3 * 14336 * 4096**2)
     per_layer += (2 + 8 / 3) / 5 * (2 * 2 * 4096**3 + 2 * (1024**3 + 4096**3) + 3 * 4096**3)
     assert step == pytest.approx(32 * per_layer)
     assert plan.flops(config, model, train_rm.parameter_groups(model), arguments("--train", "head"), counts)[0] < work / 4
 
 
+def test_flops_of_adapters_by_hand():
+    """Frozen weights take part forward, in the recomputation and in the gradient of their input; adapters, in float32, in their own too."""
+    config, model = plan.describe("llama-3-8b", torch.bfloat16, 16)
+    counts = {"tokens": 500, "train": 1000, "scored": 1100, "pairs": 500}
+    args, groups = arguments("--train", "lora"), train_rm.parameter_groups(model)
+    adapters = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert sum(p.numel() for p in groups[0]) == adapters
+    work, slow, step = plan.flops(config, model, groups, args, counts)
+    dense, attention = 7_504_928_768 - 128256 * 4096, 2 * 500 * 4096 * 32
+    assert work == pytest.approx(500 * (1000 * (6 * dense + 4 * attention) + 1100 * (2 * dense + attention)))
+    assert slow == pytest.approx(500 * (1000 * 8 + 1100 * 2) * adapters) and step == pytest.approx(adapters * 8 * 16, rel=0.05)
+
+
+def test_adapters_of_llama_3_8b_fit_24_gb():
+    _, model = plan.describe("llama-3-8b", torch.bfloat16, 16)
+    groups = train_rm.parameter_groups(model)
+    rows, fits = plan.memory(model, groups, arguments("--train", "lora"), 24e9)
+    assert fits and rows["adapters of rank 16, float32"] == (4 * 41_943_040, 0)
+    assert not plan.memory(model, groups, arguments("--train", "lora", "--micro-batch-tokens", "8192"), 24e9)[1]
+
+
 def test_what_is_printed(capsys):
     train_rm.main(arguments("--gpu-gb", "80", "--members", "4"))
     said = capsys.readouterr().out
     assert "7,504,928,768 parameters" in said and "assumed: multipref" in said and "4 members" in said
-    assert "a card of 80 GB: full fits, with " in said and "GB of host memory; head fits" in said
+    assert "a card of 80 GB: full fits, with " in said and "GB of host memory; lora fits; head fits" in said
     train_rm.main(arguments("--gpu-gb", "24"))
-    assert "a card of 24 GB: full does not fit; head fits" in capsys.readouterr().out
+    assert "a card of 24 GB: full does not fit; lora fits with --micro-batch-tokens 4096; head fits; a smaller" in capsys.readouterr().out
+    train_rm.main(arguments("--gpu-gb", "24", "--train", "lora"))
+    said = capsys.readouterr().out
+    assert "a card of 24 GB: full does not fit; lora fits; head fits\n" in said and "8 members: " in said and "more in float32 in the adapters" in said
     train_rm.main(arguments("--gpu-gb", "8", "--train", "head"))
-    assert "full does not fit; head does not fit" in capsys.readouterr().out
+    assert "full does not fit; lora does not fit; head does not fit" in capsys.readouterr().out
 
 
 def test_what_is_refused(tmp_path):

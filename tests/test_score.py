@@ -35,9 +35,9 @@ def exported(head_run, base, tmp_path_factory):
     return run
 
 
-@pytest.fixture(params=["full", "head", "exported"])
-def run(request, full_run, head_run):
-    return {"full": full_run, "head": head_run.run}.get(request.param) or request.getfixturevalue("exported")
+@pytest.fixture(params=["full", "head", "exported", "lora"])
+def run(request, full_run, head_run, lora_run):
+    return {"full": full_run, "head": head_run.run, "lora": lora_run}.get(request.param) or request.getfixturevalue("exported")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,80 @@
+"""Low-rank adapters (Hu et al., arXiv 2106.09685) on all linear layers of a frozen base, through PEFT, beside the reward head, which is trained too.
+
+A linear layer W x becomes W x + (alpha / rank) B A x with A (rank, in) and B (out, rank) in float32, W in the base's dtype. PEFT is imported where
+it is used: that takes two seconds, which other kinds of training need not wait.
+"""
+
+import copy
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pairwise.run_dir import InputError, first_line, read_json
+
+
+def add(model, rank, alpha):
+    """Freeze a reward model but for its head, and put adapters on the linear layers of its base; their values are draw's or load's."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if not hasattr(model, "score"):  # its pooler is drawn with the head, and an adapter cannot carry it
+        raise InputError(f"--train lora: {type(model).__name__} pools with weights of its own, which have to be trained; --train full, or a decoder, "
+                         "expected")
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="SEQ_CLS"), model.eval())
+    model.eval().score.requires_grad_(True)
+    for p in trained(model).values():
+        p.data = p.data.float()
+
+
+def trained(model):
+    """{name in PEFT's files: parameter} of all that is trained: every A and B, and the head."""
+    return {"base_model.model." + name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def draw(model, seed):
+    """Draw every A anew as PEFT does, uniform up to 1 / sqrt(in). B is zero, so training begins at the base."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in trained(model).items():
+        if ".lora_A." in name:
+            p.data.copy_((2 * torch.rand(p.shape, generator=generator) - 1) / p.shape[1] ** 0.5)
+
+
+def save(model, base, directory):
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does, float32, the head among the tensors."""
+    config = copy.copy(model.peft_config["default"])
+    config.base_model_name_or_path, config.inference_mode = str(base), True
+    config.target_modules, config.modules_to_save = sorted(config.target_modules), ["score"]  # a set has another order in every process
+    config.save_pretrained(directory)
+    save_file({name: p.detach().cpu().contiguous() for name, p in trained(model).items()}, directory / "adapter_model.safetensors", {"format": "pt"})
+
+
+def load(model, directory):
+    """Put the adapters and the head that save() wrote into a base. Raises InputError where a tensor is missing, of another shape or one too many."""
+    config, path = read_json(directory / "adapter_config.json"), directory / "adapter_model.safetensors"
+    try:
+        rank, alpha, found = config["r"], config["lora_alpha"], load_file(path)
+    except (KeyError, OSError, SafetensorError) as error:
+        raise InputError(f"{path}: no adapter could be read ({first_line(error)})") from None
+    add(model, rank, alpha)
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, trained(model))]
+    wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+    if wrong:
+        raise InputError(f"{path}: {wrong[0]} (and {len(wrong) - 1} more): {shapes[0].get(wrong[0], 'no tensor')} found, "
+                         f"{shapes[1].get(wrong[0], 'no tensor')} expected")
+    for name, p in trained(model).items():
+        p.data.copy_(found[name])
+
+
+def merge(model):
+    """Add every adapter to the weight beside it and take it out: a plain reward model.
+
+    The sum is made in float32 and rounded to the weight's dtype. BF16 has 8 bits: each weight is off by up to 2^-9 of itself, and where an adapter
+    changes it by less, that change is lost or doubled. Rewards move by about as much as BF16's own rounding moves them.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in [found for found in model.named_modules() if isinstance(found[1], LoraLayer)]:
+        weight = layer.base_layer.weight.data
+        weight.copy_(weight.float() + layer.get_delta_weight("default"))
+        model.set_submodule(name, layer.base_layer)
+    del model.peft_config
