@@ -2,7 +2,7 @@
 
 What it keeps beside a BF16 parameter of shape (a, b) is a float32 master and two moments (a, b), and for every dimension d of at most
 max_precondition_dim a covariance GG and its eigenbasis Q, both (d, d). What does not fit on the device lies in one block of host memory
-and is copied to the device for its turn in step(), one parameter at a time, while the one before it is computed. With several processes
+and is copied to the device for its turn in step(), one parameter at a time, while the one before it is computed and the one before that is copied back. With several processes
 each owns a share of the parameters: it alone has their masters and state, is sent their gradients, steps them and sends the others the result.
 """
 
@@ -23,6 +23,7 @@ from pairwise.run_dir import InputError, first_line
 
 MAX_PRECONDITION_DIM = 4096  # of full training
 PAGED = {"paged": True}  # in place of the state of a parameter whose turn it is not
+BUFFERS = 3  # on the device: one is filled, one computed, one copied back, as the link goes both ways at once
 ALIGN = 16  # numbers: 64 bytes, as torch's own allocator, so that a copy is computed with the same instructions
 
 
@@ -35,20 +36,20 @@ def state_shapes(shape, max_precondition_dim):
 def choose_resident(sizes, budget):
     """Indices of the parameters whose master and state stay on the device; sizes: bytes of each; budget: bytes, None for no limit.
 
-    Two buffers for the largest of the others are taken from the budget too. Every byte that moves, moves twice a step: the most bytes stay that can.
+    BUFFERS for the largest of the others are taken from the budget too. Every byte that moves, moves twice a step: the most bytes stay that can.
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     if budget is None or sum(sizes) <= budget:
         return set(order)
     best, most = set(), 0
     for k, largest in enumerate(order):  # the largest that moves; before it all stay, after it those that there is room for
-        chosen, used = set(order[:k]), sum(sizes[i] for i in order[:k]) + 2 * sizes[largest]
+        chosen, used = set(order[:k]), sum(sizes[i] for i in order[:k]) + BUFFERS * sizes[largest]
         for i in order[k + 1 :]:
             if used + sizes[i] <= budget:
                 chosen.add(i)
                 used += sizes[i]
-        if used <= budget and used - 2 * sizes[largest] > most:
-            best, most = chosen, used - 2 * sizes[largest]
+        if used <= budget and used - BUFFERS * sizes[largest] > most:
+            best, most = chosen, used - BUFFERS * sizes[largest]
     return best
 
 
@@ -93,7 +94,7 @@ class Offload:
         self.resident = [i for k, i in enumerate(self.mine) if k in resident]
         self.paged = [i for k, i in enumerate(self.mine) if k not in resident]
         self.device, self.calls = self.parts[0].p.device, 0
-        self.stream = _side_stream(self.device) if self.paged else None
+        self.into, self.back = [_side_stream(self.device) if self.paged else None for _ in range(2)]  # streams of copies to the device and from it
         if self.paged:
             self._allocate()
         for i, part in enumerate(self.parts):
@@ -112,14 +113,14 @@ class Offload:
         self.groups = list(self.optimizer.param_groups)  # one of its own per parameter, with its own count of steps
 
     def _allocate(self):
-        """Host memory in one block and two buffers on the device, each the size of the largest paged parameter; once."""
+        """Host memory in one block and BUFFERS on the device, each the size of the largest paged parameter; once."""
         parts = [self.parts[i] for i in self.paged]
         need, have = 4 * sum(part.numbers for part in parts), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // parallel.count()
         if need > have:
             raise InputError(f"{need / 1e9:.0f} GB of host memory needed for the optimizer, {have / 1e9:.0f} GB are there; a larger "
                              "--optimizer-memory-gb or a smaller --max-precondition-dim may do; --plan says what fits")
         host = torch.empty(need // 4, dtype=torch.float32)
-        if self.stream:  # registered rather than allocated as pinned memory: that would be rounded up to a power of two
+        if self.into:  # registered rather than allocated as pinned memory: that would be rounded up to a power of two
             code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
             if code:
                 raise InputError(f"{host.nbytes / 2**30:.0f} GiB of host memory could not be pinned for the optimizer (CUDA error {code}); "
@@ -127,8 +128,8 @@ class Offload:
         for part, flat in zip(parts, host.split([part.numbers for part in parts])):
             part.host = flat
         self.host = host
-        self.buffers = [torch.empty(max(part.numbers for part in parts), dtype=torch.float32, device=self.device) for _ in range(2)]
-        self.loaded = [None, None]
+        self.buffers = [torch.empty(max(part.numbers for part in parts), dtype=torch.float32, device=self.device) for _ in range(BUFFERS)]
+        self.loaded, self.stored = [None] * BUFFERS, [None] * BUFFERS  # of each buffer, the event after which it is filled, and copied back
 
     def gradients(self):
         """Float32 gradients, in the order of the parameters; those that this process owns."""
@@ -158,13 +159,11 @@ class Offload:
         calls = 1 if self.calls else 2  # the library's first call only initialises the preconditioners; the second uses this gradient
         self.calls += calls
         turns = len(self.paged)
-        if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
         if turns:
             self._load(0)
         for turn in range(max(1, turns)):
             if turn + 1 < turns:
-                self._load(turn + 1)  # on the side stream, behind the store of the parameter that had this buffer before
+                self._load(turn + 1)
             self._call(self.resident[turn :: turns or 1], calls)  # a share of the residents each turn: work for while copies run
             if turns:
                 self._step_paged(turn, calls)
@@ -182,19 +181,22 @@ class Offload:
             self.optimizer.step()
 
     def _load(self, turn):
-        part = self.parts[self.paged[turn]]
-        with torch.cuda.stream(self.stream):  # no stream, no effect
-            self.buffers[turn % 2][: part.numbers].copy_(part.host, non_blocking=True)
-            self.loaded[turn % 2] = self.stream.record_event() if self.stream else None
+        """Copy to the device, when what was in the buffer before is back on the host; so is then this parameter, from the step before."""
+        part, buffer = self.parts[self.paged[turn]], turn % BUFFERS
+        if self.stored[buffer]:
+            self.into.wait_event(self.stored[buffer])
+        with torch.cuda.stream(self.into):  # no stream, no effect
+            self.buffers[buffer][: part.numbers].copy_(part.host, non_blocking=True)
+            self.loaded[buffer] = self.into.record_event() if self.into else None
 
     @torch.no_grad()
     def _step_paged(self, turn, calls):
-        """Step the parameter that has been copied to buffer turn % 2, and copy it back."""
-        i, state = self.paged[turn], self.optimizer.state
+        """Step the parameter that has been copied to its buffer, and copy it back."""
+        i, state, buffer = self.paged[turn], self.optimizer.state, turn % BUFFERS
         part = self.parts[i]
-        flat = self.buffers[turn % 2][: part.numbers]
-        if self.stream:
-            torch.cuda.current_stream(self.device).wait_event(self.loaded[turn % 2])
+        flat = self.buffers[buffer][: part.numbers]
+        if self.into:
+            torch.cuda.current_stream(self.device).wait_event(self.loaded[buffer])
         views = part.views(flat)
         if part.twin:
             part.master.data = views[0]
@@ -211,25 +213,26 @@ class Offload:
             state[part.master] = PAGED
         if part.twin:
             part.p.copy_(part.master)
-        if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
+        if self.back:
+            self.back.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.back):
             part.host.copy_(flat, non_blocking=True)
+            self.stored[buffer] = self.back.record_event() if self.back else None
 
     def close(self):
         """Let go of the parameters: no more gradients are taken from them, and no memory is held or pinned."""
         for hook in self.hooks:
             hook.remove()
-        if self.stream:
-            self.stream.synchronize()
+        if self.back:
+            self.back.synchronize()
             torch.cuda.cudart().cudaHostUnregister(self.host.data_ptr())
 
     # ---- checkpoints
 
     def save(self, directory):
         """Write masters and state to `directory`, a safetensors file per parameter, by its owner; what load() needs besides, for JSON."""
-        if self.stream:
-            self.stream.synchronize()
+        if self.back:
+            self.back.synchronize()
         for i in self.mine:
             part = self.parts[i]
             if part.host is None:

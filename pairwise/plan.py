@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaCo
 
 from pairwise import adapter
 from pairwise import reward_model as rm
-from pairwise.offload import ALIGN, MAX_PRECONDITION_DIM, choose_resident, state_shapes
+from pairwise.offload import ALIGN, BUFFERS, MAX_PRECONDITION_DIM, choose_resident, state_shapes
 from pairwise.run_dir import InputError, first_line, read_splits
 
 LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -124,7 +124,7 @@ def memory(model, groups, args, card, optimizer_memory=None):
     for name in ("masters", "moments", "preconditioners"):
         stays = sum(parts[i][name] for i in resident)
         rows[f"{name}, float32"] = (stays, sum(part[name] for part in parts) - stays)
-    rows["two copy buffers"] = (2 * max((sizes[i] for i in range(len(parts)) if i not in resident), default=0), 0)
+    rows["copy buffers"] = (BUFFERS * max((sizes[i] for i in range(len(parts)) if i not in resident), default=0), 0)
     if activations >= temporary:
         rows[f"activations, {args.micro_batch_tokens:,} tokens, recomputed"] = (activations, 0)
     else:
