@@ -87,6 +87,8 @@ case $DATASET in
             tldr) BASE=${BASE:-OpenRLHF/Llama-3-8b-rlhf-100k} ;;
             *) BASE=${BASE:-OpenRLHF/Llama-3-8b-sft-mixture} ;;
         esac
+        # 263,256 pairs: 523 steps of 512; at 64 the optimizer would take most of the time
+        [[ $DATASET != personalllm || " ${TRAIN[*]} " = *" --train head "* ]] || TRAIN=(--pairs-per-step 512 --precondition-frequency 10 "${TRAIN[@]}")
         CONTINUATIONS=${CONTINUATIONS:-50} COUNT=100 ;;
     */* | *.jsonl | *.json | *.csv | *.parquet | *.gz)
         PREPARE=votes NAME=$(basename "$DATASET" .gz) NAME=${NAME%.*}

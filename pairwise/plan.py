@@ -23,6 +23,8 @@ PAPER = {"multipref": (4791, 9413, 18826, 2096, 450), "personalllm": (9402, 2632
          "tldr": (729, 3217, 6434, 7400, 550)}
 RESERVE = 4 * 2**30  # bytes of the card for what is not counted: fragments, workspaces of the kernels, gradients on their way to float32
 FLOAT32_SHARE = 1 / 16  # of the BF16 rate, which float32 matrix products reach (H100: 50 of 790 TFLOP/s)
+TF32_SHARE = 1 / 2  # the same of the optimizer's products, whose factors are rounded to 11 bits (H100: 495 of 989 at best)
+QR_RATE = 4e12  # FLOP/s in float32 of the QR decomposition of a matrix with a side of 1,024 to 4,096: assumed
 LINK = 40e9  # bytes a second each way between card and host memory (PCIe 5 x16: 64e9 at best)
 SAMPLE = 1000  # responses that are tokenized to count the tokens of all
 
@@ -165,21 +167,22 @@ def count_steps(args, counts):
 
 
 def flops(config, model, groups, args, counts):
-    """(FLOPs of one member's training and scoring in args.dtype, of its adapters in float32, of one optimizer step in float32).
+    """FLOPs (of one member's training and scoring in args.dtype, of its adapters in float32, of one optimizer step's products, of its QR).
 
     Forward 2 per weight and token besides the embedding's, and 2 T q a layer for causal attention over T tokens; backward twice that, once where
-    the weights are frozen; recomputation once. SOAP's step of an (a, b) matrix: four products of 2 a b d for each side d, and every --precondition-frequency steps a
-    product and a QR, 2 d^3 + 8/3 d^3.
+    the weights are frozen; recomputation once. SOAP's step of an (a, b) matrix: four products of 2 a b d for each side d, and every
+    --precondition-frequency steps a product of 2 d^3 and a QR of 8/3 d^3.
     """
     adapters = sum(p.numel() for p in groups[0]) if args.train == "lora" else 0
     dense = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel() - adapters
     q = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     attention = 2 * counts["tokens"] * q * config.num_hidden_layers
-    sides = [(p.numel(), d) for p in groups[0] for d in p.shape if d <= args.max_precondition_dim]
-    step = sum(8 * n * d + (2 + 8 / 3) * d**3 / args.precondition_frequency for n, d in sides)
-    seen, scored = counts["tokens"] * counts["train"] * args.epochs * (args.train != "head"), counts["tokens"] * counts["scored"]
+    trained = args.train != "head"
+    sides = [(p.numel(), d) for p in groups[0] for d in p.shape if d <= args.max_precondition_dim] if trained else []
+    seen, scored = counts["tokens"] * counts["train"] * args.epochs * trained, counts["tokens"] * counts["scored"]
     work = seen * (2 * dense * (3 if adapters else 4) + 4 * attention) + scored * (2 * dense + attention)
-    return work, 2 * adapters * (4 * seen + scored), step if args.train != "head" else 0.0
+    products = sum(8 * n * d + 2 * d**3 / args.precondition_frequency for n, d in sides)
+    return work, 2 * adapters * (4 * seen + scored), products, sum(8 / 3 * d**3 / args.precondition_frequency for _, d in sides)
 
 
 def verdict(args, model, groups, *limits):
@@ -211,9 +214,9 @@ def show(args, parameter_groups):
         print(f"{name:55}{card / 2**30:8.2f}{host / 2**30:8.2f}")
 
     # work, time, disk
-    work, slow, step = flops(config, model, groups, args, counts)
+    work, slow, products, refresh = flops(config, model, groups, args, counts)
     steps, rate = count_steps(args, counts), args.tflops * 1e12
-    seconds = max(step / (rate * FLOAT32_SHARE), 2 * paged / LINK)  # of an optimizer step; copies overlap with the computation
+    seconds = max(products / (rate * TF32_SHARE) + refresh / QR_RATE, paged / LINK)  # of an optimizer step; copies, both ways, overlap with the computation
     times = args.members if trains else 1  # the frozen base is run once for all heads
     hours, stepping = times * (work + slow / FLOAT32_SHARE) / (rate * args.utilisation) / 3600, times * steps * seconds / 3600
     state = sum(sum(optimizer_bytes(p, dim).values()) + 4 * p.numel() * (p.dtype == torch.float32) for dim, group in zip(dims, groups) for p in group)
@@ -225,8 +228,8 @@ def show(args, parameter_groups):
     print(f"{'a member' if trains else 'all members'}: {seen / 1e6:,.1f} M tokens {'trained' if trains else 'through the frozen base, once'}, "
           f"about {steps:,} steps of {args.pairs_per_step} pairs, {work:.2e} FLOPs" + (f", {slow:.2e} more in float32 in the adapters" if lora else ""))
     if trains:
-        print(f"an optimizer step: {step:.2e} FLOPs in float32, {seconds:.1f} s at {rate * FLOAT32_SHARE / 1e12:,.0f} TFLOP/s" +
-              (f" and {LINK / 1e9:.0f} GB/s each way" if paged else ""))
+        print(f"an optimizer step: {seconds:.1f} s; products {products:.2e} FLOPs at {rate * TF32_SHARE / 1e12:,.0f} TFLOP/s, QR {refresh:.2e} at "
+              f"{QR_RATE / 1e12:.0f} (assumed)" + (f", {paged / 1e9:,.0f} GB each way at {LINK / 1e9:.0f} GB/s" if paged else ""))
     print(f"{args.members} members: {hours + stepping:,.1f} hours at {args.utilisation:.0%} of {args.tflops:,.0f} TFLOP/s" +
           (f", {stepping:,.1f} of them in the optimizer" if trains else "") +
           f"; disk {(kept + aside) / 1e9:,.1f} GB" + (f", {aside / 1e9:,.1f} of them for checkpoints" if aside else ""))

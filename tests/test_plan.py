@@ -40,7 +40,7 @@ def test_llama_3_8b():
     rows, fits = plan.memory(model, groups, args, 80e9)
     assert fits and 70e9 < sum(card for card, _ in rows.values()) <= 80e9 and 100e9 < sum(host for _, host in rows.values()) < 130e9
     rows, fits = plan.memory(model, groups, args, 80e9, 0)
-    assert fits and sum(card for card, _ in rows.values()) < 69e9 and sum(host for _, host in rows.values()) == pytest.approx(129e9, rel=0.01)
+    assert fits and sum(card for card, _ in rows.values()) < 76e9 and sum(host for _, host in rows.values()) == pytest.approx(129e9, rel=0.01)
     assert plan.memory(model, groups, args, 250e9)[0]["masters, float32"][1] == 0
     for card, optimizer_memory in ((24e9, None), (48e9, None), (80e9, 60 * GIB)):
         assert not plan.memory(model, groups, args, card, optimizer_memory)[1]
@@ -159,12 +159,12 @@ def test_flops_by_hand():
     """Twice the weights per token forward, four times that in training, and attention; one member's steps."""
     config, model = plan.describe("llama-3-8b", torch.bfloat16)
     counts = {"tokens": 500, "train": 1000, "scored": 1100, "pairs": 500}
-    work, slow, step = plan.flops(config, model, train_rm.parameter_groups(model), arguments(), counts)
+    work, slow, products, refresh = plan.flops(config, model, train_rm.parameter_groups(model), arguments(), counts)
     dense = 7_504_928_768 - 128256 * 4096
     assert work == pytest.approx((2 * dense + 2 * 500 * 4096 * 32) * 500 * (4 * 1000 + 1100)) and slow == 0
     per_layer = 8 * (2 * 2 * 4096**3 + 2 * 1024 * 4096 * (1024 + 4096) + 3 * 14336 * 4096**2)
-    per_layer += (2 + 8 / 3) / 5 * (2 * 2 * 4096**3 + 2 * (1024**3 + 4096**3) + 3 * 4096**3)
-    assert step == pytest.approx(32 * per_layer)
+    cubes = (2 * 2 * 4096**3 + 2 * (1024**3 + 4096**3) + 3 * 4096**3) / 5
+    assert products == pytest.approx(32 * (per_layer + 2 * cubes)) and refresh == pytest.approx(32 * 8 / 3 * cubes)
     assert plan.flops(config, model, train_rm.parameter_groups(model), arguments("--train", "head"), counts)[0] < work / 4
 
 
@@ -175,10 +175,11 @@ def test_flops_of_adapters_by_hand():
     args, groups = arguments("--train", "lora"), train_rm.parameter_groups(model)
     adapters = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     assert sum(p.numel() for p in groups[0]) == adapters
-    work, slow, step = plan.flops(config, model, groups, args, counts)
+    work, slow, products, refresh = plan.flops(config, model, groups, args, counts)
     dense, attention = 7_504_928_768 - 128256 * 4096, 2 * 500 * 4096 * 32
     assert work == pytest.approx(500 * (1000 * (6 * dense + 4 * attention) + 1100 * (2 * dense + attention)))
-    assert slow == pytest.approx(500 * (1000 * 8 + 1100 * 2) * adapters) and step == pytest.approx(adapters * 8 * 16, rel=0.05)
+    assert slow == pytest.approx(500 * (1000 * 8 + 1100 * 2) * adapters)
+    assert products + refresh == pytest.approx(adapters * 8 * 16, rel=0.05)
 
 
 def test_adapters_of_llama_3_8b_fit_24_gb():
