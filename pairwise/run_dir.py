@@ -317,7 +317,8 @@ class Split:
 
     prompt_id (P,) str; messages (P,) lists of {role, content}; responses (P,) lists of str;
     response_start, pair_start int64 (P+1,): prompt i owns responses response_start[i]:response_start[i+1], and pairs alike;
-    a, b int64 (N,) indices into all R responses; votes_a, votes_b, ties float64 (N,); p_true float64 (N,) or None.
+    a, b int64 (N,) indices into all R responses; votes_a, votes_b, ties float64 (N,); p_true float64 (N,) or None;
+    categories (P,) dicts {name: label or None}, or None.
     """
 
     prompt_id: list
@@ -331,6 +332,7 @@ class Split:
     votes_b: np.ndarray
     ties: np.ndarray
     p_true: np.ndarray | None
+    categories: list | None = None
 
     @property
     def n(self):
@@ -371,6 +373,7 @@ def read_split(run, split):
             response_start=response_start, pair_start=pair_start, a=field["a"] + shift, b=field["b"] + shift,
             votes_a=field["votes_a"], votes_b=field["votes_b"], ties=field["ties"],
             p_true=_list(table, "p_true").flatten().to_numpy() if "p_true" in table.column_names else None,
+            categories=table["categories"].to_pylist() if "categories" in table.column_names else None,
         )
     except (pa.ArrowException, KeyError) as error:
         raise InputError(f"{path}: not prepared data ({str(error).splitlines()[0]})") from None
