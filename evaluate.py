@@ -94,7 +94,7 @@ def counted_pairs(split):
     keep = split.n >= 2
     start = np.concatenate([[0], np.cumsum(keep)])[split.pair_start]
     pairs = {name: getattr(split, name)[keep] for name in ("a", "b", "votes_a", "votes_b", "ties", "p_true") if getattr(split, name) is not None}
-    prompts = {name: list(itertools.compress(getattr(split, name), np.diff(start))) for name in ("prompt_id", "categories") if getattr(split, name) is not None}
+    prompts = {name: list(itertools.compress(getattr(split, name), np.diff(start))) for name in ("prompt_id", "categories") if getattr(split, name)}
     return dataclasses.replace(split, pair_start=np.unique(start), **prompts, **pairs) if keep.any() else None
 
 
@@ -127,14 +127,15 @@ def not_negative(figure, errors):
 
 
 def measure(split, rewards, stats):
-    """(sums of evaluator.pair_statistics, soft votes float64 (K, N), `squared_errors`, {reference line: (N,) or None}) of a split; rewards float32 (K, R)."""
+    """(sums of evaluator.pair_statistics, soft votes float64 (K, N), `squared_errors`, {reference line: (N,) or None}); rewards float32 (K, R)."""
     sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
     p, n, truth = split.p, split.n, split.p_true
     with np.errstate(over="ignore", invalid="ignore"):  # infinite rewards are ranks too: the difference of two equal ones is 0
         soft = expit(np.nan_to_num(rewards[:, split.a] - rewards[:, split.b]).astype(np.float64))
     halves = split.ties if stats["ties"] == "half" else np.zeros(len(p))
     c = {"sampled": irreducible(p, n, halves), "population": np.zeros(len(p)), "dependent": None}[stats["votes"]]
-    lines = {"floor_single": floor_single(p), "coin_flip": coin_flip(p), "soft_single": (soft[0] - p) ** 2,  # member 1 is trained on t_1 = p whatever the target
+    lines = {"floor_single": floor_single(p), "coin_flip": coin_flip(p),
+             "soft_single": (soft[0] - p) ** 2,  # member 1 is trained on t_1 = p whatever the target
              "irreducible": c, "floor_true": None if truth is None else floor_single(truth), "coin_true": None if truth is None else coin_flip(truth),
              "soft_true": None if truth is None else (soft[0] - truth) ** 2}
     return sums, soft, squared_errors(split, sums, rewards, soft, c), lines
@@ -158,7 +159,8 @@ def groups_of(split):
     are prompts without one.
     """
     share = np.round(np.maximum(split.p, 1 - split.p), 9)
-    levels = {"unanimous": share == 1, "at least 3/4": (share >= 0.75) & (share < 1), "above 1/2": (share > 0.5) & (share < 0.75), "even": share == 0.5}
+    levels = {"unanimous": share == 1, "at least 3/4": (share >= 0.75) & (share < 1), "above 1/2": (share > 0.5) & (share < 0.75),
+              "even": share == 0.5}
     groups = [(None, {"level": level}, pairs) for level, pairs in levels.items() if pairs.any()]
     rows = [row or {} for row in split.categories or ()]
     for name in dict.fromkeys(itertools.chain(*rows)):
@@ -213,9 +215,11 @@ def split_metrics(split, rewards, alphas, fits, stats, draw):
     s = {"prompts": len(split.prompt_id), "pairs": len(p)}
     for name in ("tie_rate", *terms):
         s |= both(found, name, name)
-    s["ensemble"] = [{"k": len(alpha), "alpha": alpha.tolist(), "fit": fit} | {x: y for name in ENSEMBLE for x, y in both(found, name, (e, name)).items()}
+    s["ensemble"] = [{"k": len(alpha), "alpha": alpha.tolist(), "fit": fit} |
+                     {x: y for name in ENSEMBLE for x, y in both(found, name, (e, name)).items()}
                      for e, (alpha, fit) in enumerate(zip(alphas, fits))]
-    s["members"] = [{"j": j + 1} | {x: y for name in (*members, "accuracy") for x, y in both(found, name, ("members", name), j).items()} for j in range(k)]
+    s["members"] = [{"j": j + 1} | {x: y for name in (*members, "accuracy") for x, y in both(found, name, ("members", name), j).items()}
+                    for j in range(k)]
     excess, least, best = s["ensemble"][-1]["excess"], 1 - s["majority_mean"], min(m["disagreement"] for m in s["members"])
     for m in s["members"]:  # theorem 3 under both bounds of the unknown infimum of Phi: the best member's, and mean min(p, 1-p)
         m["outlier_below"] = None if excess is None else [outlier_below(m["disagreement"], bound, max(0.0, excess)) for bound in (best, least)]
@@ -319,7 +323,8 @@ def main(args):
         raise InputError(f"--out {out}: another run directory found; its own results stay as they are")
     outputs = [run / "metrics.json", run / "report.html", *(run / "figures" / f"{name}.png" for name in ("calibration", "votes", "reliability", "weights"))]
     logs = sorted((run / "logs").glob("[0-9]*.jsonl"))
-    code = [*(REPOSITORY / name for name in ("evaluate.py", "pairwise/report.py", "pairwise/theory.py", "pairwise/weights.py")), *sorted((REPOSITORY / "csrc").glob("*.[ch]pp"))]
+    scripts = "evaluate.py", "pairwise/report.py", "pairwise/theory.py", "pairwise/weights.py"
+    code = [*(REPOSITORY / name for name in scripts), *sorted((REPOSITORY / "csrc").glob("*.[ch]pp"))]
     inputs = data_hashes(run) | {str(path.relative_to(run)): hash_file(path) for path in [*files, *logs]} | {path.name: hash_file(path) for path in code}
 
     if out == run and unchanged(run, "evaluate", settings, inputs, outputs):
