@@ -2,24 +2,29 @@
 
     python evaluate.py --run runs/demo
     python evaluate.py --run results/demo --out /tmp/demo          (a committed run stays as it is)
+    python evaluate.py --compare runs/a1,runs/a2 runs/b1,runs/b2 --out /tmp/ab          (settings side by side, two seeds each)
 
 Reads data/, rewards/ and weights.json of the run; writes metrics.json, report.html and figures/ into it, or into --out.
+--compare: settings on the same test data, with a paired interval over prompts of every difference in Brier score; writes compare.json, compare.html and
+figures/compare.png, .pdf. Runs whose test data differ are refused.
 """
 
 import collections
 import dataclasses
 import itertools
 import json
+import os
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from scipy.special import expit
 
+from pairwise import compare as comparison
 from pairwise import report
 from pairwise.run_dir import (
-    REPOSITORY, InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, natural, read_json,
-    read_rewards, read_splits, read_weights, reward_path, run_main, seed, unchanged, write_json)
+    REPOSITORY, InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, must_share_test_data,
+    natural, read_json, read_rewards, read_split, read_splits, read_weights, reward_path, run_main, seed, unchanged, write_json)
 from pairwise.theory import irreducible, outlier_below
 from pairwise.weights import error_matrix, simplex_weights
 
@@ -148,7 +153,8 @@ def agreement_terms(p_hat, p):
     return np.stack([np.abs(p_hat - p), x * y, x * x, y * y])
 
 
-ENSEMBLE = "brier", "brier_soft", "excess", "true_error", "l1", "l1_soft", "pearson", "pearson_soft"
+ERRORS = "brier", "brier_soft", "excess", "true_error"
+ENSEMBLE = *ERRORS, "l1", "l1_soft", "pearson", "pearson_soft"
 LABELS = 8  # of a category, the most frequent; more are counted together
 
 
@@ -303,6 +309,86 @@ def read_ensemble(run):
         raise InputError(f"{path}: a list of {{k, alpha, fit}} expected; fit_weights.py makes it") from None
 
 
+# ---- several runs
+
+
+def named_settings(words):
+    """[(name, [run directories])] of the words of --compare: RUN or RUN,RUN,.. each. Names: what the names of its directories begin with; as much of
+    the directories above as makes the settings distinct."""
+    settings = [[Path(word)] if Path(word).is_dir() else [Path(part) for part in word.split(",")] for word in words]
+    paths = [[run.resolve() for run in runs] for runs in settings]
+    given = list(itertools.chain(*paths))
+    if len(set(given)) < len(given):
+        raise InputError(f"--compare: {next(run for run in given if given.count(run) > 1)} is given twice")
+    for depth in range(1, max(len(run.parts) for run in given) + 1):
+        last = [["/".join(run.parts[-depth:]) for run in runs] for runs in paths]
+        names = [runs[0] if len(runs) == 1 else os.path.commonprefix(runs).rstrip("/-_.") or runs[0] for runs in last]
+        if len(set(names)) == len(names):
+            return list(zip(names, settings))
+    return list(zip(("+".join(runs) for runs in last), settings))  # seeds of two settings in one directory, with names that begin alike
+
+
+def test_errors(run):
+    """The test split of a run: (prompts' pair counts (P,), {k: {figure: squared errors (P,)}}, {reference line: (P,) or None})."""
+    stats, split = read_json(run / "data" / "stats.json"), counted_pairs(read_split(run, "test"))
+    if split is None:
+        raise InputError(f"{run / 'data' / 'test.parquet'}: no pair of at least two votes")
+    k, _, alphas, _ = read_ensemble(run)
+    sums, _, forms, lines = measure(split, read_rewards(run, "test", k, (int(split.response_start[-1]),)), stats)
+    errors = {len(alpha): {name: not_negative(name, error_of(form, alpha)) for name, form in forms.items()} for alpha in alphas}
+    return sums["pairs"].astype(np.float64), errors, {name: None if term is None else by_prompt(split, term) for name, term in lines.items()}
+
+
+def compare(args):
+    """compare.json, compare.html and figures/compare.* in --out: settings side by side on the test split that all their runs share."""
+    settings = named_settings(args.compare)
+    if len(settings) < 2:
+        raise InputError(f"--compare: {len(settings)} setting found, at least 2 expected; a comma joins the seeds of one setting, a space settings")
+    first = settings[0][1][0]
+    measured = [[test_errors(run) for run in runs] for _, runs in settings]
+    for run in itertools.chain(*(runs for _, runs in settings)):
+        must_share_test_data(first, run)
+    pairs, _, lines = measured[0][0]
+
+    def mean(parts):
+        return None if any(part is None for part in parts) else np.mean(parts, 0)
+
+    terms = []  # of each setting: {figure at its own K, or ("k", size): squared errors (P,), the mean of its runs}
+    for runs in measured:
+        last = [errors[max(errors)] for _, errors, _ in runs]
+        sizes = sorted(set.intersection(*(set(errors) for _, errors, _ in runs)))
+        terms.append({figure: mean([errors.get(figure) for errors in last]) for figure in ERRORS}
+                     | {"soft_single": mean([of_run["soft_single"] for _, _, of_run in runs])}
+                     | {("run", i): errors["brier"] for i, errors in enumerate(last)}
+                     | {("k", k): mean([errors[k]["brier"] for _, errors, _ in runs]) for k in sizes})
+    of_two = list(itertools.combinations(range(len(settings)), 2))
+    figures = {(None, key): term for key, term in lines.items()} | {(i, key): term for i, of in enumerate(terms) for key, term in of.items()}
+    figures |= {(i, j, key): terms[i][key] - terms[j][key] for i, j in of_two for key in terms[i]
+                if terms[i][key] is not None and terms[j].get(key) is not None}
+    draw = partial(resampled, resamples=args.resamples, seed=args.seed)
+    found = estimate({key: (term, pairs) for key, term in figures.items() if term is not None}, draw)
+
+    def by_size(*which):
+        return [{"k": key[-1][1]} | both(found, "brier", key) for key in found if key[:-1] == which and key[-1][0] == "k"]
+
+    def all_of(names, *which):
+        return {x: y for name in names for x, y in both(found, name, (*which, name)).items()}
+
+    stats = read_json(first / "data" / "stats.json")
+    result = {"dataset": stats["dataset"], "votes": stats["votes"], "prompts": len(pairs), "pairs": int(pairs.sum()), "resamples": args.resamples,
+              "seed": args.seed, "lines": all_of(("floor_single", "coin_flip", "irreducible", "floor_true", "coin_true"), None)}
+    result["settings"] = [
+        {"name": name, "runs": [str(run) for run in runs], "k": [max(errors) for _, errors, _ in measured[i]],
+         "brier_of_runs": [found[i, ("run", r)][0] for r in range(len(runs))]} | all_of((*ERRORS, "soft_single"), i) | {"ensemble": by_size(i)}
+        for i, (name, runs) in enumerate(settings)]
+    result["differences"] = [
+        {"a": settings[i][0], "b": settings[j][0]} | all_of(("brier", "brier_soft", "true_error"), i, j) | {"by_k": by_size(i, j)} for i, j in of_two]
+    write_json(args.out / "compare.json", result)
+    page = comparison.write(args.out, result)
+    print(comparison.table(result))
+    print(f"comparison: {page}")
+
+
 def read_logs(run, k):
     """{j: the lines of logs/0j.jsonl}, for members that have a log."""
     paths = {j: run / "logs" / f"{j:02d}.jsonl" for j in range(1, k + 1)}
@@ -310,6 +396,11 @@ def read_logs(run, k):
 
 
 def main(args):
+    if args.out and (args.out / "manifest.json").exists() and not (args.run and args.out.resolve() == args.run.resolve()):
+        raise InputError(f"--out {args.out}: another run directory found; its own results stay as they are")
+    if args.compare:
+        compare(args)
+        return
     run = args.run
     out = run if args.out is None or args.out.resolve() == run.resolve() else args.out
     splits, stats = read_splits(run)
@@ -319,8 +410,6 @@ def main(args):
     settings = {"resamples": args.resamples, "seed": args.seed, "refit": args.refit}
     names = [*splits, *(["continuations"] if scores is not None else [])]
     files = [run / "weights.json", *(reward_path(run, j, name) for j in range(1, k + 1) for name in names)]
-    if out != run and (out / "manifest.json").exists():
-        raise InputError(f"--out {out}: another run directory found; its own results stay as they are")
     outputs = [run / "metrics.json", run / "report.html", *(run / "figures" / f"{name}.png" for name in ("calibration", "votes", "reliability", "weights"))]
     logs = sorted((run / "logs").glob("[0-9]*.jsonl"))
     scripts = "evaluate.py", "pairwise/report.py", "pairwise/theory.py", "pairwise/weights.py"
@@ -362,12 +451,17 @@ def main(args):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--run", required=True, type=Path, help="run directory with data/, rewards/ and weights.json")
-    parser.add_argument("--out", type=Path, help="write metrics.json, report.html and figures/ there instead of into the run")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, help="run directory with data/, rewards/ and weights.json")
+    what.add_argument("--compare", nargs="+", metavar="RUN,RUN", help="settings; a comma joins runs of one setting, seeds say, which are averaged")
+    parser.add_argument("--out", type=Path, help="write metrics.json, report.html and figures/ there instead of into the run, or what --compare finds")
     parser.add_argument("--resamples", type=natural, default=10000, help="bootstrap resamples over prompts")
     parser.add_argument("--seed", type=seed, default=0, help="of the bootstrap")
     parser.add_argument("--refit", action="store_true", help="intervals also with the weights fitted anew to each resample of the train prompts (minutes)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.compare and (args.out is None or args.refit):
+        parser.error("--compare RUN RUN .. needs --out DIR, and has no --refit")
+    return args
 
 
 if __name__ == "__main__":

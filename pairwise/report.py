@@ -402,6 +402,12 @@ pre { background: #f5f5f0; padding: .7em 1em; overflow-x: auto; font-size: .85em
 """
 
 
+def document(title, parts):
+    """A page without anything from elsewhere; parts: HTML."""
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{html.escape(title)}</title><style>{CSS}</style></head>\n<body>\n{''.join(parts)}</body></html>\n")
+
+
 def html_table(head, rows, kinds, cls=""):
     """kinds: a letter per column: r right, l left, w left and wrapped. All text is escaped here."""
     cell = lambda tag, x, kind: f'<{tag}{"" if kind == "r" else f" class={kind}"}>{html.escape("–" if x is None else str(x))}</{tag}>'
@@ -547,5 +553,4 @@ def page(metrics, weights, manifest, images, widths):
         "<h2>Stages</h2>" + html_table(["stage", "seconds", "peak memory, MB", "threads", "date"], timed, "lrrrl") if stages else "",
         f"<h2>Reproduce</h2><pre>{html.escape(commands)}</pre>" if commands else "",
     ]
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{html.escape(title)}</title><style>{CSS}</style></head>\n<body>\n{''.join(parts)}</body></html>\n")
+    return document(title, parts)

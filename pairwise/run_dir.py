@@ -393,6 +393,24 @@ def read_splits(run):
     return {name: read_split(run, name) for name in names}, read_json(run / "data" / "stats.json")
 
 
+def must_share_test_data(first, run):
+    """Raise InputError where two runs have other test prompts, responses, pairs or votes, or other kinds of votes."""
+    refused = f"{run}: not to be compared with {first}, its test data are others"
+    paths = [directory / "data" / "test.parquet" for directory in (first, run)]
+    if hash_file(paths[0]) != hash_file(paths[1]):  # other bytes can hold the same
+        one, other = (pq.read_table(path).to_pylist() for path in paths)
+        for number, (x, y) in enumerate(zip(one, other), 1):
+            names = [name for name in (x | y) if name != "categories" and x.get(name) != y.get(name)]
+            if names:
+                raise InputError(f"{refused}: of prompt {number} the {', '.join(names)}")
+        if len(one) != len(other):
+            raise InputError(f"{refused}: {len(other)} prompts found, {len(one)} expected")
+    one, other = (read_json(directory / "data" / "stats.json") for directory in (first, run))
+    for name in ("votes", "ties"):
+        if one[name] != other[name]:
+            raise InputError(f"{refused}: {name} {other[name]!r} found, {one[name]!r} expected")
+
+
 def data_hashes(run):
     """{file name: SHA-256} of the prepared data."""
     return {f"data/{path.name}": hash_file(path) for path in sorted((run / "data").iterdir())}
