@@ -313,19 +313,19 @@ def read_ensemble(run):
 
 
 def named_settings(words):
-    """[(name, [run directories])] of the words of --compare: RUN or RUN,RUN,.. each. Names: what the names of its directories begin with; as much of
-    the directories above as makes the settings distinct."""
+    """[(name, [run directories])] of the words of --compare: RUN or RUN,RUN,.. each. Names: what the names of its directories have in common at the
+    beginning, else all of them; with as much of the directories above as makes the settings distinct."""
     settings = [[Path(word)] if Path(word).is_dir() else [Path(part) for part in word.split(",")] for word in words]
     paths = [[run.resolve() for run in runs] for runs in settings]
     given = list(itertools.chain(*paths))
     if len(set(given)) < len(given):
         raise InputError(f"--compare: {next(run for run in given if given.count(run) > 1)} is given twice")
-    for depth in range(1, max(len(run.parts) for run in given) + 1):
+    for depth in itertools.count(1):
         last = [["/".join(run.parts[-depth:]) for run in runs] for runs in paths]
-        names = [runs[0] if len(runs) == 1 else os.path.commonprefix(runs).rstrip("/-_.") or runs[0] for runs in last]
-        if len(set(names)) == len(names):
-            return list(zip(names, settings))
-    return list(zip(("+".join(runs) for runs in last), settings))  # seeds of two settings in one directory, with names that begin alike
+        alike = [runs[0] if len(runs) == 1 else os.path.commonprefix(runs).rstrip("/-_.") or runs[0] for runs in last]
+        for names in (alike, ["+".join(runs) for runs in last]):
+            if len(set(names)) == len(names):
+                return list(zip(names, settings))
 
 
 def test_errors(run):

@@ -13,6 +13,7 @@ links to its models, and weights.json with the one entry k = K, fit "fixed", in 
 import argparse
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,8 @@ def prune(run, out, beta, k, data, rewards, inputs):
         f"no member is left with Phi > {beta:g} Phi_min + {facts['gamma']:.4f} (epsilon {epsilon:.4f}); the error is {facts['error']:.4f}, at most "
         f"{facts['bound']:.4f} by theorem 3, {facts['bound_of_weight_removed']:.4f} for the weight removed")
 
-    with replacing(out) as partial:
+    with replacing(out) as partial:  # all of it or nothing, so the stage need not be entered as begun
+        started = time.time()
         partial.mkdir()
         for path in sorted(run.iterdir()):
             if path.name in ("data", "rewards", "logs"):
@@ -100,7 +102,6 @@ def prune(run, out, beta, k, data, rewards, inputs):
                 (partial / path.name).symlink_to(path.resolve())  # gigabytes
         stages = read_json(run / "manifest.json", {"stages": {}})["stages"]
         write_json(partial / "manifest.json", {"stages": {name: stages[name] for name in stages if name not in ("weights", "evaluate")}})
-        started = begin_stage(partial, "weights", settings, inputs)
         write_json(partial / "weights.json", [{"k": k, "alpha": pruned.tolist(), "fit": "fixed", "train_mse": mse[1], "kkt": None}])
         end_stage(partial, "weights", settings, inputs, started, pruned=facts)
     names = f"members {', '.join(map(str, facts['removed']))}" if facts["removed"] else "no member"
