@@ -104,7 +104,7 @@ def prune(run, out, beta, k, data, rewards, inputs):
         write_json(partial / "manifest.json", {"stages": {name: stages[name] for name in stages if name not in ("weights", "evaluate")}})
         write_json(partial / "weights.json", [{"k": k, "alpha": pruned.tolist(), "fit": "fixed", "train_mse": mse[1], "kkt": None}])
         end_stage(partial, "weights", settings, inputs, started, pruned=facts)
-    names = f"members {', '.join(map(str, facts['removed']))}" if facts["removed"] else "no member"
+    names = f"member{'s' * (len(facts['removed']) > 1)} {', '.join(map(str, facts['removed']))}" if facts["removed"] else "no member"
     print(f"prune: {names} of {k} removed, weight {removed:.4f} of at most 1/(beta-1) = {1 / (beta - 1):.4f}")
     print(f"prune: {facts['guarantee']}\nprune: {out}")
 

@@ -461,8 +461,8 @@ def facts(metrics, manifest):
     splits = metrics["splits"]
     pruned = stages.get("weights", {}).get("pruned")
     if pruned:
-        removed = f"members {', '.join(map(str, pruned['removed']))} removed" if pruned["removed"] else "no member removed"
-        pruned = f"β = {pruned['beta']:g}: {removed}, weight {short(pruned['weight_removed'])}; {pruned['guarantee']}"
+        removed = ", ".join(map(str, pruned["removed"])) or "none"
+        pruned = f"β = {pruned['beta']:g}, removed: {removed}, of weight {short(pruned['weight_removed'])}; on train prompts {pruned['guarantee']}"
     versions = dict(item for stage in stages.values() for item in (stage.get("versions") or {}).items())
     dates = sorted(str(stage["date"]) for stage in stages.values() if stage.get("date"))
     data_seed = said([stages.get("data", {}).get("settings") or {}], "seed")
