@@ -34,6 +34,11 @@ def side(x):
     return "" if x["brier_ci"][0] <= 0 <= x["brier_ci"][1] else "A lower" if x["brier"] < 0 else "B lower"
 
 
+def clip(name):
+    """A name as the figure shows it."""
+    return name if len(name) <= 30 else f"{name[:29]}…"
+
+
 def table(found):
     """The comparison in plain text."""
     width = max(7, *(len(s["name"]) for s in found["settings"]))
@@ -74,7 +79,8 @@ def figure(found):
         of_k = s["ensemble"] or [s | {"k": max(s["k"])}]  # runs with fixed weights and unequal k have no k in common
         for e in of_k:
             ax.plot([e["k"] + shift] * 2, e["brier_ci"], color=colour, lw=0.7, zorder=3)
-        ax.plot([e["k"] + shift for e in of_k], [e["brier"] for e in of_k], marker=marker, ls=dash, color=colour, ms=3.5, lw=1.2, zorder=4, label=s["name"])
+        ax.plot([e["k"] + shift for e in of_k], [e["brier"] for e in of_k], marker=marker, ls=dash, color=colour, ms=3.5, lw=1.2, zorder=4,
+                label=clip(s["name"]))
         if s["soft_single"] is not None:
             ax.plot(largest + 1 + shift, s["soft_single"], marker=marker, mfc="white", mec=colour, ms=4, mew=0.9, ls="none", zorder=4)
     for (name, key, _, _), style in zip(LINES, LINE_STYLES):
@@ -90,8 +96,8 @@ def figure(found):
         right.plot(d["brier_ci"], [at, at], color=colour, lw=1)
         right.plot(d["brier"], at, "o", color=colour, ms=3.5)
     right.axvline(0, color=GREY, lw=0.8, ls=(0, (4, 2)))
-    right.set_yticks(y, [f"{d['a']} − {d['b']}" for d in differences])
-    right.set(ylim=(len(differences) - 0.5, -0.5), xlabel="difference in Brier score, 95 % interval")
+    right.set_yticks(y, [f"{clip(d['a'])} − {clip(d['b'])}" for d in differences])
+    right.set(ylim=(len(differences) - 0.5, -0.5), xlabel="difference, 95 % interval")
     right.xaxis.set_major_locator(MaxNLocator(4))
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=2, columnspacing=1.5)
     return fig
