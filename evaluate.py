@@ -2,37 +2,36 @@
 
     python evaluate.py --run runs/demo
     python evaluate.py --run results/demo --out /tmp/demo          (a committed run stays as it is)
+    python evaluate.py --compare runs/a1,runs/a2 runs/b1,runs/b2 --out /tmp/ab          (settings side by side, two seeds each)
 
 Reads data/, rewards/ and weights.json of the run; writes metrics.json, report.html and figures/ into it, or into --out.
+--compare: settings on the same test data, with a paired interval over prompts of every difference in Brier score; writes compare.json, compare.html and
+figures/compare.png, .pdf. Runs whose test data differ are refused.
 """
 
+import collections
 import dataclasses
 import itertools
 import json
+import os
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from scipy.special import expit
 
+from pairwise import compare as comparison
 from pairwise import report
 from pairwise.run_dir import (
-    REPOSITORY, InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, natural, read_json,
-    read_rewards, read_splits, read_weights, reward_path, run_main, seed, unchanged, write_json)
+    REPOSITORY, InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, must_share_test_data,
+    natural, read_json, read_rewards, read_split, read_splits, read_weights, reward_path, run_main, seed, unchanged, write_json)
+from pairwise.theory import irreducible, outlier_below
 from pairwise.weights import error_matrix, simplex_weights
 
 evaluator = import_evaluator()
 
 
 # ---- single quantities, a term for each pair, of which the mean is reported; p, n, ties: float64 (N,)
-
-
-def irreducible(p, n, ties_as_halves):
-    """Unbiased estimate of Lemma 1's C = E (p - p*)^2, the error that even perfect calibration has for n sampled annotators.
-
-    ties_as_halves (N,): tie votes that were counted as half for each side, whose variance is a quarter less each.
-    """
-    return (p * (1 - p) - ties_as_halves / (4 * n)) / (n - 1)
 
 
 def floor_single(p):
@@ -59,21 +58,25 @@ def drawn_sums(parts, draw):
 
 
 def estimate(figures, draw):
-    """{name: (value, its 95 % percentile interval)} of {name: (top, bottom)}: sum(top) / sum(bottom) over prompts.
+    """{name: (value, its 95 % percentile interval)} of {name: (top, bottom)}: sum(top) / sum(bottom) over prompts; of (top, one, two), as
+    correlations are: sum(top) / sqrt(sum(one) sum(two)).
 
-    top float64 (P, ..); bottom float64 (P,), or shaped like top; draw: as for `drawn_sums`.
+    top float64 (P, ..); bottom, one, two float64 (P,), or shaped like top; draw: as for `drawn_sums`.
     Values and intervals are nested lists, with None where bottom is zero.
     """
+    def quotient(top, bottom, other=None):
+        return top / (bottom if other is None else np.sqrt(bottom * other))
+
     columns = {id(part): part.reshape(len(part), -1) for figure in figures.values() for part in figure}  # many have one bottom in common
-    drawn = dict(zip(columns, drawn_sums(list(columns.values()), draw)))
+    totals, drawn = {key: part.sum(0) for key, part in columns.items()}, dict(zip(columns, drawn_sums(list(columns.values()), draw)))
     found = {}
-    for name, (top, bottom) in figures.items():
+    for name, parts in figures.items():
         with np.errstate(divide="ignore", invalid="ignore"):
-            value, ratios = columns[id(top)].sum(0) / columns[id(bottom)].sum(0), drawn[id(top)] / drawn[id(bottom)]
+            value, ratios = (quotient(*(of[id(part)] for part in parts)) for of in (totals, drawn))
         limits = np.percentile(ratios, [2.5, 97.5], axis=0)
         for column in np.flatnonzero(np.isnan(limits[0]) & ~np.isnan(value)):  # some resamples have no pair that counts
             limits[:, column] = np.nanpercentile(ratios[:, column], [2.5, 97.5])
-        found[name] = listed(value.reshape(top.shape[1:])), listed(limits.T.reshape(*top.shape[1:], 2))
+        found[name] = listed(value.reshape(parts[0].shape[1:])), listed(limits.T.reshape(*parts[0].shape[1:], 2))
     return found
 
 
@@ -96,8 +99,8 @@ def counted_pairs(split):
     keep = split.n >= 2
     start = np.concatenate([[0], np.cumsum(keep)])[split.pair_start]
     pairs = {name: getattr(split, name)[keep] for name in ("a", "b", "votes_a", "votes_b", "ties", "p_true") if getattr(split, name) is not None}
-    prompt_id = list(itertools.compress(split.prompt_id, np.diff(start)))
-    return dataclasses.replace(split, prompt_id=prompt_id, pair_start=np.unique(start), **pairs) if keep.any() else None
+    prompts = {name: list(itertools.compress(getattr(split, name), np.diff(start))) for name in ("prompt_id", "categories") if getattr(split, name)}
+    return dataclasses.replace(split, pair_start=np.unique(start), **prompts, **pairs) if keep.any() else None
 
 
 def squared_errors(split, sums, rewards, soft, c):
@@ -128,29 +131,85 @@ def not_negative(figure, errors):
     return errors if figure == "excess" else np.maximum(errors, 0)
 
 
+def measure(split, rewards, stats):
+    """(sums of evaluator.pair_statistics, soft votes float64 (K, N), `squared_errors`, {reference line: (N,) or None}); rewards float32 (K, R)."""
+    sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
+    p, n, truth = split.p, split.n, split.p_true
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite rewards are ranks too: the difference of two equal ones is 0
+        soft = expit(np.nan_to_num(rewards[:, split.a] - rewards[:, split.b]).astype(np.float64))
+    halves = split.ties if stats["ties"] == "half" else np.zeros(len(p))
+    c = {"sampled": irreducible(p, n, halves), "population": np.zeros(len(p)), "dependent": None}[stats["votes"]]
+    lines = {"floor_single": floor_single(p), "coin_flip": coin_flip(p),
+             "soft_single": (soft[0] - p) ** 2,  # member 1 is trained on t_1 = p whatever the target
+             "irreducible": c, "floor_true": None if truth is None else floor_single(truth), "coin_true": None if truth is None else coin_flip(truth),
+             "soft_true": None if truth is None else (soft[0] - truth) ** 2}
+    return sums, soft, squared_errors(split, sums, rewards, soft, c), lines
+
+
+def agreement_terms(p_hat, p):
+    """float64 (4, N): |p_hat - p|, and x y, x^2, y^2 with x = p_hat - 1/2, y = p - 1/2. Pearson's correlation over both orders of every pair is
+    sum x y / sqrt(sum x^2 sum y^2): all means are 1/2, and the other order of a pair only turns both signs."""
+    x, y = np.round(p_hat - 0.5, 12), p - 0.5  # opposite members with equal weights say 1/2, up to rounding
+    return np.stack([np.abs(p_hat - p), x * y, x * x, y * y])
+
+
+ERRORS = "brier", "brier_soft", "excess", "true_error"
+ENSEMBLE = *ERRORS, "l1", "l1_soft", "pearson", "pearson_soft"
+LABELS = 8  # of a category, the most frequent; more are counted together
+
+
+def groups_of(split):
+    """[(None or category, head of the row, pairs bool (N,))]: the levels of agreement that occur, and the labels of the user's own categories.
+
+    The labels that follow the LABELS most frequent, by prompts, are one row {"label": None, "labels": their number}; {"label": None, "labels": 1}
+    are prompts without one.
+    """
+    share = np.round(np.maximum(split.p, 1 - split.p), 9)
+    levels = {"unanimous": share == 1, "at least 3/4": (share >= 0.75) & (share < 1), "above 1/2": (share > 0.5) & (share < 0.75),
+              "even": share == 0.5}
+    groups = [(None, {"level": level}, pairs) for level, pairs in levels.items() if pairs.any()]
+    rows = [row or {} for row in split.categories or ()]
+    for name in dict.fromkeys(itertools.chain(*rows)):
+        labels = [row.get(name) for row in rows]
+        counts = sorted(collections.Counter(labels).items(), key=lambda item: (-item[1], str(item[0])))
+        size = LABELS if len(counts) > LABELS + 1 else len(counts)  # a row for the rest is not for one label
+        number = {label: min(i, size) for i, (label, _) in enumerate(counts)}
+        of_pair = np.repeat([number[label] for label in labels], np.diff(split.pair_start))
+        heads = [{"label": label, "labels": 1} for label, _ in counts[:size]] + [{"label": None, "labels": len(counts) - size}] * (size < len(counts))
+        groups += [(name, head, of_pair == i) for i, head in enumerate(heads)]
+    return groups
+
+
+def both(found, name, key, *at):
+    """{name: value, name_ci: interval} of `estimate`'s entry for key, or of the entry of it at a place; None where there is none."""
+    value, limits = found.get(key, (None, None))
+    for place in at:
+        value, limits = value[place], limits[place]
+    return {name: value, f"{name}_ci": limits if value is not None else None}
+
+
 def split_metrics(split, rewards, alphas, fits, stats, draw):
     """(the S of metrics.json for one split, its `squared_errors`).
 
     rewards float32 (K, R); alphas: the weights of each prefix; fits: how each was found; draw: as for `estimate`.
     """
-    sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
-    p, n, truth, k = split.p, split.n, split.p_true, len(rewards)
-    with np.errstate(over="ignore", invalid="ignore"):  # infinite rewards are ranks too: the difference of two equal ones is 0
-        soft = expit(np.nan_to_num(rewards[:, split.a] - rewards[:, split.b]).astype(np.float64))  # (K, N)
-    halves = split.ties if stats["ties"] == "half" else np.zeros(len(p))
-    c = {"sampled": irreducible(p, n, halves), "population": np.zeros(len(p)), "dependent": None}[stats["votes"]]
-    forms = squared_errors(split, sums, rewards, soft, c)
-
-    pairs = sums["pairs"].astype(np.float64)
-    terms = {"annotators_mean": n, "majority_mean": np.maximum(p, 1 - p), "floor_single": floor_single(p), "coin_flip": coin_flip(p),
-             "soft_single": (soft[0] - p) ** 2,  # member 1 is trained on t_1 = p whatever the target
-             "irreducible": c, "floor_true": None if truth is None else floor_single(truth), "coin_true": None if truth is None else coin_flip(truth),
-             "soft_true": None if truth is None else (soft[0] - truth) ** 2}
+    sums, soft, forms, lines = measure(split, rewards, stats)
+    p, k, pairs = split.p, len(rewards), sums["pairs"].astype(np.float64)
+    terms = {"annotators_mean": split.n, "majority_mean": np.maximum(p, 1 - p)} | lines
     figures = {name: (by_prompt(split, term), pairs) for name, term in terms.items() if term is not None}
     figures["tie_rate"] = sums["ties"].sum(1) / k, pairs
     figures["pairwise_disagreement"] = sums["disagreement"], pairs
+    hard = evaluator.votes(rewards, split.a, split.b) / 2
     for e, alpha in enumerate(alphas):
         figures |= {(e, name): (not_negative(name, error_of(form, alpha)), pairs) for name, form in forms.items()}
+        p_hat = alpha @ hard[: len(alpha)]
+        for kind, predicted in (("", p_hat), ("_soft", alpha @ soft[: len(alpha)])):
+            l1, both_sides, own, _ = by_prompt(split, agreement_terms(predicted, p)).T
+            figures |= {(e, f"l1{kind}"): (l1, pairs), (e, f"pearson{kind}"): (both_sides, own, figures["coin_flip"][0])}
+    groups, of_pair = groups_of(split), np.stack([np.ones(len(p)), (p_hat - p) ** 2, *agreement_terms(p_hat, p)])  # of the whole ensemble
+    for g, (_, _, counted) in enumerate(groups):
+        count, error, l1, *correlation = by_prompt(split, of_pair * counted).T
+        figures |= {("group", g, "brier"): (error, count), ("group", g, "l1"): (l1, count), ("group", g, "pearson"): correlation}
     phi = sums["vote"] - 2 * sums["vote_p"] + sums["p"][:, None]  # mean V(1-p) + (1-V)p
     least = by_prompt(split, np.minimum(p, 1 - p))
     members = {"brier": np.stack([not_negative("brier", error_of(forms["brier"], row)) for row in np.eye(k)], 1), "disagreement": phi,
@@ -159,21 +218,25 @@ def split_metrics(split, rewards, alphas, fits, stats, draw):
     figures["members", "accuracy"] = sums["majority"], sums["decided"].astype(np.float64)
     found = estimate(figures, draw)
 
-    def both(name, key, *at):
-        """{name: value, name_ci: interval}, or the entry of it at a place."""
-        value, limits = found.get(key, (None, None))
-        for place in at:
-            value, limits = value[place], limits[place]
-        return {name: value, f"{name}_ci": limits if value is not None else None}
-
     s = {"prompts": len(split.prompt_id), "pairs": len(p)}
     for name in ("tie_rate", *terms):
-        s |= both(name, name)
+        s |= both(found, name, name)
     s["ensemble"] = [{"k": len(alpha), "alpha": alpha.tolist(), "fit": fit} |
-                     {x: y for name in ("brier", "brier_soft", "excess", "true_error") for x, y in both(name, (e, name)).items()}
+                     {x: y for name in ENSEMBLE for x, y in both(found, name, (e, name)).items()}
                      for e, (alpha, fit) in enumerate(zip(alphas, fits))]
-    s["members"] = [{"j": j + 1} | {x: y for name in (*members, "accuracy") for x, y in both(name, ("members", name), j).items()} for j in range(k)]
-    return s | both("pairwise_disagreement", "pairwise_disagreement"), forms
+    s["members"] = [{"j": j + 1} | {x: y for name in (*members, "accuracy") for x, y in both(found, name, ("members", name), j).items()}
+                    for j in range(k)]
+    excess, least, best = s["ensemble"][-1]["excess"], 1 - s["majority_mean"], min(m["disagreement"] for m in s["members"])
+    for m in s["members"]:  # theorem 3 under both bounds of the unknown infimum of Phi: the best member's, and mean min(p, 1-p)
+        m["outlier_below"] = None if excess is None else [outlier_below(m["disagreement"], bound, max(0.0, excess)) for bound in (best, least)]
+
+    s |= {"agreement": [], "categories": None if split.categories is None else {}}
+    for g, (category, head, counted) in enumerate(groups):
+        table = s["agreement"] if category is None else s["categories"].setdefault(category, [])
+        count = by_prompt(split, counted.astype(int))
+        table.append(head | {"prompts": int((count > 0).sum()), "pairs": int(count.sum())} | {
+            x: y for name in ("brier", "l1", "pearson") for x, y in both(found, name, ("group", g, name)).items()})
+    return s | both(found, "pairwise_disagreement", "pairwise_disagreement"), forms
 
 
 def read_continuations(run, k):
@@ -246,6 +309,86 @@ def read_ensemble(run):
         raise InputError(f"{path}: a list of {{k, alpha, fit}} expected; fit_weights.py makes it") from None
 
 
+# ---- several runs
+
+
+def named_settings(words):
+    """[(name, [run directories])] of the words of --compare: RUN or RUN,RUN,.. each. Names: what the names of its directories have in common at the
+    beginning, else all of them; with as much of the directories above as makes the settings distinct."""
+    settings = [[Path(word)] if Path(word).is_dir() else [Path(part) for part in word.split(",")] for word in words]
+    paths = [[run.resolve() for run in runs] for runs in settings]
+    given = list(itertools.chain(*paths))
+    if len(set(given)) < len(given):
+        raise InputError(f"--compare: {next(run for run in given if given.count(run) > 1)} is given twice")
+    for depth in itertools.count(1):
+        last = [["/".join(run.parts[-depth:]) for run in runs] for runs in paths]
+        alike = [runs[0] if len(runs) == 1 else os.path.commonprefix(runs).rstrip("/-_.") or runs[0] for runs in last]
+        for names in (alike, ["+".join(runs) for runs in last]):
+            if len(set(names)) == len(names):
+                return list(zip(names, settings))
+
+
+def test_errors(run):
+    """The test split of a run: (prompts' pair counts (P,), {k: {figure: squared errors (P,)}}, {reference line: (P,) or None})."""
+    stats, split = read_json(run / "data" / "stats.json"), counted_pairs(read_split(run, "test"))
+    if split is None:
+        raise InputError(f"{run / 'data' / 'test.parquet'}: no pair of at least two votes")
+    k, _, alphas, _ = read_ensemble(run)
+    sums, _, forms, lines = measure(split, read_rewards(run, "test", k, (int(split.response_start[-1]),)), stats)
+    errors = {len(alpha): {name: not_negative(name, error_of(form, alpha)) for name, form in forms.items()} for alpha in alphas}
+    return sums["pairs"].astype(np.float64), errors, {name: None if term is None else by_prompt(split, term) for name, term in lines.items()}
+
+
+def compare(args):
+    """compare.json, compare.html and figures/compare.* in --out: settings side by side on the test split that all their runs share."""
+    settings = named_settings(args.compare)
+    if len(settings) < 2:
+        raise InputError(f"--compare: {len(settings)} setting found, at least 2 expected; a comma joins the seeds of one setting, a space settings")
+    first = settings[0][1][0]
+    measured = [[test_errors(run) for run in runs] for _, runs in settings]
+    for run in itertools.chain(*(runs for _, runs in settings)):
+        must_share_test_data(first, run)
+    pairs, _, lines = measured[0][0]
+
+    def mean(parts):
+        return None if any(part is None for part in parts) else np.mean(parts, 0)
+
+    terms = []  # of each setting: {figure at its own K, or ("k", size): squared errors (P,), the mean of its runs}
+    for runs in measured:
+        last = [errors[max(errors)] for _, errors, _ in runs]
+        sizes = sorted(set.intersection(*(set(errors) for _, errors, _ in runs)))
+        terms.append({figure: mean([errors.get(figure) for errors in last]) for figure in ERRORS}
+                     | {"soft_single": mean([of_run["soft_single"] for _, _, of_run in runs])}
+                     | {("run", i): errors["brier"] for i, errors in enumerate(last)}
+                     | {("k", k): mean([errors[k]["brier"] for _, errors, _ in runs]) for k in sizes})
+    of_two = list(itertools.combinations(range(len(settings)), 2))
+    figures = {(None, key): term for key, term in lines.items()} | {(i, key): term for i, of in enumerate(terms) for key, term in of.items()}
+    figures |= {(i, j, key): terms[i][key] - terms[j][key] for i, j in of_two for key in terms[i]
+                if terms[i][key] is not None and terms[j].get(key) is not None}
+    draw = partial(resampled, resamples=args.resamples, seed=args.seed)
+    found = estimate({key: (term, pairs) for key, term in figures.items() if term is not None}, draw)
+
+    def by_size(*which):
+        return [{"k": key[-1][1]} | both(found, "brier", key) for key in found if key[:-1] == which and key[-1][0] == "k"]
+
+    def all_of(names, *which):
+        return {x: y for name in names for x, y in both(found, name, (*which, name)).items()}
+
+    stats = read_json(first / "data" / "stats.json")
+    result = {"dataset": stats["dataset"], "votes": stats["votes"], "prompts": len(pairs), "pairs": int(pairs.sum()), "resamples": args.resamples,
+              "seed": args.seed, "lines": all_of(("floor_single", "coin_flip", "irreducible", "floor_true", "coin_true"), None)}
+    result["settings"] = [
+        {"name": name, "runs": [str(run) for run in runs], "k": [max(errors) for _, errors, _ in measured[i]],
+         "brier_of_runs": [found[i, ("run", r)][0] for r in range(len(runs))]} | all_of((*ERRORS, "soft_single"), i) | {"ensemble": by_size(i)}
+        for i, (name, runs) in enumerate(settings)]
+    result["differences"] = [
+        {"a": settings[i][0], "b": settings[j][0]} | all_of(("brier", "brier_soft", "true_error"), i, j) | {"by_k": by_size(i, j)} for i, j in of_two]
+    write_json(args.out / "compare.json", result)
+    page = comparison.write(args.out, result)
+    print(comparison.table(result))
+    print(f"comparison: {page}")
+
+
 def read_logs(run, k):
     """{j: the lines of logs/0j.jsonl}, for members that have a log."""
     paths = {j: run / "logs" / f"{j:02d}.jsonl" for j in range(1, k + 1)}
@@ -253,6 +396,11 @@ def read_logs(run, k):
 
 
 def main(args):
+    if args.out and (args.out / "manifest.json").exists() and not (args.run and args.out.resolve() == args.run.resolve()):
+        raise InputError(f"--out {args.out}: another run directory found; its own results stay as they are")
+    if args.compare:
+        compare(args)
+        return
     run = args.run
     out = run if args.out is None or args.out.resolve() == run.resolve() else args.out
     splits, stats = read_splits(run)
@@ -262,11 +410,10 @@ def main(args):
     settings = {"resamples": args.resamples, "seed": args.seed, "refit": args.refit}
     names = [*splits, *(["continuations"] if scores is not None else [])]
     files = [run / "weights.json", *(reward_path(run, j, name) for j in range(1, k + 1) for name in names)]
-    if out != run and (out / "manifest.json").exists():
-        raise InputError(f"--out {out}: another run directory found; its own results stay as they are")
     outputs = [run / "metrics.json", run / "report.html", *(run / "figures" / f"{name}.png" for name in ("calibration", "votes", "reliability", "weights"))]
     logs = sorted((run / "logs").glob("[0-9]*.jsonl"))
-    code = [*(REPOSITORY / name for name in ("evaluate.py", "pairwise/report.py", "pairwise/weights.py")), *sorted((REPOSITORY / "csrc").glob("*.[ch]pp"))]
+    scripts = "evaluate.py", "pairwise/report.py", "pairwise/theory.py", "pairwise/weights.py"
+    code = [*(REPOSITORY / name for name in scripts), *sorted((REPOSITORY / "csrc").glob("*.[ch]pp"))]
     inputs = data_hashes(run) | {str(path.relative_to(run)): hash_file(path) for path in [*files, *logs]} | {path.name: hash_file(path) for path in code}
 
     if out == run and unchanged(run, "evaluate", settings, inputs, outputs):
@@ -276,12 +423,14 @@ def main(args):
         if out == run:
             started = begin_stage(run, "evaluate", settings, inputs)
         draw = partial(resampled, resamples=args.resamples, seed=args.seed)
-        metrics = {"dataset": stats["dataset"], "k": k, "votes": stats["votes"], "splits": {}, "diversity": diversity(scores, draw)}
+        metrics = {"dataset": stats["dataset"], "k": k, "k_valid": None, "votes": stats["votes"], "splits": {}, "diversity": diversity(scores, draw)}
         errors = {}  # of each split, for the intervals with weights fitted anew
         for name, split in splits.items():
             if (counted := counted_pairs(split)) is not None:
                 metrics["splits"][name], forms = split_metrics(counted, rewards[name], alphas, fits, stats, draw)
                 errors[name] = forms, np.diff(counted.pair_start)
+        if "valid" in metrics["splits"]:
+            metrics["k_valid"] = min(metrics["splits"]["valid"]["ensemble"], key=lambda entry: entry["brier"])["k"]
         if args.refit:
             train, fitted = splits["train"], [entry["k"] for entry in prefixes if entry["fit"] == "qp"]
             sums = evaluator.pair_statistics(rewards["train"], train.a, train.b, train.p, train.pair_start)
@@ -302,12 +451,17 @@ def main(args):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--run", required=True, type=Path, help="run directory with data/, rewards/ and weights.json")
-    parser.add_argument("--out", type=Path, help="write metrics.json, report.html and figures/ there instead of into the run")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, help="run directory with data/, rewards/ and weights.json")
+    what.add_argument("--compare", nargs="+", metavar="RUN,RUN", help="settings; a comma joins runs of one setting, seeds say, which are averaged")
+    parser.add_argument("--out", type=Path, help="write metrics.json, report.html and figures/ there instead of into the run, or what --compare finds")
     parser.add_argument("--resamples", type=natural, default=10000, help="bootstrap resamples over prompts")
     parser.add_argument("--seed", type=seed, default=0, help="of the bootstrap")
     parser.add_argument("--refit", action="store_true", help="intervals also with the weights fitted anew to each resample of the train prompts (minutes)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.compare and (args.out is None or args.refit):
+        parser.error("--compare RUN RUN .. needs --out DIR, and has no --refit")
+    return args
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ bash run_all.sh [DATASET|FILE] [K] [flags]        default: demo 4
   --gpus N             train on N GPUs of this machine, by torchrun (default 1); where there are none, N processes on the CPU
   --continuations N    sample continuations for each of N prompts, for the diversity measurement: 100, demo 20
                        (default: a FILE 0; demo 10 test prompts; the paper's 50 of PRISM, tldr test prompts)
+  --early-stop[=N]     train no further member once the last N (1) did not lower the Brier score on the validation
+                       prompts, which --valid-share makes (demo: .1 as it is); K is then the largest size
   data flags           --ties drop|half  --test-share X  --valid-share X  --min-votes 1|2
                        FILE: --votes sampled|population|dependent    demo: --prompts N  --responses N  --texts N
                        the paper's: --source PATH  --prism-source PATH  --revision R  --beaver published|negated
@@ -43,10 +45,11 @@ for word in "$@"; do # quoted as any POSIX shell reads it
     COMMAND+=" $word"
 done
 EVERYWHERE=() # flags of every stage that runs a model
-WORDS=() DATA=() TRAIN=() RUN='' BASE='' CONTINUATIONS='' DATA_SEED=0 PRISM=() GPUS=1
+WORDS=() DATA=() TRAIN=() RUN='' BASE='' CONTINUATIONS='' DATA_SEED=0 PRISM=() GPUS=1 STOP=()
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit 0 ;;
+        --early-stop | --early-stop=*) STOP=("$1"); shift; continue ;; # has a value only with =, so that the next word can be K
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
         --*) [[ $# -ge 2 && $2 != --* ]] || fail "$1 needs a value" ;;
         *) WORDS+=("$1"); shift; continue ;;
@@ -70,6 +73,7 @@ done
 DATASET=${WORDS[0]:-demo} K=${WORDS[1]:-4}
 [[ $K =~ ^[1-9][0-9]?$ ]] || fail "K = '$K' found, a number from 1 to 99 expected"
 [[ $DATA_SEED =~ ^[0-9]+$ ]] || fail "--data-seed '$DATA_SEED' found, a number of at least 0 expected"
+[[ "${STOP[*]}" =~ ^(|--early-stop|--early-stop=[1-9][0-9]*)$ ]] || fail "$STOP found, --early-stop or --early-stop=N with N of at least 1 expected"
 [[ $CONTINUATIONS =~ ^(|0|[1-9][0-9]*)$ ]] || fail "--continuations '$CONTINUATIONS' found, a number of at least 0 expected"
 [[ $GPUS =~ ^[1-9][0-9]*$ ]] || fail "--gpus '$GPUS' found, a number of at least 1 expected"
 [[ $GPUS = 1 || " ${TRAIN[*]} " != *" --train head "* ]] || fail "--gpus is for all parameters; --train head runs on one"
@@ -101,6 +105,11 @@ esac
 if [ ${#PRISM[@]} -gt 0 ]; then
     [[ $DATASET =~ ^(multipref|personalllm|helpsteer2)$ && $CONTINUATIONS != 0 ]] || fail "--prism-source is given, but no PRISM prompts are needed"
 fi
+if [ ${#STOP[@]} -gt 0 ]; then
+    VALID=$([ "$DATASET" = demo ] && echo .1 || echo 0)
+    for ((i = 0; i < ${#DATA[@]}; i += 2)); do [ "${DATA[i]}" != --valid-share ] || VALID=${DATA[i + 1]}; done
+    [[ $VALID = *[1-9]* ]] || fail "--early-stop needs validation prompts, which nothing is trained on: --valid-share 0.1, say"
+fi
 RUN=${RUN:-runs/$NAME}
 BASE=${BASE:-$RUN/base}
 
@@ -130,7 +139,7 @@ fi
 # ---- forward stagewise additive modelling: member j on what members 1..j-1 leave over, then the weights of all j ----------------------
 for ((j = 1; j <= K; j++)); do
     "${TRAINER[@]}" "$ROOT/train_rm.py" --run "$RUN" --iteration "$j" --base "$BASE" "${TRAIN[@]}"
-    stage fit_weights.py
+    stage fit_weights.py "${STOP[@]}" || { CODE=$?; [ $CODE = 3 ] && break; exit $CODE; } # 3: --early-stop, and no member was worth training after j
 done
 
 if [ -e "$RUN/rewards/$(printf %02d $((K + 1)))_test.npy" ]; then

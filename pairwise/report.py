@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pairwise.run_dir import replacing
+from pairwise.theory import theorem2
 
 NARROW, WIDE = 3.4, 7.0  # inches: one and two columns of a paper
 STYLE = {
@@ -38,7 +39,8 @@ VOTES = {"sampled": "each pair's annotators are drawn from a population", "popul
 
 COLUMNS = """Brier: mean (p_hat - p)^2, the pairwise calibration error; p: share of annotators, p_hat: weighted share of members that prefer the first
 response. soft: the same before the members' votes are made hard. excess: Brier - C_hat. true err.: mean (p_hat - p_true)^2, where the truth is
-known. Phi: mean share of annotators that the member votes against. regret: Phi beyond that of always siding with the majority. -: does not exist."""
+known. L1: mean |p_hat - p|. r: Pearson's correlation of p_hat and p over both orders of every pair (higher is better). Phi: mean share of
+annotators that the member votes against. regret: Phi beyond that of always siding with the majority. -: does not exist."""
 
 
 def num(x, none="–"):
@@ -69,9 +71,14 @@ def references(split):
     rows = [(name, split.get(key), split.get(f"{key}_ci"), split.get(true_key), how) for name, key, true_key, how in REFERENCES]
     last = split["ensemble"][-1]
     if last.get("true_error") is not None:
-        bound, c = 1 / (4 * last["k"]), split.get("irreducible")
-        rows.append((f"Theorem 2 at k = {last['k']}", None if c is None else bound + c, None, bound, "some k-ensemble reaches 1/(4k) + C_hat"))
+        k, c = last["k"], split.get("irreducible")
+        rows.append((f"Theorem 2 at k = {k}", None if c is None else theorem2(k, c), None, theorem2(k), "some k-ensemble reaches 1/(4k) + C_hat"))
     return rows
+
+
+def several_sizes(split):
+    """Whether there is a choice of k: weights from elsewhere have one."""
+    return len(split["ensemble"]) > 1
 
 
 def table(metrics, split="test"):
@@ -80,14 +87,17 @@ def table(metrics, split="test"):
     n = lambda x: num(x, "-")
     title = (f"{metrics['dataset']}, {split} split: {s['prompts']} prompts, {s['pairs']} pairs, {s['annotators_mean']:.1f} votes a pair. "
              "All errors: lower is better.")
-    lines = [*textwrap.wrap(title, 100), "", f"{'k':>3}  {'Brier':>6}  {'95 % interval':>14}  {'soft':>6}  {'excess':>6}  {'true err.':>9}  mixture weights"]
+    lines = [*textwrap.wrap(title, 100), "", f"{'k':>3}  {'Brier':>6}  {'95 % interval':>14}  {'soft':>6}  {'excess':>6}  {'true err.':>9}  {'L1':>5}  "
+             f"{'r':>6}  mixture weights"]
     for e in s["ensemble"]:
         row = (f"{e['k']:>3}  {n(e['brier']):>6}  {interval(e.get('brier_ci'), '-'):>14}  {n(e.get('brier_soft')):>6}  "
-               f"{n(e.get('excess')):>6}  {n(e.get('true_error')):>9}  ")
+               f"{n(e.get('excess')):>6}  {n(e.get('true_error')):>9}  {n(e.get('l1')):>5}  {n(e.get('pearson')):>6}  ")
         lines += textwrap.wrap(" ".join(short(a).ljust(3) for a in e["alpha"]), 100, initial_indent=row, subsequent_indent=" " * len(row))
+    if several_sizes(s) and metrics.get("k_valid"):
+        lines.append(f"on validation prompts the Brier score is least with k = {metrics['k_valid']}")
     lines += ["", f"{'reference lines':<42}{'Brier':>6}  {'95 % interval':>14}  {'true err.':>9}"]
     lines += [f"{name:<42}{n(x):>6}  {interval(ci, '-'):>14}  {n(true):>9}" for name, x, ci, true, _ in references(s)]
-    lines += ["", f"{'member':>6}  {'Brier':>6}  {'Phi':>6}  {'95 % interval':>14}  {'regret':>6}  {'accuracy':>8}  (accuracy: higher is better; for comparison only)"]
+    lines += ["", f"{'member':>6}  {'Brier':>6}  {'Phi':>6}  {'95 % interval':>14}  {'regret':>6}  {'accuracy':>8}  (accuracy: unsuitable, for comparison with other work)"]
     lines += [f"{m['j']:>6}  {n(m['brier']):>6}  {n(m['disagreement']):>6}  {interval(m.get('disagreement_ci'), '-'):>14}  {n(m['regret']):>6}  {n(m['accuracy']):>8}"
               for m in s["members"]]
     return "\n".join(lines + ["", *textwrap.wrap(COLUMNS, 100)])
@@ -100,11 +110,11 @@ def subplots(width, height, *shape, **options):
     return fig, fig.subplots(*shape, **options)
 
 
-def error_panel(fig, left, e, soft, lines, bound, ylabel, title, rows):
+def error_panel(fig, left, e, soft, lines, bound, chosen, ylabel, title, rows):
     """Error against k, its reference lines, and below it a legend with their values, where nearly equal lines cannot collide.
 
     left: inches; e: list of (k, error, interval or None); soft: list of errors or None; lines: (label, value or None, style);
-    bound: (label, function of k) or None; rows: legend rows to leave room for. Placed by hand: every label has its own space.
+    bound: (label, function of k) or None; chosen: the k to mark, or None; rows: legend rows to leave room for. Placed by hand: every label has its own space.
     """
     height, bottom = fig.get_figheight(), 0.13 * rows + 0.48
     ax = fig.add_axes([(left + 0.66) / fig.get_figwidth(), bottom / height, 2.64 / fig.get_figwidth(), 1 - (bottom + 0.25) / height])
@@ -120,6 +130,8 @@ def error_panel(fig, left, e, soft, lines, bound, ylabel, title, rows):
     for bar in bars:
         ax.plot([bar[0]] * 2, bar[1:], color=INK, lw=0.7, marker="_", ms=4, zorder=4)
     ax.plot(ks, error, "o-", color=INK, ms=3.5, lw=1.4, zorder=5, label="ensemble" + (", 95 % interval" if bars else ""))
+    if chosen is not None:
+        ax.plot(chosen, error[ks == chosen], "o", mfc="none", mec=INK, mew=0.8, ms=8, ls="none", zorder=6, label=f"k = {chosen}: best on validation prompts")
     if soft:
         ax.plot(ks, soft, "s-", color=BLUE, ms=2.2, lw=0.7, zorder=4, label="the same mixture with soft votes")
     for label, value, style in lines:
@@ -132,24 +144,24 @@ def error_panel(fig, left, e, soft, lines, bound, ylabel, title, rows):
                borderaxespad=0, borderpad=0, labelspacing=0.3)
 
 
-def calibration(s):
-    """s: the test entry of metrics["splits"]; a second panel where the true fractions are known."""
-    e, c = s["ensemble"], s.get("irreducible")
+def calibration(s, k_valid):
+    """s: the test entry of metrics["splits"]; k_valid: the k to mark, or None; a second panel where the true fractions are known."""
+    e, c, chosen = s["ensemble"], s.get("irreducible"), k_valid if several_sizes(s) else None
     simulated = e[-1].get("true_error") is not None
     soft = [x.get("brier_soft") for x in e]
     styles = [dict(color=ORANGE, lw=1.1), dict(color=GREEN, lw=1.1, ls=(0, (6, 2))), dict(color=BLUE, lw=1.1, ls=(0, (4, 1.5, 1, 1.5))),
               dict(color=INK, lw=1, ls=(0, (1, 1.5)))]
     names = ["single deterministic reward (shaded): at least", "coin flip", "single soft model", "irreducible error Ĉ"]
-    rows = 3 + sum(s.get(key) is not None for _, key, _, _ in REFERENCES)
+    rows = 3 + (chosen is not None) + sum(s.get(key) is not None for _, key, _, _ in REFERENCES)
     fig = Figure(figsize=(WIDE if simulated else NARROW, 2.65 + 0.13 * rows))
     error_panel(fig, 0, [(x["k"], x["brier"], x.get("brier_ci")) for x in e], None if None in soft else soft,
                 [(name, s.get(r[1]), style) for name, r, style in zip(names, REFERENCES, styles)],
-                None if c is None else ("Theorem 2: 1/(4k) + Ĉ", lambda k: 1 / (4 * k) + c),
+                None if c is None else ("Theorem 2: 1/(4k) + Ĉ", lambda k: theorem2(k, c)), chosen,
                 "calibration error (Brier score)", "against the annotators' votes", rows)
     if simulated:
         error_panel(fig, NARROW + 0.15, [(x["k"], x["true_error"], None) for x in e], None,
                     [(name, s.get(r[2]), style) for name, r, style in zip(names[:3], REFERENCES, styles)],
-                    ("Theorem 2: 1/(4k)", lambda k: 1 / (4 * k)), "true error", "against the true fractions", rows)
+                    ("Theorem 2: 1/(4k)", theorem2), chosen, "true error", "against the true fractions", rows)
     return fig
 
 
@@ -355,10 +367,19 @@ CAPTIONS = {
 NOTES = {
     "ensemble": "Test split, lower is better. Brier: mean (p̂ − p)², the pairwise calibration error, where p is the share of annotators and p̂ the "
         "weighted share of members that prefer the first response. Soft votes: the same mixture before each member's vote is made 0 or 1. Excess: "
-        "Brier minus the irreducible error Ĉ. True error: mean (p̂ − p*)² against the population's true fraction, where it is known. –: does not "
-        "exist for this run.",
+        "Brier minus the irreducible error Ĉ. True error: mean (p̂ − p*)² against the population's true fraction, where it is known. L1: mean |p̂ − p|. "
+        "r: Pearson's correlation of p̂ and p over both orders of every pair, so that it does not depend on which response stands first; higher is "
+        "better. –: does not exist for this run. ",
+    "chosen": "●: the size with the least Brier score on the validation prompts, which is how to choose one; never by the scores of this table.",
+    "groups": "The whole ensemble on parts of the test split. Agreement: the share of a pair's annotators that chose the majority's response; r does "
+        "not exist where all are evenly split. A prompt can have pairs on several levels. Intervals are wide where a part has few prompts.",
+    "categories": "Labels of the prompts as they were given with the data, the most frequent first.",
+    "outliers": "A member is a (β, (β+1)√ε)-outlier (section 2 and Theorem 3) if Φ > β Φ_min + (β+1)√ε, which is so for every β below the number of the table. ε is the "
+        "excess, or 0 where that is negative; Φ_min, the least Φ of any reward, is not known: it is at most the best member's Φ, and at least mean min(p, "
+        "1 − p). Theorem 3 is about β ≥ 2: the weight of outliers is at most 1/(β − 1), and fit_weights.py --prune β removes them.",
     "members": "Each member alone, test split. Φ: mean share of annotators that it votes against. Regret: Φ beyond that of always siding with the "
-        "majority. Lower is better for the first three. Accuracy (siding with the majority, higher is better) is for comparison with other work only.",
+        "majority. Lower is better for the first three. Accuracy (siding with the majority, higher is better) is unsuitable where people disagree, and "
+        "here for comparison with other work only.",
     "weights": "Fit qp: the exact minimum of the training error over weights that are not negative and sum to one; the KKT residual says how exact. "
         "Fit fixed: weights given from elsewhere.",
 }
@@ -367,7 +388,7 @@ body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica N
        max-width: 900px; margin: 0 auto; padding: 24px 16px 48px; }
 h1 { font-size: 1.5em; line-height: 1.25; margin: 0 0 .6em; }
 h2 { font-size: 1.12em; margin: 2em 0 .5em; padding-bottom: .2em; border-bottom: 1px solid #ccc; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; } .scroll + .scroll { margin-top: 1em; } table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums; }
 th, td { padding: .22em .8em; text-align: right; vertical-align: top; white-space: nowrap; } th { border-bottom: 1px solid #444; font-weight: 600; }
 td { border-bottom: 1px solid #eee; } .l { text-align: left; } .w { text-align: left; white-space: normal; }
 .facts td.w { overflow-wrap: anywhere; } .facts td:first-child { color: #555; white-space: nowrap; }
@@ -381,6 +402,12 @@ pre { background: #f5f5f0; padding: .7em 1em; overflow-x: auto; font-size: .85em
 """
 
 
+def document(title, parts):
+    """A page without anything from elsewhere; parts: HTML."""
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{html.escape(title)}</title><style>{CSS}</style></head>\n<body>\n{''.join(parts)}</body></html>\n")
+
+
 def html_table(head, rows, kinds, cls=""):
     """kinds: a letter per column: r right, l left, w left and wrapped. All text is escaped here."""
     cell = lambda tag, x, kind: f'<{tag}{"" if kind == "r" else f" class={kind}"}>{html.escape("–" if x is None else str(x))}</{tag}>'
@@ -389,8 +416,32 @@ def html_table(head, rows, kinds, cls=""):
     return f'<div class="scroll"><table class="{cls}">{head}<tbody>\n{body}</tbody></table></div>\n'
 
 
-def note(name):
-    return f'<p class="note">{html.escape(NOTES[name])}</p>\n'
+def note(*names):
+    return f'<p class="note">{html.escape("".join(NOTES[name] for name in names))}</p>\n'
+
+
+def group_table(title, key, parts):
+    """parts: rows of metrics["splits"]["test"]["agreement"], or of one of its categories; key: the name of their first column."""
+    def named(part):
+        if part[key] is not None:
+            return part[key]
+        return "no label" if part["labels"] == 1 else f"{part['labels']} other labels"
+    head = [title, "prompts", "pairs", *(x for name in ("Brier", "L1", "r") for x in (name, "95 % interval"))]
+    rows = [(named(part), part["prompts"], part["pairs"], *(x for name in ("brier", "l1", "pearson") for x in (num(part[name]), interval(part[f"{name}_ci"]))))
+            for part in parts]
+    return html_table(head, rows, "w" + "r" * 8)
+
+
+def outliers(s):
+    """The table of theorem 3; nothing where the excess is not known."""
+    rows = []
+    for m, weight in zip(s["members"], s["ensemble"][-1]["alpha"]):
+        if m["outlier_below"] is None or None in m["outlier_below"]:
+            return ""
+        sure, possible = m["outlier_below"]
+        status = f"for β < {short(sure)}" if sure > 2 else f"unknown for β < {short(possible)}, no for others" if possible > 2 else "no, for any β ≥ 2"
+        rows.append((m["j"], num(weight), num(m["disagreement"]), *(short(max(x, 0)) for x in (sure, possible)), status))
+    return html_table(["member", "weight", "Φ", "β, if Φ_min is the best Φ", "β, if it is mean min(p, 1 − p)", "outlier"], rows, "rrrrrl") + note("outliers")
 
 
 def facts(metrics, manifest):
@@ -408,6 +459,10 @@ def facts(metrics, manifest):
         target += ", where p_hat is the ensemble before member j (member 1: t = p)"
     train = {"full": "all parameters", "head": "reward head only, on frozen features", "lora": "low-rank adapters and reward head"}
     splits = metrics["splits"]
+    pruned = stages.get("weights", {}).get("pruned")
+    if pruned:
+        removed = ", ".join(map(str, pruned["removed"])) or "none"
+        pruned = f"β = {pruned['beta']:g}, removed: {removed}, of weight {short(pruned['weight_removed'])}; on train prompts {pruned['guarantee']}"
     versions = dict(item for stage in stages.values() for item in (stage.get("versions") or {}).items())
     dates = sorted(str(stage["date"]) for stage in stages.values() if stage.get("date"))
     data_seed = said([stages.get("data", {}).get("settings") or {}], "seed")
@@ -419,6 +474,7 @@ def facts(metrics, manifest):
         ("Data set", metrics["dataset"]),
         ("Votes", f"{metrics['votes']}: {VOTES[metrics['votes']]}"),
         ("Ensemble", f"K = {metrics['k']}"),
+        ("Pruned", pruned),
         ("Splits", "; ".join(sizes)),
         ("Exact ties", f"{100 * splits['test']['tie_rate']:.2f} % of the members' votes on test pairs"),
         ("Base model", said([*members, *stages.values()], "base")),
@@ -441,7 +497,7 @@ def write(out, metrics, weights, manifest, logs, p, p_hat):
     out = Path(out)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        figures = {"calibration": calibration(metrics["splits"]["test"]), "votes": votes(p), "reliability": reliability(p, p_hat),
+        figures = {"calibration": calibration(metrics["splits"]["test"], metrics["k_valid"]), "votes": votes(p), "reliability": reliability(p, p_hat),
                    "kendall": kendall(metrics["diversity"]), "weights": mixture_weights(weights), "training": training(logs)}
         images = {name: save(fig, out / "figures" / name) for name, fig in figures.items() if fig}
     for name in figures.keys() - images.keys():  # of an earlier evaluation
@@ -468,23 +524,28 @@ def page(metrics, weights, manifest, images, widths):
 
     s, stages = metrics["splits"]["test"], manifest.get("stages") or {}
     title = f"Pairwise calibrated rewards: {metrics['dataset']}, K = {metrics['k']}"
-    by_k = [(*row[:2], interval(e["brier_ci"]), *row[2:]) for row, e in zip(rows(s["ensemble"], "k", "brier", "brier_soft", "excess", "true_error"), s["ensemble"])]
-    fitted = [(*row, f"{w['kkt']:.0e}" if "kkt" in w else None, "  ".join("0" if a == 0 else num(a) for a in w["alpha"]))
+    chosen = metrics["k_valid"] if several_sizes(s) else None
+    by_k = [(f"● {k}" if k == chosen else k, brier, interval(e["brier_ci"]), *row)
+            for (k, brier, *row), e in zip(rows(s["ensemble"], "k", "brier", "brier_soft", "excess", "true_error", "l1", "pearson"), s["ensemble"])]
+    fitted = [(*row, f"{w['kkt']:.0e}" if w.get("kkt") is not None else None, "  ".join("0" if a == 0 else num(a) for a in w["alpha"]))
               for row, w in zip(rows(weights, "k", "fit", "train_mse"), weights)]
     commands = "\n".join(dict.fromkeys(stage["command"] for stage in stages.values() if stage.get("command")))
     timed = [(name, x.get("seconds"), x.get("peak_memory_mb"), x.get("threads"), x.get("date")) for name, x in stages.items()]
     parts = [
         f"<h1>{html.escape(title)}</h1>", html_table([], facts(metrics, manifest), "lw", "facts"),
         f'<h2>Result</h2><p class="result">{html.escape(verdict(metrics))}</p>',
-        html_table(["k", "Brier", "95 % interval", "soft votes", "excess", "true error"], by_k, "rrrrrr"), note("ensemble"),
+        html_table(["k", "Brier", "95 % interval", "soft votes", "excess", "true error", "L1", "r"], by_k, "rrrrrrrr"),
+        note("ensemble", "chosen") if chosen else note("ensemble"),
         html_table(["reference line", "Brier", "95 % interval", "true error", "how"],
                    [(pretty(name), num(x), interval(ci), num(true), pretty(how)) for name, x, ci, true, how in references(s)], "lrrrl"),
         figure("calibration"),
         "<h2>Votes and predictions</h2>", figure("votes"), figure("reliability"),
+        "<h2>By agreement</h2>", group_table("agreement", "level", s["agreement"]), note("groups"),
+        *(("<h2>By category</h2>", *(group_table(name, "label", parts) for name, parts in s["categories"].items()), note("categories")) if s["categories"] else ()),
         "<h2>Members</h2>",
         html_table(["member", *("Brier", "95 % interval", "Φ", "95 % interval", "regret", "95 % interval", "accuracy", "95 % interval")],
                    [(m["j"], *(x for key in ("brier", "disagreement", "regret", "accuracy") for x in (num(m[key]), interval(m.get(f"{key}_ci"))))) for m in s["members"]],
-                   "r" * 9), note("members"),
+                   "r" * 9), note("members"), outliers(s),
         figure("kendall"),
         "<h2>Mixture weights</h2>", figure("weights"),
         html_table(["k", "fit", "train error", "KKT residual", "weights of members 1..k"], fitted, "rlrrw"), note("weights"),
@@ -492,5 +553,4 @@ def page(metrics, weights, manifest, images, widths):
         "<h2>Stages</h2>" + html_table(["stage", "seconds", "peak memory, MB", "threads", "date"], timed, "lrrrl") if stages else "",
         f"<h2>Reproduce</h2><pre>{html.escape(commands)}</pre>" if commands else "",
     ]
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{html.escape(title)}</title><style>{CSS}</style></head>\n<body>\n{''.join(parts)}</body></html>\n")
+    return document(title, parts)

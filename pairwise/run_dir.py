@@ -317,7 +317,8 @@ class Split:
 
     prompt_id (P,) str; messages (P,) lists of {role, content}; responses (P,) lists of str;
     response_start, pair_start int64 (P+1,): prompt i owns responses response_start[i]:response_start[i+1], and pairs alike;
-    a, b int64 (N,) indices into all R responses; votes_a, votes_b, ties float64 (N,); p_true float64 (N,) or None.
+    a, b int64 (N,) indices into all R responses; votes_a, votes_b, ties float64 (N,); p_true float64 (N,) or None;
+    categories (P,) dicts {name: label or None}, or None.
     """
 
     prompt_id: list
@@ -331,6 +332,7 @@ class Split:
     votes_b: np.ndarray
     ties: np.ndarray
     p_true: np.ndarray | None
+    categories: list | None = None
 
     @property
     def n(self):
@@ -371,6 +373,7 @@ def read_split(run, split):
             response_start=response_start, pair_start=pair_start, a=field["a"] + shift, b=field["b"] + shift,
             votes_a=field["votes_a"], votes_b=field["votes_b"], ties=field["ties"],
             p_true=_list(table, "p_true").flatten().to_numpy() if "p_true" in table.column_names else None,
+            categories=table["categories"].to_pylist() if "categories" in table.column_names else None,
         )
     except (pa.ArrowException, KeyError) as error:
         raise InputError(f"{path}: not prepared data ({str(error).splitlines()[0]})") from None
@@ -388,6 +391,24 @@ def read_splits(run):
     """{split: Split} of every split that `run` has, and stats.json. train and test must be there."""
     names = [name for name in SPLITS if name != "valid" or (run / "data" / "valid.parquet").exists()]
     return {name: read_split(run, name) for name in names}, read_json(run / "data" / "stats.json")
+
+
+def must_share_test_data(first, run):
+    """Raise InputError where two runs have other test prompts, responses, pairs or votes, or other kinds of votes."""
+    refused = f"{run}: not to be compared with {first}, its test data are others"
+    paths = [directory / "data" / "test.parquet" for directory in (first, run)]
+    if hash_file(paths[0]) != hash_file(paths[1]):  # other bytes can hold the same
+        one, other = (pq.read_table(path).to_pylist() for path in paths)
+        for number, (x, y) in enumerate(zip(one, other), 1):
+            names = [name for name in (x | y) if name != "categories" and x.get(name) != y.get(name)]
+            if names:
+                raise InputError(f"{refused}: of prompt {number} the {', '.join(names)}")
+        if len(one) != len(other):
+            raise InputError(f"{refused}: {len(other)} prompts found, {len(one)} expected")
+    one, other = (read_json(directory / "data" / "stats.json") for directory in (first, run))
+    for name in ("votes", "ties"):
+        if one[name] != other[name]:
+            raise InputError(f"{refused}: {name} {other[name]!r} found, {one[name]!r} expected")
 
 
 def data_hashes(run):

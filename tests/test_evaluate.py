@@ -25,20 +25,25 @@ from pairwise.run_dir import BUILD_COMMAND, InputError, hash_file, read_split, w
 from pairwise.weights import simplex_weights
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TOP = {"dataset", "k", "votes", "splits", "diversity"}
+TOP = {"dataset", "k", "k_valid", "votes", "splits", "diversity"}
 FIGURES = {"annotators_mean", "majority_mean", "tie_rate", "floor_single", "coin_flip", "soft_single", "irreducible", "floor_true", "coin_true", "soft_true", "pairwise_disagreement"}
-ERRORS, OF_MEMBER = {"brier", "brier_soft", "excess", "true_error"}, {"brier", "disagreement", "regret", "accuracy"}
+ERRORS, OF_MEMBER = {"brier", "brier_soft", "excess", "true_error", "l1", "l1_soft", "pearson", "pearson_soft"}, {"brier", "disagreement", "regret", "accuracy"}
 CI = {f"{name}_ci" for name in FIGURES | ERRORS | OF_MEMBER | {"kendall_tau"}}  # every figure has an interval
-SPLIT = {"prompts", "pairs", "ensemble", "members", *FIGURES, *(f"{name}_ci" for name in FIGURES)}
+SPLIT = {"prompts", "pairs", "ensemble", "members", "agreement", "categories", *FIGURES, *(f"{name}_ci" for name in FIGURES)}
 ENSEMBLE = {"k", "alpha", "fit", *ERRORS, *(f"{name}_ci" for name in ERRORS)}
-MEMBER = {"j", *OF_MEMBER, *(f"{name}_ci" for name in OF_MEMBER)}
+MEMBER = {"j", "outlier_below", *OF_MEMBER, *(f"{name}_ci" for name in OF_MEMBER)}
 DIVERSITY = {"prompts", "continuations", "kendall_tau", "kendall_tau_ci", "constant_rankings"}
 
 
 # ---- runs made by hand
 
 
-def comparisons(rng, count, ties, truth, single):
+def labels(i, kind):
+    """Of prompt i: nine of one name, more of the other, and prompts without one."""
+    return {"topic": f"topic {i % 9}", "asker": None if i % 4 == 1 else f"asker {i * i % 17:02d}"} if kind else None
+
+
+def comparisons(rng, count, ties, truth, single, categories=False):
     """Prompts with 2 to 6 responses and 1 to 15 of their pairs; `single`: also pairs of one vote, and a prompt with nothing else."""
     for i in range(count):
         responses = int(rng.integers(2, 7))
@@ -48,7 +53,7 @@ def comparisons(rng, count, ties, truth, single):
             votes = int(rng.binomial(n, rng.choice([0.1, 0.5, 0.8])))
             yield prompts.Comparison(
                 f"prompt {i}", [{"role": "user", "content": f"Question {i}?"}], f"Answer {a}.", f"Answer {b}.", votes, n - votes,
-                int(rng.integers(0, 4)) if ties else 0, float(rng.random()) if truth else None, None, ("test" if i % 3 == 1 else "train") if single else None)
+                int(rng.integers(0, 4)) if ties else 0, float(rng.random()) if truth else None, labels(i, categories), ("test" if i % 3 == 1 else "train") if single else None)
 
 
 def draw_rewards(rng, j, size):
@@ -56,11 +61,11 @@ def draw_rewards(rng, j, size):
     return (rng.integers(0, 5, size) / 4 - 0.5 if j % 2 else rng.normal(size=size)).astype(np.float32)
 
 
-def make(run, *, votes="sampled", ties="drop", truth=True, valid=0.2, continuations=True, k=3, count=24, single=False, seed=0):
+def make(run, *, votes="sampled", ties="drop", truth=True, valid=0.2, continuations=True, k=3, count=24, single=False, categories=False, seed=0):
     """A run directory as the stages before evaluate.py leave it, without a model."""
     rng = np.random.default_rng(seed)
     args = argparse.Namespace(run=run, seed=seed, ties=ties, min_votes=1 if single else 2, test_share=0.4, valid_share=valid)
-    prompts.prepare(args, "made", lambda: comparisons(rng, count, ties == "half" or not truth, truth, single), votes, {}, {})
+    prompts.prepare(args, "made", lambda: comparisons(rng, count, ties == "half" or not truth, truth, single, categories), votes, {}, {})
     (run / "rewards").mkdir()
     (run / "logs").mkdir()
     for j in range(1, k + 1):
@@ -139,10 +144,41 @@ def read_pairs(run, split):
     return prompt.astype(int), rewards[:, a.astype(int)], rewards[:, b.astype(int)], p, n, ties, truth
 
 
+def both_orders(p_hat, p):
+    """Pearson's correlation over both orders of every pair; None where one side does not vary."""
+    x, y = np.concatenate([p_hat, 1 - p_hat]), np.concatenate([p, 1 - p])
+    return None if np.ptp(x) < 1e-9 or np.ptp(y) < 1e-9 else np.corrcoef(x, y)[0, 1]
+
+
+def part(prompt, p_hat, p, here):
+    """A row of agreement and categories without its head."""
+    return {"prompts": len(set(prompt[here])), "pairs": int(here.sum()), "brier": np.mean((p_hat - p)[here] ** 2), "l1": np.mean(np.abs(p_hat - p)[here]),
+            "pearson": both_orders(p_hat[here], p[here])}
+
+
+def expected_groups(run, split, prompt, p_hat, p):
+    level = np.select([np.abs(2 * p - 1) > 1 - 1e-9, np.abs(p - 0.5) >= 0.25 - 1e-9, np.abs(p - 0.5) > 1e-9], ["unanimous", "at least 3/4", "above 1/2"], "even")
+    agreement = [{"level": name} | part(prompt, p_hat, p, level == name) for name in ("unanimous", "at least 3/4", "above 1/2", "even") if (level == name).any()]
+    rows = pq.read_table(run / "data" / f"{split}.parquet").to_pylist()
+    if "categories" not in rows[0]:
+        return {"agreement": agreement, "categories": None}
+    counted = sorted(set(prompt))
+    categories = {}
+    for name in ("topic", "asker"):
+        label = {i: rows[i]["categories"][name] for i in counted}
+        order = sorted(set(label.values()), key=lambda x: (-list(label.values()).count(x), str(x)))
+        of_pair = np.array([order.index(label[i]) for i in prompt])
+        shown = order if len(order) <= 9 else order[:8]
+        categories[name] = [{"label": x, "labels": 1} | part(prompt, p_hat, p, of_pair == i) for i, x in enumerate(shown)]
+        if len(order) > 9:
+            categories[name].append({"label": None, "labels": len(order) - 8} | part(prompt, p_hat, p, of_pair >= 8))
+    return {"agreement": agreement, "categories": categories}
+
+
 def expected(run):
     weights, stats = json.loads((run / "weights.json").read_text()), json.loads((run / "data" / "stats.json").read_text())
     k = max(entry["k"] for entry in weights)
-    result = {"dataset": "made", "k": k, "votes": stats["votes"], "splits": {}, "diversity": None}
+    result = {"dataset": "made", "k": k, "k_valid": None, "votes": stats["votes"], "splits": {}, "diversity": None}
     for path in (run / "data").glob("*.parquet"):
         prompt, first, second, p, n, ties, truth = read_pairs(run, path.stem)
         known = not np.isnan(truth).any()
@@ -154,15 +190,23 @@ def expected(run):
         ensemble, members = [], []
         for entry in weights:
             alpha = np.array(entry["alpha"])
-            brier = np.mean((alpha @ votes[: len(alpha)] - p) ** 2)
-            ensemble.append({"k": entry["k"], "alpha": entry["alpha"], "fit": entry["fit"], "brier": brier, "brier_soft": np.mean((alpha @ soft[: len(alpha)] - p) ** 2),
-                             "excess": None if c is None else brier - c, "true_error": mean_true((alpha @ votes[: len(alpha)] - truth) ** 2)})
+            p_hat, p_soft = alpha @ votes[: len(alpha)], alpha @ soft[: len(alpha)]
+            brier = np.mean((p_hat - p) ** 2)
+            ensemble.append({"k": entry["k"], "alpha": entry["alpha"], "fit": entry["fit"], "brier": brier, "brier_soft": np.mean((p_soft - p) ** 2),
+                             "excess": None if c is None else brier - c, "true_error": mean_true((p_hat - truth) ** 2), "l1": np.mean(np.abs(p_hat - p)), "l1_soft": np.mean(np.abs(p_soft - p)),
+                             "pearson": both_orders(p_hat, p), "pearson_soft": both_orders(p_soft, p)})
         for j, vote in enumerate(votes):
             regret = np.select([vote > 0.5, vote < 0.5], [1 - p, p], 0.5) - np.minimum(p, 1 - p)
             right = np.where(vote == 0.5, 0.5, (vote > 0.5) == (p > 0.5))[p != 0.5]
             members.append({"j": j + 1, "brier": np.mean((vote - p) ** 2), "disagreement": np.mean(vote * (1 - p) + (1 - vote) * p), "regret": np.mean(regret),
                             "accuracy": right.mean() if len(right) else None})
-        result["splits"][path.stem] = {
+        epsilon, phi = c is not None and max(0, brier - c), [m["disagreement"] for m in members]
+        for m in members:
+            m["outlier_below"] = None if c is None else [(m["disagreement"] - epsilon**0.5) / (least + epsilon**0.5)
+                                                         for least in (min(phi), np.mean(np.minimum(p, 1 - p)))]
+        if path.stem == "valid":
+            result["k_valid"] = weights[int(np.argmin([e["brier"] for e in ensemble]))]["k"]
+        result["splits"][path.stem] = expected_groups(run, path.stem, prompt, p_hat, p) | {
             "prompts": len(set(prompt)), "pairs": len(p), "annotators_mean": n.mean(), "majority_mean": np.mean(np.maximum(p, 1 - p)), "tie_rate": np.mean(first == second),
             "floor_single": np.mean(np.minimum(p, 1 - p) ** 2), "coin_flip": np.mean((p - 0.5) ** 2), "soft_single": np.mean((soft[0] - p) ** 2), "irreducible": c,
             "floor_true": mean_true(np.minimum(truth, 1 - truth) ** 2), "coin_true": mean_true((truth - 0.5) ** 2), "soft_true": mean_true((soft[0] - truth) ** 2),
@@ -203,6 +247,7 @@ def no_constant(name):
 KINDS = {
     "truth": {}, "no truth": {"truth": False}, "population": {"votes": "population"}, "dependent": {"votes": "dependent", "truth": False},
     "ties half": {"ties": "half", "truth": False}, "ties half, truth": {"ties": "half", "votes": "dependent"}, "no valid": {"valid": 0.0, "continuations": False},
+    "categories": {"categories": True, "count": 60, "truth": False}, "categories, one vote": {"categories": True, "single": True},
     "one member": {"k": 1}, "seven members": {"k": 7, "count": 12}, "few prompts": {"count": 4, "valid": 0.0}, "one vote": {"single": True, "truth": True, "ties": "half"}}
 
 
@@ -338,15 +383,25 @@ def test_every_interval_of_a_run_is_that_of_an_independent_bootstrap(tmp_path, n
         for e in s["ensemble"]:
             hard, mixed = np.array(e["alpha"]) @ votes[: e["k"]], np.array(e["alpha"]) @ soft[: e["k"]]
             checks += [(e["brier_ci"], (hard - p) ** 2, 1.0), (e["brier_soft_ci"], (mixed - p) ** 2, 1.0), (e["excess_ci"], (hard - p) ** 2 - c, 1.0),
-                       (e["true_error_ci"], (hard - truth) ** 2, 1.0)]
+                       (e["true_error_ci"], (hard - truth) ** 2, 1.0), (e["l1_ci"], np.abs(hard - p), 1.0), (e["l1_soft_ci"], np.abs(mixed - p), 1.0)]
+            for name, p_hat in (("pearson_ci", hard), ("pearson_soft_ci", mixed)):  # of the counts of prompts, over both orders
+                xy, xx, yy = (np.bincount(prompt, x) for x in ((p_hat - 0.5) * (p - 0.5), (p_hat - 0.5) ** 2, (p - 0.5) ** 2))
+                drawn = np.random.default_rng(e["k"]).integers(0, len(xy), (10_000, len(xy)))
+                assert agrees(e[name], xy[drawn].sum(1) / np.sqrt(xx[drawn].sum(1) * yy[drawn].sum(1))), (split, name)
+        for row in s["agreement"]:
+            share = np.maximum(p, 1 - p)
+            low, high = {"unanimous": (1, 2), "at least 3/4": (0.75, 1), "above 1/2": (0.501, 0.75), "even": (0.5, 0.501)}[row["level"]]
+            here = (share >= low) & (share < high)
+            checks += [(row["brier_ci"], np.where(here, (hard - p) ** 2, 0), here), (row["l1_ci"], np.where(here, np.abs(hard - p), 0), here)]
         for m, v in zip(s["members"], votes):
             phi, majority = v * (1 - p) + (1 - v) * p, np.where(v == 0.5, 0.5, (v > 0.5) == (p > 0.5))
             checks += [(m["brier_ci"], (v - p) ** 2, 1.0), (m["disagreement_ci"], phi, 1.0), (m["regret_ci"], phi - np.minimum(p, 1 - p), 1.0),
                        (m["accuracy_ci"], majority, p != 0.5)]
         checks += [(s["pairwise_disagreement_ci"][i][j], np.abs(votes[i] - votes[j]), 1.0) for i, j in ((0, 1), (2, 1))]
-        assert len(checks) == len(FIGURES) - 1 + 3 * 4 + 3 * 4 + 2
+        assert len(checks) == len(FIGURES) - 1 + 3 * 6 + 4 * 2 + 3 * 4 + 2
         for number, (limits, term, counts) in enumerate(checks):
             drawn = resample(prompt, term, number, counts)
+            drawn = drawn[~np.isnan(drawn)]  # a resample can lack all pairs of a level
             assert agrees(limits, drawn), (split, number, limits, np.quantile(drawn, [0.025, 0.975]))
     scores = np.stack([np.load(run / "rewards" / f"{j:02d}_continuations.npy") for j in (1, 2, 3)])
     tau = np.array([np.nan, np.nan, *(kendalltau(x, y).statistic for x, y in zip(scores[1, 2:], scores[0, 2:]))])  # member 2 is constant on two prompts
@@ -517,7 +572,7 @@ def test_monotone_transforms_of_rewards_change_no_hard_number(run, no_figures):
         ranks = np.unique(old, return_inverse=True)[1].reshape(old.shape).astype(np.float32)
         np.save(path, {1: ranks**2, 2: ranks - 1000, 3: np.exp(ranks / 50)}[int(path.name[:2])])
     fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
-    soft = {f"{name}{ci}" for name in ("brier_soft", "soft_single", "soft_true") for ci in ("", "_ci")}
+    soft = {f"{name}{ci}" for name in ("brier_soft", "l1_soft", "pearson_soft", "soft_single", "soft_true") for ci in ("", "_ci")}
     after = evaluated(run)
     compare(after, before, 0, skip=soft)
     assert all(after["splits"]["test"][name] != before["splits"]["test"][name] for name in ("soft_single", "soft_true"))

@@ -315,3 +315,120 @@ def test_bad_input_is_one_line_and_leaves_the_weights(run, spoil, message):
     assert len(str(error.value).splitlines()) == 1
     if run.exists():
         assert json.loads((run / "weights.json").read_text()) == ["before"] and not (run / "manifest.json").exists()
+
+
+# ---- --early-stop
+
+
+@pytest.mark.parametrize("errors, patience, k", [
+    ([0.3], 1, None), ([0.3, 0.2, 0.1], 1, None), ([0.3, 0.3], 1, 2), ([0.3, 0.2, 0.25, 0.1], 1, 3), ([0.3, 0.2, 0.25, 0.1], 2, None),
+    ([0.3, 0.2, 0.25, 0.2, 0.1], 2, 4), ([0.3, 0.2, 0.25, 0.19, 0.2, 0.2], 2, 6), ([0.3, 0.3 - 1e-12], 1, 2), ([0.3, 0.4, 0.2], 3, None)])
+def test_stops_at_the_first_size_without_a_gain(errors, patience, k):
+    assert fit_weights.stops_at(errors, patience) == k
+    for size in range(1, len(errors) + 1):  # however many members there are already, and however often it is asked: the same answer
+        assert fit_weights.stops_at(errors[:size], patience) == (k if k and size >= k else None)
+
+
+def early_stop(run, *patience):
+    fit_weights.main(fit_weights.parse_args(["--run", str(run), "--early-stop", *patience]))
+
+
+def test_early_stop_is_by_the_validation_prompts(run, capsys):
+    from pairwise.run_dir import read_split
+
+    with pytest.raises(InputError, match="valid.parquet: no such file; --early-stop needs validation prompts"):
+        early_stop(run)
+    shutil.copy(run / "data" / "test.parquet", run / "data" / "valid.parquet")
+    p, data = read_split(run, "valid").p, read_split(run, "valid")
+    for j in (1, 2, 3):
+        shutil.copy(run / "rewards" / f"{j:02d}_test.npy", run / "rewards" / f"{j:02d}_valid.npy")
+    rewards = np.stack([np.load(run / "rewards" / f"{j:02d}_valid.npy") for j in (1, 2, 3)]).astype(float)
+    votes = (np.sign(rewards[:, data.a] - rewards[:, data.b]) + 1) / 2
+    errors = [np.mean((np.array(entry["alpha"]) @ votes[: entry["k"]] - p) ** 2) for entry in fit(run)]
+    capsys.readouterr()
+    stop = next((k for k in (2, 3) if errors[k - 1] >= min(errors[: k - 1])), None)
+    if stop:
+        with pytest.raises(SystemExit) as status:
+            early_stop(run)
+        assert status.value.code == 3 and f"member {stop} is the last" in capsys.readouterr().out
+    early_stop(run, "3")  # no three members after the first
+    printed = capsys.readouterr().out
+    assert "goes on" in printed and " ".join(f"{error:.4f}" for error in errors) in printed
+    np.save(run / "rewards" / "02_valid.npy", np.load(run / "rewards" / "01_valid.npy"))  # a second member that votes like the first gains nothing
+    with pytest.raises(SystemExit) as status:
+        early_stop(run)
+    assert status.value.code == 3 and "member 2 is the last" in capsys.readouterr().out
+
+
+# ---- --prune
+
+
+def prune(run, beta, out):
+    fit_weights.main(fit_weights.parse_args(["--run", str(run), "--prune", str(beta), "--out", str(out)]))
+
+
+@pytest.mark.parametrize("votes", ["sampled", "population", "dependent"])
+def test_pruned_run_is_a_run_of_its_own(run, votes, tmp_path, capsys):
+    import evaluate
+    from pairwise.run_dir import read_split
+
+    write_json(run / "data" / "stats.json", {"dataset": "made", "votes": votes, "ties": "drop"})
+    (run / "member_01").mkdir()
+    (run / "member_01" / "model.safetensors").write_text("weights")
+    alpha = np.array(fit(run)[-1]["alpha"])
+    before, out = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}, tmp_path / "pruned"
+    prune(run, 2.5, out)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+    split = read_split(run, "train")
+    rewards = np.stack([np.load(run / "rewards" / f"{j:02d}_train.npy") for j in (1, 2, 3)]).astype(float)
+    v = (np.sign(rewards[:, split.a] - rewards[:, split.b]) + 1) / 2
+    p_hat, kept, removed = alpha @ v, {0, 1, 2}, 0.0
+    for j in sorted(range(3), key=lambda j: (np.mean(np.abs(v[j] - p_hat)), j), reverse=True):  # from the farthest
+        if removed + alpha[j] > 1 / 1.5:
+            break
+        kept, removed = kept - {j}, removed + alpha[j]
+    (entry,) = json.loads((out / "weights.json").read_text())
+    wanted = np.array([alpha[j] if j in kept else 0 for j in range(3)]) / (1 - removed)
+    assert entry["k"] == 3 and entry["fit"] == "fixed" and entry["alpha"] == pytest.approx(wanted) and entry["kkt"] is None
+    assert entry["train_mse"] == pytest.approx(np.mean((wanted @ v - split.p) ** 2)) and 0 < removed < 1
+    facts = json.loads((out / "manifest.json").read_text())["stages"]["weights"]["pruned"]
+    c = {"sampled": np.mean(split.p * (1 - split.p) / (split.n - 1)), "population": 0, "dependent": None}[votes]
+    assert facts["removed"] == sorted(j + 1 for j in {0, 1, 2} - kept) and facts["weight_removed"] == pytest.approx(removed)
+    if c is None:
+        assert facts["epsilon"] is facts["gamma"] is facts["bound"] is None
+    else:
+        epsilon = max(0, np.mean((p_hat - split.p) ** 2) - c)
+        assert [facts["epsilon"], facts["gamma"], facts["bound"], facts["bound_of_weight_removed"]] == pytest.approx(
+            [epsilon, 3.5 * epsilon**0.5, (epsilon**0.5 + 1 / 1.5) ** 2, (epsilon**0.5 + removed) ** 2])
+        assert facts["error"] == pytest.approx(entry["train_mse"] - c) and facts["error"] <= facts["bound"]
+
+    assert (out / "member_01" / "model.safetensors").read_text() == "weights" and (out / "member_01").is_symlink()
+    evaluate.main(evaluate.parse_args(["--run", str(out), "--resamples", "20"]))
+    assert [e["k"] for e in json.loads((out / "metrics.json").read_text())["splits"]["test"]["ensemble"]] == [3]
+    assert ">Pruned<" in (out / "report.html").read_text()
+    capsys.readouterr()
+    prune(run, 2.5, out)
+    assert "up to date, skipped" in capsys.readouterr().out
+    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="found, a new directory expected"):
+        prune(run, 3, out)
+    with pytest.raises(InputError, match="pruned weights found"):  # they are not silently replaced
+        fit(out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == after
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--prune", "2", "--out", "x"], "2 found, a number above 2"), (["--prune", "nan", "--out", "x"], "above 2"), (["--prune", "3"], "expected together"),
+    (["--out", "x"], "expected together"), (["--prune", "3", "--out", "x", "--early-stop"], "without --early-stop"), (["--early-stop", "0"], "at least 1")])
+def test_bad_flags_are_one_line(flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        fit_weights.parse_args(["--run", "r", *flags])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and said in lines[0]
+
+
+def test_pruning_needs_weights(run, tmp_path):
+    with pytest.raises(InputError, match="weights.json: no such file"):
+        prune(run, 3, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

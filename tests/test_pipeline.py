@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,23 @@ def test_second_run_skips_and_larger_k_continues(demo_run):
     assert "holds more than K = 2 members" in done.stdout and contents(run) == after
 
 
+def test_early_stop_ends_where_validation_says_and_again_when_resumed(demo_run, tmp_path):
+    """Member 2 votes like member 1 on the validation prompts: no gain, so member 3 is not trained, now or later."""
+    run = tmp_path / "run"
+    shutil.copytree(demo_run[0], run)
+    for path in [*run.glob("rewards/03_*"), *run.glob("logs/03*")]:  # of other tests
+        path.unlink()
+    shutil.copy(run / "rewards" / "01_valid.npy", run / "rewards" / "02_valid.npy")
+    manifest = (run / "manifest.json").read_text().replace(str(demo_run[0]), str(run))
+    (run / "manifest.json").write_text(manifest)
+    for words in (["--early-stop", "4"], ["5", "--early-stop=1"]):
+        done = run_all("demo", *words, "--run", run, *SMALL)
+        assert done.returncode == 0, done.stderr
+        assert "no gain from it, so member 2 is the last" in done.stdout and not (run / "rewards" / "03_test.npy").exists()
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert metrics["k"] == 2 and metrics["k_valid"] == 1
+
+
 def test_other_arguments_are_refused_with_a_command_that_works(demo_run):
     run, _, _ = demo_run
     before = contents(run)
@@ -99,6 +117,8 @@ def test_other_arguments_are_refused_with_a_command_that_works(demo_run):
     (["demo", "--prompts", "0"], "--prompts"), (["demo", "--target", "nothing"], "--target"), (["demo", "--iteration", "3"], "--iteration"),
     (["votes.csv", "2", "--base", "x", "--source", "other.csv"], "--source is for"), (["demo", "--prism-source", "x"], "--prism-source"),
     (["tldr", "--prism-source", "x"], "--prism-source"), (["multipref", "--continuations", "0", "--prism-source", "x"], "--prism-source"),
+    (["votes.csv", "2", "--base", "x", "--early-stop"], "--valid-share"), (["demo", "--early-stop", "--valid-share", "0"], "--valid-share"),
+    (["demo", "--early-stop=0"], "--early-stop=0 found"), (["demo", "--early-stop=", "2"], "--early-stop= found"), (["demo", "--early-stop", "2", "3"], "'3' found"),
 ])
 def test_wrong_words_fail_before_anything_is_written(words, said, tmp_path):
     assert_refused(run_all(*words, "--run", tmp_path / "run"), said)
