@@ -95,7 +95,7 @@ def counted_pairs(split):
     """
     keep = split.n >= 2
     start = np.concatenate([[0], np.cumsum(keep)])[split.pair_start]
-    pairs = {name: getattr(split, name)[keep] for name in ("a", "b", "votes_a", "votes_b", "ties", "p_true") if getattr(split, name) is not None}
+    pairs = {name: getattr(split, name)[keep] for name in ("a", "b", "votes_a", "votes_b", "ties", "p_true", "judgments") if getattr(split, name) is not None}
     prompt_id = list(itertools.compress(split.prompt_id, np.diff(start)))
     return dataclasses.replace(split, prompt_id=prompt_id, pair_start=np.unique(start), **pairs) if keep.any() else None
 
