@@ -98,7 +98,8 @@ def counted_pairs(split):
     """
     keep = split.n >= 2
     start = np.concatenate([[0], np.cumsum(keep)])[split.pair_start]
-    pairs = {name: getattr(split, name)[keep] for name in ("a", "b", "votes_a", "votes_b", "ties", "p_true") if getattr(split, name) is not None}
+    pairs = {name: getattr(split, name)[keep] for name in ("a", "b", "votes_a", "votes_b", "ties", "p_true", "judgments")
+             if getattr(split, name) is not None}
     prompts = {name: list(itertools.compress(getattr(split, name), np.diff(start))) for name in ("prompt_id", "categories") if getattr(split, name)}
     return dataclasses.replace(split, pair_start=np.unique(start), **prompts, **pairs) if keep.any() else None
 

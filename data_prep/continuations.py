@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
-from pairwise.reward_model import base_hashes, device, encode, load_tokenizer
+from pairwise.reward_model import base_hashes, device, encode, load_language_model, load_tokenizer
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, natural, positive, read_split, replacing, run_main, seed, stage_done)
+    Parser, begin_stage, data_hashes, end_stage, hash_file, natural, positive, read_split, replacing, run_main, seed, stage_done)
 
 AT_ONCE = 20  # answers sampled together: bounds the memory that keys, values and logits take
 
@@ -69,11 +69,7 @@ def main(args):
         return
     started = begin_stage(run, "continuations", settings, inputs)
     torch.set_num_threads(args.threads)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32 if args.device == "cpu" else torch.bfloat16)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--base {args.base}: no causal language model could be loaded ({str(error).splitlines()[0]})") from None
-    model.eval().to(args.device)
+    model = load_language_model(args.base, args.device)
     chosen = sorted(np.random.default_rng([args.seed, 3]).choice(len(prompt_id), prompts, replace=False))
     rows = []
     for number in tqdm(chosen, desc="continuations", unit="prompt", leave=False):

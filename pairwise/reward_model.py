@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from pairwise import adapter, packed, parallel
@@ -134,6 +134,15 @@ def load_base(base, tokenizer, dtype, device):
     if missing:
         raise InputError(f"--base {base}: weights are missing: {', '.join(sorted(missing)[:5])}; a checkpoint with all weights but the reward head's expected")
     return ready(model, device)
+
+
+def load_language_model(base, device):
+    """The base as it is, to sample text from: in BF16 on a GPU, in float32 on a CPU."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--base {base}: no causal language model could be loaded ({first_line(error)})") from None
+    return model.eval().to(device)
 
 
 def head(model):

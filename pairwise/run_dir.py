@@ -8,6 +8,7 @@ Prepared data, one row a prompt, in DIR/data/{train,test}.parquet (and valid.par
     pairs      list of {a, b: int, votes_a, votes_b, ties: float}     indices into responses
     p_true     list of float, optional     the population's true fraction per pair (simulation)
     categories {name: label}, optional     the user's own labels of the prompt
+    judgments  list of {a, b}, optional    synthetic judgments per pair (data_prep/synthetic_judgments.py), kept apart from the votes
 
 Rewards, one float32 per distinct response in data order: DIR/rewards/JJ_SPLIT.npy; DIR/rewards/JJ_continuations.npy has
 shape (prompts, n). Mixture weights: DIR/weights.json. A stage enters itself in DIR/manifest.json as begun, writes under temporary names,
@@ -37,6 +38,7 @@ import pyarrow.parquet as pq
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "valid", "test")
+JUDGMENTS = pa.list_(pa.struct([("a", pa.int32()), ("b", pa.int32())]))
 _locks = {}  # run directory -> the open file that locks it for this process
 BUILD_COMMAND = f"cd {REPOSITORY} && python setup.py build_ext --inplace"
 
@@ -168,6 +170,30 @@ def write_array(path, array):
     """Write a float32 array as .npy."""
     with replacing(path) as partial, open(partial, "wb") as file:
         np.save(file, array.astype(np.float32, copy=False))
+
+
+def remembered_rows(path, key, count, make, label):
+    """[make(i) for i in range(count)], dicts, written to `path` as JSON lines.
+
+    What a killed call with the same key (a dict for JSON) has made is kept beside `path` line by line, and not made again.
+    """
+    from tqdm import tqdm  # only here: the stages after training do without it
+
+    kept, rows = path.with_name(f".kept-{path.name}"), []
+    if kept.exists():
+        lines = [json.loads(line) for line in kept.read_bytes().split(b"\n")[:-1]]  # a line without its end is not whole
+        rows = lines[1:] if lines[:1] == [key] else []
+    with replacing(kept) as whole:
+        whole.write_text("".join(json.dumps(row) + "\n" for row in (key, *rows)), encoding="utf-8")
+    with open(kept, "a", encoding="utf-8") as file:
+        for number in tqdm(range(len(rows), count), initial=len(rows), total=count, desc=label, unit="prompt", leave=False):
+            rows.append(make(number))
+            file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+    with replacing(path) as whole:
+        whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    kept.unlink()
+    return rows
 
 
 def read_json(path, otherwise=None):
@@ -333,6 +359,7 @@ class Split:
     ties: np.ndarray
     p_true: np.ndarray | None
     categories: list | None = None
+    judgments: np.ndarray | None = None
 
     @property
     def n(self):
@@ -374,6 +401,7 @@ def read_split(run, split):
             votes_a=field["votes_a"], votes_b=field["votes_b"], ties=field["ties"],
             p_true=_list(table, "p_true").flatten().to_numpy() if "p_true" in table.column_names else None,
             categories=table["categories"].to_pylist() if "categories" in table.column_names else None,
+            judgments=np.stack([_list(table, "judgments").flatten().field(side).to_numpy() for side in "ab"], 1) if "judgments" in table.column_names else None,
         )
     except (pa.ArrowException, KeyError) as error:
         raise InputError(f"{path}: not prepared data ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,133 @@
+"""Synthetic judgments for `train_rm.py --loss margin --margin-from judgments`, where a data set has one vote a pair (Beyond the Binary, section 3.3).
+
+    python data_prep/synthetic_judgments.py --run runs/mine --base NAME_OR_DIR
+
+A causal language model is asked --count times which of the two responses is better: half of the times with each of them first, so that a liking for
+the first or for "A" cancels. Writes RUN/judgments.jsonl (a line a train prompt: every raw answer) and adds the column `judgments`, counts {a, b} per pair,
+to RUN/data/train.parquet, where they never replace a vote. An answer that names not exactly one choice counts for neither side. To be run before training.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import GenerationConfig
+
+from pairwise.reward_model import base_hashes, device, encode, load_language_model, load_tokenizer
+from pairwise.run_dir import (
+    JUDGMENTS, InputError, Parser, begin_stage, end_stage, natural, positive, read_json, remembered_rows, replacing, run_main, seed, stage_done)
+
+QUESTION = """Two answers to the same message follow the conversation below. Say which one most people would rather have got: the one that is \
+correct where there is a right answer, and helpful without doing harm where there is none. Reply with "Choice: A" or "Choice: B" and nothing else.
+
+Conversation:
+{conversation}
+
+Answer A:
+{first}
+
+Answer B:
+{second}"""
+
+
+def question(messages, first, second):
+    """The chat that asks for a choice between two answers to a conversation, `first` being called A."""
+    conversation = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    return [{"role": "user", "content": QUESTION.format(conversation=conversation, first=first, second=second)}]
+
+
+def choice(answer):
+    """"A" or "B", or None where the answer names not exactly one of them."""
+    named = {letter.upper() for letter in re.findall(r"\bchoice:\W*([ab])\b", answer, re.IGNORECASE)}
+    return named.pop() if len(named) == 1 else None
+
+
+def count(asked):
+    """{a, b}: the choices for each response of a pair; asked: {"a first": answers, "b first": answers}, raw."""
+    choices = [(choice(answer), order) for order, answers in asked.items() for answer in answers]
+    for_a = sum((letter, order) in (("A", "a first"), ("B", "b first")) for letter, order in choices)
+    return {"a": for_a, "b": sum(letter is not None for letter, _ in choices) - for_a}
+
+
+@torch.no_grad()
+def ask(model, tokenizer, chat, times, args):
+    """`times` answers of the model, by nucleus sampling."""
+    prompt = torch.tensor([encode(tokenizer, chat)], device=model.device)
+    config = GenerationConfig(  # not the base's own, which may bend the distribution
+        do_sample=True, temperature=args.temperature, top_k=0, top_p=args.top_p, num_return_sequences=times, max_new_tokens=args.max_tokens,
+        eos_token_id=model.generation_config.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+    return tokenizer.batch_decode(out[:, prompt.shape[1] :], skip_special_tokens=True)
+
+
+def main(args):
+    run, path = args.run, args.run / "data" / "train.parquet"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; data_prep/ makes it")
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    settings = {name: getattr(args, name) for name in ("count", "top_p", "temperature", "max_tokens", "seed")}
+    texts = [(row["prompt_id"], row["messages"], row["responses"], [(pair["a"], pair["b"]) for pair in row["pairs"]]) for row in rows]
+    inputs = {"texts of data/train.parquet": hashlib.sha256(json.dumps(texts).encode()).hexdigest()} | base_hashes(args.base, args.chat_template)
+    if stage_done(run, "judgments", settings, inputs, [run / "judgments.jsonl"]) and "judgments" in table.column_names:
+        print(f"judgments: {run / 'judgments.jsonl'} is there, skipped")
+        return
+    if "member_01" in read_json(run / "manifest.json", {"stages": {}})["stages"]:
+        raise InputError(f"{path}: members are trained on it already; judgments belong before them, in another --run")
+    tokenizer = load_tokenizer(args.base, args.chat_template)
+    started = begin_stage(run, "judgments", settings, inputs)
+    torch.set_num_threads(args.threads)
+    model = load_language_model(args.base, args.device)
+
+    def answers(number):
+        """Every raw answer about the pairs of a prompt; its own seed, so that it does not matter where a killed run went on."""
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, number]).generate_state(1)[0]))
+        row, out = rows[number], []
+        for pair in row["pairs"]:
+            a, b = row["responses"][pair["a"]], row["responses"][pair["b"]]
+            half = args.count // 2
+            out.append({"a first": ask(model, tokenizer, question(row["messages"], a, b), half, args),
+                        "b first": ask(model, tokenizer, question(row["messages"], b, a), half, args)})
+        return {"prompt_id": row["prompt_id"], "pairs": out}
+
+    found = remembered_rows(run / "judgments.jsonl", settings | inputs, len(rows), answers, "judgments")
+    counts = [[count(asked) for asked in row["pairs"]] for row in found]
+    if "judgments" in table.column_names:
+        table = table.drop_columns("judgments")
+    with replacing(path) as partial:
+        pq.write_table(table.append_column("judgments", pa.array(counts, JUDGMENTS)), partial, compression="zstd")
+    end_stage(run, "judgments", settings, inputs, started, threads=args.threads)
+    asked = args.count * sum(map(len, counts))
+    parsed = sum(pair["a"] + pair["b"] for pairs in counts for pair in pairs)
+    print(f"judgments: {args.count} for each of {asked // args.count:,} pairs of {path}; {asked - parsed:,} of {asked:,} answers name no choice")
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--run", required=True, type=Path, help="run directory with data/, before its first member is trained")
+    add("--base", required=True, help="instruction-tuned causal language model: hub id or transformers directory")
+    add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
+    add("--count", type=natural, default=10, help="judgments of each pair, half of them in each order: an even number (the paper: 10)")
+    add("--top-p", type=positive, default=0.9, help="nucleus (the paper: 0.9)")
+    add("--temperature", type=positive, default=1.0)
+    add("--max-tokens", type=natural, default=8, help="longest answer")
+    add("--seed", type=seed, default=0)
+    add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
+    add("--device", type=device, default=device(), help="cpu or cuda (default: cuda where there is one)")
+    args = parser.parse_args(argv)
+    if args.count % 2:
+        parser.error(f"--count {args.count}: an even number expected, half of it for each order")
+    if args.top_p > 1:
+        parser.error(f"--top-p {args.top_p}: at most 1 expected")
+    return args
+
+
+if __name__ == "__main__":
+    run_main(main, parse_args())
