@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -370,6 +371,10 @@ def main(args):
             scores = {name: rm.score_sequences(model, s, args.micro_batch_tokens, f"member {j}, {name}") for name, s in sequences.items()}
         for name, values in scores.items():
             if not np.isfinite(values).all():
+                if first:
+                    shutil.rmtree(run / member_name(j))
+                    outputs[1].unlink()
+                    checkpoints.remove()
                 raise InputError(f"member {j}: rewards of {name} are not finite after the last step; a lower --lr may help")
         if first:
             for name, values in scores.items():
