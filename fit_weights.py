@@ -123,8 +123,9 @@ def main(args):
         print(f"weights: {run / 'weights.json'} is up to date, skipped")
         prefixes = read_json(run / "weights.json")
     else:
-        pairs = len(data.a)
-        sums = evaluator.pair_statistics(rewards, data.a, data.b, data.p, np.array([0, pairs]))  # of all prompts as of one
+        counted = data.n >= 2 if (data.n >= 2).any() else data.n > 0  # as in evaluate.py; where every pair has one vote, those are all there is
+        pairs = int(counted.sum())
+        sums = evaluator.pair_statistics(rewards, data.a[counted], data.b[counted], data.p[counted], np.array([0, pairs]))  # of all prompts as of one
         q = error_matrix(sums["vote_vote"][0] / pairs, sums["vote_p"][0] / pairs, sums["p_p"][0] / pairs)
         started = begin_stage(run, "weights", {}, inputs)
         prefixes = fit_prefixes(q)

@@ -26,7 +26,8 @@ bash run_all.sh [DATASET|FILE] [K] [flags]        default: demo 4
                        the paper's: --source PATH  --prism-source PATH  --revision R  --beaver published|negated
                        --annotators zip|cross|preference  --cnndm drop|keep    (data_prep/NAME.py --help)
   any other flag       of train_rm.py: --train full|lora|head  --target p|residual|centered|mixture  --lr X  --epochs N
-                       --pairs-per-step N  --dtype bfloat16|float32  --threads N ... (train_rm.py --help)
+                       --loss mse|bce|bt|margin, of which the last two are for K = 1 or --target p  --pairs-per-step N
+                       --dtype bfloat16|float32  --threads N ... (train_rm.py --help)
 
 Finished stages are skipped; a larger K continues the run; other arguments need another --run.
 PYTHON=/path/to/python uses an environment of your own. The result is RUN/report.html and RUN/metrics.json.
@@ -119,7 +120,7 @@ TRAINER=("$PYTHON") # -- as torchrun would take --run for a flag of its own
 [ "$GPUS" = 1 ] || TRAINER=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" --)
 stage() { "$PYTHON" "$ROOT/$1" --run "$RUN" "${@:2}"; }
 # The training flags are tried first: a wrong one fails before anything runs.
-"$PYTHON" - "$ROOT" --run "$RUN" --iteration 1 --base "$BASE" "${TRAIN[@]}" <<'END'
+"$PYTHON" - "$ROOT" --run "$RUN" --iteration "$K" --base "$BASE" "${TRAIN[@]}" <<'END'
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 sys.argv[0] = "train_rm.py"

@@ -45,9 +45,12 @@ def read_questions(path):
 def rewards_of_run(run, k, settings, questions, args):
     """float32 (k, R): every member's reward of every response, in the order of the questions; each is encoded as in training.
 
-    settings: the run's, of member 1. Members of a head run share one pass over the base; of a full run each has its tokenizer.
+    settings: the run's, of member 1. Members of a head run share one pass over the base; existing models (--from) have each their own tokens.
     """
     members = [run / member_name(j) for j in range(1, k + 1)]
+    if settings["train"] == "from":
+        sources = [rm.read_source(directory) for directory in members]  # all are there, before the first is run
+        return np.stack([rewards_of_source(run, j, source, questions, args) for j, source in enumerate(sources, 1)])
     heads = all((directory / "head.safetensors").exists() for directory in members)
     tokenizer = rm.load_tokenizer(members[0] if settings["train"] == "full" else settings["base"], args.chat_template)
     dtype = getattr(torch, settings["dtype"])
@@ -60,6 +63,14 @@ def rewards_of_run(run, k, settings, questions, args):
         rewards = [rm.score_sequences(rm.load_member(run, j, settings["base"], tokenizer, dtype, args.device), sequences,
                                       args.micro_batch_tokens, f"member {j}") for j in range(1, k + 1)]
     return np.stack(rewards)
+
+
+def rewards_of_source(run, j, source, questions, args):
+    """float32 (R,): the rewards of member j, an existing model, in its own tokens and template; source: rm.read_source's."""
+    tokenizer = rm.load_tokenizer(source["model"], source["template"], f"{run / member_name(j) / 'source.json'}:")
+    model = rm.load_member(run, j, source["model"], tokenizer, getattr(torch, source["dtype"]), args.device)
+    sequences = rm.encode_split(tokenizer, [q[1] for q in questions], [q[2] for q in questions], source["max_length"])
+    return rm.score_sequences(model, sequences, args.micro_batch_tokens, f"member {j}")
 
 
 def answers(questions, rewards, alpha):
@@ -97,7 +108,10 @@ def main(args):
     if not entry or not (run / member_name(1)).is_dir():
         raise InputError(f"{run}: no trained members found; a run directory with {member_name(1)}/ expected")
     base = args.base or (str(run / "base") if (run / "base").is_dir() else entry["base"])
-    if entry["settings"]["train"] != "full" or args.chat_template:  # a full member has base and template in its own directory
+    if entry["settings"]["train"] == "from":
+        if args.base or args.chat_template:
+            raise InputError(f"--base and --chat-template are for trained members; those of {run} are existing models, and each source.json says where its is")
+    elif entry["settings"]["train"] != "full" or args.chat_template:  # a full member has base and template in its own directory
         rm.check_base(entry, base, args.chat_template)
     settings = entry["settings"] | {"base": base}
     rows = answers(questions, rewards_of_run(run, k, settings, questions, args), alpha)

@@ -6,7 +6,8 @@
 Stage j reads the prepared data, the rewards of members 1..j-1 and their weights, computes the residual
 eps_j = p - p_hat_{j-1}, trains r_j from the same base on the target that --target makes of it, and writes
 RUN/member_0j, RUN/rewards/0j_SPLIT.npy and RUN/logs/0j.jsonl.   --export J turns member J of a head or lora run into a plain directory;
---plan --base llama-3-8b trains nothing and says what training takes in memory, disk and hours. On N GPUs of one machine:
+--plan --base llama-3-8b trains nothing and says what training takes in memory, disk and hours. --from MODEL --iteration J trains nothing either:
+an existing reward model scores the data and becomes member J of a run of such models. On N GPUs of one machine:
 torchrun --standalone --nproc-per-node N -- train_rm.py --run .., where the lone -- keeps --run from torchrun.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from pytorch_optimizer import SOAP
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -32,7 +34,7 @@ from pairwise.offload import MAX_PRECONDITION_DIM, Offload, names_memory_flags, 
 from pairwise.run_dir import (
     InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, must_agree, natural, nonnegative, positive,
     read_json, read_rewards, read_splits, read_weights, replacing, reward_path, run_main, seed, share, stage_done,
-    write_array)
+    write_array, write_json)
 
 # ---- the method
 
@@ -58,9 +60,22 @@ def target_of(name, p, rewards, alpha, a, b):
     return TARGETS[name][1](p, p_hat, len(alpha) + 1)  # eps_j = p - p_hat is in there
 
 
-def squared_error(reward_a, reward_b, target):
-    """Sum over pairs of (t - sigmoid(r(x, y1) - r(x, y2)))^2, section 4's objective; all float32 (pairs,)."""
-    return (target - torch.sigmoid(reward_a - reward_b)).square().sum()
+# The loss of each pair, float32 (pairs,), of d = r(x, y1) - r(x, y2), target t and margin m, all of that shape. Adding yours is adding a line.
+# `mse` is section 4's objective, `bce` its like by log-likelihood. `bt` (Bradley-Terry) and `margin` (Beyond the Binary, equation 4) are on majority
+# labels: t = p, so sign(2t - 1) d is r_w - r_l, the winner's reward less the loser's, and pairs whose votes tie are dropped.
+LOSSES = {  # name: (formula, function, whether on majority labels)
+    "mse": ("(t - sigmoid(d))^2", lambda d, t, m: (t - torch.sigmoid(d)).square(), False),
+    "bce": ("-(t log sigmoid(d) + (1 - t) log sigmoid(-d)), t clipped to [0, 1]",
+            lambda d, t, m: binary_cross_entropy_with_logits(d, t.clamp(0, 1), reduction="none"), False),
+    "bt": ("-log sigmoid(r_w - r_l)", lambda d, t, m: -logsigmoid((2 * t - 1).sign() * d), True),
+    "margin": ("-log sigmoid(r_w - r_l - m)", lambda d, t, m: -logsigmoid((2 * t - 1).sign() * d - m), True),
+}
+
+
+def margin_of(split, source):
+    """m = |sum - n/2| / (n/2), float64 (N,) in [0, 1], Beyond the Binary's equation 3: of each pair's votes, or of its judgments (none: 0)."""
+    first, n = (split.judgments[:, 0], split.judgments.sum(1)) if source == "judgments" else (split.votes_a, split.n)
+    return np.abs(2 * first - n) / np.maximum(n, 1)
 
 
 # ---- steps and batches
@@ -127,16 +142,17 @@ def parameter_groups(model):
 
 
 def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints=None, budget=None):
-    """Minimise the squared error over `steps`, one optimizer step each; updates the parameters, appends a JSON line per step to `log`.
+    """Minimise the mean loss over `steps`, one optimizer step each; updates the parameters, appends a JSON line per step to `log`.
 
     groups: [matrices that SOAP preconditions, other parameters]; rewards_at(responses) -> (float32 rewards of these responses, with gradient;
-    tokens); steps: of each, for each process, its micro-batches, arrays of pair indices; pairs: (a, b, target) arrays over all pairs; prompts: prompt
-    id of every pair; checkpoints: where to resume from and write to; budget: Offload's. Raises InputError where there is nothing to train on, and
+    tokens); steps: of each, for each process, its micro-batches, arrays of pair indices; pairs: (a, b, target, margin), arrays over all pairs;
+    prompts: prompt id of every pair; checkpoints: where to resume from and write to; budget: Offload's. Raises InputError where there is nothing to train on, and
     where the loss or a gradient is not finite.
     """
     if not steps:
-        raise InputError(f"member {args.iteration}: no pair is left to train on: all are identical after encoding; a larger --max-length may help")
-    a, b, target = pairs
+        raise InputError(f"member {args.iteration}: no pair is left to train on: all are identical after encoding (a larger --max-length may help)" +
+                         " or have tied votes" * LOSSES[args.loss][2])
+    a, b, target, margin = pairs
     # The optimizer works on float32 masters: in BF16 alone most of a small update is lost to rounding. In float32 they are the parameters.
     optimizer = Offload(
         [{"params": groups[0], "max_precondition_dim": args.max_precondition_dim}, {"params": groups[1], "max_precondition_dim": 1}],
@@ -157,8 +173,9 @@ def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints
                 responses, index = np.unique(np.concatenate([a[micro], b[micro]]), return_inverse=True)  # each response once
                 rewards, used = rewards_at(responses)
                 index = torch.from_numpy(index).to(rewards.device)
-                goal = torch.from_numpy(target[micro]).to(rewards)
-                error = squared_error(rewards[index[: len(micro)]], rewards[index[len(micro) :]], goal) / count
+                difference = rewards[index[: len(micro)]] - rewards[index[len(micro) :]]
+                goal, apart = (torch.from_numpy(values[micro]).to(rewards) for values in (target, margin))
+                error = LOSSES[args.loss][1](difference, goal, apart).sum() / count
                 error.backward()
                 loss += error.item()
                 tokens += used
@@ -205,7 +222,8 @@ def train_full(args, model, split, sequences, target, keep, rng, log, checkpoint
     if device.type == "cuda" and budget is None:
         budget = plan.optimizer_budget(torch.cuda.mem_get_info(device)[0], model, groups, args)
     recompute_activations(model, device.type == "cuda")  # memory is what a card has least of
-    train(groups, rewards_at, steps, (split.a, split.b, target), args, log, prompts_of(split), checkpoints, budget)
+    pairs = split.a, split.b, target, margin_of(split, args.margin_from)
+    train(groups, rewards_at, steps, pairs, args, log, prompts_of(split), checkpoints, budget)
     recompute_activations(model, False)
 
 
@@ -219,7 +237,8 @@ def train_head(args, weight, split, features, target, keep, rng, log):
     scale = torch.from_numpy(features.std(0) + 1e-6).to(weight.device)  # one learning rate for all features: train on unit scale, fold it in after
     scaled = torch.from_numpy(features).to(weight.device) / scale
     steps = [[step] for step in steps_of_pairs(keep, args.pairs_per_step, args.epochs, rng)]
-    train([[], [weight]], lambda responses: (scaled[responses] @ weight[0], 0), steps, (split.a, split.b, target), args, log, prompts_of(split))
+    pairs = split.a, split.b, target, margin_of(split, args.margin_from)
+    train([[], [weight]], lambda responses: (scaled[responses] @ weight[0], 0), steps, pairs, args, log, prompts_of(split))
     weight.data.div_(scale)
 
 
@@ -297,12 +316,46 @@ def export(args):
     print(f"{directory}: plain directory written")
 
 
+def adopt(args):
+    """Member args.iteration is an existing reward model: nothing is trained, it scores all data, each model in its own tokens and template."""
+    run, j, settings = args.run, args.iteration, {"train": "from", "dtype": args.dtype, "max_length": args.max_length}
+    splits, _ = read_splits(run)
+    if j > 1 and read_json(run / "manifest.json")["stages"].get(member_name(1), {"settings": {}})["settings"].get("train") != "from":
+        raise InputError(f"{run}: member 1 is not one of --from; a run is of existing models, the first with --iteration 1, or of trained ones")
+    tokenizer = rm.load_tokenizer(args.base, args.chat_template, "--from")
+    inputs, texts = data_hashes(run) | rm.base_hashes(args.base, args.chat_template), continuation_texts(run)
+    model, directory = None, run / member_name(j)
+    if stage_done(run, member_name(j), settings, inputs, [directory, *(reward_path(run, j, name) for name in splits)]):
+        print(f"member {j}: {directory} is there, skipped")
+    else:
+        started = begin_stage(run, member_name(j), settings, inputs)
+        model = rm.load_reward_model(args.base, tokenizer, getattr(torch, args.dtype), args.device)
+        for name, split in splits.items():
+            sequences = rm.encode_split(tokenizer, split.messages, split.responses, args.max_length)
+            scores = rm.score_sequences(model, sequences, args.micro_batch_tokens, f"member {j}, {name}")
+            if not np.isfinite(scores).all():
+                raise InputError(f"--from {args.base}: rewards of {name} are not finite; --dtype float32 may help")
+            write_array(reward_path(run, j, name), scores)
+        with replacing(directory) as partial:
+            partial.mkdir()
+            place = str(Path(args.base).resolve()) if Path(args.base).is_dir() else args.base
+            source = {"model": place, "fingerprint": inputs["base model"], "dtype": args.dtype, "max_length": args.max_length}
+            write_json(partial / "source.json", source)
+            if args.chat_template:
+                shutil.copy(args.chat_template, partial / "chat_template.jinja")
+        end_stage(run, member_name(j), settings, inputs, started, base=str(args.base), threads=args.threads, device=args.device,
+                  micro_batch_tokens=args.micro_batch_tokens)
+        print(f"member {j}: {args.base} scored all data in {time.time() - started:.0f} s")
+    if texts:
+        score_continuations(args, j, model, tokenizer, texts, {"base model": inputs["base model"]})
+
+
 @parallel.together
 @names_memory_flags
 def main(args):
     run, j, first = args.run, args.iteration, parallel.rank() == 0
-    if parallel.count() > 1 and (args.train == "head" or args.export or args.plan):
-        raise InputError(f"{parallel.count()} processes found, 1 expected: --train head, --export and --plan share no work; leave torchrun out")
+    if parallel.count() > 1 and (args.train in ("head", "from") or args.export or args.plan):
+        raise InputError(f"{parallel.count()} processes found, 1 expected: --train head, --from, --export, --plan share no work; leave torchrun out")
     if args.plan:
         return plan.show(args, parameter_groups)
     torch.set_num_threads(args.threads)
@@ -310,10 +363,15 @@ def main(args):
     torch.use_deterministic_algorithms(True, warn_only=True)
     if args.export:
         return export(args)
+    if args.train == "from":
+        return adopt(args)
 
     # The data and the ensemble so far, before the base model is looked for.
     splits, _ = read_splits(run)
     data = splits["train"]
+    if args.margin_from == "judgments" and data.judgments is None:
+        raise InputError(f"{run / 'data' / 'train.parquet'}: no column judgments found for --margin-from; data_prep/synthetic_judgments.py makes it")
+    tied = (data.votes_a == data.votes_b) & LOSSES[args.loss][2]
     alpha = read_weights(run, j - 1) if j > 1 else np.zeros(0)
     rewards = read_rewards(run, "train", j - 1, (data.response_start[-1],))
     target = target_of(args.target, data.p, rewards, alpha, data.a, data.b)
@@ -342,7 +400,7 @@ def main(args):
                 keep = (found["train"][data.a] != found["train"][data.b]).any(1)
                 weight = torch.nn.Parameter(torch.empty(1, found["train"].shape[1], device=args.device))
                 rm.draw_head(weight, AutoConfig.from_pretrained(args.base), head_seed)
-                train_head(args, weight, data, found["train"], target, keep, rng, log)
+                train_head(args, weight, data, found["train"], target, keep & ~tied, rng, log)
             else:
                 sequences = {name: rm.encode_split(tokenizer, s.messages, s.responses, args.max_length) for name, s in splits.items()}
                 keep = np.array([sequences["train"][a] != sequences["train"][b] for a, b in zip(data.a, data.b)])
@@ -355,7 +413,7 @@ def main(args):
                     if args.train == "lora":
                         adapter.add(model, args.lora_rank, args.lora_alpha)
                         adapter.draw(model, adapter_seed)
-                    train_full(args, model, data, sequences["train"], target, keep, rng, log, checkpoints)
+                    train_full(args, model, data, sequences["train"], target, keep & ~tied, rng, log, checkpoints)
         if first and not trained:
             with replacing(run / member_name(j)) as partial:
                 if args.train == "head":
@@ -376,22 +434,29 @@ def main(args):
                     outputs[1].unlink()
                     checkpoints.remove()
                 raise InputError(f"member {j}: rewards of {name} are not finite after the last step; a lower --lr may help")
+        counts = {"identical_pairs": int((~keep).sum())}
+        said = f", {counts['identical_pairs']:,} pairs left out, identical after encoding" * (not keep.all())
+        if LOSSES[args.loss][2]:
+            counts["tied_pairs"] = int((keep & tied).sum())
+            said += f", {counts['tied_pairs']:,} dropped, their votes tie"
+        if args.margin_from == "judgments":
+            counts["pairs_without_judgment"] = int((keep & ~tied & (data.judgments.sum(1) == 0)).sum())
+            said += f", {counts['pairs_without_judgment']:,} of them without a judgment, so without margin"
         if first:
             for name, values in scores.items():
                 write_array(reward_path(run, j, name), values)
             end_stage(run, member_name(j), settings, inputs | ensemble, started, base=str(args.base), target_formula=TARGETS[args.target][0],
-                      threads=args.threads, device=args.device, processes=parallel.count(), micro_batch_tokens=args.micro_batch_tokens,
-                      identical_pairs=int((~keep).sum()))
-        said = f", {int((~keep).sum())} pairs left out, identical after encoding" if not keep.all() else ""
-        print(f"member {j}: trained on {int(keep.sum()):,} pairs in {time.time() - started:.0f} s{said}")
+                      loss_formula=LOSSES[args.loss][0], threads=args.threads, device=args.device, processes=parallel.count(),
+                      micro_batch_tokens=args.micro_batch_tokens, **counts)
+        print(f"member {j}: trained on {int((keep & ~tied).sum()):,} pairs in {time.time() - started:.0f} s{said}")
     checkpoints.remove()
     if texts:
         score_continuations(args, j, model, tokenizer, texts, {"base model": inputs["base model"]} | ensemble)
 
 
 # Flags that change the result; a run directory holds one choice of them. The others are about speed, memory and place.
-SETTINGS = ("train", "target", "seed", "lr", "epochs", "pairs_per_step", "weight_decay", "warmup", "precondition_frequency", "max_precondition_dim",
-            "lora_rank", "lora_alpha", "dtype", "max_length")
+SETTINGS = ("train", "loss", "margin_from", "target", "seed", "lr", "epochs", "pairs_per_step", "weight_decay", "warmup", "precondition_frequency",
+            "max_precondition_dim", "lora_rank", "lora_alpha", "dtype", "max_length")
 
 
 def parse_args(argv=None):
@@ -403,13 +468,20 @@ def parse_args(argv=None):
     task.add_argument("--iteration", type=natural, metavar="J", help="train member J, 1..")
     task.add_argument("--export", type=natural, metavar="J", help="train nothing: make the directory of member J of a head or lora run a plain one")
     task.add_argument("--plan", action="store_true", help="train nothing: print what training takes in memory, disk and hours; no weights, no GPU")
-    add("--base", required=True, help="base model: hub id or transformers directory; for --plan also llama-3-8b")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--base", help="base model: hub id or transformers directory; for --plan also llama-3-8b")
+    model.add_argument("--from", dest="source", metavar="MODEL", help="train nothing: this reward model (hub id or directory, num_labels 1) scores "
+                       "the data and becomes member J; so are all members of its run, models of any kind, each with its tokens, --dtype, --max-length")
     add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
     # objective
     add("--train", choices=("full", "lora", "head"), default="full", help="all parameters (the paper's appendix F.1), low-rank adapters and the head (ours, "
         "for a card of 24 GB), or the head on a frozen base (section 4)")
     add("--lora-rank", type=natural, help="of the adapters on every linear layer of the base (default 16)")
     add("--lora-alpha", type=positive, help="they are scaled by alpha / rank (default: twice the rank, so that another rank keeps the scale)")
+    add("--loss", choices=tuple(LOSSES), default="mse", help="; ".join(f"{name}: {formula}" for name, (formula, *_) in LOSSES.items()) +
+        ". The last two: the majority's winner w, tied votes dropped; no residual, so --iteration 1 or --target p")
+    add("--margin-from", choices=("votes", "judgments"), help="what m of --loss margin is, |2p - 1|, comes from: the votes (default), or the column "
+        "judgments, made by data_prep/synthetic_judgments.py; the winner is always the votes'")
     add("--target", choices=tuple(TARGETS), default="centered", help="; ".join(f"{name}: {formula}" for name, (formula, _) in TARGETS.items()))
     add("--seed", type=seed, default=0, help="of head and order; with J, so every member draws its own")
     # optimizer (SOAP)
@@ -442,14 +514,23 @@ def parse_args(argv=None):
     head, lora = args.train == "head", args.train == "lora"
     if not lora and not args.plan and (args.lora_rank or args.lora_alpha):
         parser.error("--lora-rank and --lora-alpha are for --train lora")
+    if args.margin_from and args.loss != "margin":
+        parser.error("--margin-from is for --loss margin")
+    if LOSSES[args.loss][2] and (args.iteration or 1) > 1 and args.target != "p":
+        parser.error(f"--loss {args.loss} is on majority labels, which have no residual: one member, or --target p, expected")
+    if args.source and not args.iteration:
+        parser.error("--from MODEL needs --iteration J")
     cpu = args.device == "cpu" and not args.plan  # a plan is for a card
     rank = (args.lora_rank or 16) if lora or args.plan else None
     defaults = {"lr": {"full": 2e-5, "lora": 2e-4, "head": 1e-3}[args.train], "epochs": 10 if head else 1, "weight_decay": 5.0 if head else 0.1,
-                "lora_rank": rank, "lora_alpha": rank and 2.0 * rank, "max_precondition_dim": rank if lora else MAX_PRECONDITION_DIM,
+                "lora_rank": rank, "lora_alpha": rank and 2.0 * rank, "margin_from": "votes" if args.loss == "margin" else None,
+                "max_precondition_dim": rank if lora else MAX_PRECONDITION_DIM,
                 "dtype": "float32" if cpu else "bfloat16", "micro_batch_tokens": 1024 if cpu else 4096 if lora else 8192}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.source:
+        args.base, args.train = args.source, "from"
     return args
 
 

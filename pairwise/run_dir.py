@@ -39,6 +39,7 @@ import pyarrow.parquet as pq
 REPOSITORY = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "valid", "test")
 JUDGMENTS = pa.list_(pa.struct([("a", pa.int32()), ("b", pa.int32())]))
+LATER = {"loss": "mse"}  # settings of stages that were done before there was such a flag
 _locks = {}  # run directory -> the open file that locks it for this process
 BUILD_COMMAND = f"cd {REPOSITORY} && python setup.py build_ext --inplace"
 
@@ -241,8 +242,8 @@ def must_agree(run, stage, settings, inputs):
     entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get(stage)
     if not entry or not entry["done"]:
         return
-    for name in sorted(entry["settings"].keys() | settings.keys()):
-        was, now = entry["settings"].get(name), settings.get(name)
+    for name in sorted(entry["settings"].keys() | settings.keys(), key=lambda name: (name != "train", name)):  # the kind of training decides others
+        was, now = (found.get(name, LATER.get(name)) for found in (entry["settings"], settings))
         if was != now:
             raise InputError(f"{run} was made with other arguments (stage {stage}): {name.replace('_', '-')} was {was}, is {now}; "
                              f"to have both, run: {_command_elsewhere(run)}")

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch, tqdm, train_rm
 from pairwise import checkpoint, offload, run_dir
 
-PLACES = {"step": (offload.Offload, "step"), "file": (offload, "save_file"), "sync": (os, "fsync"), "error": (train_rm, "squared_error")}
+PLACES = {"step": (offload.Offload, "step"), "file": (offload, "save_file"), "sync": (os, "fsync"), "error": (torch, "sigmoid")}
 
 def at(place, number, do):
     count, (owner, name) = [0], PLACES[place]
