@@ -16,7 +16,7 @@ bash run_all.sh [DATASET|FILE] [K] [flags]        default: demo 4
   --base NAME_OR_DIR   base model: hub id or transformers directory with a chat template, or with --chat-template FILE
   --seed S             of the training (default 0)
   --data-seed S        of the data: population, split, orientation (default 0)
-  --gpus N             train on N GPUs of this machine, by torchrun (default 1); where there are none, N processes on the CPU
+  --gpus N             train on N GPUs of this machine, by torchrun (default 1); without GPUs, N processes on the CPU
   --continuations N    sample continuations for each of N prompts, for the diversity measurement: 100, demo 20
                        (default: a FILE 0; demo 10 test prompts; the paper's 50 of PRISM, tldr test prompts)
   --early-stop[=N]     train no further member once the last N (1) did not lower the Brier score on the validation

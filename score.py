@@ -110,7 +110,7 @@ def main(args):
     base = args.base or (str(run / "base") if (run / "base").is_dir() else entry["base"])
     if entry["settings"]["train"] == "from":
         if args.base or args.chat_template:
-            raise InputError(f"--base and --chat-template are for trained members; those of {run} are existing models, and each source.json says where its is")
+            raise InputError(f"--base and --chat-template are for trained members; where those of {run} are, each member's source.json says")
     elif entry["settings"]["train"] != "full" or args.chat_template:  # a full member has base and template in its own directory
         rm.check_base(entry, base, args.chat_template)
     settings = entry["settings"] | {"base": base}

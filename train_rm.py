@@ -146,8 +146,8 @@ def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints
 
     groups: [matrices that SOAP preconditions, other parameters]; rewards_at(responses) -> (float32 rewards of these responses, with gradient;
     tokens); steps: of each, for each process, its micro-batches, arrays of pair indices; pairs: (a, b, target, margin), arrays over all pairs;
-    prompts: prompt id of every pair; checkpoints: where to resume from and write to; budget: Offload's. Raises InputError where there is nothing to train on, and
-    where the loss or a gradient is not finite.
+    prompts: prompt id of every pair; checkpoints: where to resume from and write to; budget: Offload's. Raises InputError where there is nothing
+    to train on, and where the loss or a gradient is not finite.
     """
     if not steps:
         raise InputError(f"member {args.iteration}: no pair is left to train on: all are identical after encoding (a larger --max-length may help)" +
@@ -328,8 +328,8 @@ def adopt(args):
     if stage_done(run, member_name(j), settings, inputs, [directory, *(reward_path(run, j, name) for name in splits)]):
         print(f"member {j}: {directory} is there, skipped")
     else:
-        started = begin_stage(run, member_name(j), settings, inputs)
         model = rm.load_reward_model(args.base, tokenizer, getattr(torch, args.dtype), args.device)
+        started = begin_stage(run, member_name(j), settings, inputs)
         for name, split in splits.items():
             sequences = rm.encode_split(tokenizer, split.messages, split.responses, args.max_length)
             scores = rm.score_sequences(model, sequences, args.micro_batch_tokens, f"member {j}, {name}")

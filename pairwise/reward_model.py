@@ -56,7 +56,8 @@ def load_tokenizer(base, chat_template=None, named="--base"):
     try:
         encode(tokenizer, [{"role": "user", "content": "a question"}], "an answer")
     except jinja2.TemplateError as error:
-        raise InputError(f"{f'--chat-template {chat_template}' if chat_template else f'{named} {base}'}: the chat template fails ({first_line(error)})") from None
+        named = f"--chat-template {chat_template}" if chat_template else f"{named} {base}"
+        raise InputError(f"{named}: the chat template fails ({first_line(error)})") from None
     return tokenizer
 
 

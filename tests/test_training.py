@@ -1,4 +1,4 @@
-"""train_rm.py: the targets and the loss by hand, steps and batches, and what a run directory holds after training, or after being killed."""
+"""train_rm.py: the targets by hand, steps and batches, and what a run directory holds after training, or after being killed."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def model(base, tokenizer):
     return model
 
 
-# ---- targets and loss
+# ---- targets
 
 
 def test_targets_by_hand():
@@ -89,20 +89,6 @@ def test_mixture_is_the_stagewise_objective():
     for j, p, p_hat in ((2, 0.75, 0.2), (3, 0.0, 0.9), (8, 1.0, 0.125)):
         t = train_rm.TARGETS["mixture"][1](p, p_hat, j)
         np.testing.assert_allclose((p - (1 - 1 / j) * p_hat - s / j) ** 2, (t - s) ** 2 / j**2, atol=1e-12)
-
-
-def test_squared_error_and_its_gradient():
-    r = torch.tensor([0.3, -1.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
-    t = torch.tensor([0.75, -0.2], dtype=torch.float64)
-    loss = train_rm.squared_error(r[:2], r[2:], t)
-    by_hand = (0.75 - 1 / (1 + math.exp(1.7))) ** 2 + (-0.2 - 1 / (1 + math.exp(1.5))) ** 2
-    assert abs(loss.item() - by_hand) < 1e-12
-    loss.backward()
-    for i in range(4):
-        step = torch.zeros(4, dtype=torch.float64)
-        step[i] = 1e-6
-        up, down = (train_rm.squared_error((r + d)[:2], (r + d)[2:], t).item() for d in (step, -step))
-        assert abs((up - down) / 2e-6 - r.grad[i].item()) < 1e-8
 
 
 # ---- steps
