@@ -441,7 +441,7 @@ def main(args):
             said += f", {counts['tied_pairs']:,} dropped, their votes tie"
         if args.margin_from == "judgments":
             counts["pairs_without_judgment"] = int((keep & ~tied & (data.judgments.sum(1) == 0)).sum())
-            said += f", {counts['pairs_without_judgment']:,} of them without a judgment, so without margin"
+            said += f", {counts['pairs_without_judgment']:,} trained on without a judgment, m = 0"
         if first:
             for name, values in scores.items():
                 write_array(reward_path(run, j, name), values)

@@ -96,7 +96,7 @@ def test_the_loss_that_is_logged(judged, base, tmp_path, capsys, kind, name, fla
     said = capsys.readouterr().out
     assert entry.get("tied_pairs") == (18 if hard else None) and ("18 dropped, their votes tie" in said) == hard
     silent = int((kept & (split.judgments.sum(1) == 0)).sum())
-    assert entry.get("pairs_without_judgment") == (silent if flags else None) and (f"{silent} of them without a judgment" in said) == bool(flags) and silent
+    assert entry.get("pairs_without_judgment") == (silent if flags else None) and (f"{silent} trained on without a judgment" in said) == bool(flags) and silent
 
 
 @pytest.mark.parametrize("name, soft", [("bce", True), ("bt", False), ("margin", False)])
