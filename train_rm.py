@@ -330,12 +330,13 @@ def adopt(args):
     else:
         model = rm.load_reward_model(args.base, tokenizer, getattr(torch, args.dtype), args.device)
         started = begin_stage(run, member_name(j), settings, inputs)
-        for name, split in splits.items():
-            sequences = rm.encode_split(tokenizer, split.messages, split.responses, args.max_length)
-            scores = rm.score_sequences(model, sequences, args.micro_batch_tokens, f"member {j}, {name}")
-            if not np.isfinite(scores).all():
+        scores = {name: rm.score_sequences(model, rm.encode_split(tokenizer, split.messages, split.responses, args.max_length), args.micro_batch_tokens,
+                                           f"member {j}, {name}") for name, split in splits.items()}
+        for name, values in scores.items():
+            if not np.isfinite(values).all():
                 raise InputError(f"--from {args.base}: rewards of {name} are not finite; --dtype float32 may help")
-            write_array(reward_path(run, j, name), scores)
+        for name, values in scores.items():
+            write_array(reward_path(run, j, name), values)
         with replacing(directory) as partial:
             partial.mkdir()
             place = str(Path(args.base).resolve()) if Path(args.base).is_dir() else args.base
