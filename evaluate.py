@@ -128,10 +128,11 @@ def not_negative(figure, errors):
     return errors if figure == "excess" else np.maximum(errors, 0)
 
 
-def split_metrics(split, rewards, alphas, fits, stats, draw):
+def split_metrics(split, rewards, alphas, fits, stats, draw, single=True):
     """(the S of metrics.json for one split, its `squared_errors`).
 
-    rewards float32 (K, R); alphas: the weights of each prefix; fits: how each was found; draw: as for `estimate`.
+    rewards float32 (K, R); alphas: the weights of each prefix; fits: how each was found; draw: as for `estimate`; single: whether member 1 alone is a soft
+    model, trained on t_1 = p as in every run of train_rm.py.
     """
     sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
     p, n, truth, k = split.p, split.n, split.p_true, len(rewards)
@@ -143,9 +144,8 @@ def split_metrics(split, rewards, alphas, fits, stats, draw):
 
     pairs = sums["pairs"].astype(np.float64)
     terms = {"annotators_mean": n, "majority_mean": np.maximum(p, 1 - p), "floor_single": floor_single(p), "coin_flip": coin_flip(p),
-             "soft_single": (soft[0] - p) ** 2,  # member 1 is trained on t_1 = p whatever the target
-             "irreducible": c, "floor_true": None if truth is None else floor_single(truth), "coin_true": None if truth is None else coin_flip(truth),
-             "soft_true": None if truth is None else (soft[0] - truth) ** 2}
+             "soft_single": (soft[0] - p) ** 2 if single else None, "irreducible": c, "floor_true": None if truth is None else floor_single(truth),
+             "coin_true": None if truth is None else coin_flip(truth), "soft_true": None if truth is None or not single else (soft[0] - truth) ** 2}
     figures = {name: (by_prompt(split, term), pairs) for name, term in terms.items() if term is not None}
     figures["tie_rate"] = sums["ties"].sum(1) / k, pairs
     figures["pairwise_disagreement"] = sums["disagreement"], pairs
@@ -277,10 +277,11 @@ def main(args):
             started = begin_stage(run, "evaluate", settings, inputs)
         draw = partial(resampled, resamples=args.resamples, seed=args.seed)
         metrics = {"dataset": stats["dataset"], "k": k, "votes": stats["votes"], "splits": {}, "diversity": diversity(scores, draw)}
+        single = not (run / "members.json").exists() and "joint" not in read_json(run / "manifest.json", {"stages": {}})["stages"]
         errors = {}  # of each split, for the intervals with weights fitted anew
         for name, split in splits.items():
             if (counted := counted_pairs(split)) is not None:
-                metrics["splits"][name], forms = split_metrics(counted, rewards[name], alphas, fits, stats, draw)
+                metrics["splits"][name], forms = split_metrics(counted, rewards[name], alphas, fits, stats, draw, single)
                 errors[name] = forms, np.diff(counted.pair_start)
         if args.refit:
             train, fitted = splits["train"], [entry["k"] for entry in prefixes if entry["fit"] == "qp"]

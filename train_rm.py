@@ -55,8 +55,8 @@ def target_of(name, p, rewards, alpha, a, b):
     return TARGETS[name][1](p, p_hat, len(alpha) + 1)  # eps_j = p - p_hat is in there
 
 
-def squared_error(reward_a, reward_b, target):
-    """Sum over pairs of (t - sigmoid(r(x, y1) - r(x, y2)))^2, section 4's objective; all float32 (pairs,)."""
+def squared_error(reward_a, reward_b, target, done=0.0):
+    """Sum over pairs of (t - sigmoid(r(x, y1) - r(x, y2)))^2, section 4's objective; all float32 (pairs,). done: share of the steps, for a loss that changes."""
     return (target - torch.sigmoid(reward_a - reward_b)).square().sum()
 
 
@@ -123,8 +123,8 @@ def parameter_groups(model):
     return [[p for p in model.parameters() if not any(p is other for other in plain)], plain]
 
 
-def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints=None, budget=None):
-    """Minimise the squared error over `steps`, one optimizer step each; updates the parameters, appends a JSON line per step to `log`.
+def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints=None, budget=None, loss=squared_error):
+    """Minimise `loss` over `steps`, one optimizer step each; updates the parameters, appends a JSON line per step to `log`.
 
     groups: [matrices that SOAP preconditions, other parameters]; rewards_at(responses) -> (float32 rewards of these responses, with gradient;
     tokens); steps: lists of micro-batches, each an array of pair indices; pairs: (a, b, target) arrays over all pairs; prompts: prompt id of every
@@ -147,25 +147,25 @@ def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints
     with tqdm(total=len(steps), initial=len(lines), desc=f"member {args.iteration}", unit="step", mininterval=1) as bar:
         for number in range(len(lines), len(steps)):
             step = steps[number]
-            count, loss, tokens = sum(len(micro) for micro in step), 0.0, 0
+            count, total, tokens = sum(len(micro) for micro in step), 0.0, 0
             for micro in step:
                 responses, index = np.unique(np.concatenate([a[micro], b[micro]]), return_inverse=True)  # each response once
                 rewards, used = rewards_at(responses)
                 index = torch.from_numpy(index).to(rewards.device)
                 goal = torch.from_numpy(target[micro]).to(rewards)
-                error = squared_error(rewards[index[: len(micro)]], rewards[index[len(micro) :]], goal) / count
+                error = loss(rewards[index[: len(micro)]], rewards[index[len(micro) :]], goal, number / len(steps)) / count
                 error.backward()
-                loss += error.item()
+                total += error.item()
                 tokens += used
             norm = torch.nn.utils.get_total_norm(optimizer.gradients()).item()
-            if not math.isfinite(loss) or not math.isfinite(norm):
+            if not math.isfinite(total) or not math.isfinite(norm):
                 named = list(dict.fromkeys(prompts[np.concatenate(step)].tolist()))[:5] if prompts is not None else []
-                raise InputError(f"member {args.iteration}, step {number + 1}: loss {loss}, gradient norm {norm}; a lower --lr may help" +
+                raise InputError(f"member {args.iteration}, step {number + 1}: loss {total}, gradient norm {norm}; a lower --lr may help" +
                                  (f", or leaving out a prompt of this step ({', '.join(map(str, named))}, ..)" if named else ""))
             rate = args.lr * schedule(number, len(steps), args.warmup)
             optimizer.step(rate)
             seen, pairs_seen = seen + tokens, pairs_seen + count
-            line = {"step": number + 1, "loss": loss, "lr": rate, "tokens": tokens, "pairs": count,
+            line = {"step": number + 1, "loss": total, "lr": rate, "tokens": tokens, "pairs": count,
                     "seconds": round(before + time.time() - started, 3), "grad_norm": norm}
             lines.append(json.dumps(line) + "\n")
             log.write(lines[-1])
@@ -173,12 +173,12 @@ def train(groups, rewards_at, steps, pairs, args, log, prompts=None, checkpoints
                 checkpoints.write(optimizer, lines)
             bar.update()
             done, what = (seen, "tokens") if seen else (pairs_seen, "pairs")
-            bar.set_postfix_str(f"loss {loss:.4f}, {done / (time.time() - started):,.0f} {what}/s", refresh=False)
+            bar.set_postfix_str(f"loss {total:.4f}, {done / (time.time() - started):,.0f} {what}/s", refresh=False)
     optimizer.close()
 
 
-def train_full(args, model, split, sequences, target, keep, rng, log, checkpoints=None):
-    """All parameters on whole prompts, for args.epochs epochs; sequences: token ids of every distinct response."""
+def train_full(args, model, split, sequences, target, keep, rng, log, checkpoints=None, loss=squared_error, more=()):
+    """All parameters on whole prompts, for args.epochs epochs; sequences: token ids of every distinct response; more: parameters of the loss."""
     lengths = np.array([len(ids) for ids in sequences])
 
     def size(responses):
@@ -191,11 +191,12 @@ def train_full(args, model, split, sequences, target, keep, rng, log, checkpoint
     steps = [micro_batches(step, split.a, split.b, lengths, size, args.micro_batch_tokens) for step in steps]
     device = next(model.parameters()).device
     groups = parameter_groups(model)
+    groups[1] += more
     budget = None if args.optimizer_memory_gb is None else args.optimizer_memory_gb * 2**30
     if device.type == "cuda" and budget is None:
         budget = plan.optimizer_budget(torch.cuda.mem_get_info(device)[0], model, groups, args)
     recompute_activations(model, device.type == "cuda")  # memory is what a card has least of
-    train(groups, rewards_at, steps, (split.a, split.b, target), args, log, prompts_of(split), checkpoints, budget)
+    train(groups, rewards_at, steps, (split.a, split.b, target), args, log, prompts_of(split), checkpoints, budget, loss)
     recompute_activations(model, False)
 
 
