@@ -26,7 +26,7 @@ from scipy.special import expit
 from pairwise.levels import formula, hardened
 from pairwise.run_dir import (
     InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, natural, read_json, read_rewards, read_splits,
-    read_weights, replacing, reward_path, run_main, unchanged, write_array, write_json)
+    replacing, reward_path, run_main, unchanged, write_array, write_json)
 from pairwise.weights import error_matrix, simplex_weights
 
 evaluator = import_evaluator()
@@ -161,7 +161,8 @@ def layouts(rewards, split, components, weights, tau, a, k, tastes, wanted="auto
         pool = [f for c in components for f in pool_of(c, tau)]
         votes = votes_of(pool, rewards, first, second)
         chosen, alpha = pick((votes - soft) @ (votes - soft).T / len(soft), k)
-        enter("fitted", [pool[j] for j in chosen], alpha)
+        heaviest = np.argsort(-alpha, kind="stable")
+        enter("fitted", [pool[chosen[i]] for i in heaviest], alpha[heaviest])
     return found
 
 
@@ -172,21 +173,19 @@ def centred(formulas, rewards):
             for f in formulas]
 
 
-def harden(train, tuned, order, k, wanted="auto", counts=None):
+def harden(train, tuned, k, wanted="auto", counts=None):
     """The hardened ensemble with the least Brier score of its hard votes on `tuned`, over the number of soft components.
 
-    train, tuned: (Split, rewards float32 (K, R)); order: members (from 1) in the order in which they become components; counts: the numbers that are tried.
+    train, tuned: (Split, rewards float32 (K, R)), members in the order in which they become components (joint training: by weight); counts: the numbers tried.
     Returns {formulas, alpha, layout, components, weights, tau, a, misfit, brier}. Raises InputError where k members cannot have the layout that is wanted.
     """
     (split, rewards), (asked, asked_rewards) = train, tuned
     best = None
-    for m in counts or range(1, len(order) + 1):
-        components = order[:m]
-        places = np.array(components) - 1
-        weights = soft_weights(differences(rewards[places], split), split.p)
-        components, places, weights = [c for c, w in zip(components, weights) if w], places[weights > 0], weights[weights > 0]
-        tau, a = tune(differences(asked_rewards[places], asked), weights, asked.p)
-        tastes = {c: next((other for other in order if other != c), None) for c in components}
+    for m in counts or range(1, len(rewards) + 1):
+        weights = soft_weights(differences(rewards[:m], split), split.p)
+        components, weights = [c for c in range(1, m + 1) if weights[c - 1] > 0], weights[weights > 0]
+        tau, a = tune(differences(asked_rewards[np.array(components) - 1], asked), weights, asked.p)
+        tastes = {c: next((other for other in range(1, len(rewards) + 1) if other != c), None) for c in components}
         found = layouts(rewards, split, components, weights, tau, a, k, tastes, wanted)
         if not found:
             raise InputError(f"--layout {wanted}: pairs of members and a second member for their taste: an even --k and a run of at least two members expected")
@@ -217,10 +216,7 @@ def main(args):
         print("harden: no validation prompts (--valid-share): scale, lapses and number of components are fitted on train prompts")
     if trained == 1:
         print("harden: one member, so there is no taste: inside a level the order is the member's own, or its reverse")
-    order = list(range(1, trained + 1))
-    if (run / "joint").is_dir():
-        order = sorted(order, key=lambda j: -read_weights(run, trained)[j - 1])
-    found = harden((splits["train"], rewards["train"]), (splits[tuned], rewards[tuned]), order, k, args.layout)
+    found = harden((splits["train"], rewards["train"]), (splits[tuned], rewards[tuned]), k, args.layout)
     started = begin_stage(out, "harden", settings, inputs)
     with replacing(out / "data") as partial:
         shutil.copytree(run / "data", partial)

@@ -9,16 +9,15 @@ over a backbone that all share, K heads on it and alpha on the simplex; s rises 
 where there are viewpoints; where there are none it can overfit, so choose --k and --weight-decay on validation prompts (experiments/variants.py does, on features).
 
 Writes RUN/joint (a num_labels=K model; of --train head the heads alone), RUN/rewards/0j_SPLIT.npy and RUN/logs/joint.jsonl; members in order of their learned weight,
-so that prefixes of weights.json are sensible. --export J writes member J as a plain directory. All other flags are train_rm.py's.
+so that prefixes of weights.json are sensible. --export J writes member J as a plain directory. All other flags are train_rm.py's; of --train head the defaults are
+--lr 3e-2 --epochs 20 --weight-decay 0.1. Full training writes no checkpoints.
 """
 
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 from pairwise import reward_model as rm
 from pairwise.run_dir import (
@@ -34,6 +33,12 @@ def mixture_error(reward_a, reward_b, target, logits, s):
     """
     p_hat = torch.sigmoid(s * (reward_a - reward_b)) @ torch.softmax(logits, 0)
     return (p_hat - target).square().sum()
+
+
+def draw_heads(weight, seed):
+    """Draw K heads (K, d), normal with standard deviation 1 / sqrt(d): rewards of features of unit scale have variance one. Heads that begin close together
+    stay so for long: nothing but their beginning tells them apart."""
+    weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) / weight.shape[1] ** 0.5)
 
 
 def train_heads(args, weight, split, features, keep, rng, log, loss, more):
@@ -99,7 +104,7 @@ def main(args):
                 found |= ask_features(args, "features_continuations", {"continuations": texts}, tokenizer, inputs)
             keep = (found["train"][data.a] != found["train"][data.b]).any(1)
             weight = torch.nn.Parameter(torch.empty(k, found["train"].shape[1], device=args.device))
-            rm.draw_head(weight, AutoConfig.from_pretrained(args.base), head_seed)
+            draw_heads(weight, head_seed)
             train_heads(args, weight, data, found["train"], keep, rng, log, loss, [logits])
         else:
             encoded = {name: (s.messages, s.responses) for name, s in splits.items()} | ({"continuations": texts} if texts else {})
@@ -107,7 +112,7 @@ def main(args):
             keep = np.array([encoded["train"][a] != encoded["train"][b] for a, b in zip(data.a, data.b)])
             model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device, k)
             weight = rm.head(model).weight
-            rm.draw_head(weight, model.config, head_seed)
+            draw_heads(weight, head_seed)
             train_full(args, model, data, encoded["train"], data.p, keep, rng, log, None, loss, [logits])
         alpha, order = torch.softmax(logits.detach(), 0), torch.argsort(logits.detach(), descending=True, stable=True)
         weight.data.copy_(weight.data[order])
@@ -146,6 +151,8 @@ def parse_args(argv=None):
     if own.k < 2:
         parser.error(f"--k {own.k} found, at least 2 expected; train_rm.py trains one")
     args = parse_training(["--iteration", "1", *rest])
+    if args.train == "head":  # a weight decay that suits one reward keeps K of them alike
+        args = parse_training(["--iteration", "1", "--lr", "3e-2", "--epochs", "20", "--weight-decay", "0.1", *rest])
     args.__dict__.update(own.__dict__, iteration="1 to " + str(own.k))
     return args
 
