@@ -87,8 +87,6 @@ def main(args):
     if stage_done(run, "joint", settings, inputs, outputs):
         print(f"joint: {run / 'joint'} is there, skipped")
         return
-    if "joint" not in read_json(run / "manifest.json", {"stages": {}})["stages"] and reward_path(run, 1, "train").exists():
-        raise InputError(f"{run}: members of another kind found; joint training has a run directory of its own")
     started = begin_stage(run, "joint", settings, inputs)
     torch.manual_seed(args.seed)
     head_seed, order_seed = (int(s) for s in np.random.SeedSequence([args.seed, 0]).generate_state(2))
