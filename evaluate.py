@@ -18,7 +18,7 @@ from scipy.special import expit
 from pairwise import report
 from pairwise.run_dir import (
     REPOSITORY, InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, natural, read_json,
-    read_rewards, read_splits, read_weights, reward_path, run_main, seed, unchanged, write_json)
+    read_continuations, read_rewards, read_splits, read_weights, reward_path, run_main, seed, unchanged, write_json)
 from pairwise.weights import error_matrix, simplex_weights
 
 evaluator = import_evaluator()
@@ -174,20 +174,6 @@ def split_metrics(split, rewards, alphas, fits, stats, draw, single=True):
                      for e, (alpha, fit) in enumerate(zip(alphas, fits))]
     s["members"] = [{"j": j + 1} | {x: y for name in (*members, "accuracy") for x, y in both(name, ("members", name), j).items()} for j in range(k)]
     return s | both("pairwise_disagreement", "pairwise_disagreement"), forms
-
-
-def read_continuations(run, k):
-    """Rewards of the continuations, float32 (K, prompts, n); None where there are none."""
-    if not (run / "continuations.parquet").exists() and not list((run / "rewards").glob("*_continuations.npy")):
-        return None
-    path = reward_path(run, 1, "continuations")
-    try:
-        shape = np.load(path, allow_pickle=False).shape
-    except (OSError, ValueError, EOFError):
-        shape = (0, 0)  # read_rewards says what is wrong
-    if len(shape) != 2:
-        raise InputError(f"{path}: shape {shape} found, (prompts, n) expected")
-    return read_rewards(run, "continuations", k, shape)
 
 
 def refit(train, tested, sizes, resamples, seed):

@@ -2,17 +2,21 @@
 
     python harden.py --run runs/demo --out runs/demo-hard --k 8          (seconds)
 
-A single soft reward u = scale r predicts sigmoid(u(y1) - u(y2)). Members that are *steps* of u share that out among hard votes: with level = floor((u + o) / w)
-two responses far apart in u are in different levels and every member orders them alike; inside a level the members disagree and cancel.
+A soft reward u = scale r predicts sigmoid(u(y1) - u(y2)). Members that are *steps* of u share that out among hard votes: with
+level = floor((u + o) / w) two responses far apart in u are in different levels, and every member orders them alike; inside a level the members
+disagree and cancel.
 
-    quantile, equal    k/2 levels (w_i, o_i) and two members each, which follow a taste and its opposite inside a level (another member's reward): weight 1/k each,
-                       p_hat = 1/2 + sign(du) (share of the levels that separate the two responses) / 2, whatever the taste.  quantile: w_i at the quantiles of F
-                       below, for which p_hat is sigmoid(du) on average over random offsets;  equal: one w, offsets w i/(k/2)
-    fitted             with u itself for the taste, the k/2 members of the one order are all u: one member with weight 1/2 does for them, and k - 1 levels are left
-                       for the others. These, and the weights, are picked from a grid of (w, o), one after the other
+    quantile, equal    k/2 levels (w_i, o_i) and two members each, which inside a level follow a taste, another member's reward, and its opposite:
+                       weight 1/k each, p_hat = 1/2 + sign(du) (share of the levels that separate the two) / 2, whatever the taste.
+                       quantile: w_i at the quantiles of F below, for which p_hat is sigmoid(du) on average over random offsets;
+                       equal: one w, offsets w i/(k/2)
+    fitted             with u itself for the taste, the k/2 members of the one order are all u: one member of weight 1/2 does for them, and
+                       k - 1 levels instead of k/2 are left for the others, whose order inside a level is that of u reversed. Levels and
+                       weights are picked from a grid of (w, o)
 
---layout auto takes the one with the least mean (p_hat - soft)^2 on train pairs, for which no vote is read. Of several members (joint training), the number that
-makes the soft mixture sum_c w_c sigmoid(du_c) is chosen on validation prompts by the Brier score of the hard votes, and so are the scale and the lapses of the soft model.
+--layout auto takes the one with the least mean (p_hat - soft)^2 on train pairs, for which no vote is read. Of a run with several members the soft
+model is a mixture sum_c w_c sigmoid(du_c) of the first of them: as many as give the least Brier score of the hard votes on validation prompts, on
+which the scale and the lapses of the soft model are fitted too.
 """
 
 import os
@@ -25,8 +29,8 @@ from scipy.special import expit
 
 from pairwise.levels import formula, hardened
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, natural, read_json, read_rewards, read_splits,
-    replacing, reward_path, run_main, unchanged, write_array, write_json)
+    InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, natural, read_continuations, read_json,
+    read_rewards, read_splits, replacing, reward_path, run_main, unchanged, write_array, write_json)
 from pairwise.weights import error_matrix, simplex_weights
 
 evaluator = import_evaluator()
@@ -65,7 +69,7 @@ def lapsed(soft, a):
 
 
 def mixing(width):
-    """F(w) = tanh(w/2) - (w/2) sech^2(w/2): for levels of random offset and a width of this distribution, mean min(|d|/w, 1) = 2 sigmoid(|d|) - 1."""
+    """F(w) = tanh(w/2) - (w/2) sech^2(w/2): for widths of this distribution, and random offsets, mean min(|d|/w, 1) = 2 sigmoid(|d|) - 1."""
     return np.tanh(width / 2) - width / 2 / np.cosh(width / 2) ** 2
 
 
@@ -131,7 +135,8 @@ def votes_of(formulas, rewards, a, b):
 def layouts(rewards, split, components, weights, tau, a, k, tastes, wanted="auto"):
     """{layout: (formulas, alpha (k,), mean (p_hat - soft)^2)} over the pairs of `split`, of which no vote is read.
 
-    rewards float32 (K, R); components: the members (from 1) whose soft votes are mixed with `weights`; tau, a: as tuned; tastes: {component: its taste or None}.
+    rewards float32 (K, R); components: the members (from 1) whose soft votes are mixed with `weights`; tau, a: as tuned; tastes: {component: its
+    taste or None}.
     """
     some = np.unique(np.linspace(0, len(split.a) - 1, PAIRS).astype(int)) if len(split.a) > PAIRS else np.arange(len(split.a))
     first, second = split.a[some], split.b[some]
@@ -148,7 +153,8 @@ def layouts(rewards, split, components, weights, tau, a, k, tastes, wanted="auto
     kept = [(c, n) for c, n in zip(components, counts) if n]
     if kept and all(tastes[c] for c, _ in kept):
         def both(layout):
-            formulas = [f for c, n in kept for f in paired(c, tau, layout(n // 2), tastes[c], 1 / max(float(rewards[tastes[c] - 1].std()), 1e-6))]
+            units = {c: 1 / max(float(rewards[tastes[c] - 1].std()), 1e-6) for c, _ in kept}
+            formulas = [f for c, n in kept for f in paired(c, tau, layout(n // 2), tastes[c], units[c])]
             alpha = np.concatenate([np.full(n, weights[components.index(c)] / n) for c, n in kept])
             return formulas, alpha / alpha.sum()
 
@@ -169,15 +175,15 @@ def layouts(rewards, split, components, weights, tau, a, k, tastes, wanted="auto
 def centred(formulas, rewards):
     """The formulas with offsets that bring the levels of the median reward to zero, where float32 is finest."""
     middle = np.median(rewards, axis=1).astype(np.float64)
-    return [f if f["width"] is None else f | {"offset": float(f["offset"] - f["width"] * np.floor((f["scale"] * middle[f["member"] - 1] + f["offset"]) / f["width"]))}
-            for f in formulas]
+    levels = [0 if f["width"] is None else np.floor((f["scale"] * middle[f["member"] - 1] + f["offset"]) / f["width"]) for f in formulas]
+    return [f | {"offset": float(f["offset"] - f["width"] * level) if level else f["offset"]} for f, level in zip(formulas, levels)]
 
 
 def harden(train, tuned, k, wanted="auto", counts=None):
     """The hardened ensemble with the least Brier score of its hard votes on `tuned`, over the number of soft components.
 
-    train, tuned: (Split, rewards float32 (K, R)), members in the order in which they become components (joint training: by weight); counts: the numbers tried.
-    Returns {formulas, alpha, layout, components, weights, tau, a, misfit, brier}. Raises InputError where k members cannot have the layout that is wanted.
+    train, tuned: (Split, rewards float32 (K, R)), members in the order in which they become components; counts: the numbers of them that are tried.
+    Returns {formulas, alpha, layout, components, weights, tau, a, misfit, brier}. Raises InputError where k members cannot have the wanted layout.
     """
     (split, rewards), (asked, asked_rewards) = train, tuned
     best = None
@@ -188,26 +194,29 @@ def harden(train, tuned, k, wanted="auto", counts=None):
         tastes = {c: next((other for other in range(1, len(rewards) + 1) if other != c), None) for c in components}
         found = layouts(rewards, split, components, weights, tau, a, k, tastes, wanted)
         if not found:
-            raise InputError(f"--layout {wanted}: pairs of members and a second member for their taste: an even --k and a run of at least two members expected")
+            raise InputError(f"--layout {wanted}: pairs of members with a taste need an even --k and a run of at least two members; "
+                             f"--k {k} and {len(rewards)} found")
         name = min(found, key=lambda name: found[name][2])
         formulas, alpha, misfit = found[name]
         brier = np.mean((alpha @ votes_of(formulas, asked_rewards, asked.a, asked.b) - asked.p) ** 2)
         if best is None or brier < best["brier"]:
-            best = {"formulas": centred(formulas, rewards), "alpha": alpha, "layout": name, "components": components, "weights": weights, "tau": tau,
-                    "a": a, "misfit": misfit, "brier": float(brier)}
+            best = {"formulas": centred(formulas, rewards), "alpha": alpha, "layout": name, "components": components, "weights": weights,
+                    "tau": tau, "a": a, "misfit": misfit, "brier": float(brier)}
     return best
 
 
 def main(args):
     run, out, k = args.run, args.out, args.k
-    if out.resolve() == run.resolve() or (out.exists() and "harden" not in read_json(out / "manifest.json", {"stages": {}})["stages"] and any(out.iterdir())):
-        raise InputError(f"--out {out}: {'the run itself' if out.resolve() == run.resolve() else 'a directory of something else'} found, one of its own expected")
+    if out.exists() and any(out.iterdir()) and "harden" not in read_json(out / "manifest.json", {"stages": {}})["stages"]:
+        raise InputError(f"--out {out}: a directory of something else found, one of its own expected")
     splits, _ = read_splits(run)
     trained = count_members(run)
-    names = [*splits, *(["continuations"] if reward_path(run, 1, "continuations").exists() else [])]
-    rewards = {name: read_rewards(run, name, trained, np.load(reward_path(run, 1, name)).shape) for name in names}
+    rewards = {name: read_rewards(run, name, trained, (int(split.response_start[-1]),)) for name, split in splits.items()}
+    if (continued := read_continuations(run, trained)) is not None:
+        rewards["continuations"] = continued
     settings = {"k": k, "layout": args.layout, "source": os.path.relpath(run.resolve(), out.resolve())}
-    inputs = data_hashes(run) | {str(path.relative_to(run)): hash_file(path) for j in range(1, trained + 1) for path in (reward_path(run, j, name) for name in names)}
+    files = [reward_path(run, j, name) for j in range(1, trained + 1) for name in rewards]
+    inputs = data_hashes(run) | {str(path.relative_to(run)): hash_file(path) for path in files}
     if unchanged(out, "harden", settings, inputs, [out / "weights.json", out / "members.json"]):
         print(f"harden: {out} is up to date, skipped")
         return
@@ -223,15 +232,15 @@ def main(args):
     if (run / "continuations.parquet").exists():
         shutil.copyfile(run / "continuations.parquet", out / "continuations.parquet")
     with replacing(out / "rewards") as partial:
-        for name in names:
-            for j, values in enumerate(hardened(found["formulas"], rewards[name]), 1):
+        for name, trained_rewards in rewards.items():
+            for j, values in enumerate(hardened(found["formulas"], trained_rewards), 1):
                 write_array(partial / reward_path(out, j, name).name, values)
     write_json(out / "members.json", {"source": settings["source"], "members": found["formulas"]})
     train = splits["train"]
     train_mse = np.mean((found["alpha"] @ votes_of(found["formulas"], rewards["train"], train.a, train.b) - train.p) ** 2)
     write_json(out / "weights.json", [{"k": k, "alpha": found["alpha"].tolist(), "fit": "fixed", "train_mse": float(train_mse)}])
-    facts = {name: found[name] for name in ("layout", "components", "tau", "a", "misfit", "brier")} | {"weights": found["weights"].tolist(), "tuned_on": tuned}
-    end_stage(out, "harden", settings, inputs, started, **facts)
+    facts = {name: found[name] for name in ("layout", "components", "tau", "a", "misfit", "brier")}
+    end_stage(out, "harden", settings, inputs, started, **facts, weights=found["weights"].tolist(), tuned_on=tuned)
     mixed = " ".join(f"{weight:.3f} r{c}" for weight, c in zip(found["weights"], found["components"]))
     print(f"harden: k={k}, layout {found['layout']}, of {mixed}, scale {found['tau']:.3f}, lapses {found['a']:.3f}; off the soft model by "
           f"{found['misfit']:.5f} (train pairs); Brier score on {tuned} prompts {found['brier']:.4f}")
@@ -242,7 +251,7 @@ def parse_args(argv=None):
     parser.add_argument("--run", required=True, type=Path, help="a finished run, with data/ and rewards/")
     parser.add_argument("--out", required=True, type=Path, help="the hardened ensemble's own run directory")
     parser.add_argument("--k", type=natural, default=8, help="hardened members (default 8)")
-    parser.add_argument("--layout", choices=("auto", "quantile", "equal", "fitted"), default="auto", help="how members and widths are laid out (see above)")
+    parser.add_argument("--layout", choices=("auto", "quantile", "equal", "fitted"), default="auto", help="how the levels are laid out (see above)")
     return parser.parse_args(argv)
 
 

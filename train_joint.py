@@ -1,16 +1,17 @@
 """All K reward models at once, on the squared error of their mixture: one training run and one forward pass instead of K.
 
     python train_joint.py --run runs/demo-joint --k 8 --base runs/demo/base --lr 3e-3          (then fit_weights.py, evaluate.py)
-    python train_joint.py --run runs/mine --k 8 --base NAME_OR_DIR --train head               (K heads on stored features of the frozen base)
+    python train_joint.py --run runs/mine --k 8 --base NAME_OR_DIR --train head               (K heads on features of the frozen base)
 
 minimise  mean over train pairs of (sum_j alpha_j sigmoid(s (r_j(y1) - r_j(y2))) - p)^2
 
-over a backbone that all share, K heads on it and alpha on the simplex; s rises from 1 to --sharpen, so that soft votes become hard ones. Near the irreducible error
-where there are viewpoints; where there are none it can overfit, so choose --k and --weight-decay on validation prompts (experiments/variants.py does, on features).
+over a backbone that all share, K heads on it and alpha on the simplex; s rises from 1 to --sharpen, so that soft votes become hard ones. Near the
+irreducible error where there are viewpoints; where there are none it can overfit, so choose --k and --weight-decay on validation prompts, which
+experiments/variants.py does on features.
 
-Writes RUN/joint (a num_labels=K model; of --train head the heads alone), RUN/rewards/0j_SPLIT.npy and RUN/logs/joint.jsonl; members in order of their learned weight,
-so that prefixes of weights.json are sensible. --export J writes member J as a plain directory. All other flags are train_rm.py's; of --train head the defaults are
---lr 3e-2 --epochs 20 --weight-decay 0.1. Full training writes no checkpoints.
+Writes RUN/joint (a num_labels=K model; of --train head the heads alone), RUN/rewards/0j_SPLIT.npy and RUN/logs/joint.jsonl; members in order of
+their learned weight, so that prefixes of weights.json are sensible. --export J writes member J as a plain directory. All other flags are
+train_rm.py's; of --train head the defaults are --lr 3e-2 --epochs 20 --weight-decay 0.1. Full training writes no checkpoints.
 """
 
 import os
@@ -23,7 +24,8 @@ from pairwise import reward_model as rm
 from pairwise.run_dir import (
     InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, natural, positive, read_json, read_splits,
     replacing, reward_path, run_main, stage_done, write_array, write_json)
-from train_rm import SETTINGS, ask_features, continuation_texts, parse_args as parse_training, prompts_of, steps_of_pairs, train, train_full  # to pairwise/ at merge
+from train_rm import (  # to pairwise/ at merge
+    SETTINGS, ask_features, continuation_texts, parse_args as parse_training, prompts_of, steps_of_pairs, train, train_full)
 
 
 def mixture_error(reward_a, reward_b, target, logits, s):
@@ -36,8 +38,10 @@ def mixture_error(reward_a, reward_b, target, logits, s):
 
 
 def draw_heads(weight, seed):
-    """Draw K heads (K, d), normal with standard deviation 1 / sqrt(d): rewards of features of unit scale have variance one. Heads that begin close together
-    stay so for long: nothing but their beginning tells them apart."""
+    """Draw K heads (K, d), normal with standard deviation 1 / sqrt(d): rewards of features of unit scale have variance one.
+
+    Heads that begin close together stay so for long: nothing but their beginning tells them apart.
+    """
     weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) / weight.shape[1] ** 0.5)
 
 
@@ -46,7 +50,8 @@ def train_heads(args, weight, split, features, keep, rng, log, loss, more):
     scale = torch.from_numpy(features.std(0) + 1e-6).to(weight.device)
     scaled = torch.from_numpy(features).to(weight.device) / scale
     steps = steps_of_pairs(keep, args.pairs_per_step, args.epochs, rng)
-    train([[], [weight, *more]], lambda responses: (scaled[responses] @ weight.T, 0), steps, (split.a, split.b, split.p), args, log, prompts_of(split), loss=loss)
+    pairs = split.a, split.b, split.p
+    train([[], [weight, *more]], lambda responses: (scaled[responses] @ weight.T, 0), steps, pairs, args, log, prompts_of(split), loss=loss)
     weight.data.div_(scale)
 
 
@@ -79,7 +84,7 @@ def main(args):
     data = splits["train"]
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     base = data_hashes(run) | rm.base_hashes(args.base, args.chat_template)
-    settings = {name: getattr(args, name) for name in SETTINGS if name != "target"} | {name: getattr(args, name) for name in ("k", "sharpen", "weights")}
+    settings = {name: getattr(args, name) for name in (*SETTINGS, "k", "sharpen", "weights") if name != "target"}
     texts = continuation_texts(run)
     inputs = base | ({"continuations.parquet": hash_file(run / "continuations.parquet")} if texts else {})
     names = [*splits, *(["continuations"] if texts else [])]
@@ -131,11 +136,13 @@ def main(args):
         learned = alpha[order].double().cpu().numpy()
         learned /= learned.sum()
         votes = import_evaluator().votes(np.ascontiguousarray(scores["train"].T), data.a, data.b) / 2
-        write_json(run / "weights.json", [{"k": k, "alpha": learned.tolist(), "fit": "fixed", "train_mse": float(np.mean((learned @ votes - data.p) ** 2))}])
-    end_stage(run, "joint", settings, inputs, started, base=str(args.base), learned_weights=alpha[order].tolist(), threads=args.threads, device=args.device,
-              micro_batch_tokens=args.micro_batch_tokens, identical_pairs=int((~keep).sum()))
+        train_mse = float(np.mean((learned @ votes - data.p) ** 2))
+        write_json(run / "weights.json", [{"k": k, "alpha": learned.tolist(), "fit": "fixed", "train_mse": train_mse}])
+    end_stage(run, "joint", settings, inputs, started, base=str(args.base), learned_weights=alpha[order].tolist(), threads=args.threads,
+              device=args.device, micro_batch_tokens=args.micro_batch_tokens, identical_pairs=int((~keep).sum()))
     said = f", {int((~keep).sum())} pairs left out, identical after encoding" if not keep.all() else ""
-    print(f"joint: {k} members trained on {int(keep.sum()):,} pairs in {time.time() - started:.0f} s, weights {' '.join(f'{x:.3f}' for x in alpha[order].tolist())}{said}")
+    weights = " ".join(f"{x:.3f}" for x in alpha[order].tolist())
+    print(f"joint: {k} members trained on {int(keep.sum()):,} pairs in {time.time() - started:.0f} s, weights {weights}{said}")
 
 
 def parse_args(argv=None):

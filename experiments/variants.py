@@ -28,7 +28,7 @@ from pairwise.run_dir import SPLITS, InputError, Parser, natural, read_json, rea
 from pairwise.weights import error_matrix, simplex_weights
 
 L2 = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-COMPONENTS = (2, 3, 4, 6, 8)
+COMPONENTS = (1, 2, 3, 4, 6, 8)
 HARD = ("fsam_p", "fsam_residual", "fsam_centered", "fsam_mixture", "joint", "hardened", "hardened_taste", "hardened_joint")
 
 

@@ -3,8 +3,8 @@
 RUN/members.json: {"source": the trained run, relative to RUN, "members": [formula, ..]}, a formula of u = scale r_member being
 
     width null                 u itself
-    taste null                 width (level + 1 - rest), level = floor((u + offset) / width) and rest what that leaves, in [0, 1): levels as in u, inside a level
-                               the order of u reversed
+    taste null                 width (level + 1 - rest), level = floor((u + offset) / width) and rest what that leaves, in [0, 1): levels as in u,
+                               inside a level the order of u reversed
     taste i, taste_scale t     width (level + sigmoid(t r_i)): inside a level the order of member i (t < 0: reversed)
 """
 
@@ -34,8 +34,8 @@ def _apply(f, rewards):
         return u.astype(np.float32)
     level = np.floor((u + f["offset"]) / f["width"])
     inside = level + 1 - (u + f["offset"]) / f["width"] if f["taste"] is None else expit(f["taste_scale"] * rewards[f["taste"] - 1])
-    # In (0, 1), so that no taste leaves its level, and on a grid that float32 still holds at this level and at the next: rounding parts no equals, and where it
-    # makes two responses tie for a taste they tie for its opposite too.
+    # In (0, 1), so that no taste leaves its level, and on a grid that float32 holds at this level even after the product: where rounding makes two
+    # responses tie for a taste, they tie for its opposite too, and the votes still cancel.
     grid = 4 * np.spacing((np.abs(level) + 1).astype(np.float32)).astype(np.float64)
     return (f["width"] * (level + np.clip(np.round(inside / grid) * grid, grid, 1 - grid))).astype(np.float32)
 
