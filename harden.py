@@ -129,7 +129,8 @@ def pool_of(component, scale):
 
 def votes_of(formulas, rewards, a, b):
     """V_j, float64 (k, N)."""
-    return evaluator.votes(hardened(formulas, rewards), a, b) / 2
+    parts = [formulas[at : at + 1000] for at in range(0, len(formulas), 1000)]  # the evaluator takes 1,024 at once
+    return np.concatenate([evaluator.votes(hardened(part, rewards), a, b) for part in parts]) / 2
 
 
 def layouts(rewards, split, components, weights, tau, a, k, tastes, wanted="auto"):

@@ -1,11 +1,12 @@
 """Plurality gain: by how much a mixture of rewards predicts held-out votes better than the best single reward, on frozen features.
 
-    python experiments/plurality.py --run runs/mine          (RUN/plurality.json; a minute on one thread)
+    python experiments/plurality.py --run runs/mine          (RUN/plurality.json; seconds to minutes on one thread)
 
 single     Brier score of a + (1 - 2a) sigmoid(tau (r(y1) - r(y2))), r trained on p to convergence, so that seeds have nothing left to average
-mixture    of the soft mixture of M rewards trained jointly, lapses and scale alike; M, L2 penalties, tau and a are chosen on validation prompts
-gain       single - mixture on test prompts, with its 95 % interval over prompts. Above zero: no single reward with this link explains the vote fractions. An interval
-           that holds zero: one reward predicts them as well, which does not mean that people agree.
+mixture    that of the soft mixture of M rewards trained jointly, with lapses and scale alike; M (1, too), L2 penalties, tau and a are chosen on
+           validation prompts
+gain       single - mixture on test prompts, with its 95 % interval over prompts. Above zero: no single reward with this link explains the vote
+           fractions. An interval that holds zero: one reward predicts them as well, which does not mean that people agree.
 """
 
 import sys

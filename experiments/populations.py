@@ -23,7 +23,10 @@ PROMPTS = {"train": 300, "valid": 60, "test": 150}
 
 def directions(name, d, voters, rng):
     """Voters' directions (voters, d)."""
-    unit = lambda *shape: (lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True))(rng.normal(size=(*shape, d)))
+    def unit(*shape):
+        x = rng.normal(size=(*shape, d))
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
     group = np.arange(voters) / voters
     if name == "clusters":
         return unit(3)[np.digitize(group, [0.4, 0.7])] + 0.1 * unit(voters)
@@ -47,9 +50,9 @@ def population(name, number, d, responses, votes, voters):
             margin = (x[a] - x[b]) @ w.T  # (pairs, voters)
             p = (1 / (1 + np.exp(-2 * margin)) if name == "single" else (margin > 0).astype(float)).mean(1)
             count = rng.binomial(votes, p)
-            rows.append({"prompt_id": f"{split} {i}", "messages": [{"role": "user", "content": f"{split} {i}"}], "responses": [f"response {j}" for j in range(responses)],
-                         "pairs": [{"a": int(j), "b": int(k), "votes_a": float(c), "votes_b": float(votes - c), "ties": 0.0} for j, k, c in zip(a, b, count)],
-                         "p_true": p.tolist()})
+            pairs = [{"a": int(j), "b": int(k), "votes_a": float(c), "votes_b": float(votes - c), "ties": 0.0} for j, k, c in zip(a, b, count)]
+            rows.append({"prompt_id": f"{split} {i}", "messages": [{"role": "user", "content": f"{split} {i}"}],
+                         "responses": [f"response {j}" for j in range(responses)], "pairs": pairs, "p_true": p.tolist()})
         made[split] = rows, features.reshape(-1, d)
     return made
 
@@ -63,7 +66,7 @@ def main(args):
     for split, (rows, features) in population(args.population, args.seed, args.dimension, args.responses, args.votes, args.voters).items():
         write_split(args.run / "data" / f"{split}.parquet", rows)
         write_array(args.run / "features" / f"{split}.npy", features)
-    write_json(args.run / "data" / "stats.json", {"dataset": f"{args.population} {args.seed}", "votes": "sampled", "ties": "drop"} | settings | {"votes": "sampled"})
+    write_json(args.run / "data" / "stats.json", settings | {"dataset": f"{args.population} {args.seed}", "votes": "sampled", "ties": "drop"})
     end_stage(args.run, "data", settings, {}, started)
 
 

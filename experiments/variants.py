@@ -1,11 +1,12 @@
 """Every variant of the ensemble beside each other, on the frozen features of any run, and the one that validation prompts recommend.
 
-    python experiments/variants.py --run runs/mine --out variants.json                       (a minute or two on one thread)
+    python experiments/variants.py --run runs/mine --out variants.json                       (half a minute to a few minutes on one thread)
     python experiments/variants.py --run runs/mine --folds 8 --k 8 32 --out variants.csv     (every prompt a test prompt once)
 
-RUN: data/ and features/SPLIT.npy (train_rm.py --train head makes them, populations.py too). The losses are those of train_rm.py and train_joint.py, of heads on
-standardised features, minimised to convergence by L-BFGS with an L2 penalty in place of weight decay. Every hyper-parameter, and the recommendation, is chosen on
-validation prompts, of hard variants by the Brier score of their hard votes at k; where a run has none, on a fifth of its train prompts. Test prompts are reported only.
+RUN: data/ and features/SPLIT.npy (train_rm.py --train head makes them, populations.py too). The losses are those of train_rm.py and train_joint.py,
+of heads on standardised features, minimised to convergence by L-BFGS with an L2 penalty in place of weight decay. Every hyper-parameter, and the
+recommendation, is chosen on validation prompts, of hard variants by the Brier score of their hard votes at k; where a run has none, on a fifth of
+its train prompts. Test prompts are reported only.
 """
 
 import csv
@@ -48,7 +49,8 @@ def subset(split, keep):
 def merged(parts):
     """One Split of all prompts of several."""
     shifts = {name: np.cumsum([0, *(int(getattr(part, name)[-1]) for part in parts)]) for name in ("response_start", "pair_start")}
-    fields = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("votes_a", "votes_b", "ties", "p_true") if getattr(parts[0], name) is not None}
+    there = [name for name in ("votes_a", "votes_b", "ties", "p_true") if getattr(parts[0], name) is not None]
+    fields = {name: np.concatenate([getattr(part, name) for part in parts]) for name in there}
     fields |= {name: np.concatenate([getattr(part, name) + shift for part, shift in zip(parts, shifts["response_start"])]) for name in ("a", "b")}
     fields |= {name: np.concatenate([[0], *(getattr(part, name)[1:] + shift for part, shift in zip(parts, each))]) for name, each in shifts.items()}
     fields |= {name: [x for part in parts for x in getattr(part, name)] for name in ("prompt_id", "messages", "responses")}
@@ -216,7 +218,7 @@ def hardened(weights, data, k, layout="auto"):
     rewards = rewards_of(weights, data)
     m = len(weights) if layout == "auto" else 1
     found = harden.harden(*((data[name][0], rewards[name]) for name in ("train", "valid")), k, layout, [m])
-    return found["layout"], {name: found["alpha"] @ harden.votes_of(found["formulas"], rewards[name], data[name][0].a, data[name][0].b) for name in data}
+    return found["layout"], {name: found["alpha"] @ harden.votes_of(found["formulas"], rewards[name], split.a, split.b) for name, (split, _) in data.items()}
 
 
 def variants(data, k, seed, wanted):
@@ -258,15 +260,18 @@ def references(split):
     return {"coin_flip": np.full(len(split.p), 0.5), "floor_single": (split.p > 0.5).astype(float)}
 
 
-def summary(terms, draw):
-    """[{variant, brier, brier_ci, over_soft, over_soft_ci, true_error}] of {variant: (errors (P,), true errors (P,) or None, what)} and pairs under "pairs"."""
-    pairs, rows = terms.pop("pairs"), []
+def summary(terms, pairs, draw):
+    """[{variant, brier, brier_ci, over_soft, over_soft_ci, true_error, ..}] of terms {variant: (errors (P,), true errors (P,) or None, facts)}.
+
+    pairs (P,); over_soft: the Brier score less that of soft_single; intervals of 95 % over resampled prompts.
+    """
+    rows = []
     for name, (errors, true, facts) in terms.items():
         over = errors - terms["soft_single"][0]
         sums = draw(np.stack([errors, over, pairs], 1))
         limits = np.percentile(sums[:, :2] / sums[:, 2:], [2.5, 97.5], axis=0).T.tolist()
-        rows.append({"variant": name, "brier": errors.sum() / pairs.sum(), "brier_ci": limits[0], "over_soft": over.sum() / pairs.sum(), "over_soft_ci": limits[1],
-                     "true_error": None if true is None else true.sum() / pairs.sum()} | facts)
+        rows.append({"variant": name, "brier": errors.sum() / pairs.sum(), "brier_ci": limits[0], "over_soft": over.sum() / pairs.sum(),
+                     "over_soft_ci": limits[1], "true_error": None if true is None else true.sum() / pairs.sum()} | facts)
     return rows
 
 
@@ -288,24 +293,28 @@ def main(args):
                     valid = brier(predictions["valid"], data["valid"][0]) if "valid" in predictions else None
                     collected.setdefault(name, []).append((by_prompt(split, (predictions["test"] - split.p) ** 2), true, valid, what, seconds))
                     if valid is not None:
-                        print(f"{run} seed {number} k {k}: {name:15} valid {valid:.4f} test {brier(predictions['test'], split):.4f}  {what}  {seconds:.0f} s", file=sys.stderr)
+                        print(f"{run} seed {number} k {k}: {name:15} valid {valid:.4f} test {brier(predictions['test'], split):.4f}  {what}  "
+                              f"{seconds:.0f} s", file=sys.stderr)
                 collected["pairs"].append(np.diff(split.pair_start).astype(float))
                 if stats["votes"] == "sampled":
-                    collected.setdefault("irreducible", []).append(by_prompt(split, irreducible(split.p, split.n, split.ties * (stats["ties"] == "half"))))
+                    c = irreducible(split.p, split.n, split.ties * (stats["ties"] == "half"))
+                    collected.setdefault("irreducible", []).append(by_prompt(split, c))
         pairs = np.concatenate(collected.pop("pairs"))
-        c = collected.pop("irreducible", None)
-        terms = {"pairs": pairs}
+        c, terms = collected.pop("irreducible", None), {}
         for name, each in collected.items():
             errors, true, valid, what, seconds = zip(*each)
             terms[name] = np.concatenate(errors), None if true[0] is None else np.concatenate(true), {
-                "valid": None if valid[0] is None else float(np.mean(valid)), "seconds": round(float(np.mean(seconds)), 1), "chosen": "; ".join(dict.fromkeys(filter(None, what)))}
-        rows = summary(terms, lambda sums: resampled(sums, 10000, 0))
+                "valid": None if valid[0] is None else float(np.mean(valid)), "seconds": round(float(np.mean(seconds)), 1),
+                "chosen": "; ".join(dict.fromkeys(filter(None, what)))}
+        rows = summary(terms, pairs, lambda sums: resampled(sums, 10000, 0))
         if c is not None:
-            rows.append({"variant": "irreducible", "brier": np.concatenate(c).sum() / pairs.sum(), "true_error": 0.0 if rows[0]["true_error"] is not None else None})
+            true = 0.0 if rows[0]["true_error"] is not None else None
+            rows.append({"variant": "irreducible", "brier": np.concatenate(c).sum() / pairs.sum(), "true_error": true})
         table += [{"k": k} | row for row in rows]
         for row in rows:
-            print(f"k {k:2} {row['variant']:15} Brier {row['brier']:.4f}" + (f"  over soft {row['over_soft']:+.4f} [{row['over_soft_ci'][0]:+.4f}, {row['over_soft_ci'][1]:+.4f}]"
-                  if "over_soft" in row else "") + (f"  true {row['true_error']:.4f}" if row["true_error"] is not None else "") + f"  {row.get('chosen', '')[:100]}", flush=True)
+            over = "  over soft {:+.4f} [{:+.4f}, {:+.4f}]".format(row["over_soft"], *row["over_soft_ci"]) if "over_soft" in row else ""
+            true = "" if row["true_error"] is None else f"  true {row['true_error']:.4f}"
+            print(f"k {k:2} {row['variant']:15} Brier {row['brier']:.4f}{over}{true}  {row.get('chosen', '')[:100]}", flush=True)
     if args.out and args.out.suffix == ".csv":
         with replacing(args.out) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
             names = list(dict.fromkeys(name for row in table for name in row))

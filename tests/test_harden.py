@@ -139,6 +139,13 @@ def test_fitted_layout_follows_the_soft_model_better(k):
     assert min(found, key=lambda name: found[name][2]) == "fitted"
 
 
+def test_many_components():
+    """More formulas to pick from than the evaluator takes at once."""
+    split, rewards = simulated(n=500, r=100, heads=8)
+    found = harden.layouts(rewards, split, list(range(1, 9)), np.full(8, 1 / 8), 1.0, 0.0, 16, dict.fromkeys(range(1, 9)), "fitted")
+    assert found["fitted"][2] < 0.01
+
+
 def test_several_components():
     """Votes that follow two opposed rewards: one component cannot, two can, and validation pairs say so."""
     split, rewards = simulated(heads=2)
