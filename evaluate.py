@@ -24,7 +24,7 @@ from pairwise import compare as comparison
 from pairwise import report
 from pairwise.run_dir import (
     REPOSITORY, InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, must_share_test_data,
-    natural, read_json, read_rewards, read_split, read_splits, read_weights, reward_path, run_main, seed, unchanged, write_json)
+    natural, read_continuations, read_json, read_rewards, read_split, read_splits, read_weights, reward_path, run_main, seed, unchanged, write_json)
 from pairwise.theory import irreducible, outlier_below
 from pairwise.weights import error_matrix, simplex_weights
 
@@ -134,8 +134,9 @@ def not_negative(figure, errors):
 
 def trained_on_p(run):
     """Whether member 1 is trained on the vote fractions, t_1 = p, so that its sigmoid is a soft model of them; as far as the manifest says."""
-    settings = read_json(run / "manifest.json", {}).get("stages", {}).get("member_01", {}).get("settings", {})
-    return settings.get("train") != "from" and settings.get("loss", "mse") in ("mse", "bce")
+    stages = read_json(run / "manifest.json", {}).get("stages", {})
+    settings = stages.get("member_01", {}).get("settings", {})
+    return not {"joint", "harden"} & stages.keys() and settings.get("train") != "from" and settings.get("loss", "mse") in ("mse", "bce")
 
 
 def measure(split, rewards, stats, soft_single):
@@ -247,20 +248,6 @@ def split_metrics(split, rewards, alphas, fits, stats, soft_single, draw):
         table.append(head | {"prompts": int((count > 0).sum()), "pairs": int(count.sum())} | {
             x: y for name in ("brier", "l1", "pearson") for x, y in both(found, name, ("group", g, name)).items()})
     return s | both(found, "pairwise_disagreement", "pairwise_disagreement"), forms
-
-
-def read_continuations(run, k):
-    """Rewards of the continuations, float32 (K, prompts, n); None where there are none."""
-    if not (run / "continuations.parquet").exists() and not list((run / "rewards").glob("*_continuations.npy")):
-        return None
-    path = reward_path(run, 1, "continuations")
-    try:
-        shape = np.load(path, allow_pickle=False).shape
-    except (OSError, ValueError, EOFError):
-        shape = (0, 0)  # read_rewards says what is wrong
-    if len(shape) != 2:
-        raise InputError(f"{path}: shape {shape} found, (prompts, n) expected")
-    return read_rewards(run, "continuations", k, shape)
 
 
 def refit(train, tested, sizes, resamples, seed):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from pairwise import reward_model as rm
+from pairwise.levels import hardened, read_members
 from pairwise.rows import kind, messages, read_rows, text, wrong
 from pairwise.run_dir import InputError, Parser, count_members, import_evaluator, member_name, natural, read_json, read_weights, replacing, run_main
 
@@ -47,7 +48,8 @@ def rewards_of_run(run, k, settings, questions, args):
 
     settings: the run's, of member 1. Members of a head run share one pass over the base; existing models (--from) have each their own tokens.
     """
-    members = [run / member_name(j) for j in range(1, k + 1)]
+    joint = (run / "joint").is_dir()  # one model with k heads
+    members = [run / "joint"] if joint else [run / member_name(j) for j in range(1, k + 1)]
     if settings["train"] == "from":
         sources = [rm.read_source(directory) for directory in members]  # all are there, before the first is run
         return np.stack([rewards_of_source(run, j, source, questions, args) for j, source in enumerate(sources, 1)])
@@ -58,7 +60,10 @@ def rewards_of_run(run, k, settings, questions, args):
     if heads:
         model = rm.load_base(settings["base"], tokenizer, dtype, args.device)
         features = torch.from_numpy(rm.features_of(model, sequences, args.micro_batch_tokens))
-        rewards = [rm.score_features(features, rm.load_head(directory)) for directory in members]
+        rewards = [rm.score_features(features, weight[None]) for directory in members for weight in rm.load_head(directory)]
+    elif joint:
+        model = rm.load_joint(run, settings["base"], tokenizer, dtype, args.device)
+        rewards = list(rm.score_sequences(model, sequences, args.micro_batch_tokens, "joint").T)
     else:
         rewards = [rm.score_sequences(rm.load_member(run, j, settings["base"], tokenizer, dtype, args.device), sequences,
                                       args.micro_batch_tokens, f"member {j}") for j in range(1, k + 1)]
@@ -104,9 +109,13 @@ def main(args):
         raise InputError(f"--out {out}: {'a directory' if out.is_dir() else 'the file of questions itself'} found, another file expected")
     run, k = args.run, count_members(args.run)
     alpha = read_weights(run, k)
-    entry = read_json(run / "manifest.json")["stages"].get(member_name(1))
-    if not entry or not (run / member_name(1)).is_dir():
-        raise InputError(f"{run}: no trained members found; a run directory with {member_name(1)}/ expected")
+    if found := read_members(run):  # a hardened run: the members of its source, then the formulas
+        run, formulas = found
+    stages = read_json(run / "manifest.json")["stages"]
+    name = "joint" if "joint" in stages else member_name(1)
+    entry = stages.get(name)
+    if not entry or not (run / name).is_dir():
+        raise InputError(f"{run}: no trained members found; a run directory with {name}/ expected")
     base = args.base or (str(run / "base") if (run / "base").is_dir() else entry["base"])
     if entry["settings"]["train"] == "from":
         if args.base or args.chat_template:
@@ -114,7 +123,8 @@ def main(args):
     elif entry["settings"]["train"] != "full" or args.chat_template:  # a full member has base and template in its own directory
         rm.check_base(entry, base, args.chat_template)
     settings = entry["settings"] | {"base": base}
-    rows = answers(questions, rewards_of_run(run, k, settings, questions, args), alpha)
+    rewards = rewards_of_run(run, count_members(run), settings, questions, args)
+    rows = answers(questions, hardened(formulas, rewards) if found else rewards, alpha)
     with replacing(out) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         file.write(as_csv(rows, k) if out.suffix == ".csv" else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{out}: {len(questions)} prompts, {k} members")

@@ -116,14 +116,14 @@ def device(name=None):
     return name
 
 
-def load_base(base, tokenizer, dtype, device):
-    """The base with its token-prediction head dropped and a scalar head attached (section 4), in dtype; the head in float32.
+def load_base(base, tokenizer, dtype, device, heads=1):
+    """The base with its token-prediction head dropped and a scalar head attached (section 4), or several, in dtype; the head in float32.
 
     The head's values are not drawn here: draw_head does. Raises InputError where the checkpoint lacks anything but the head.
     """
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=1, dtype=dtype, pad_token_id=tokenizer.pad_token_id, ignore_mismatched_sizes=True, output_loading_info=True)
+            base, num_labels=heads, dtype=dtype, pad_token_id=tokenizer.pad_token_id, ignore_mismatched_sizes=True, output_loading_info=True)
     except (OSError, ValueError, AssertionError) as error:  # AssertionError: a pad token outside the embedding
         raise InputError(f"--base {base}: the model could not be loaded ({first_line(error)})") from None
     if head(model) is None:
@@ -190,6 +190,11 @@ def ready(model, device):
 def load_member(run, j, base, tokenizer, dtype, device):
     """Reward model j of a run: its directory, or the base with the head or the adapters that were trained on it, or the base itself (--from)."""
     directory = run / f"member_{j:02d}"
+    if (run / "joint").is_dir() and not (directory / "config.json").exists():
+        model, weight = load_joint(run, base, tokenizer, dtype, device), load_head(run / "joint")[j - 1 : j]
+        model.config.num_labels = model.num_labels = 1
+        head(model).weight, head(model).out_features = torch.nn.Parameter(weight.to(device)), 1
+        return model
     if (directory / "source.json").exists():
         return load_reward_model(base, tokenizer, dtype, device, f"{directory / 'source.json'}:")
     if (directory / "adapter").is_dir():
@@ -209,8 +214,19 @@ def load_member(run, j, base, tokenizer, dtype, device):
     return ready(model, device)
 
 
+def load_joint(run, base, tokenizer, dtype, device):
+    """All rewards of a jointly trained run in one model, whose forward pass gives (n, K): run/joint, or the base with the heads of its frozen features."""
+    directory, weight = run / "joint", load_head(run / "joint")
+    if (directory / "head.safetensors").exists():
+        model = load_base(base, tokenizer, dtype, device, len(weight))
+    else:
+        model = ready(AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype), device)
+    head(model).weight.data.copy_(weight)
+    return model
+
+
 def draw_head(weight, config, seed):
-    """Draw a reward head's weight (1, d) anew, normal with the base's own initial standard deviation."""
+    """Draw a reward head's weight (1, d), or several (K, d), anew, normal with the base's own initial standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     weight.data.copy_(torch.randn(weight.shape, generator=generator) * getattr(config, "initializer_range", 0.02))
 
@@ -239,7 +255,7 @@ def hidden_of_batch(model, sequences):
 
 
 def rewards_of_batch(model, sequences, tokens=None):
-    """Rewards float32 (n,), with gradient, of n lists of token ids in one forward pass.
+    """Rewards float32 (n,), or (n, K) of K heads, with gradient, of n lists of token ids in one forward pass.
 
     Where that is more than `tokens` tokens, in several, each run again in the backward pass: a third more work, and memory for one of them.
     """
@@ -352,7 +368,7 @@ def save_head(weight, directory):
 
 
 def load_head(directory):
-    """The head's weight, float32 (1, d), from a member's directory of either kind."""
+    """The head's weight, float32 (1, d), of joint/ (K, d), from a member's directory of either kind."""
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in {"score.weight", "classifier.weight"} & set(file.keys()):

@@ -486,6 +486,20 @@ def read_rewards(run, split, k, shape):
     return rewards
 
 
+def read_continuations(run, k):
+    """Rewards of the continuations, float32 (K, prompts, n); None where there are none."""
+    if not (run / "continuations.parquet").exists() and not list((run / "rewards").glob("*_continuations.npy")):
+        return None
+    path = reward_path(run, 1, "continuations")
+    try:
+        shape = np.load(path, allow_pickle=False).shape
+    except (OSError, ValueError, EOFError):
+        shape = (0, 0)  # read_rewards says what is wrong
+    if len(shape) != 2:
+        raise InputError(f"{path}: shape {shape} found, (prompts, n) expected")
+    return read_rewards(run, "continuations", k, shape)
+
+
 def read_weights(run, k):
     """The mixture weights of the first k members, float64 (k,). Raises InputError where weights.json has none for this k, or broken ones."""
     path = run / "weights.json"

@@ -16,6 +16,7 @@ from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, manifest, 
 from pytorch_optimizer import SOAP
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+from pairwise import training
 from pairwise.checkpoint import Checkpoints
 from pairwise.offload import BUFFERS, Offload, choose_resident, names_memory_flags, recompute_activations, state_shapes
 from pairwise.run_dir import InputError
@@ -31,7 +32,7 @@ def tiny(dtype, seed=0):
 
 
 def groups_of(model, dim=64):
-    matrices, plain = train_rm.parameter_groups(model)
+    matrices, plain = training.parameter_groups(model)
     return [{"params": matrices, "max_precondition_dim": dim}, {"params": plain, "max_precondition_dim": 1}]
 
 
@@ -271,7 +272,7 @@ HARNESS = """
 import json, os, signal, sys
 from pathlib import Path
 import torch, train_rm
-from pairwise import checkpoint, offload, run_dir
+from pairwise import checkpoint, offload, run_dir, training
 
 def main(run):
     sys.stdout = open(os.devnull, "w"); sys.stderr = open(os.devnull, "w")
@@ -393,10 +394,10 @@ def test_killed_while_scoring_does_not_train_again(data, base, tmp_path, monkeyp
         if change == "member":
             shutil.rmtree(other / "member_01")
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(train_rm, "train", killed)
+            patch.setattr(training, "train", killed)
             train(other, base, *FULL, *kind, *(["--seed", "7"] if change == "arguments" else []))
     with monkeypatch.context() as patch:
-        patch.setattr(train_rm, "train", killed)
+        patch.setattr(training, "train", killed)
         train(broken, base, *FULL, *kind)
     assert not (broken / "checkpoint_01").exists() and not leftovers(broken) and manifest(broken)["member_01"]["done"]
     names = ["logs/01.jsonl", "rewards/01_train.npy", "rewards/01_test.npy", *(str(path.relative_to(whole)) for path in whole.rglob("*.safetensors"))]
