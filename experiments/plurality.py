@@ -3,8 +3,8 @@
     python experiments/plurality.py --run runs/mine          (RUN/plurality.json; seconds to minutes on one thread)
 
 single     Brier score of a + (1 - 2a) sigmoid(tau (r(y1) - r(y2))), r trained on p to convergence, so that seeds have nothing left to average
-mixture    that of the soft mixture of M rewards trained jointly, with lapses and scale alike; M (1, too), L2 penalties, tau and a are chosen on
-           validation prompts
+mixture    that of the soft mixture of M rewards trained jointly, with lapses and scale alike; M, L2 penalties, tau and a are chosen on validation
+           prompts; M = 1, the single reward itself, unless the mixture is better there by two standard errors
 gain       single - mixture on test prompts, with its 95 % interval over prompts. Above zero: no single reward with this link explains the vote
            fractions. An interval that holds zero: one reward predicts them as well, which does not mean that people agree.
 """
@@ -23,10 +23,18 @@ from variants import brier, read_run, soft_mixtures, soft_single
 
 def plurality(data, number):
     """{single, mixture, components, gain, ci} of data {split: (Split, features)}; number: the seed."""
-    split = data["test"][0]
-    single = soft_single(data, number)[2]["test"]
+    single = soft_single(data, number)[2]
     m, (_, _, mixed) = min(soft_mixtures(data, number).items(), key=lambda item: brier(item[1][2]["valid"], data["valid"][0]))
-    errors = by_prompt(split, np.stack([(single - split.p) ** 2, (mixed["test"] - split.p) ** 2, np.ones(len(split.p))]))
+
+    def errors_on(name):
+        """Squared errors of single and mixture, and pairs, summed over each prompt, (P, 3)."""
+        split = data[name][0]
+        return by_prompt(split, np.stack([(single[name] - split.p) ** 2, (mixed[name] - split.p) ** 2, np.ones(len(split.p))]))
+
+    better = errors_on("valid") @ [1, -1, 0]
+    if better.sum() < 2 * np.sqrt(len(better)) * better.std():  # by less than two standard errors: it may be noise
+        m, mixed = 1, single
+    errors = errors_on("test")
     drawn = resampled(errors, 10000, number)
     limits = np.percentile((drawn[:, 0] - drawn[:, 1]) / drawn[:, 2], [2.5, 97.5])
     one, several, pairs = errors.sum(0)
