@@ -117,8 +117,10 @@ def main(args):
     if args.prune:
         prune(run, args.out, args.prune, k, data, rewards, inputs)
         return
-    if "prune" in read_json(run / "manifest.json", {"stages": {}})["stages"].get("weights", {}).get("settings", {}):
-        raise InputError(f"{run / 'weights.json'}: pruned weights found; those of the run that it was pruned from are fitted, with --run of that one")
+    stages = read_json(run / "manifest.json", {"stages": {}})["stages"]
+    made = "hardened" if "harden" in stages else "pruned" if "prune" in stages.get("weights", {}).get("settings", {}) else None
+    if made:
+        raise InputError(f"{run / 'weights.json'}: {made} weights found, which stay; those of the run that it was made from are fitted, with --run of that one")
     if unchanged(run, "weights", {}, inputs, [run / "weights.json"]):
         print(f"weights: {run / 'weights.json'} is up to date, skipped")
         prefixes = read_json(run / "weights.json")
