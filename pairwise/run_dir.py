@@ -172,8 +172,13 @@ def write_array(path, array):
         np.save(file, array.astype(np.float32, copy=False))
 
 
-def remembered_rows(path, key, count, make, label):
-    """[make(i) for i in range(count)], dicts, written to `path` as JSON lines.
+def write_lines(path, rows):
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def remembered_rows(path, key, count, make, label, write=write_lines):
+    """[make(i) for i in range(count)], dicts, written to `path` by write(path, rows).
 
     What a killed call with the same key (a dict for JSON) has made is kept beside `path` line by line, and not made again.
     """
@@ -184,14 +189,14 @@ def remembered_rows(path, key, count, make, label):
         lines = [json.loads(line) for line in kept.read_bytes().split(b"\n")[:-1]]  # a line without its end is not whole
         rows = lines[1:] if lines[:1] == [key] else []
     with replacing(kept) as whole:
-        whole.write_text("".join(json.dumps(row) + "\n" for row in (key, *rows)), encoding="utf-8")
+        write_lines(whole, [key, *rows])
     with open(kept, "a", encoding="utf-8") as file:
         for number in tqdm(range(len(rows), count), initial=len(rows), total=count, desc=label, unit="prompt", leave=False):
             rows.append(make(number))
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
     with replacing(path) as whole:
-        whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write(whole, rows)
     kept.unlink()
     return rows
 
