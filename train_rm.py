@@ -30,7 +30,7 @@ from pairwise.checkpoint import Checkpoints
 from pairwise.offload import MAX_PRECONDITION_DIM, Offload, names_memory_flags, recompute_activations
 from pairwise.run_dir import (
     InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, must_agree, natural, nonnegative, positive,
-    read_json, read_rewards, read_splits, read_weights, replacing, reward_path, run_main, seed, share, stage_done,
+    read_continuations, read_json, read_rewards, read_splits, read_weights, replacing, reward_path, run_main, seed, share, stage_done,
     write_array)
 
 # ---- the method
@@ -243,18 +243,9 @@ def ask_features(args, stage, texts, tokenizer, inputs):
     return {name: np.load(path) for name, path in paths.items()}
 
 
-def continuation_texts(run):
-    """(messages, responses) of continuations.parquet, or None where there is none."""
-    path = run / "continuations.parquet"
-    if not path.exists():
-        return None
-    table = pq.read_table(path)
-    return table["messages"].to_pylist(), table["texts"].to_pylist()
-
-
 def score_continuations(args, j, model, tokenizer, texts, inputs):
     """Write rewards/0j_continuations.npy, float32 (prompts, n): a stage of its own, so that continuations may come later."""
-    run, (messages, responses) = args.run, texts
+    run, messages, responses = args.run, texts["messages"], texts["texts"]
     stage, path = f"{member_name(j)}_continuations", reward_path(run, j, "continuations")
     inputs = inputs | {"continuations.parquet": hash_file(run / "continuations.parquet")}
     if parallel.of_first(lambda: stage_done(run, stage, {}, inputs, [path])):
@@ -262,7 +253,7 @@ def score_continuations(args, j, model, tokenizer, texts, inputs):
     started = parallel.of_first(lambda: begin_stage(run, stage, {}, inputs))
     if args.train == "head":
         asked = {name: inputs[name] for name in inputs if not name.startswith("rewards")}
-        features = ask_features(args, "features_continuations", {"continuations": texts}, tokenizer, asked)["continuations"]
+        features = ask_features(args, "features_continuations", {"continuations": (messages, responses)}, tokenizer, asked)["continuations"]
         rewards = rm.score_features(torch.from_numpy(features), rm.load_head(run / member_name(j)))
     else:
         model = model or rm.load_member(run, j, args.base, tokenizer, getattr(torch, args.dtype), args.device)
@@ -324,7 +315,7 @@ def main(args):
     if j > 1:
         must_agree(run, member_name(1), settings, inputs)  # the members of a run differ in their residual only
     outputs = [run / member_name(j), run / "logs" / f"{j:02d}.jsonl", *(reward_path(run, j, name) for name in splits)]
-    texts, model = continuation_texts(run), None
+    texts, model = read_continuations(run), None
     checkpoints = Checkpoints(run, j, settings, inputs | ensemble, args.checkpoint_minutes)
     if parallel.of_first(lambda: stage_done(run, member_name(j), settings, inputs | ensemble, outputs)):
         print(f"member {j}: {run / member_name(j)} is there, skipped")

@@ -3,9 +3,33 @@
 Higher rewards are better, infinite ones included; none is NaN.
 """
 
+import re
+
 import numpy as np
 from scipy.special import expit
 from scipy.stats import rankdata
+
+# What shows in a text: how often its pattern is found, capitals or not. A data set with attributes of its own has theirs in stats.json.
+ATTRIBUTES = {
+    "words": r"\S+",
+    "hedging words": r"\b(?:perhaps|maybe|might|may|could|possibly|probably|likely|seems?|appears?|depends?|sometimes|often|generally|usually|I think|not sure)\b",
+    "list items": r"(?m)^[ \t]*(?:[-*•]|\d+[.)])[ \t]",
+    "lines": r"(?m)^.*\S.*$",
+    "question marks": r"\?",
+    "exclamation marks": "!",
+    "digits": r"\d",
+}
+
+
+def attribute_counts(texts, patterns):
+    """float32 (attributes, prompts, n): how often each pattern, {name: regular expression}, is found in each text; texts: lists of n str."""
+    found = [[[sum(1 for _ in re.finditer(pattern, text, re.IGNORECASE)) for text in row] for row in texts] for pattern in patterns.values()]
+    return np.array(found, np.float32).reshape(len(patterns), len(texts), -1)
+
+
+def distinct(texts):
+    """Indices of a prompt's texts without those that repeat an earlier one."""
+    return np.array(sorted({text: i for i, text in reversed(list(enumerate(texts)))}.values()))
 
 
 def ranks(scores):
@@ -23,12 +47,19 @@ def win_shares(scores):
     counting half: 1 where it is j's only favourite too, 1/2 where it is any to j. scores float32 (K, prompts, n), n >= 2."""
     k, prompts, n = scores.shape
     rank, best = ranks(scores), favourites(scores)
-    return (n - rank[:, np.arange(prompts)[:, None], best.T].transpose(1, 2, 0)) / (n - 1)  # (j, x, i) -> (x, i, j)
+    return (n - rank[:, np.arange(prompts)[:, None], best.T].transpose(1, 2, 0)) / (n - 1)  # from (j, x, i) to (x, i, j)
 
 
 def win_matrix(scores):
     """float64 (K, K): `win_shares`, averaged over prompts."""
     return win_shares(scores).mean(0)
+
+
+def reward_mixture(scores, alpha):
+    """p_hat, the weighted share of members that prefer y1 to y2, of every pair of a prompt's continuations: as `policy_mixture`, which tends to it as
+    beta tends to 0."""
+    a, b = np.triu_indices(scores.shape[1], 1)
+    return alpha @ ((scores[:, a] > scores[:, b]) * 0.5 + (scores[:, a] >= scores[:, b]) * 0.5)
 
 
 def policy_mixture(scores, logprob, alpha, beta):

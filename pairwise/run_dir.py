@@ -444,6 +444,27 @@ def must_share_test_data(first, run):
             raise InputError(f"{refused}: {name} {other[name]!r} found, {one[name]!r} expected")
 
 
+def read_continuations(run):
+    """{column: list} of continuations.parquet, where data_prep/continuations.py has the format; `logprob` is None where the file has none.
+    None where there is no file. Raises InputError unless there is a prompt and every one has as many texts and logprobs."""
+    path = run / "continuations.parquet"
+    if not path.exists():
+        return None
+    try:
+        table = pq.read_table(path)
+        found = {name: table[name].to_pylist() for name in ("prompt_id", "messages", "texts")}
+    except (pa.ArrowException, KeyError) as error:
+        raise InputError(f"{path}: not continuations ({first_line(error)}); the columns prompt_id, messages and texts expected") from None
+    found["logprob"] = table["logprob"].to_pylist() if "logprob" in table.column_names else None
+    for name in ("texts", "logprob"):
+        for number, row in enumerate(found[name] or (), 1):
+            if not row or len(row) != len(found["texts"][0]):
+                raise InputError(f"{path}: prompt {number}: {len(row or ())} {name} found, {len(found['texts'][0] or ()) or 'at least 1'} expected")
+    if not found["texts"]:
+        raise InputError(f"{path}: no prompt found, at least 1 expected")
+    return found
+
+
 def data_hashes(run):
     """{file name: SHA-256} of the prepared data."""
     return {f"data/{path.name}": hash_file(path) for path in sorted((run / "data").iterdir())}
