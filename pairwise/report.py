@@ -380,9 +380,9 @@ CAPTIONS = {
         "reversed. Lower numbers off the diagonal mean more diverse rewards. Empty: not defined.",
     "wins": "How high the favourite of one member (row) stands with another (column): the share of the other continuations that the column's member ranks "
         "below it, best of N in place of a policy. 1: its favourite too; .5: one like any other.",
-    "policies": "If each member were the reward of a policy of its own, fine-tuned from the base with penalty β (appendix A), how often would the mixture of the "
-        "policies choose otherwise than the members' votes? The mean of |p̄ − p̂| over all pairs of a prompt's distinct continuations: small β follows "
-        "the rewards, large β what the base finds more probable.",
+    "policies": "If each member were the reward of a policy of its own, fine-tuned from the base with penalty β (appendix A), how far would the mixture of the "
+        "policies be from the members' votes? The mean of |p̄ − p̂| over all pairs of a prompt's distinct continuations: small β follows the rewards, "
+        "large β what the base finds more probable.",
     "weights": "Weight of each member (column) in the ensemble of the first k members (row), fitted on the training pairs after each "
         "new member. A zero means that the member is not used.",
     "training": "Training loss of each member: running mean (black) and single steps (grey). Members are trained on different targets, "
@@ -479,9 +479,8 @@ def sampled(diversity):
     text += "." if diversity["repeated"] is None else f"; {diversity['repeated']} of them repeat another of the same prompt."
     if diversity["policy"]:
         beta, distance, limits = (diversity["policy"][name] for name in ("beta", "distance", "distance_ci"))
-        text += (f" With β = {beta[0]:g} the mixture of the members' policies is {num(distance[0])} {interval(limits[0])} from their votes, with β = {beta[-1]:g} "
-                 f"{num(distance[-1])} {interval(limits[-1])}. The rewards' calibration says how people would choose between the policies' answers only as far "
-                 "as that is small.")
+        text += (f" The mixture of the policies that the members stand for differs from their votes by {num(distance[0])} {interval(limits[0])} with β = {beta[0]:g} "
+                 f"and by {num(distance[-1])} {interval(limits[-1])} with β = {beta[-1]:g}. What is calibrated are the votes: the policies are only as far as that is small.")
     return text
 
 
