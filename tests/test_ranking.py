@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from pairwise.ranking import favourites, policy_mixture, ranks, win_matrix, win_shares
+from pairwise.ranking import ATTRIBUTES, attribute_counts, distinct, favourites, policy_mixture, ranks, reward_mixture, win_matrix, win_shares
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,18 @@ def test_policy_mixture_at_its_limits():
     pairs = list(itertools.combinations(range(8), 2))
     votes = [alpha @ (scores[:, a] > scores[:, b]) for a, b in pairs]
     np.testing.assert_allclose(policy_mixture(scores, logprob, alpha, 1e-9), votes, atol=1e-12)
+    np.testing.assert_allclose(reward_mixture(scores, alpha), votes, atol=1e-12)
+    assert reward_mixture(np.array([[1, 1, np.inf, np.inf]]), np.ones(1)).tolist() == [0.5, 0, 0, 0, 0, 0.5]
     base = [1 / (1 + math.exp(logprob[b] - logprob[a])) for a, b in pairs]
     np.testing.assert_allclose(policy_mixture(scores, logprob, alpha, np.inf), base, rtol=1e-12)
     np.testing.assert_allclose(policy_mixture(scores, logprob, alpha, 1e12), base, rtol=1e-9)
     infinite = np.array([[np.inf, np.inf, 0, -np.inf]])
     np.testing.assert_allclose(policy_mixture(infinite, np.log([3, 1, 1, 1.0]), np.ones(1), 1), [0.75, 1, 1, 1, 1, 1])
+
+
+def test_attributes_of_texts():
+    texts = [["Perhaps it is so. Maybe not!", "- one\n- two 2\n\n3. three?"], ["", "perhapsy"]]
+    found = dict(zip(ATTRIBUTES, attribute_counts(texts, ATTRIBUTES).tolist()))
+    assert found == {"words": [[6, 7], [0, 1]], "hedging words": [[2, 0], [0, 0]], "list items": [[0, 3], [0, 0]], "lines": [[1, 3], [0, 1]],
+                     "question marks": [[0, 1], [0, 0]], "exclamation marks": [[1, 0], [0, 0]], "digits": [[0, 2], [0, 0]]}
+    assert distinct(["b", "a", "b", "c", "a"]).tolist() == [0, 1, 3]
