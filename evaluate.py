@@ -252,8 +252,8 @@ def read_scores(run, k):
     if len(shape) != 2:
         raise InputError(f"{path}: shape {shape} found, (prompts, n) expected")
     scores, texts = read_rewards(run, "continuations", k, shape), read_continuations(run)
-    if texts and (len(texts["texts"]), len(texts["texts"][0])) != shape:
-        raise InputError(f"{path}: rewards of {shape[0]} x {shape[1]} continuations found, continuations.parquet has {len(texts['texts'])} x {len(texts['texts'][0])}")
+    if texts and (size := (len(texts["texts"]), len(texts["texts"][0]))) != shape:
+        raise InputError(f"{path}: shape {shape} found, {size} expected, by continuations.parquet")
     return scores, texts
 
 
@@ -291,8 +291,8 @@ CASES = 3  # prompts of which the members' favourites are shown
 
 
 def diversity(scores, texts, alpha, patterns, draw):
-    """Kendall's tau-b between the members' rankings of every prompt's continuations, averaged over prompts (figure 3); and between each ranking and what
-    shows in the texts (`character`); how far one's favourite falls with the others (`win`); favourites side by side (appendix G); policies (appendix A).
+    """Kendall's tau-b between the members' rankings of every prompt's continuations, averaged over prompts (figure 3), and between each ranking and
+    what shows in the texts (`character`); how far one's favourite falls with another (`win`); favourites side by side (appendix G); policies (A).
 
     scores float32 (K, prompts, n), or None: then None. texts: of `read_continuations`, or None; alpha (K,): the mixture's weights; patterns: as for
     `attribute_counts`. A prompt on which a member or an attribute is constant has no tau for it and is left out of that cell.
@@ -320,8 +320,8 @@ def diversity(scores, texts, alpha, patterns, draw):
 
 
 def policy_terms(scores, texts, alpha):
-    """(float64 (prompts, betas), (prompts,)): |p_bar - p_hat| for each of BETAS, summed over all pairs of a prompt's distinct continuations, and how many
-    pairs these are."""
+    """(float64 (prompts, betas), (prompts,)): |p_bar - p_hat| with each of BETAS, summed over all pairs of a prompt's distinct continuations, and the
+    number of these pairs."""
     sums, pairs = np.empty((len(texts["texts"]), len(BETAS))), []
     for x, (row, logprob) in enumerate(zip(texts["texts"], texts["logprob"])):
         keep = ranking.distinct(row)
@@ -453,7 +453,8 @@ def main(args):
     scores, texts = read_scores(run, k)
     settings = {"resamples": args.resamples, "seed": args.seed, "refit": args.refit}
     names = [*splits, *(["continuations"] if scores is not None else [])]
-    files = [run / "weights.json", *([run / "continuations.parquet"] if texts else []), *(reward_path(run, j, name) for j in range(1, k + 1) for name in names)]
+    files = [run / "weights.json", *(reward_path(run, j, name) for j in range(1, k + 1) for name in names)]
+    files += [run / "continuations.parquet"] if texts else []
     outputs = [run / "metrics.json", run / "report.html", *(run / "figures" / f"{name}.png" for name in ("calibration", "votes", "reliability", "weights"))]
     logs = sorted((run / "logs").glob("[0-9]*.jsonl"))
     scripts = "evaluate.py", "pairwise/ranking.py", "pairwise/report.py", "pairwise/theory.py", "pairwise/weights.py"

@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from pytorch_optimizer import SOAP
 from tqdm import tqdm

@@ -9,7 +9,7 @@ Writes RUN/continuations.parquet, a row a prompt, which every member scores:
     prompt_id  str
     messages   list of {role, content}
     texts      list of str, as many in every row; equal ones may be among them, and are counted
-    logprob    list of float, optional: of the text and its end, under the base model at temperature 1 and all tokens; without it, no policies (appendix A)
+    logprob    list of float, optional: of the text and its end, under the base at temperature 1 and all tokens; appendix A needs it
 
 A file of this form from a faster engine serves as well: put it there before the members are trained, and give run_all.sh --continuations 0.
 A killed call goes on with the prompt that it was at.
@@ -95,7 +95,7 @@ def main(args):
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**63
     for number, ids in zip(chosen, encoded):
         if len(ids) >= context:
-            raise InputError(f"prompt {prompt_id[number]}: {len(ids)} tokens found, at most {context - 1} expected, for an answer to fit into the model's context")
+            raise InputError(f"prompt {prompt_id[number]}: {len(ids)} tokens found, at most {context - 1} expected, as the model's context is {context}")
     started = begin_stage(run, "continuations", settings, inputs)
 
     def row(i):

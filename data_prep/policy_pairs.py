@@ -2,8 +2,8 @@
 
     python data_prep/policy_pairs.py --run runs/demo --member 1 --out runs/demo-policy-1/pairs/train.jsonl
 
-A row is a pair: prompt, the conversation; chosen and rejected, each the answer as a turn of the assistant. Of a prompt's distinct continuations the chosen is
-drawn from the quarter that the member ranks highest, the rejected from the quarter that it ranks lowest; no pair twice, none of equal rewards.
+A row is a pair: prompt, the conversation; chosen and rejected, each the answer as a turn of the assistant. Of a prompt's distinct continuations the
+chosen is drawn from the quarter that the member ranks highest, the rejected from the quarter that it ranks lowest; no pair twice, none of equal rewards.
 """
 
 import itertools
@@ -32,8 +32,9 @@ def main(args):
     rewards = read_rewards(args.run, "continuations", args.member, shape)[-1]
     rng, rows = np.random.default_rng([args.seed, args.member]), []
     for messages, answers, of_prompt in zip(texts["messages"], texts["texts"], rewards):
-        for chosen in pairs(answers, of_prompt, args.pairs, rng):
-            rows.append({"prompt": messages} | {name: [{"role": "assistant", "content": answers[i]}] for name, i in zip(("chosen", "rejected"), chosen)})
+        for pair in pairs(answers, of_prompt, args.pairs, rng):
+            chosen, rejected = ([{"role": "assistant", "content": answers[i]}] for i in pair)
+            rows.append({"prompt": messages, "chosen": chosen, "rejected": rejected})
     if not rows:
         raise InputError(f"{args.run}: member {args.member} prefers no continuation to another, no pair can be exported")
     with replacing(args.out) as partial:

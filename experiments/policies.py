@@ -3,9 +3,9 @@
     bash run_all.sh demo 4 --run runs/policies --continuations 60
     python experiments/policies.py --run runs/policies --members 1 2 --out runs/policies/dpo          (about ten minutes on one thread)
 
-Prints two tables over the test prompts that have no continuations, with standard errors over prompts: the share of the base's and of each policy's answers in
-which an attribute shows, beside Kendall's tau of the members' rewards with it on the continuations; and how each member rewards the answers. Needs
-benchmarks/requirements.txt. Other flags are those of TRL's DPO script: --learning_rate 1e-5, say.
+Prints two tables over the test prompts that have no continuations, with standard errors over prompts: the share of the base's and of each policy's
+answers in which an attribute shows, beside Kendall's tau of the members' rewards with it on the continuations; and how each member rewards the answers.
+Needs benchmarks/requirements.txt. Other flags are those of TRL's DPO script: --learning_rate 1e-5, say.
 """
 
 import os
@@ -27,15 +27,21 @@ def train(args, j):
     """Directory of policy j."""
     directory = args.out / f"policy_{j:02d}"
     policy_pairs.main(policy_pairs.parse_args(["--run", str(args.run), "--member", str(j), "--out", str(directory / "pairs" / "train.jsonl")]))
-    subprocess.run([sys.executable, "-m", "trl.scripts.dpo", "--model_name_or_path", str(args.base), "--dataset_name", str(directory / "pairs"), "--output_dir",
-                    str(directory / "model"), "--save_strategy", "no", "--report_to", "none", "--seed", str(args.seed), "--bf16", "False", "--use_cpu",
-                    "--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--learning_rate", "3e-4", *args.dpo], check=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
+    flags = {"model_name_or_path": args.base, "dataset_name": directory / "pairs", "output_dir": directory / "model", "num_train_epochs": 1,
+             "per_device_train_batch_size": 16, "learning_rate": 3e-4, "bf16": False, "save_strategy": "no", "report_to": "none", "seed": args.seed}
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    subprocess.run([sys.executable, "-m", "trl.scripts.dpo", "--use_cpu", *words, *args.dpo], check=True)
     return directory / "model"
 
 
 def cell(values):
     """Mean and standard error of values (prompts,)."""
     return f"{values.mean():.3f} ± {values.std(ddof=1) / np.sqrt(len(values)):.3f}"
+
+
+def table(head, rows):
+    """Print a table as Markdown has it."""
+    print("", *("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)), sep="\n")
 
 
 def main(args):
@@ -59,14 +65,16 @@ def main(args):
         torch.manual_seed(args.seed)
         answers[name] = [continuations.sample(model, tokenizer, prompt, args.count, 1.0, 1.0, args.max_tokens)[0] for prompt in prompts]
     shown = {name: ranking.attribute_counts(of, patterns) > 0 for name, of in answers.items()}
-    print("| attribute | " + " | ".join([*policies, *(f"tau of member {j}" for j in args.members)]) + " |\n" + "|---" * (1 + len(policies) + len(args.members)) + "|")
-    for number in np.argsort(-np.abs(tau[:, 0] - tau[:, -1]), kind="stable"):
-        print(f"| {list(patterns)[number]} | " + " | ".join([*(cell(of[number].mean(1)) for of in shown.values()), *(f"{x:.2f}" for x in tau[number])]) + " |")
-    print("\n| mean reward by | " + " | ".join(policies) + " |\n" + "|---" * (1 + len(policies)) + "|")
+    table(["attribute", *policies, *(f"tau of member {j}" for j in args.members)], [
+        [list(patterns)[i], *(cell(of[i].mean(1)) for of in shown.values()), *(f"{x:.2f}" for x in tau[i])]
+        for i in np.argsort(-np.abs(tau[:, 0] - tau[:, -1]), kind="stable")])
+    rows = []
     for j in args.members:
         member = reward_model.load_member(args.run, j, args.base, tokenizer, torch.float32, "cpu")
-        given = [reward_model.score_sequences(member, reward_model.encode_split(tokenizer, unseen, of, args.max_length), 8192) for of in answers.values()]
-        print(f"| member {j} | " + " | ".join(cell(of.reshape(len(unseen), -1).mean(1)) for of in given) + " |")
+        sequences = [reward_model.encode_split(tokenizer, unseen, of, args.max_length) for of in answers.values()]
+        given = [reward_model.score_sequences(member, of, 8192).reshape(len(unseen), -1).mean(1) for of in sequences]
+        rows.append([f"member {j}", *map(cell, given)])
+    table(["mean reward by", *policies], rows)
 
 
 def parse_args(argv=None):

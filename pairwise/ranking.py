@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 # What shows in a text: how often its pattern is found, capitals or not. A data set with attributes of its own has theirs in stats.json.
 ATTRIBUTES = {
     "words": r"\S+",
-    "hedging words": r"\b(?:perhaps|maybe|might|may|could|possibly|probably|likely|seems?|appears?|depends?|sometimes|often|generally|usually|I think|not sure)\b",
+    "hedging words": r"\b(?:perhaps|maybe|might|may|could|possibly|probably|likely|seems?|appears?|depends?|sometimes|often|usually|I think|not sure)\b",
     "list items": r"(?m)^[ \t]*(?:[-*•]|\d+[.)])[ \t]",
     "lines": r"(?m)^.*\S.*$",
     "question marks": r"\?",
@@ -23,7 +23,7 @@ ATTRIBUTES = {
 
 def attribute_counts(texts, patterns):
     """float32 (attributes, prompts, n): how often each pattern, {name: regular expression}, is found in each text; texts: lists of n str."""
-    found = [[[sum(1 for _ in re.finditer(pattern, text, re.IGNORECASE)) for text in row] for row in texts] for pattern in patterns.values()]
+    found = [[[len(re.findall(pattern, text, re.IGNORECASE)) for text in row] for row in texts] for pattern in patterns.values()]
     return np.array(found, np.float32).reshape(len(patterns), len(texts), -1)
 
 

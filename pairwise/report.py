@@ -205,7 +205,7 @@ def kendall(diversity):
 def wins(diversity):
     if not diversity or diversity["win"][0][0] is None:
         return None
-    return matrix(diversity["win"], 0.0, 1.0, "share of the others ranked below the favourite", "favourite of member", range(1, len(diversity["win"]) + 1))
+    return matrix(diversity["win"], 0.0, 1.0, "share of the others ranked below", "favourite of member", range(1, len(diversity["win"]) + 1))
 
 
 def policies(diversity):
@@ -216,7 +216,8 @@ def policies(diversity):
     fig, ax = subplots(NARROW, 2.3)
     ax.fill_between(beta, *limits.T, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
     ax.plot(beta, distance, "o-", color=INK, ms=3, lw=1.2, label=r"mean $|\bar{p} - \hat{p}|$")
-    ax.set(xscale="log", xlim=(beta.max() * 1.5, beta.min() / 1.5), ylim=(0, None), xlabel=r"$\beta$, from soft to hard", ylabel="distance from the votes")
+    ax.set(xscale="log", xlim=(beta.max() * 1.5, beta.min() / 1.5), ylim=(0, None))
+    ax.set(xlabel=r"$\beta$, from soft to hard", ylabel="distance from the votes")
     ax.legend(loc="lower left")
     return fig
 
@@ -378,11 +379,11 @@ CAPTIONS = {
         "both orders. Points on the diagonal are right on average; the grey bars show how far single pairs lie from it.",
     "kendall": "How similarly two members rank the same sampled continuations: 1 is the same ranking, 0 is no relation, below 0 is "
         "reversed. Lower numbers off the diagonal mean more diverse rewards. Empty: not defined.",
-    "wins": "How high the favourite of one member (row) stands with another (column): the share of the other continuations that the column's member ranks "
-        "below it, best of N in place of a policy. 1: its favourite too; .5: one like any other.",
-    "policies": "If each member were the reward of a policy of its own, fine-tuned from the base with penalty β (appendix A), how far would the mixture of the "
-        "policies be from the members' votes? The mean of |p̄ − p̂| over all pairs of a prompt's distinct continuations: small β follows the rewards, "
-        "large β what the base finds more probable.",
+    "wins": "How high the favourite of one member (row) stands with another (column): the share of the other continuations that the "
+        "column's member ranks below it, best of N in place of a policy. 1: its favourite too; .5: one like any other.",
+    "policies": "If each member were the reward of a policy of its own, fine-tuned from the base with penalty β (appendix A), how far "
+        "would the mixture of the policies be from the members' votes? The mean of |p̄ − p̂| over all pairs of a prompt's distinct "
+        "continuations: small β follows the rewards, large β what the base finds more probable.",
     "weights": "Weight of each member (column) in the ensemble of the first k members (row), fitted on the training pairs after each "
         "new member. A zero means that the member is not used.",
     "training": "Training loss of each member: running mean (black) and single steps (grey). Members are trained on different targets, "
@@ -404,10 +405,10 @@ NOTES = {
     "members": "Each member alone, test split. Φ: mean share of annotators that it votes against. Regret: Φ beyond that of always siding with the "
         "majority. Lower is better for the first three. Accuracy (siding with the majority, higher is better) is unsuitable where people disagree, and "
         "here for comparison with other work only.",
-    "character": "What each member's ranking follows: Kendall's τ of its rewards with how often an attribute shows in a continuation, averaged over prompts, "
-        "with the 95 % interval; above 0 more of it is ranked higher. Each attribute alone: those that come together share their τ. Where it is there or "
-        "not, |τ| stays below 1 even in a ranking by nothing else (about .7 where half of the texts have it).",
-    "favourites": "The continuation that each member ranks first, unaltered, for the prompts on which the members rank each other's favourites lowest.",
+    "character": "What each member's ranking follows: Kendall's τ of its rewards with how often an attribute shows in a continuation, averaged over "
+        "prompts, with the 95 % interval; above 0 more of it is ranked higher. Each attribute alone: those that come together share their τ. Where an "
+        "attribute is there or not, |τ| stays below 1 even in a ranking by nothing else (about .7 where half of the texts have it).",
+    "favourites": "The continuation that each member ranks first, unaltered, for prompts on which the members rank each other's favourites lowest.",
     "weights": "Fit qp: the exact minimum of the training error over weights that are not negative and sum to one; the KKT residual says how exact. "
         "Fit fixed: weights given from elsewhere.",
 }
@@ -479,8 +480,9 @@ def sampled(diversity):
     text += "." if diversity["repeated"] is None else f"; {diversity['repeated']} of them repeat another of the same prompt."
     if diversity["policy"]:
         beta, distance, limits = (diversity["policy"][name] for name in ("beta", "distance", "distance_ci"))
-        text += (f" The mixture of the policies that the members stand for differs from their votes by {num(distance[0])} {interval(limits[0])} with β = {beta[0]:g} "
-                 f"and by {num(distance[-1])} {interval(limits[-1])} with β = {beta[-1]:g}. What is calibrated are the votes: the policies are only as far as that is small.")
+        text += (f" The mixture of the policies that the members stand for differs from their votes by {num(distance[0])} {interval(limits[0])} with "
+                 f"β = {beta[0]:g} and by {num(distance[-1])} {interval(limits[-1])} with β = {beta[-1]:g}. What is calibrated are the votes: the policies "
+                 "are only as far as that is small.")
     return text
 
 
@@ -557,7 +559,8 @@ def write(out, metrics, weights, manifest, logs, p, p_hat):
     (out / "figures").mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figures = {"calibration": calibration(metrics["splits"]["test"], metrics["k_valid"]), "votes": votes(p), "reliability": reliability(p, p_hat),
-                   "kendall": kendall(metrics["diversity"]), "wins": wins(metrics["diversity"]), "policies": policies(metrics["diversity"]), "weights": mixture_weights(weights), "training": training(logs)}
+                   **{name: draw(metrics["diversity"]) for name, draw in (("kendall", kendall), ("wins", wins), ("policies", policies))},
+                   "weights": mixture_weights(weights), "training": training(logs)}
         images = {name: save(fig, out / "figures" / name) for name, fig in figures.items() if fig}
     for name in figures.keys() - images.keys():  # of an earlier evaluation
         for kind in ("png", "pdf"):

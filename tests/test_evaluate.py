@@ -729,7 +729,7 @@ BAD = {
     "float64": (lambda run: np.save(run / "rewards/02_test.npy", np.load(run / "rewards/02_test.npy").astype(float)), r"02_test.npy: float64 \(\d+,\) found, float32"),
     "other continuations": (put("02_continuations.npy", np.zeros((5, 11), np.float32)), r"02_continuations.npy: float32 \(5, 11\) found, float32 \(5, 12\) expected"),
     "flat continuations": (put("01_continuations.npy", np.zeros(60, np.float32)), r"01_continuations.npy: shape \(60,\) found, \(prompts, n\) expected"),
-    "texts of other continuations": (lambda run: texts_of(run, lambda row: row | {"texts": row["texts"][:11], "logprob": row["logprob"][:11]}), r"5 x 12 continuations found, continuations.parquet has 5 x 11"),
+    "texts of other continuations": (lambda run: texts_of(run, lambda row: row | {"texts": row["texts"][:11], "logprob": row["logprob"][:11]}), r"shape \(5, 12\) found, \(5, 11\) expected"),
     "uneven texts": (lambda run: texts_of(run, lambda row: row | {"texts": row["texts"][: 12 - int(row["prompt_id"] == "c3")]}), r"continuations.parquet: prompt 4: 11 texts found, 12 expected"),
     "uneven logprob": (lambda run: texts_of(run, lambda row: row | {"logprob": row["logprob"][:3]}), r"continuations.parquet: prompt 1: 3 logprob found, 12 expected"),
     "no texts": (lambda run: texts_of(run, lambda row: {"prompt_id": row["prompt_id"], "messages": row["messages"]}), r"continuations.parquet: not continuations .*texts"),

@@ -477,9 +477,15 @@ def test_continuations_that_come_later_are_scored_by_the_stored_member(full_run,
     del whole["stages"]["member_01_continuations"]
     (run / "manifest.json").write_text(json.dumps(whole))
     (run / "rewards" / "01_continuations.npy").unlink()
+    table = pq.read_table(run / "continuations.parquet")
+    pq.write_table(table.drop_columns("logprob"), run / "continuations.parquet")  # as a faster engine may have made it
     train(run, base, *FULL)
     assert "skipped" in capsys.readouterr().out
     np.testing.assert_array_equal(rewards(run, 1, "continuations"), kept)
+    rows = table.to_pylist()
+    pq.write_table(pa.Table.from_pylist([rows[0], rows[1] | {"texts": ["one"]}]), run / "continuations.parquet")
+    with pytest.raises(InputError, match="prompt 2: 1 texts found, 5 expected"):
+        train(run, base, *FULL)
 
 
 # ---- what is refused
