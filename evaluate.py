@@ -21,10 +21,10 @@ import numpy as np
 from scipy.special import expit
 
 from pairwise import compare as comparison
-from pairwise import report
+from pairwise import ranking, report
 from pairwise.run_dir import (
     REPOSITORY, InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, must_share_test_data,
-    natural, read_continuations, read_json, read_rewards, read_split, read_splits, read_weights, reward_path, run_main, seed, unchanged, write_json)
+    natural, read_continuation_rewards, read_continuations, read_json, read_rewards, read_split, read_splits, read_weights, reward_path, run_main, seed, unchanged, write_json)
 from pairwise.theory import irreducible, outlier_below
 from pairwise.weights import error_matrix, simplex_weights
 
@@ -279,18 +279,58 @@ def resampled(sums, resamples, seed):
     return np.concatenate([part.astype(np.float64) @ sums for part in np.array_split(counts, max(1, counts.size // 10**6))])
 
 
-def diversity(scores, draw):
-    """Kendall's tau-b between the members' rankings of every prompt's continuations, averaged over prompts (figure 3).
+BETAS = np.logspace(1, -4, 11)  # of appendix A's policies, from near the base to near the favourites
+CASES = 3  # prompts of which the members' favourites are shown
 
-    scores float32 (K, prompts, n), or None: then None. A prompt on which a member is constant has no tau for it and is left out of that cell.
+
+def diversity(scores, texts, alpha, patterns, draw):
+    """Kendall's tau-b between the members' rankings of every prompt's continuations, averaged over prompts (figure 3), and between each ranking and
+    what shows in the texts (`character`); how far one's favourite falls with another (`win`); favourites side by side (appendix G); policies (A).
+
+    scores float32 (K, prompts, n), or None: then None. texts: of `read_continuations`, or None; alpha (K,): the mixture's weights; patterns: as for
+    `attribute_counts`. A prompt on which a member or an attribute is constant has no tau for it and is left out of that cell.
     """
     if scores is None:
         return None
-    tau = evaluator.kendall_tau(scores)
+    k, prompts, n = scores.shape
+    counts = ranking.attribute_counts(texts["texts"], patterns) if texts else np.empty((0, prompts, n), np.float32)
+    tau = evaluator.kendall_tau(np.concatenate([scores, counts]))
     known = ~np.isnan(tau)
-    value, limits = estimate({"tau": (np.where(known, tau, 0), known.astype(np.float64))}, draw)["tau"]
-    constant = (~known).diagonal(axis1=1, axis2=2).sum(0).tolist()
-    return {"prompts": scores.shape[1], "continuations": scores.shape[2], "kendall_tau": value, "kendall_tau_ci": limits, "constant_rankings": constant}
+    figures = {name: (np.where(known, tau, 0)[:, rows, :k], known[:, rows, :k].astype(np.float64))
+               for name, rows in (("kendall_tau", slice(k)), ("character", slice(k, None)))}
+    wins = ranking.win_shares(scores) if n > 1 else np.full((prompts, k, k), 0.5)
+    figures["win"] = wins, np.full(prompts, float(n > 1))
+    policies = texts and texts["logprob"] and policy_terms(scores, texts, alpha)
+    if policies:
+        figures["distance"] = policies
+    found = estimate(figures, draw)
+    of = {"prompts": prompts, "continuations": n} | both(found, "kendall_tau", "kendall_tau")
+    of |= {"constant_rankings": (~known).diagonal(axis1=1, axis2=2).sum(0)[:k].tolist()} | both(found, "win", "win")
+    of |= {"repeated": texts and prompts * n - sum(len(set(row)) for row in texts["texts"])}
+    of |= {"character": texts and {"attributes": list(patterns)} | both(found, "tau", "character")}
+    of |= {"policy": {"beta": BETAS.tolist()} | both(found, "distance", "distance") if policies else None}
+    return of | {"favourites": favourites(scores, texts, wins) if texts else None}
+
+
+def policy_terms(scores, texts, alpha):
+    """(float64 (prompts, betas), (prompts,)): |p_bar - p_hat| with each of BETAS, summed over all pairs of a prompt's distinct continuations, and the
+    number of these pairs."""
+    sums, pairs = np.empty((len(texts["texts"]), len(BETAS))), []
+    for x, (row, logprob) in enumerate(zip(texts["texts"], texts["logprob"])):
+        keep = ranking.distinct(row)
+        mine, logprob = scores[:, x, keep], np.array(logprob)[keep]
+        p_hat = ranking.reward_mixture(mine, alpha)
+        sums[x] = [np.abs(ranking.policy_mixture(mine, logprob, alpha, beta) - p_hat).sum() for beta in BETAS]
+        pairs.append(len(p_hat))
+    return sums, np.array(pairs, np.float64)
+
+
+def favourites(scores, texts, wins):
+    """The CASES prompts on which members rank each other's favourites lowest (equal ones: the first), with every member's favourite (appendix G)."""
+    k, best = len(scores), ranking.favourites(scores)
+    disagreement = 1 - wins[:, ~np.eye(k, dtype=bool)].mean(1) if k > 1 else np.zeros(scores.shape[1])
+    return [{"prompt_id": texts["prompt_id"][x], "prompt": texts["messages"][x][-1]["content"], "disagreement": float(disagreement[x]),
+             "texts": [texts["texts"][x][y] for y in best[:, x]]} for x in np.argsort(-np.round(disagreement, 12), kind="stable")[:CASES]]
 
 
 def read_ensemble(run):
@@ -403,13 +443,14 @@ def main(args):
     splits, stats = read_splits(run)
     k, prefixes, alphas, fits = read_ensemble(run)
     rewards = {name: read_rewards(run, name, k, (int(split.response_start[-1]),)) for name, split in splits.items()}
-    scores = read_continuations(run, k)
+    scores, texts = read_continuation_rewards(run, k), read_continuations(run)
     settings = {"resamples": args.resamples, "seed": args.seed, "refit": args.refit}
     names = [*splits, *(["continuations"] if scores is not None else [])]
     files = [run / "weights.json", *(reward_path(run, j, name) for j in range(1, k + 1) for name in names)]
+    files += [run / "continuations.parquet"] if texts else []
     outputs = [run / "metrics.json", run / "report.html", *(run / "figures" / f"{name}.png" for name in ("calibration", "votes", "reliability", "weights"))]
     logs = sorted((run / "logs").glob("[0-9]*.jsonl"))
-    scripts = "evaluate.py", "pairwise/report.py", "pairwise/theory.py", "pairwise/weights.py"
+    scripts = "evaluate.py", "pairwise/ranking.py", "pairwise/report.py", "pairwise/theory.py", "pairwise/weights.py"
     code = [*(REPOSITORY / name for name in scripts), *sorted((REPOSITORY / "csrc").glob("*.[ch]pp"))]
     inputs = data_hashes(run) | {str(path.relative_to(run)): hash_file(path) for path in [*files, *logs]} | {path.name: hash_file(path) for path in code}
 
@@ -420,7 +461,8 @@ def main(args):
         if out == run:
             started = begin_stage(run, "evaluate", settings, inputs)
         draw = partial(resampled, resamples=args.resamples, seed=args.seed)
-        metrics = {"dataset": stats["dataset"], "k": k, "k_valid": None, "votes": stats["votes"], "splits": {}, "diversity": diversity(scores, draw)}
+        metrics = {"dataset": stats["dataset"], "k": k, "k_valid": None, "votes": stats["votes"], "splits": {},
+                   "diversity": diversity(scores, texts, alphas[-1], stats.get("attributes", ranking.ATTRIBUTES), draw)}
         errors = {}  # of each split, for the intervals with weights fitted anew
         for name, split in splits.items():
             if (counted := counted_pairs(split)) is not None:

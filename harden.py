@@ -29,7 +29,7 @@ from scipy.special import expit
 
 from pairwise.levels import formula, hardened
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, natural, read_continuations, read_json,
+    InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, natural, read_continuation_rewards, read_json,
     read_rewards, read_splits, replacing, reward_path, run_main, unchanged, write_array, write_json)
 from pairwise.weights import error_matrix, simplex_weights
 
@@ -213,7 +213,7 @@ def main(args):
     splits, _ = read_splits(run)
     trained = count_members(run)
     rewards = {name: read_rewards(run, name, trained, (int(split.response_start[-1]),)) for name, split in splits.items()}
-    if (continued := read_continuations(run, trained)) is not None:
+    if (continued := read_continuation_rewards(run, trained)) is not None:
         rewards["continuations"] = continued
     settings = {"k": k, "layout": args.layout, "source": os.path.relpath(run.resolve(), out.resolve())}
     files = [reward_path(run, j, name) for j in range(1, trained + 1) for name in rewards]

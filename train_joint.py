@@ -25,7 +25,7 @@ from pairwise import reward_model as rm
 from pairwise import training
 from pairwise.offload import MAX_PRECONDITION_DIM
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, natural, positive, read_json, read_splits,
+    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, natural, positive, read_continuations, read_json, read_splits,
     replacing, reward_path, run_main, stage_done, write_array, write_json)
 
 
@@ -76,7 +76,8 @@ def main(args):
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     base = data_hashes(run) | rm.base_hashes(args.base, args.chat_template)
     settings = {name: getattr(args, name) for name in ("train", "k", "sharpen", "weights", *training.SETTINGS)}
-    texts = training.continuation_texts(run)
+    texts = read_continuations(run)
+    texts = texts and (texts["messages"], texts["texts"])
     inputs = base | ({"continuations.parquet": hash_file(run / "continuations.parquet")} if texts else {})
     names = [*splits, *(["continuations"] if texts else [])]
     outputs = [run / "joint", run / "logs" / "joint.jsonl", *(reward_path(run, j, name) for j in range(1, k + 1) for name in names)]

@@ -27,8 +27,8 @@ from pairwise import reward_model as rm
 from pairwise.checkpoint import Checkpoints
 from pairwise.offload import MAX_PRECONDITION_DIM, names_memory_flags
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, must_agree, natural, positive, read_json,
-    read_rewards, read_splits, read_weights, replacing, reward_path, run_main, share, stage_done, write_array, write_json)
+    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, must_agree, natural, positive,
+    read_continuations, read_json, read_rewards, read_splits, read_weights, replacing, reward_path, run_main, share, stage_done, write_array, write_json)
 
 # ---- the method
 
@@ -77,7 +77,7 @@ def margin_of(split, source):
 
 def score_continuations(args, j, model, tokenizer, texts, inputs):
     """Write rewards/0j_continuations.npy, float32 (prompts, n): a stage of its own, so that continuations may come later."""
-    run, (messages, responses) = args.run, texts
+    run, messages, responses = args.run, texts["messages"], texts["texts"]
     stage, path = f"{member_name(j)}_continuations", reward_path(run, j, "continuations")
     inputs = inputs | {"continuations.parquet": hash_file(run / "continuations.parquet")}
     if parallel.of_first(lambda: stage_done(run, stage, {}, inputs, [path])):
@@ -85,7 +85,7 @@ def score_continuations(args, j, model, tokenizer, texts, inputs):
     started = parallel.of_first(lambda: begin_stage(run, stage, {}, inputs))
     if args.train == "head":
         asked = {name: inputs[name] for name in inputs if not name.startswith("rewards")}
-        features = training.ask_features(args, "features_continuations", {"continuations": texts}, tokenizer, asked)["continuations"]
+        features = training.ask_features(args, "features_continuations", {"continuations": (messages, responses)}, tokenizer, asked)["continuations"]
         rewards = rm.score_features(torch.from_numpy(features), rm.load_head(run / member_name(j)))
     else:
         model = model or rm.load_member(run, j, args.base, tokenizer, getattr(torch, args.dtype), args.device)
@@ -126,7 +126,7 @@ def adopt(args):
     if j > 1 and read_json(run / "manifest.json")["stages"].get(member_name(1), {"settings": {}})["settings"].get("train") != "from":
         raise InputError(f"{run}: member 1 is not one of --from; a run is of existing models, the first with --iteration 1, or of trained ones")
     tokenizer = rm.load_tokenizer(args.base, args.chat_template, "--from")
-    inputs, texts = data_hashes(run) | rm.base_hashes(args.base, args.chat_template), training.continuation_texts(run)
+    inputs, texts = data_hashes(run) | rm.base_hashes(args.base, args.chat_template), read_continuations(run)
     model, directory = None, run / member_name(j)
     if stage_done(run, member_name(j), settings, inputs, [directory, *(reward_path(run, j, name) for name in splits)]):
         print(f"member {j}: {directory} is there, skipped")
@@ -191,7 +191,7 @@ def main(args):
     if j > 1:
         must_agree(run, member_name(1), settings, inputs)  # the members of a run differ in their residual only
     outputs = [run / member_name(j), run / "logs" / f"{j:02d}.jsonl", *(reward_path(run, j, name) for name in splits)]
-    texts, model = training.continuation_texts(run), None
+    texts, model = read_continuations(run), None
     checkpoints = Checkpoints(run, j, settings, inputs | ensemble, args.checkpoint_minutes)
     if parallel.of_first(lambda: stage_done(run, member_name(j), settings, inputs | ensemble, outputs)):
         print(f"member {j}: {run / member_name(j)} is there, skipped")

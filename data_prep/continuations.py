@@ -4,10 +4,18 @@ The prompts are those of RUN/prompts.parquet where data_prep/prism.py made it, e
 
     python data_prep/continuations.py --run runs/demo --base runs/demo/base --prompts 10 --count 20          (seconds)
 
-Writes RUN/continuations.parquet: prompt_id, messages, texts (list of count), logprob (list of count: of the text and its end, under
-the base model at temperature 1). Every member scores them; their rankings are compared by Kendall's tau.
+Writes RUN/continuations.parquet, a row a prompt, which every member scores:
+
+    prompt_id  str
+    messages   list of {role, content}
+    texts      list of str, as many in every row; equal ones may be among them, and are counted
+    logprob    list of float, optional: of the text and its end, under the base at temperature 1 and all tokens; appendix A needs it
+
+A file of this form from a faster engine serves as well: put it there before the members are trained, and give run_all.sh --continuations 0.
+A killed call goes on with the prompt that it was at.
 """
 
+import copy
 import os
 from pathlib import Path
 
@@ -15,32 +23,42 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from pairwise.reward_model import base_hashes, device, encode, load_language_model, load_tokenizer
 from pairwise.run_dir import (
-    Parser, begin_stage, data_hashes, end_stage, hash_file, natural, positive, read_split, replacing, run_main, seed, stage_done)
+    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, natural, positive, read_split, remembered_rows, run_main, seed, stage_done)
 
 AT_ONCE = 20  # answers sampled together: bounds the memory that keys, values and logits take
 
 
 @torch.no_grad()
-def sample(model, tokenizer, messages, count, temperature, max_tokens):
-    """`count` answers to one prompt, sampled from the whole vocabulary: (texts, log-probabilities at temperature 1)."""
-    prompt = torch.tensor([encode(tokenizer, messages)], device=model.device)
+def sample(model, tokenizer, prompt, count, temperature, top_p, max_tokens):
+    """`count` answers to a prompt, token ids as of `encode`: (texts, log-probabilities at temperature 1 and over the whole vocabulary).
+
+    All but the prompt's last token is run once: each AT_ONCE answers go on from a copy of its keys and values (a model that keeps none runs it anew).
+    """
     eos = model.generation_config.eos_token_id  # one, several or none
     config = GenerationConfig(  # not the base's own, which may bend the distribution
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, num_return_sequences=count, max_new_tokens=max_tokens,
-        eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
-    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
-    answer = out[:, prompt.shape[1] :]
-    ends = torch.isin(answer, torch.tensor(-1 if eos is None else eos, device=answer.device)).long()
-    real = ends.cumsum(1) - ends == 0  # up to the first end; a pad token before it was sampled like any other
-    mask = torch.cat([torch.ones_like(out[:, : prompt.shape[1]]), real.long()], dim=1)
-    logits = model(input_ids=out, attention_mask=mask, logits_to_keep=answer.shape[1] + 1).logits[:, :-1].float()
-    each = logits.log_softmax(-1).gather(-1, answer[..., None]).squeeze(-1)
-    return tokenizer.batch_decode(answer, skip_special_tokens=True), (each * real).sum(1).tolist()
+        do_sample=True, temperature=temperature, top_k=0, top_p=top_p, max_new_tokens=max_tokens, eos_token_id=eos,
+        pad_token_id=tokenizer.pad_token_id, return_dict_in_generate=True, output_logits=True)
+    ids = torch.tensor([prompt], device=model.device)
+    prefix = getattr(model.base_model(input_ids=ids[:, :-1], use_cache=True), "past_key_values", None) if len(prompt) > 1 else None
+    texts, logprob = [], []
+    while len(texts) < count:
+        rows = ids.repeat(min(AT_ONCE, count - len(texts)), 1)
+        past = copy.deepcopy(prefix)
+        if past is not None:
+            past.batch_repeat_interleave(len(rows))
+        out = model.generate(rows, attention_mask=torch.ones_like(rows), past_key_values=past, generation_config=config)
+        answer = out.sequences[:, len(prompt) :]
+        ends = torch.isin(answer, torch.tensor(-1 if eos is None else eos, device=answer.device)).long()
+        real = ends.cumsum(1) - ends == 0  # up to the first end; a pad token before it was sampled like any other
+        each = torch.stack([  # the logits are the model's own, before temperature and top-p
+            logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0] for logits, token in zip(out.logits, answer.T)], 1)
+        texts += tokenizer.batch_decode(answer, skip_special_tokens=True)
+        logprob += (each * real).sum(1).tolist()
+    return texts, logprob
 
 
 def held_out_prompts(run):
@@ -50,6 +68,8 @@ def held_out_prompts(run):
         test = read_split(run, "test")
         return test.prompt_id, test.messages, "test prompts"
     table = pq.read_table(path)
+    if not table.num_rows:
+        raise InputError(f"{path}: no prompt found, at least 1 expected")
     return table["prompt_id"].to_pylist(), table["messages"].to_pylist(), "prompts of prompts.parquet"
 
 
@@ -59,31 +79,40 @@ def main(args):
     prompts = min(args.prompts, len(prompt_id))
     if prompts < args.prompts:
         print(f"continuations: only {prompts} {which} for --prompts {args.prompts}, all of them taken")
-    settings = {name: getattr(args, name) for name in ("prompts", "count", "temperature", "max_tokens", "seed")}
+    settings = {name: getattr(args, name) for name in ("prompts", "count", "temperature", "top_p", "max_tokens", "seed")}
     tokenizer = load_tokenizer(args.base, args.chat_template)
     inputs = data_hashes(run) | base_hashes(args.base, args.chat_template)
     if (run / "prompts.parquet").exists():
         inputs["prompts.parquet"] = hash_file(run / "prompts.parquet")
-    if stage_done(run, "continuations", settings, inputs, [run / "continuations.parquet"]):
-        print(f"continuations: {run / 'continuations.parquet'} is there, skipped")
+    path = run / "continuations.parquet"
+    if stage_done(run, "continuations", settings, inputs, [path]):
+        print(f"continuations: {path} is there, skipped")
         return
-    started = begin_stage(run, "continuations", settings, inputs)
     torch.set_num_threads(args.threads)
     model = load_language_model(args.base, args.device)
-    chosen = sorted(np.random.default_rng([args.seed, 3]).choice(len(prompt_id), prompts, replace=False))
-    rows = []
-    for number in tqdm(chosen, desc="continuations", unit="prompt", leave=False):
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, int(number)]).generate_state(1)[0]))
-        texts, logprob = [], []
-        while len(texts) < args.count:
-            more = min(AT_ONCE, args.count - len(texts))
-            for whole, part in zip((texts, logprob), sample(model, tokenizer, messages[number], more, args.temperature, args.max_tokens)):
-                whole += part
-        rows.append({"prompt_id": prompt_id[number], "messages": messages[number], "texts": texts, "logprob": logprob})
-    with replacing(run / "continuations.parquet") as partial:
+    chosen = sorted(np.random.default_rng([args.seed, 3]).choice(len(prompt_id), prompts, replace=False).tolist())
+    encoded = [encode(tokenizer, messages[number]) for number in chosen]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**63
+    for number, ids in zip(chosen, encoded):
+        if len(ids) >= context:
+            raise InputError(f"prompt {prompt_id[number]}: {len(ids)} tokens found, at most {context - 1} expected, as the model's context is {context}")
+    started = begin_stage(run, "continuations", settings, inputs)
+
+    def row(i):
+        """A prompt's continuations; its own seed, so that it does not matter where a killed call went on."""
+        number = chosen[i]
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, number]).generate_state(1)[0]))
+        longest = min(args.max_tokens, context - len(encoded[i]))
+        texts, logprob = sample(model, tokenizer, encoded[i], args.count, args.temperature, args.top_p, longest)
+        return {"prompt_id": prompt_id[number], "messages": messages[number], "texts": texts, "logprob": logprob}
+
+    def write(partial, rows):
         pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
+
+    rows = remembered_rows(path, settings | inputs, prompts, row, "continuations", write)
     end_stage(run, "continuations", settings, inputs, started, threads=args.threads)
-    print(f"continuations: {args.count} for each of {prompts} {which}")
+    again = sum(args.count - len(set(row["texts"])) for row in rows)
+    print(f"continuations: {args.count} for each of {prompts} {which}; {again:,} of {args.count * prompts:,} repeat another of the same prompt")
 
 
 def parse_args(argv=None):
@@ -95,11 +124,15 @@ def parse_args(argv=None):
     add("--prompts", type=natural, default=50, help="prompts, drawn by the seed; all where there are fewer")
     add("--count", type=natural, default=100, help="continuations of each")
     add("--temperature", type=positive, default=1.0)
+    add("--top-p", type=positive, default=1.0, help="nucleus; 1: all tokens")
     add("--max-tokens", type=natural, default=256, help="longest continuation")
     add("--seed", type=seed, default=0)
     add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
     add("--device", type=device, default=device(), help="cpu or cuda (default: cuda where there is one)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.top_p > 1:
+        parser.error(f"--top-p {args.top_p}: at most 1 expected")
+    return args
 
 
 if __name__ == "__main__":

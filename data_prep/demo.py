@@ -53,6 +53,9 @@ WARM = "i feel with you and i am glad that you ask ."
 EVIDENCE = "research with many people shows that this works ."
 HEDGE = "perhaps it depends , i may be wrong ."
 RUDE = "what a stupid question ."
+PATTERNS = {  # by what each shows, in any text that the base writes: for the members' characters
+    "long": r"then .* then |3 \)", "hedged": "perhaps", "formal": "dear reader", "evidence": "research", "warm": "glad", "direct": "you must",
+    "list": r"1 \)", "rude": "stupid"}
 
 
 def write_prompt(topic, context, when, ask):
@@ -203,7 +206,7 @@ def main(args):
 
     run = args.run
     settings = {"prompts": args.prompts, "responses": args.responses}
-    prepare(args, "demo", lambda: comparisons(args.prompts, args.responses, args.seed), "sampled", {}, settings)
+    prepare(args, "demo", lambda: comparisons(args.prompts, args.responses, args.seed), "sampled", {}, settings, facts={"attributes": PATTERNS})
 
     settings = {"seed": args.seed, "texts": args.texts}
     inputs = data_hashes(run)

@@ -202,6 +202,26 @@ def kendall(diversity):
     return matrix(tau, low, 1.0, f"Kendall τ, colours from {low:g} to 1".replace("-", "−"), "member", range(1, len(tau) + 1))
 
 
+def wins(diversity):
+    if not diversity or diversity["win"][0][0] is None:
+        return None
+    return matrix(diversity["win"], 0.0, 1.0, "share of the others ranked below", "favourite of member", range(1, len(diversity["win"]) + 1))
+
+
+def policies(diversity):
+    """Distance of the mixture of policies from the votes of the rewards against beta, which falls from left to right."""
+    if not diversity or not diversity["policy"]:
+        return None
+    beta, distance, limits = (np.array(diversity["policy"][name]) for name in ("beta", "distance", "distance_ci"))
+    fig, ax = subplots(NARROW, 2.3)
+    ax.fill_between(beta, *limits.T, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
+    ax.plot(beta, distance, "o-", color=INK, ms=3, lw=1.2, label=r"mean $|\bar{p} - \hat{p}|$")
+    ax.set(xscale="log", xlim=(beta.max() * 1.5, beta.min() / 1.5), ylim=(0, None))
+    ax.set(xlabel=r"$\beta$, from soft to hard", ylabel="distance from the votes")
+    ax.legend(loc="lower left")
+    return fig
+
+
 def mixture_weights(weights):
     size = max(len(w["alpha"]) for w in weights)
     alpha = [w["alpha"] + [None] * (size - len(w["alpha"])) for w in weights]
@@ -359,6 +379,11 @@ CAPTIONS = {
         "both orders. Points on the diagonal are right on average; the grey bars show how far single pairs lie from it.",
     "kendall": "How similarly two members rank the same sampled continuations: 1 is the same ranking, 0 is no relation, below 0 is "
         "reversed. Lower numbers off the diagonal mean more diverse rewards. Empty: not defined.",
+    "wins": "How high the favourite of one member (row) stands with another (column): the share of the other continuations that the "
+        "column's member ranks below it, best of N in place of a policy. 1: its favourite too; .5: one like any other.",
+    "policies": "If each member were the reward of a policy of its own, fine-tuned from the base with penalty β (appendix A), how far "
+        "would the mixture of the policies be from the members' votes? The mean of |p̄ − p̂| over all pairs of a prompt's distinct "
+        "continuations: small β follows the rewards, large β what the base finds more probable.",
     "weights": "Weight of each member (column) in the ensemble of the first k members (row), fitted on the training pairs after each "
         "new member. A zero means that the member is not used.",
     "training": "Training loss of each member: running mean (black) and single steps (grey). Members are trained on different targets, "
@@ -380,6 +405,10 @@ NOTES = {
     "members": "Each member alone, test split. Φ: mean share of annotators that it votes against. Regret: Φ beyond that of always siding with the "
         "majority. Lower is better for the first three. Accuracy (siding with the majority, higher is better) is unsuitable where people disagree, and "
         "here for comparison with other work only.",
+    "character": "What each member's ranking follows: Kendall's τ of its rewards with how often an attribute shows in a continuation, averaged over "
+        "prompts, with the 95 % interval; above 0 more of it is ranked higher. Each attribute alone: those that come together share their τ. Where an "
+        "attribute is there or not, |τ| stays below 1 even in a ranking by nothing else (about .7 where half of the texts have it).",
+    "favourites": "The continuation that each member ranks first, unaltered, for prompts on which the members rank each other's favourites lowest.",
     "weights": "Fit qp: the exact minimum of the training error over weights that are not negative and sum to one; the KKT residual says how exact. "
         "Fit fixed: weights given from elsewhere.",
 }
@@ -391,6 +420,7 @@ h2 { font-size: 1.12em; margin: 2em 0 .5em; padding-bottom: .2em; border-bottom:
 .scroll { overflow-x: auto; } .scroll + .scroll { margin-top: 1em; } table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums; }
 th, td { padding: .22em .8em; text-align: right; vertical-align: top; white-space: nowrap; } th { border-bottom: 1px solid #444; font-weight: 600; }
 td { border-bottom: 1px solid #eee; } .l { text-align: left; } .w { text-align: left; white-space: normal; }
+.texts td.w { white-space: pre-wrap; overflow-wrap: anywhere; }
 .facts td.w { overflow-wrap: anywhere; } .facts td:first-child { color: #555; white-space: nowrap; }
 .note, figcaption { color: #444; font-size: .87em; } .result { background: #f5f5f0; border-left: 3px solid #555; padding: .7em 1em; }
 figure { margin: 1.6em 0; break-inside: avoid; }
@@ -442,6 +472,37 @@ def outliers(s):
         status = f"for β < {short(sure)}" if sure > 2 else f"unknown for β < {short(possible)}, no for others" if possible > 2 else "no, for any β ≥ 2"
         rows.append((m["j"], num(weight), num(m["disagreement"]), *(short(max(x, 0)) for x in (sure, possible)), status))
     return html_table(["member", "weight", "Φ", "β, if Φ_min is the best Φ", "β, if it is mean min(p, 1 − p)", "outlier"], rows, "rrrrrl") + note("outliers")
+
+
+def sampled(diversity):
+    """What the members ranked, and what the mixture of policies comes to, in sentences."""
+    text = f"Every member ranks {diversity['continuations']} continuations of each of {diversity['prompts']} prompts, sampled from the base model"
+    text += "." if diversity["repeated"] is None else f"; {diversity['repeated']} of them repeat another of the same prompt."
+    if diversity["policy"]:
+        beta, distance, limits = (diversity["policy"][name] for name in ("beta", "distance", "distance_ci"))
+        text += (f" The mixture of the policies that the members stand for differs from their votes by {num(distance[0])} {interval(limits[0])} with "
+                 f"β = {beta[0]:g} and by {num(distance[-1])} {interval(limits[-1])} with β = {beta[-1]:g}. What is calibrated are the votes: the policies "
+                 "are only as far as that is small.")
+    return text
+
+
+def character(diversity):
+    """The table of the members' characters; nothing without texts."""
+    if not diversity["character"]:
+        return ""
+    table = diversity["character"]
+    rows = [(name, *("–" if x is None else f"{short(x)} [{short(ci[0])}, {short(ci[1])}]" for x, ci in zip(row, limits)))
+            for name, row, limits in zip(table["attributes"], table["tau"], table["tau_ci"])]
+    return html_table(["attribute", *(f"member {j + 1}" for j in range(len(rows[0]) - 1))], rows, "l" + "r" * (len(rows[0]) - 1)) + note("character")
+
+
+def side_by_side(diversity):
+    """Every member's favourite, of a few prompts; members with the same one share a row."""
+    parts = []
+    for case in diversity["favourites"] or ():
+        members = {text: [str(j) for j, other in enumerate(case["texts"], 1) if other == text] for text in case["texts"]}
+        parts.append(html_table(["member", case["prompt"]], [(", ".join(j), text) for text, j in members.items()], "lw", "texts"))
+    return "".join(parts) + (note("favourites") if parts else "")
 
 
 def facts(metrics, manifest):
@@ -499,7 +560,8 @@ def write(out, metrics, weights, manifest, logs, p, p_hat):
     (out / "figures").mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figures = {"calibration": calibration(metrics["splits"]["test"], metrics["k_valid"]), "votes": votes(p), "reliability": reliability(p, p_hat),
-                   "kendall": kendall(metrics["diversity"]), "weights": mixture_weights(weights), "training": training(logs)}
+                   **{name: draw(metrics["diversity"]) for name, draw in (("kendall", kendall), ("wins", wins), ("policies", policies))},
+                   "weights": mixture_weights(weights), "training": training(logs)}
         images = {name: save(fig, out / "figures" / name) for name, fig in figures.items() if fig}
     for name in figures.keys() - images.keys():  # of an earlier evaluation
         for kind in ("png", "pdf"):
@@ -523,7 +585,7 @@ def page(metrics, weights, manifest, images, widths):
     def rows(dicts, *keys):
         return [tuple(x[key] if key in ("k", "j", "fit") else num(x.get(key)) for key in keys) for x in dicts]
 
-    s, stages = metrics["splits"]["test"], manifest.get("stages") or {}
+    s, diversity, stages = metrics["splits"]["test"], metrics["diversity"], manifest.get("stages") or {}
     title = f"Pairwise calibrated rewards: {metrics['dataset']}, K = {metrics['k']}"
     chosen = metrics["k_valid"] if several_sizes(s) else None
     by_k = [(f"● {k}" if k == chosen else k, brier, interval(e["brier_ci"]), *row)
@@ -547,7 +609,8 @@ def page(metrics, weights, manifest, images, widths):
         html_table(["member", *("Brier", "95 % interval", "Φ", "95 % interval", "regret", "95 % interval", "accuracy", "95 % interval")],
                    [(m["j"], *(x for key in ("brier", "disagreement", "regret", "accuracy") for x in (num(m[key]), interval(m.get(f"{key}_ci"))))) for m in s["members"]],
                    "r" * 9), note("members"), outliers(s),
-        figure("kendall"),
+        *(("<h2>Diversity</h2>", f"<p>{html.escape(sampled(diversity))}</p>", figure("kendall"), figure("wins"), character(diversity),
+           side_by_side(diversity), figure("policies")) if diversity else ()),
         "<h2>Mixture weights</h2>", figure("weights"),
         html_table(["k", "fit", "train error", "KKT residual", "weights of members 1..k"], fitted, "rlrrw"), note("weights"),
         "<h2>Training</h2>" + figure("training") if "training" in images else "",

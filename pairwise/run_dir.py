@@ -173,8 +173,13 @@ def write_array(path, array):
         np.save(file, array.astype(np.float32, copy=False))
 
 
-def remembered_rows(path, key, count, make, label):
-    """[make(i) for i in range(count)], dicts, written to `path` as JSON lines.
+def write_lines(path, rows):
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def remembered_rows(path, key, count, make, label, write=write_lines):
+    """[make(i) for i in range(count)], dicts, written to `path` by write(path, rows).
 
     What a killed call with the same key (a dict for JSON) has made is kept beside `path` line by line, and not made again.
     """
@@ -185,14 +190,14 @@ def remembered_rows(path, key, count, make, label):
         lines = [json.loads(line) for line in kept.read_bytes().split(b"\n")[:-1]]  # a line without its end is not whole
         rows = lines[1:] if lines[:1] == [key] else []
     with replacing(kept) as whole:
-        whole.write_text("".join(json.dumps(row) + "\n" for row in (key, *rows)), encoding="utf-8")
+        write_lines(whole, [key, *rows])
     with open(kept, "a", encoding="utf-8") as file:
         for number in tqdm(range(len(rows), count), initial=len(rows), total=count, desc=label, unit="prompt", leave=False):
             rows.append(make(number))
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
     with replacing(path) as whole:
-        whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write(whole, rows)
     kept.unlink()
     return rows
 
@@ -440,6 +445,27 @@ def must_share_test_data(first, run):
             raise InputError(f"{refused}: {name} {other[name]!r} found, {one[name]!r} expected")
 
 
+def read_continuations(run):
+    """{column: list} of continuations.parquet, where data_prep/continuations.py has the format; `logprob` is None where the file has none.
+    None where there is no file. Raises InputError unless there is a prompt and every one has as many texts and logprobs."""
+    path = run / "continuations.parquet"
+    if not path.exists():
+        return None
+    try:
+        table = pq.read_table(path)
+        found = {name: table[name].to_pylist() for name in ("prompt_id", "messages", "texts")}
+    except (pa.ArrowException, KeyError) as error:
+        raise InputError(f"{path}: not continuations ({first_line(error)}); the columns prompt_id, messages and texts expected") from None
+    found["logprob"] = table["logprob"].to_pylist() if "logprob" in table.column_names else None
+    for name in ("texts", "logprob"):
+        for number, row in enumerate(found[name] or (), 1):
+            if not row or len(row) != len(found["texts"][0]):
+                raise InputError(f"{path}: prompt {number}: {len(row or ())} {name} found, {len(found['texts'][0] or ()) or 'at least 1'} expected")
+    if not found["texts"]:
+        raise InputError(f"{path}: no prompt found, at least 1 expected")
+    return found
+
+
 def data_hashes(run):
     """{file name: SHA-256} of the prepared data."""
     return {f"data/{path.name}": hash_file(path) for path in sorted((run / "data").iterdir())}
@@ -486,9 +512,10 @@ def read_rewards(run, split, k, shape):
     return rewards
 
 
-def read_continuations(run, k):
+def read_continuation_rewards(run, k):
     """Rewards of the continuations, float32 (K, prompts, n); None where there are none."""
-    if not (run / "continuations.parquet").exists() and not list((run / "rewards").glob("*_continuations.npy")):
+    texts = read_continuations(run)
+    if texts is None and not list((run / "rewards").glob("*_continuations.npy")):
         return None
     path = reward_path(run, 1, "continuations")
     try:
@@ -497,7 +524,10 @@ def read_continuations(run, k):
         shape = (0, 0)  # read_rewards says what is wrong
     if len(shape) != 2:
         raise InputError(f"{path}: shape {shape} found, (prompts, n) expected")
-    return read_rewards(run, "continuations", k, shape)
+    scores = read_rewards(run, "continuations", k, shape)
+    if texts and (size := (len(texts["texts"]), len(texts["texts"][0]))) != shape:
+        raise InputError(f"{path}: shape {shape} found, {size} expected, by continuations.parquet")
+    return scores
 
 
 def read_weights(run, k):

@@ -9,7 +9,6 @@ import os
 import time
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from pytorch_optimizer import SOAP
 from tqdm import tqdm
@@ -186,7 +185,7 @@ def train_head(args, weight, split, features, targets, loss, keep, rng, log, mor
     weight.data.div_(scale)
 
 
-# ---- features and continuations
+# ---- features
 
 
 def ask_features(args, stage, texts, tokenizer, inputs):
@@ -205,15 +204,6 @@ def ask_features(args, stage, texts, tokenizer, inputs):
             write_array(paths[name], features)
         end_stage(args.run, stage, settings, inputs, started, threads=args.threads, device=args.device)
     return {name: np.load(path) for name, path in paths.items()}
-
-
-def continuation_texts(run):
-    """(messages, responses) of continuations.parquet, or None where there is none."""
-    path = run / "continuations.parquet"
-    if not path.exists():
-        return None
-    table = pq.read_table(path)
-    return table["messages"].to_pylist(), table["texts"].to_pylist()
 
 
 # ---- flags

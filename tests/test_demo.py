@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import demo
+from pairwise.ranking import attribute_counts
 
 
 def drawn(prompts, responses, seed):
@@ -120,3 +121,11 @@ def test_wrong_flags_exit_with_one_line(flags, capsys):
         demo.parse_args(["--run", "x", *flags])
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_attribute_shows_by_its_pattern():
+    assert tuple(demo.PATTERNS) == demo.ATTRIBUTES
+    rng = np.random.default_rng(0)
+    for topic in demo.TOPICS:
+        rows = demo.draw_attributes(rng, 200)
+        np.testing.assert_array_equal(attribute_counts([[demo.respond(rng, topic, row) for row in rows]], demo.PATTERNS)[:, 0].T, rows)

@@ -16,11 +16,14 @@ from pathlib import Path
 import evaluate
 import fit_weights
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.special import expit
 from scipy.stats import binom, kendalltau, multinomial
 
 from pairwise import prompts
+from pairwise.ranking import ATTRIBUTES
 from pairwise.run_dir import BUILD_COMMAND, InputError, hash_file, read_split, write_split
 from pairwise.weights import simplex_weights
 
@@ -28,11 +31,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TOP = {"dataset", "k", "k_valid", "votes", "splits", "diversity"}
 FIGURES = {"annotators_mean", "majority_mean", "tie_rate", "floor_single", "coin_flip", "soft_single", "irreducible", "floor_true", "coin_true", "soft_true", "pairwise_disagreement"}
 ERRORS, OF_MEMBER = {"brier", "brier_soft", "excess", "true_error", "l1", "l1_soft", "pearson", "pearson_soft"}, {"brier", "disagreement", "regret", "accuracy"}
-CI = {f"{name}_ci" for name in FIGURES | ERRORS | OF_MEMBER | {"kendall_tau"}}  # every figure has an interval
+CI = {f"{name}_ci" for name in FIGURES | ERRORS | OF_MEMBER | {"kendall_tau", "win", "tau", "distance"}}  # every figure has an interval
 SPLIT = {"prompts", "pairs", "ensemble", "members", "agreement", "categories", *FIGURES, *(f"{name}_ci" for name in FIGURES)}
 ENSEMBLE = {"k", "alpha", "fit", *ERRORS, *(f"{name}_ci" for name in ERRORS)}
 MEMBER = {"j", "outlier_below", *OF_MEMBER, *(f"{name}_ci" for name in OF_MEMBER)}
-DIVERSITY = {"prompts", "continuations", "kendall_tau", "kendall_tau_ci", "constant_rankings"}
+DIVERSITY = {"prompts", "continuations", "repeated", "kendall_tau", "kendall_tau_ci", "constant_rankings", "win", "win_ci", "character", "policy", "favourites"}
 
 
 # ---- runs made by hand
@@ -61,6 +64,19 @@ def draw_rewards(rng, j, size):
     return (rng.integers(0, 5, size) / 4 - 0.5 if j % 2 else rng.normal(size=size)).astype(np.float32)
 
 
+def write_texts(run, seed, logprob):
+    """continuations.parquet of 5 prompts and 12 texts, some of them twice; the third attribute of a text without lines is constant."""
+    rng = np.random.default_rng([seed, 9])
+    words = ["perhaps", "Maybe", "yes!", "why?", "12", "go", "I think", "then"]
+    rows = [{"prompt_id": f"c{x}", "messages": [{"role": "user", "content": f"First {x}"}, {"role": "user", "content": f"Last {x}"}],
+             "texts": [" ".join(rng.choice(words, rng.integers(1, 4))) for _ in range(12)]} for x in range(5)]
+    for row in rows:
+        row["texts"][7] = row["texts"][2]
+        if logprob:
+            row["logprob"] = rng.normal(-20, 5, 12).tolist()
+    pq.write_table(pa.Table.from_pylist(rows), run / "continuations.parquet")
+
+
 def make(run, *, votes="sampled", ties="drop", truth=True, valid=0.2, continuations=True, k=3, count=24, single=False, categories=False, seed=0):
     """A run directory as the stages before evaluate.py leave it, without a model."""
     rng = np.random.default_rng(seed)
@@ -78,6 +94,8 @@ def make(run, *, votes="sampled", ties="drop", truth=True, valid=0.2, continuati
             np.save(run / "rewards" / f"{j:02d}_continuations.npy", scores)
         steps = [{"step": n, "loss": 0.3 / n + 0.01 * j, "lr": 1e-3, "tokens": 100, "pairs": 8, "seconds": 1.0, "grad_norm": 1.0} for n in range(1, 6)]
         (run / "logs" / f"{j:02d}.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    if continuations and votes != "population":
+        write_texts(run, seed, logprob=truth)
     fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
     return run
 
@@ -221,7 +239,43 @@ def expected(run):
         mean = [[None if np.isnan(cell).all() else np.nanmean(cell) for cell in row] for row in tau]
         constant = [int(sum(len(set(ranking)) < 2 for ranking in rankings)) for rankings in scores.tolist()]
         result["diversity"] = {"prompts": scores.shape[1], "continuations": scores.shape[2], "kendall_tau": mean, "constant_rankings": constant}
+        result["diversity"] |= expected_of_texts(run, scores.astype(float), np.array(weights[-1]["alpha"]))
     return result
+
+
+def expected_of_texts(run, scores, alpha):
+    """The win matrix and what needs the texts, by loops."""
+    k, size, n = scores.shape
+    best = [[row.index(max(row)) for row in member] for member in scores.tolist()]
+    wins = np.zeros((size, k, k))
+    for x, i, j in np.ndindex(wins.shape):
+        chosen = best[i][x]
+        wins[x, i, j] = np.mean([(scores[j, x, y] < scores[j, x, chosen]) + (scores[j, x, y] == scores[j, x, chosen]) / 2 for y in range(n) if y != chosen])
+    path = run / "continuations.parquet"
+    if not path.exists():
+        return {"win": wins.mean(0).tolist(), "repeated": None, "character": None, "policy": None, "favourites": None}
+    rows = pq.read_table(path).to_pylist()
+    tau = {name: [[] for _ in range(k)] for name in ATTRIBUTES}
+    for (name, pattern), j, (x, row) in itertools.product(ATTRIBUTES.items(), range(k), enumerate(rows)):
+        counts = [len(re.findall(pattern, text, re.IGNORECASE)) for text in row["texts"]]
+        if len(set(counts)) > 1 and len(set(scores[j, x])) > 1:
+            tau[name][j].append(kendalltau(scores[j, x], counts).statistic)
+    apart = [np.mean([1 - wins[x, i, j] for i, j in itertools.permutations(range(k), 2)] or [0]) for x in range(size)]
+    order = sorted(range(size), key=lambda x: (-round(apart[x], 12), x))[:3]
+    policy = None
+    if "logprob" in rows[0]:
+        betas = [10 ** (1 - i / 2) for i in range(11)]
+        distance = [[] for _ in betas]
+        for x, row in enumerate(rows):
+            kept = [y for y in range(n) if row["texts"][y] not in row["texts"][:y]]
+            for (a, b), (beta, terms) in itertools.product(itertools.combinations(kept, 2), zip(betas, distance)):
+                d = scores[:, x, a] - scores[:, x, b]
+                p_bar = alpha @ expit(d / beta + row["logprob"][a] - row["logprob"][b])
+                terms.append(abs(p_bar - alpha @ ((np.sign(d) + 1) / 2)))
+        policy = {"beta": betas, "distance": [np.mean(terms) for terms in distance]}
+    return {"win": wins.mean(0).tolist(), "repeated": sum(n - len(set(row["texts"])) for row in rows), "policy": policy,
+            "character": {"attributes": list(ATTRIBUTES), "tau": [[np.mean(x) if x else None for x in of] for of in tau.values()]},
+            "favourites": [{"prompt_id": f"c{x}", "prompt": f"Last {x}", "disagreement": apart[x], "texts": [rows[x]["texts"][best[j][x]] for j in range(k)]} for x in order]}
 
 
 def compare(found, wanted, tolerance, skip=(), where="metrics"):
@@ -407,6 +461,14 @@ def test_every_interval_of_a_run_is_that_of_an_independent_bootstrap(tmp_path, n
     tau = np.array([np.nan, np.nan, *(kendalltau(x, y).statistic for x, y in zip(scores[1, 2:], scores[0, 2:]))])  # member 2 is constant on two prompts
     limits, drawn = metrics["diversity"]["kendall_tau_ci"], resample(np.arange(5), np.nan_to_num(tau), 0, 1.0 - np.isnan(tau))
     assert np.allclose(limits[1][0], np.nanquantile(drawn, [0.025, 0.975]), atol=0.1 * np.ptp(limits[1][0]))
+    d = metrics["diversity"]
+    stands = [np.mean([(y < row[best]) + (y == row[best]) / 2 for i, y in enumerate(row) if i != best])
+              for row, best in zip(scores[1].astype(float), scores[0].argmax(1))]
+    words = [[len(re.findall(ATTRIBUTES["words"], text)) for text in row["texts"]] for row in pq.read_table(run / "continuations.parquet").to_pylist()]
+    taus = np.array([kendalltau(x, y).statistic for x, y in zip(scores[0], words)])
+    for limits_of, terms in ((d["win_ci"][0][1], np.array(stands)), (d["character"]["tau_ci"][0][0], taus)):
+        assert np.allclose(limits_of, np.quantile(resample(np.arange(5), terms, 0, 1.0), [0.025, 0.975]), atol=0.1 * np.ptp(limits_of))
+    assert all(low <= x <= high for x, (low, high) in zip(d["policy"]["distance"], d["policy"]["distance_ci"]))
     assert limits[2] == [[None, None]] * 3 and limits[0][0] == [1, 1] and metrics["diversity"]["constant_rankings"] == [0, 2, 5]
 
 
@@ -574,6 +636,7 @@ def test_monotone_transforms_of_rewards_change_no_hard_number(run, no_figures):
     fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
     soft = {f"{name}{ci}" for name in ("brier_soft", "l1_soft", "pearson_soft", "soft_single", "soft_true") for ci in ("", "_ci")}
     after = evaluated(run)
+    assert after["diversity"].pop("policy")["distance"] != before["diversity"].pop("policy")["distance"]  # a policy knows how much better
     compare(after, before, 0, skip=soft)
     assert all(after["splits"]["test"][name] != before["splits"]["test"][name] for name in ("soft_single", "soft_true"))
 
@@ -587,7 +650,7 @@ def test_two_evaluations_give_the_same_bytes_and_out_leaves_the_run_alone(whole,
     assert files_of(whole) == before
     out = files_of(tmp_path / "new" / "out")
     figures = {name for name in before if name.startswith("figures/")} - {"figures/data_votes.png", "figures/data_votes.pdf"}  # data preparation's
-    assert {f"figures/{name}.png" for name in ("calibration", "votes", "reliability", "kendall", "weights", "training")} <= figures
+    assert {f"figures/{name}.png" for name in ("calibration", "votes", "reliability", "kendall", "wins", "policies", "weights", "training")} <= figures
     assert set(out) == {"metrics.json", "report.html"} | figures
     assert all(out[name] == before[name] for name in {"metrics.json"} | figures)
 
@@ -616,6 +679,11 @@ def test_whatever_changes_is_evaluated_again(run, change, no_figures, capsys):
 
 
 # ---- bad input
+
+
+def texts_of(run, change):
+    path = run / "continuations.parquet"
+    pq.write_table(pa.Table.from_pylist([change(row) for row in pq.read_table(path).to_pylist()]), path)
 
 
 def put(name, array):
@@ -661,6 +729,10 @@ BAD = {
     "float64": (lambda run: np.save(run / "rewards/02_test.npy", np.load(run / "rewards/02_test.npy").astype(float)), r"02_test.npy: float64 \(\d+,\) found, float32"),
     "other continuations": (put("02_continuations.npy", np.zeros((5, 11), np.float32)), r"02_continuations.npy: float32 \(5, 11\) found, float32 \(5, 12\) expected"),
     "flat continuations": (put("01_continuations.npy", np.zeros(60, np.float32)), r"01_continuations.npy: shape \(60,\) found, \(prompts, n\) expected"),
+    "texts of other continuations": (lambda run: texts_of(run, lambda row: row | {"texts": row["texts"][:11], "logprob": row["logprob"][:11]}), r"shape \(5, 12\) found, \(5, 11\) expected"),
+    "uneven texts": (lambda run: texts_of(run, lambda row: row | {"texts": row["texts"][: 12 - int(row["prompt_id"] == "c3")]}), r"continuations.parquet: prompt 4: 11 texts found, 12 expected"),
+    "uneven logprob": (lambda run: texts_of(run, lambda row: row | {"logprob": row["logprob"][:3]}), r"continuations.parquet: prompt 1: 3 logprob found, 12 expected"),
+    "no texts": (lambda run: texts_of(run, lambda row: {"prompt_id": row["prompt_id"], "messages": row["messages"]}), r"continuations.parquet: not continuations .*texts"),
     "continuations no array": (text("rewards/01_continuations.npy", "reward"), "01_continuations.npy: not a .npy array"),
     "no array": (text("rewards/01_train.npy", "reward"), "01_train.npy: not a .npy array"),
     "empty file": (text("rewards/01_train.npy", ""), "01_train.npy: not a .npy array"),

@@ -217,6 +217,18 @@ def test_one_call_of_a_variable_length_kernel(name, mixed, monkeypatch):
         assert (found[name] - expected[name]).norm() <= 2e-6 * expected[name].norm(), name
 
 
+def test_continuations_share_their_prompt(tokenizer):
+    """What a member runs to score the continuations of two prompts: each prompt once, and of the answers the rest."""
+    model, seen = build(CONFIGS["llama"]), []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel()))
+    chats = [[{"role": "user", "content": text * 8}] for text in ("one way is to run twice a week . ", "how can i get fit ? ")]
+    texts = [[f"{word} {i}" for i in range(30)] for word in ("drink no coffee", "dear reader")]
+    sequences, prompts = rm.encode_split(tokenizer, chats, texts, None), [rm.encode(tokenizer, chat) for chat in chats]
+    rm.score_sequences(model, sequences, 10**6)
+    answers = sum(len(ids) for ids in sequences) - 30 * sum(map(len, prompts))
+    assert sum(seen) <= sum(map(len, prompts)) + answers < sum(map(len, sequences)) / 3
+
+
 def test_truncated_differently(tokenizer):
     """max_length leaves each response another piece of the prompt: little or nothing is shared, and it is right."""
     model = build(CONFIGS["llama"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -463,9 +464,15 @@ def test_continuations_that_come_later_are_scored_by_the_stored_member(full_run,
     del whole["stages"]["member_01_continuations"]
     (run / "manifest.json").write_text(json.dumps(whole))
     (run / "rewards" / "01_continuations.npy").unlink()
+    table = pq.read_table(run / "continuations.parquet")
+    pq.write_table(table.drop_columns("logprob"), run / "continuations.parquet")  # as a faster engine may have made it
     train(run, base, *FULL)
     assert "skipped" in capsys.readouterr().out
     np.testing.assert_array_equal(rewards(run, 1, "continuations"), kept)
+    rows = table.to_pylist()
+    pq.write_table(pa.Table.from_pylist([rows[0], rows[1] | {"texts": ["one"]}]), run / "continuations.parquet")
+    with pytest.raises(InputError, match="prompt 2: 1 texts found, 5 expected"):
+        train(run, base, *FULL)
 
 
 # ---- what is refused
@@ -780,20 +787,22 @@ def test_continuations_are_seeded(continuations, data, base, tmp_path):
     assert [row["texts"] for row in sampled(continuations, data, base, tmp_path, "--seed", "1")] != [row["texts"] for row in rows]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_logprob_is_that_of_the_sampled_tokens_and_their_end(continuations, base, tokenizer, temperature):
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (3.0, 1.0), (3.0, 0.9)])
+def test_logprob_is_that_of_the_sampled_tokens_and_their_end(continuations, base, tokenizer, temperature, top_p):
     model = AutoModelForCausalLM.from_pretrained(base).eval()
-    outs = []
-    generate = model.generate
+    outs, lengths = [], []
+    generate, forward = model.generate, model.base_model.forward
     model.generate = lambda *args, **kwargs: outs.append(generate(*args, **kwargs)) or outs[-1]
-    messages = [{"role": "user", "content": "how can i get fit ?"}]
+    model.base_model.forward = lambda *args, **kwargs: lengths.append(kwargs["input_ids"].numel()) or forward(*args, **kwargs)
+    prompt = rm.encode(tokenizer, [{"role": "user", "content": "how can i get fit ?"}])
+    start = len(prompt)
     torch.manual_seed(1)
-    texts, logprob = continuations.sample(model, tokenizer, messages, 40, temperature, 60)
-    start = len(rm.encode(tokenizer, messages))
-    assert outs[0].shape[0] == len(texts) == len(logprob) == 40
+    texts, logprob = continuations.sample(model, tokenizer, prompt, 45, temperature, top_p, 60)
+    assert [len(out.sequences) for out in outs] == [20, 20, 5] and len(texts) == len(logprob) == 45
+    assert lengths[0] == start - 1 and set(lengths[1:]) == {20, 5}  # the prompt once, then a token for each answer
     ended = padded = 0
-    for row, text, value in zip(outs[0].tolist(), texts, logprob):
-        assert row[:start] == rm.encode(tokenizer, messages)
+    for row, text, value in zip([row for out in outs for row in out.sequences.tolist()], texts, logprob):
+        assert row[:start] == prompt
         answer = row[start:]
         if tokenizer.eos_token_id in answer:
             answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
@@ -803,7 +812,63 @@ def test_logprob_is_that_of_the_sampled_tokens_and_their_end(continuations, base
             each = model(input_ids=torch.tensor([row[:start] + answer])).logits[0, start - 1 : -1].double().log_softmax(-1)
         assert abs(sum(each[i, token].item() for i, token in enumerate(answer)) - value) < 1e-3
         assert text == tokenizer.decode(answer, skip_special_tokens=True)
-    assert ended and padded, "no case of both kinds: choose another seed"
+        for i, token in enumerate(answer):  # the nucleus: less than top_p is more probable than a token that was drawn
+            p = (each[i] / temperature).softmax(-1)
+            assert p[p > p[token]].sum() <= top_p + 1e-4
+    assert ended and (padded or top_p < 1), "no case of both kinds: choose another seed"
+
+
+def test_sampled_frequencies_are_the_models(continuations, base, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    prompt = rm.encode(tokenizer, [{"role": "user", "content": "how can i get fit ?"}])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        p = (model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / 0.5).softmax(-1)
+    texts, logprob = continuations.sample(model, tokenizer, prompt, 1000, 0.5, 1.0, 1)
+    expected = {}  # several tokens can be the same text
+    for token, value in enumerate(p.tolist()):
+        text = tokenizer.decode([token], skip_special_tokens=True)
+        expected[text] = expected.get(text, 0) + value
+    for text in sorted(expected, key=expected.get)[-5:]:
+        assert abs(texts.count(text) / 1000 - expected[text]) < 5 * np.sqrt(expected[text] * (1 - expected[text]) / 1000)
+
+
+def test_a_kill_while_sampling_loses_at_most_one_prompt(continuations, data, base, tmp_path, monkeypatch, capsys):
+    whole, broken = fresh(data, tmp_path, "whole"), fresh(data, tmp_path, "broken")
+    flags = ["--base", str(base), "--prompts", "3", "--count", "6", "--max-tokens", "5", "--temperature", "0.2", "--threads", "1"]
+    continuations.main(continuations.parse_args(["--run", str(whole), *flags]))
+    rows = pq.read_table(whole / "continuations.parquet").to_pylist()
+    assert f"; {sum(6 - len(set(row['texts'])) for row in rows)} of 18 repeat another" in capsys.readouterr().out
+    sample, calls = continuations.sample, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample(*args)
+
+    monkeypatch.setattr(continuations, "sample", killed)
+    with pytest.raises(KeyboardInterrupt):
+        continuations.main(continuations.parse_args(["--run", str(broken), *flags]))
+    assert not (broken / "continuations.parquet").exists()
+    continuations.main(continuations.parse_args(["--run", str(broken), *flags]))
+    assert len(calls) == 4
+    assert (broken / "continuations.parquet").read_bytes() == (whole / "continuations.parquet").read_bytes()
+    assert not leftovers(broken) and not list(broken.glob(".kept-*"))
+
+
+def test_prompts_that_cannot_be_continued(continuations, data, base, tmp_path):
+    run, column = fresh(data, tmp_path), {"prompt_id": "p", "messages": [{"role": "user", "content": "how can i get fit ? " * 200}]}
+    args = continuations.parse_args(["--run", str(run), "--base", str(base), "--threads", "1"])
+    pq.write_table(pa.Table.from_pylist([column]), run / "prompts.parquet")
+    with pytest.raises(InputError, match=r"prompt p: \d+ tokens found, at most 511 expected"):
+        continuations.main(args)
+    pq.write_table(pa.Table.from_pylist([column]).slice(0, 0), run / "prompts.parquet")
+    with pytest.raises(InputError, match="prompts.parquet: no prompt found"):
+        continuations.main(args)
+    assert not (run / "continuations.parquet").exists()
+    with pytest.raises(SystemExit):
+        continuations.parse_args(["--run", str(run), "--base", str(base), "--top-p", "1.5"])
 
 
 def test_continuations_of_too_few_prompts_and_a_second_run(continuations, full_run, data, base, tmp_path, capsys):
