@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import logsumexp, softmax
 from tqdm import tqdm
 
 from pairwise import reward_model as rm
@@ -120,8 +121,8 @@ def agreements(rewards, choices):
 def posterior(alpha, agreed, n):
     """P(member | comparisons), float64 (K,): its weight times the mean over error rates e of (1-e)^agreed e^(n-agreed)."""
     log_likelihood = np.outer(agreed, np.log1p(-ERROR_RATES)) + np.outer(n - agreed, np.log(ERROR_RATES))
-    likelihood = np.exp(log_likelihood - log_likelihood[alpha > 0].max()).mean(1)
-    return alpha * likelihood / (alpha * likelihood).sum()
+    with np.errstate(divide="ignore"):  # a weight of zero stays zero
+        return softmax(np.log(alpha) + logsumexp(log_likelihood, axis=1))
 
 
 def respond(mode, texts, rank, favourite, alpha, drawn=None, agreed=None, examples=0):
@@ -222,7 +223,7 @@ def parse_args(argv=None):
     add("--n", type=natural, default=16, help="candidates sampled for each prompt")
     add("--max-tokens", type=natural, default=256, help="longest candidate")
     add("--temperature", type=positive, default=1.0)
-    add("--top-p", type=top_p, default=1.0, help="sample each token from the likeliest that together have this probability")
+    add("--top-p", type=top_p, default=0.9, help="sample each token from the likeliest that together have this probability")
     add("--seed", type=seed, default=0, help="of the candidates and the draws")
     add("--json", action="store_true", help="one JSON object a prompt instead of text")
     add_arguments(parser)
