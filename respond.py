@@ -3,22 +3,22 @@
     python respond.py --run runs/demo --mode overton "how can i get fit again ?"
     python respond.py --run runs/demo --mode steerable --like mine.jsonl --json --file prompts.txt
 
-Prompts: PROMPT, or --file FILE, or stdin, one a line; a line that begins with { is a row {"prompt": text or chat messages}. FILE may be .jsonl, .json,
-.csv or .parquet too.   The base answers each prompt --n times, every member ranks the distinct answers, and a member answers with its favourite:
+Prompts: PROMPT, or --file FILE, or stdin, one a line; a line that begins with { is a row {"prompt": text or chat messages}. FILE may also be
+.jsonl, .json, .csv or .parquet.   The base answers each prompt --n times, every member ranks the distinct answers, and answers with its favourite:
     overton         a slate of the members' favourites, equal ones merged; a favourite's weight is that of the members it belongs to
-    consensus       the one answer whose lowest rank among the members is highest; of several the one with the highest weighted mean rank, then the first
+    consensus       one answer: its lowest rank among the members is highest; of several the one of the highest weighted mean rank, then the first
     distributional  a member drawn by its weight answers; --draws N of them
     steerable       the member answers that --like's comparisons speak for: rows of prompt, response_a, response_b, choice (a, b or tie)
     --table         every member's favourite side by side (appendix G)
-overton and consensus ask the members whose weight is not zero. Of equal answers the first in the alphabet is taken. The answers sampled depend on the prompt,
-the flags and --seed, not on the other prompts; one stream of draws runs through all prompts.
+overton and consensus ask the members whose weight is not zero. Of equal answers the first in the alphabet is taken. The answers sampled depend on
+the prompt, the flags and --seed, not on the other prompts; one stream of draws runs through all prompts.
 
-How sure steerable is: the members' probabilities given the comparisons, where the user is a member drawn by its weight who contradicts it in a share e of
-comparisons, with e anywhere between 0 and 1/2. A tie of the user or of a member is half an agreement.
+How sure steerable is: the members' probabilities given the comparisons, if the user is a member drawn by its weight who contradicts it in a share e
+of comparisons, with e anywhere between 0 and 1/2. A tie of the user or of a member is half an agreement.
 
---json: one object a prompt: {prompt, mode, weights: [K], candidates: [{text, count: times sampled, ranks: [K]}], answers: [{text, members: [j..] whose favourite
-it is, weight: theirs, ranks: [K]}]}, ranks 1 for the best, equal rewards sharing their mean rank. distributional adds draws to each answer and, in order,
-draws: [j..]; steerable adds examples, agreements: [K], posterior: [K] and member.
+--json: one object a prompt: {prompt, mode, weights: [K], candidates: [{text, count: times sampled, ranks: [K]}], answers: [{text, members: [j..]
+whose favourite it is, weight: theirs, ranks: [K]}]}, ranks 1 for the best, equal rewards sharing their mean rank. distributional adds draws to each
+answer and, in order, draws: [j..]; steerable adds examples, agreements: [K], posterior: [K] and member.
 """
 
 import json
@@ -54,6 +54,8 @@ def read_prompts(args):
         name, rows = "PROMPT", [("PROMPT", {"prompt": args.prompt})]
     elif args.file and {suffix.lower() for suffix in args.file.suffixes[-2:]} & set(READERS):
         name, rows = args.file, read_rows(args.file, FIELDS)
+    elif args.file and not args.file.exists():
+        raise InputError(f"{args.file}: no such file")
     elif args.file:
         name, rows = args.file, rows_of_lines(args.file.read_bytes().splitlines(), args.file.name)
     else:
@@ -107,13 +109,13 @@ def slate(favourite, alpha):
 
 
 def consensus(rank, alpha):
-    """The candidate whose worst rank among the members in the support is best; of several the one with the best weighted mean rank, then the first."""
+    """The candidate whose worst rank among the members in the support is best; of several the best in weighted mean rank, then the first."""
     worst = rank[alpha > 0].max(0)
     return int(np.lexsort((alpha @ rank, worst))[0])
 
 
 def agreements(rewards, choices):
-    """How many of the user's choices each member agrees with, float64 (K,), a tie of either counting half. rewards: float32 (K, 2E), a and b in turn."""
+    """How many of the user's choices each member agrees with, float64 (K,), ties counting half. rewards: float32 (K, 2E), a and b in turn."""
     votes = (np.sign(rewards[:, 0::2] - rewards[:, 1::2]) + 1) / 2
     return (votes * choices + (1 - votes) * (1 - choices)).sum(1)
 
@@ -129,8 +131,8 @@ def respond(mode, texts, rank, favourite, alpha, drawn=None, agreed=None, exampl
     """What the mode adds to a prompt's row, its answers first. texts: n distinct; drawn: int (draws,); agreed: float64 (K,), of so many examples."""
 
     def answer(i, members=None, **more):
-        members = np.flatnonzero(favourite == i) if members is None else members
-        return {"text": texts[i], "members": [int(j) + 1 for j in members], "weight": float(alpha[members].sum()), "ranks": rank[:, i].tolist()} | more
+        members = np.flatnonzero(favourite == i) if members is None else np.array(members)
+        return {"text": texts[i], "members": (members + 1).tolist(), "weight": float(alpha[members].sum()), "ranks": rank[:, i].tolist()} | more
 
     if mode == "overton":
         return {"answers": [answer(i, members) for i, members in slate(favourite, alpha)]}
@@ -140,7 +142,8 @@ def respond(mode, texts, rank, favourite, alpha, drawn=None, agreed=None, exampl
         return {"answers": [answer(i, draws=times) for i, times in Counter(favourite[drawn].tolist()).most_common()], "draws": (drawn + 1).tolist()}
     if mode == "steerable":
         p = posterior(alpha, agreed, examples)
-        return {"answers": [answer(favourite[p.argmax()])], "examples": examples, "agreements": agreed.tolist(), "posterior": p.tolist(), "member": int(p.argmax()) + 1}
+        return {"answers": [answer(favourite[p.argmax()])], "examples": examples, "agreements": agreed.tolist(), "posterior": p.tolist(),
+                "member": int(p.argmax()) + 1}
     return {"answers": [answer(i, [j]) for j, i in enumerate(favourite)]}
 
 
@@ -155,7 +158,7 @@ def table(header, rows):
     wrap = max(30, shutil.get_terminal_size().columns - left)
     for row in [header, *cells]:
         lines = [line for part in printable(row[-1]).splitlines() for line in textwrap.wrap(part, wrap) or [""]] or [""]
-        yield "".join(f"{cell:>{width}}  " for cell, width in zip(row, widths)) + lines[0]
+        yield ("".join(f"{cell:>{width}}  " for cell, width in zip(row, widths)) + lines[0]).rstrip()
         yield from (" " * left + line for line in lines[1:])
 
 
@@ -177,8 +180,8 @@ def shown(row):
             [j + 1, f"{row['weights'][j]:.2f}", f"{row['agreements'][j]:g} of {row['examples']}", f"{p:.2f}",
              *((spaced(row["answers"][0]["ranks"]), row["answers"][0]["text"]) if j == best else ("", ""))] for j, p in enumerate(row["posterior"])])
         return
-    drawn = row["mode"] == "distributional"
-    yield from table([*(["drawn"] if drawn else []), "member", "weight", "rank", "answer"], [
+    drawn, who = row["mode"] == "distributional", "member" if row["mode"] == "table" else "favourite of"
+    yield from table([*(["drawn"] if drawn else []), who, "weight", "rank", "answer"], [
         [*([answer["draws"]] if drawn else []), spaced(answer["members"]) or "none", f"{answer['weight']:.2f}", spaced(answer["ranks"]), answer["text"]]
         for answer in row["answers"]])
 
