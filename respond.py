@@ -182,8 +182,8 @@ def shown(row):
         return
     drawn, who = row["mode"] == "distributional", "member" if row["mode"] == "table" else "favourite of"
     yield from table([*(["drawn"] if drawn else []), who, "weight", "rank", "answer"], [
-        [*([answer["draws"]] if drawn else []), spaced(answer["members"]) or "none", f"{answer['weight']:.2f}", spaced(answer["ranks"]), answer["text"]]
-        for answer in row["answers"]])
+        [*([each["draws"]] if drawn else []), spaced(each["members"]) or "none", f"{each['weight']:.2f}", spaced(each["ranks"]), each["text"]]
+        for each in row["answers"]])
 
 
 def spaced(numbers):

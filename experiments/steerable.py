@@ -1,9 +1,10 @@
-"""Does --mode steerable find the right member? The demo's viewpoints are known: each in turn makes a few comparisons, and members are judged on the rest.
+"""Does --mode steerable find the right member? The demo's viewpoints are known: one makes a few comparisons, and members are judged on the rest.
 
     python experiments/steerable.py --run results/demo          (seconds; stored rewards, no model)
 
-A trial draws --comparisons pairs of the test prompts; one viewpoint of data_prep/demo.py, drawn by its weight, chooses in each with its own noise. What counts
-is the share of that viewpoint's votes on all other pairs that the chosen member sides with, beside that of a member drawn by weight, on average.
+A trial draws --comparisons pairs of the test prompts; a viewpoint of data_prep/demo.py, drawn by its weight, chooses in each with its own noise.
+What counts is the share of that viewpoint's votes on all other pairs that the chosen member sides with, beside that of a member drawn by weight, on
+average.
 """
 
 import importlib.util
@@ -22,7 +23,8 @@ spec.loader.exec_module(demo)
 def attributes_of(topic, text):
     """The attributes, float64 (attributes,), of a text by demo.write_response."""
     shows = {"long": sum(tip in text for tip in demo.TOPICS[topic]) > 2, "hedged": demo.HEDGE in text, "formal": text.startswith(demo.OPENING[1]),
-             "evidence": demo.EVIDENCE in text, "warm": demo.WARM in text, "direct": "you must" in text, "list": " 1 ) " in text, "rude": demo.RUDE in text}
+             "evidence": demo.EVIDENCE in text, "warm": demo.WARM in text, "direct": "you must" in text, "list": " 1 ) " in text,
+             "rude": demo.RUDE in text}
     return np.array([shows[name] for name in demo.ATTRIBUTES], float)
 
 
@@ -39,7 +41,7 @@ def choice_shares(split):
 
 
 def trials(rewards, alpha, shares, a, b, count, comparisons, rng):
-    """(viewpoint, chosen, its probability, agreement on unseen pairs (K,)) of every trial. rewards: float32 (K, R); shares: float64 (viewpoints, N)."""
+    """Yield (viewpoint, chosen, its probability, agreement on unseen pairs (K,)). rewards: float32 (K, R); shares: float64 (viewpoints, N)."""
     both = rewards[:, np.stack([a, b], 1)]
     weights = [weight for weight, _ in demo.VIEWPOINTS.values()]
     for _ in range(count):
@@ -54,23 +56,21 @@ def main(args):
     split, k = read_split(args.run, "test"), count_members(args.run)
     alpha = read_weights(args.run, k)
     shares = choice_shares(split)
-    found = list(trials(read_rewards(args.run, "test", k, split.response_start[-1:]), alpha, shares, split.a, split.b, args.trials, args.comparisons,
-                        np.random.default_rng(args.seed)))
+    rewards, rng = read_rewards(args.run, "test", k, split.response_start[-1:]), np.random.default_rng(args.seed)
+    found = list(trials(rewards, alpha, shares, split.a, split.b, args.trials, args.comparisons, rng))
     viewpoint, chosen, sure = (np.array(column) for column in list(zip(*found))[:3])
     agreement = np.stack([each for *_, each in found])
     own, drawn = agreement[np.arange(len(chosen)), chosen], agreement @ alpha
     best = chosen == agreement.argmax(1)
-    print(f"{args.trials} trials of {args.comparisons} comparisons: the chosen member agrees with {own.mean():.3f} of the viewpoint's other votes, one drawn by weight with "
-          f"{drawn.mean():.3f}, the best with {agreement.max(1).mean():.3f}; at least as well as the drawn in {(own >= drawn).mean():.2f} of the trials")
-    print(f"the chosen member is the best one in {best.mean():.2f} of the trials, its probability {sure.mean():.2f} on average")
-    for low, high in ((0, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 1.01)):
-        at = (sure >= low) & (sure < high)
-        if at.any():
-            print(f"  sure {low:.1f} to {min(high, 1):.1f}: {at.sum()} trials, probability {sure[at].mean():.2f}, the best one in {best[at].mean():.2f}")
+    print(f"{args.trials} trials of {args.comparisons} comparisons; share of the viewpoint's other votes that a member agrees with: the chosen "
+          f"{own.mean():.3f}, one drawn by weight {drawn.mean():.3f}, the best {agreement.max(1).mean():.3f}")
+    print(f"the chosen at least as well as the drawn in {(own >= drawn).mean():.2f} of the trials; the best of all in {best.mean():.2f}, "
+          f"its own probability {sure.mean():.2f}")
     for v, name in enumerate(demo.VIEWPOINTS):
         at = viewpoint == v
         if at.any():
-            print(f"  {name:8} {at.sum()} trials: {own[at].mean():.3f}, {drawn[at].mean():.3f}, {agreement[at].max(1).mean():.3f}; {(own[at] >= drawn[at]).mean():.2f}")
+            print(f"  {name:8} {at.sum()} trials: {own[at].mean():.3f}, {drawn[at].mean():.3f}, {agreement[at].max(1).mean():.3f}; "
+                  f"{(own[at] >= drawn[at]).mean():.2f}")
 
 
 def parse_args(argv=None):

@@ -23,19 +23,19 @@ def check_context(model, tokenizer, where, messages, max_tokens):
     """Raise InputError where a prompt with an answer of max_tokens is longer than the model has positions for."""
     length, most = len(encode(tokenizer, messages)), getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most and length + max_tokens > most:
-        raise InputError(f"{where}: {length} tokens and --max-tokens {max_tokens} found, at most {most} together expected: the base has positions for no more")
+        raise InputError(f"{where}: {length} tokens and --max-tokens {max_tokens} found, at most {most} together expected, the base's positions")
 
 
 @torch.no_grad()
 def sample(model, tokenizer, messages, count, temperature, top_p, max_tokens):
-    """`count` answers to one prompt, each token from the likeliest that together have top_p: (texts, log-probabilities at temperature 1 and top_p 1)."""
+    """`count` answers to one prompt, each token from the likeliest that together have top_p: (texts, log-probabilities at temperature 1, top_p 1)."""
     prompt = torch.tensor([encode(tokenizer, messages)], device=model.device)
     eos = model.generation_config.eos_token_id  # one, several or none
     texts, logprobs = [], []
     while len(texts) < count:
         config = GenerationConfig(  # not the base's own, which may bend the distribution
-            do_sample=True, temperature=temperature, top_k=0, top_p=top_p, num_return_sequences=min(AT_ONCE, count - len(texts)), max_new_tokens=max_tokens,
-            eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+            do_sample=True, temperature=temperature, top_k=0, top_p=top_p, num_return_sequences=min(AT_ONCE, count - len(texts)),
+            max_new_tokens=max_tokens, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
         out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
         answer = out[:, prompt.shape[1] :]
         ends = torch.isin(answer, torch.tensor(-1 if eos is None else eos, device=answer.device)).long()
