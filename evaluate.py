@@ -24,7 +24,7 @@ from pairwise import compare as comparison
 from pairwise import report
 from pairwise.run_dir import (
     REPOSITORY, InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, must_share_test_data,
-    natural, read_json, read_rewards, read_split, read_splits, read_weights, reward_path, run_main, seed, unchanged, write_json)
+    natural, read_continuations, read_json, read_rewards, read_split, read_splits, read_weights, reward_path, run_main, seed, unchanged, write_json)
 from pairwise.theory import irreducible, outlier_below
 from pairwise.weights import error_matrix, simplex_weights
 
@@ -132,8 +132,18 @@ def not_negative(figure, errors):
     return errors if figure == "excess" else np.maximum(errors, 0)
 
 
-def measure(split, rewards, stats):
-    """(sums of evaluator.pair_statistics, soft votes float64 (K, N), `squared_errors`, {reference line: (N,) or None}); rewards float32 (K, R)."""
+def trained_on_p(run):
+    """Whether member 1 is trained on the vote fractions, t_1 = p, so that its sigmoid is a soft model of them; as far as the manifest says."""
+    stages = read_json(run / "manifest.json", {}).get("stages", {})
+    settings = stages.get("member_01", {}).get("settings", {})
+    return not {"joint", "harden"} & stages.keys() and settings.get("train") != "from" and settings.get("loss", "mse") in ("mse", "bce")
+
+
+def measure(split, rewards, stats, soft_single):
+    """(sums of evaluator.pair_statistics, soft votes float64 (K, N), `squared_errors`, {reference line: (N,) or None}).
+
+    rewards float32 (K, R); soft_single: whether member 1 is one (`trained_on_p`).
+    """
     sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
     p, n, truth = split.p, split.n, split.p_true
     with np.errstate(over="ignore", invalid="ignore"):  # infinite rewards are ranks too: the difference of two equal ones is 0
@@ -141,9 +151,9 @@ def measure(split, rewards, stats):
     halves = split.ties if stats["ties"] == "half" else np.zeros(len(p))
     c = {"sampled": irreducible(p, n, halves), "population": np.zeros(len(p)), "dependent": None}[stats["votes"]]
     lines = {"floor_single": floor_single(p), "coin_flip": coin_flip(p),
-             "soft_single": (soft[0] - p) ** 2,  # member 1 is trained on t_1 = p whatever the target
+             "soft_single": (soft[0] - p) ** 2 if soft_single else None,
              "irreducible": c, "floor_true": None if truth is None else floor_single(truth), "coin_true": None if truth is None else coin_flip(truth),
-             "soft_true": None if truth is None else (soft[0] - truth) ** 2}
+             "soft_true": (soft[0] - truth) ** 2 if soft_single and truth is not None else None}
     return sums, soft, squared_errors(split, sums, rewards, soft, c), lines
 
 
@@ -189,12 +199,12 @@ def both(found, name, key, *at):
     return {name: value, f"{name}_ci": limits if value is not None else None}
 
 
-def split_metrics(split, rewards, alphas, fits, stats, draw):
+def split_metrics(split, rewards, alphas, fits, stats, soft_single, draw):
     """(the S of metrics.json for one split, its `squared_errors`).
 
-    rewards float32 (K, R); alphas: the weights of each prefix; fits: how each was found; draw: as for `estimate`.
+    rewards float32 (K, R); alphas: the weights of each prefix; fits: how each was found; soft_single: as for `measure`; draw: as for `estimate`.
     """
-    sums, soft, forms, lines = measure(split, rewards, stats)
+    sums, soft, forms, lines = measure(split, rewards, stats, soft_single)
     p, k, pairs = split.p, len(rewards), sums["pairs"].astype(np.float64)
     terms = {"annotators_mean": split.n, "majority_mean": np.maximum(p, 1 - p)} | lines
     figures = {name: (by_prompt(split, term), pairs) for name, term in terms.items() if term is not None}
@@ -238,20 +248,6 @@ def split_metrics(split, rewards, alphas, fits, stats, draw):
         table.append(head | {"prompts": int((count > 0).sum()), "pairs": int(count.sum())} | {
             x: y for name in ("brier", "l1", "pearson") for x, y in both(found, name, ("group", g, name)).items()})
     return s | both(found, "pairwise_disagreement", "pairwise_disagreement"), forms
-
-
-def read_continuations(run, k):
-    """Rewards of the continuations, float32 (K, prompts, n); None where there are none."""
-    if not (run / "continuations.parquet").exists() and not list((run / "rewards").glob("*_continuations.npy")):
-        return None
-    path = reward_path(run, 1, "continuations")
-    try:
-        shape = np.load(path, allow_pickle=False).shape
-    except (OSError, ValueError, EOFError):
-        shape = (0, 0)  # read_rewards says what is wrong
-    if len(shape) != 2:
-        raise InputError(f"{path}: shape {shape} found, (prompts, n) expected")
-    return read_rewards(run, "continuations", k, shape)
 
 
 def refit(train, tested, sizes, resamples, seed):
@@ -335,7 +331,7 @@ def test_errors(run):
     if split is None:
         raise InputError(f"{run / 'data' / 'test.parquet'}: no pair of at least two votes")
     k, _, alphas, _ = read_ensemble(run)
-    sums, _, forms, lines = measure(split, read_rewards(run, "test", k, (int(split.response_start[-1]),)), stats)
+    sums, _, forms, lines = measure(split, read_rewards(run, "test", k, (int(split.response_start[-1]),)), stats, trained_on_p(run))
     errors = {len(alpha): {name: not_negative(name, error_of(form, alpha)) for name, form in forms.items()} for alpha in alphas}
     return sums["pairs"].astype(np.float64), errors, {name: None if term is None else by_prompt(split, term) for name, term in lines.items()}
 
@@ -428,12 +424,12 @@ def main(args):
         errors = {}  # of each split, for the intervals with weights fitted anew
         for name, split in splits.items():
             if (counted := counted_pairs(split)) is not None:
-                metrics["splits"][name], forms = split_metrics(counted, rewards[name], alphas, fits, stats, draw)
+                metrics["splits"][name], forms = split_metrics(counted, rewards[name], alphas, fits, stats, trained_on_p(run), draw)
                 errors[name] = forms, np.diff(counted.pair_start)
         if "valid" in metrics["splits"]:
             metrics["k_valid"] = min(metrics["splits"]["valid"]["ensemble"], key=lambda entry: entry["brier"])["k"]
         if args.refit:
-            train, fitted = splits["train"], [entry["k"] for entry in prefixes if entry["fit"] == "qp"]
+            train, fitted = counted_pairs(splits["train"]) or splits["train"], [entry["k"] for entry in prefixes if entry["fit"] == "qp"]
             sums = evaluator.pair_statistics(rewards["train"], train.a, train.b, train.p, train.pair_start)
             asked = {"brier": (sums["vote_vote"], sums["vote_p"], sums["p_p"])}, np.diff(train.pair_start)
             for name in (name for name in errors if name != "train"):

@@ -117,14 +117,17 @@ def main(args):
     if args.prune:
         prune(run, args.out, args.prune, k, data, rewards, inputs)
         return
-    if "prune" in read_json(run / "manifest.json", {"stages": {}})["stages"].get("weights", {}).get("settings", {}):
-        raise InputError(f"{run / 'weights.json'}: pruned weights found; those of the run that it was pruned from are fitted, with --run of that one")
+    stages = read_json(run / "manifest.json", {"stages": {}})["stages"]
+    made = "hardened" if "harden" in stages else "pruned" if "prune" in stages.get("weights", {}).get("settings", {}) else None
+    if made:
+        raise InputError(f"{run / 'weights.json'}: {made} weights found, which stay; those of the run that it was made from are fitted, with --run of that one")
     if unchanged(run, "weights", {}, inputs, [run / "weights.json"]):
         print(f"weights: {run / 'weights.json'} is up to date, skipped")
         prefixes = read_json(run / "weights.json")
     else:
-        pairs = len(data.a)
-        sums = evaluator.pair_statistics(rewards, data.a, data.b, data.p, np.array([0, pairs]))  # of all prompts as of one
+        counted = data.n >= 2 if (data.n >= 2).any() else data.n > 0  # as in evaluate.py; where every pair has one vote, those are all there is
+        pairs = int(counted.sum())
+        sums = evaluator.pair_statistics(rewards, data.a[counted], data.b[counted], data.p[counted], np.array([0, pairs]))  # of all prompts as of one
         q = error_matrix(sums["vote_vote"][0] / pairs, sums["vote_p"][0] / pairs, sums["p_p"][0] / pairs)
         started = begin_stage(run, "weights", {}, inputs)
         prefixes = fit_prefixes(q)

@@ -16,9 +16,10 @@ bash run_all.sh [DATASET|FILE] [K] [flags]        default: demo 4
   --base NAME_OR_DIR   base model: hub id or transformers directory with a chat template, or with --chat-template FILE
   --seed S             of the training (default 0)
   --data-seed S        of the data: population, split, orientation (default 0)
-  --gpus N             train on N GPUs of this machine, by torchrun (default 1); where there are none, N processes on the CPU
+  --gpus N             train on N GPUs of this machine, by torchrun (default 1); without GPUs, N processes on the CPU
   --continuations N    sample continuations for each of N prompts, for the diversity measurement: 100, demo 20
                        (default: a FILE 0; demo 10 test prompts; the paper's 50 of PRISM, tldr test prompts)
+  --joint              train all K members at once, on the error of their mixture (train_joint.py --help)
   --early-stop[=N]     train no further member once the last N (1) did not lower the Brier score on the validation
                        prompts, which --valid-share makes (demo: .1 as it is); K is then the largest size
   data flags           --ties drop|half  --test-share X  --valid-share X  --min-votes 1|2
@@ -26,7 +27,8 @@ bash run_all.sh [DATASET|FILE] [K] [flags]        default: demo 4
                        the paper's: --source PATH  --prism-source PATH  --revision R  --beaver published|negated
                        --annotators zip|cross|preference  --cnndm drop|keep    (data_prep/NAME.py --help)
   any other flag       of train_rm.py: --train full|lora|head  --target p|residual|centered|mixture  --lr X  --epochs N
-                       --pairs-per-step N  --dtype bfloat16|float32  --threads N ... (train_rm.py --help)
+                       --loss mse|bce|bt|margin, of which the last two are for K = 1 or --target p  --pairs-per-step N
+                       --dtype bfloat16|float32  --threads N ... (train_rm.py --help)
 
 Finished stages are skipped; a larger K continues the run; other arguments need another --run.
 PYTHON=/path/to/python uses an environment of your own. The result is RUN/report.html and RUN/metrics.json.
@@ -45,11 +47,12 @@ for word in "$@"; do # quoted as any POSIX shell reads it
     COMMAND+=" $word"
 done
 EVERYWHERE=() # flags of every stage that runs a model
-WORDS=() DATA=() TRAIN=() RUN='' BASE='' CONTINUATIONS='' DATA_SEED=0 PRISM=() GPUS=1 STOP=()
+WORDS=() DATA=() TRAIN=() RUN='' BASE='' CONTINUATIONS='' DATA_SEED=0 PRISM=() GPUS=1 STOP=() JOINT=0
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit 0 ;;
         --early-stop | --early-stop=*) STOP=("$1"); shift; continue ;; # has a value only with =, so that the next word can be K
+        --joint) JOINT=1; shift; continue ;;
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
         --*) [[ $# -ge 2 && $2 != --* ]] || fail "$1 needs a value" ;;
         *) WORDS+=("$1"); shift; continue ;;
@@ -64,7 +67,7 @@ while [ $# -gt 0 ]; do
         --prompts | --responses | --texts) DATA+=("$1" "$2") ;;
         --prism-source) PRISM=(--source "$2") ;;
         --threads | --device | --chat-template) EVERYWHERE+=("$1" "$2") TRAIN+=("$1" "$2") ;;
-        --iteration | --export) fail "$1 is train_rm.py's own; run_all.sh sets it" ;;
+        --iteration | --export | --k) fail "$1 is the training's own; run_all.sh sets it" ;;
         *) TRAIN+=("$1" "$2") ;;
     esac
     shift 2
@@ -77,6 +80,8 @@ DATASET=${WORDS[0]:-demo} K=${WORDS[1]:-4}
 [[ $CONTINUATIONS =~ ^(|0|[1-9][0-9]*)$ ]] || fail "--continuations '$CONTINUATIONS' found, a number of at least 0 expected"
 [[ $GPUS =~ ^[1-9][0-9]*$ ]] || fail "--gpus '$GPUS' found, a number of at least 1 expected"
 [[ $GPUS = 1 || " ${TRAIN[*]} " != *" --train head "* ]] || fail "--gpus is for all parameters; --train head runs on one"
+
+[[ $JOINT = 0 || $GPUS = 1 && ${#STOP[@]} = 0 ]] || fail "--joint trains all members at once, on one GPU: without --gpus and --early-stop"
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [[ $DATASET = demo || ! -f $DATASET || $DATASET = */* ]] || DATASET=./$DATASET # a file that is there is a file, whatever its ending
@@ -119,12 +124,13 @@ TRAINER=("$PYTHON") # -- as torchrun would take --run for a flag of its own
 [ "$GPUS" = 1 ] || TRAINER=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" --)
 stage() { "$PYTHON" "$ROOT/$1" --run "$RUN" "${@:2}"; }
 # The training flags are tried first: a wrong one fails before anything runs.
-"$PYTHON" - "$ROOT" --run "$RUN" --iteration 1 --base "$BASE" "${TRAIN[@]}" <<'END'
+SCRIPT=(train_rm --iteration "$K")
+[ $JOINT = 0 ] || SCRIPT=(train_joint --k "$K")
+"$PYTHON" - "$ROOT" "${SCRIPT[@]}" --run "$RUN" --base "$BASE" "${TRAIN[@]}" <<'END'
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-sys.argv[0] = "train_rm.py"
-import train_rm
-train_rm.parse_args()
+sys.argv[0] = f"{sys.argv[1]}.py"
+__import__(sys.argv.pop(1)).parse_args()
 END
 
 # ---- data: prompts, distinct responses, pairs with their votes; the demo's base model too ------------------------------------------
@@ -137,7 +143,11 @@ if [ "$CONTINUATIONS" != 0 ]; then
 fi
 
 # ---- forward stagewise additive modelling: member j on what members 1..j-1 leave over, then the weights of all j ----------------------
-for ((j = 1; j <= K; j++)); do
+if [ $JOINT = 1 ]; then # or all members at once, on the error of their mixture
+    stage train_joint.py --k "$K" --base "$BASE" "${TRAIN[@]}"
+    stage fit_weights.py
+fi
+for ((j = 1; j <= K && !JOINT; j++)); do
     "${TRAINER[@]}" "$ROOT/train_rm.py" --run "$RUN" --iteration "$j" --base "$BASE" "${TRAIN[@]}"
     stage fit_weights.py "${STOP[@]}" || { CODE=$?; [ $CODE = 3 ] && break; exit $CODE; } # 3: --early-stop, and no member was worth training after j
 done

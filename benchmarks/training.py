@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_rm
-from pairwise import packed
+from pairwise import packed, training
 from pairwise import reward_model as rm
 from pairwise.run_dir import Parser, natural, run_main, write_json
 
@@ -109,10 +109,10 @@ def ours(data, level, micro_batch_tokens):
         started = time.perf_counter()
         with only(model, level):
             for step in data.steps:
-                for micro in train_rm.micro_batches(step, data.a, data.b, lengths, size, micro_batch_tokens):
+                for micro in training.micro_batches(step, data.a, data.b, lengths, size, micro_batch_tokens):
                     responses, index = np.unique(np.concatenate([data.a[micro], data.b[micro]]), return_inverse=True)
                     rewards = rm.rewards_of_batch(model, [data.sequences[i] for i in responses], micro_batch_tokens)[index]
-                    (train_rm.squared_error(*rewards.split(len(micro)), torch.ones(len(micro))) / data.pairs_per_step).backward()
+                    (train_rm.LOSSES["mse"][1](rewards[: len(micro)] - rewards[len(micro) :], 1, None).sum() / data.pairs_per_step).backward()
                 optimizer.step()
                 optimizer.zero_grad()
         return time.perf_counter() - started

@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import fit_weights
 import train_rm
+from pairwise import training
 from pairwise.run_dir import Parser, natural, read_split, run_main, seed
 
-WHOLE, SHUFFLED = train_rm.steps_of_prompts, train_rm.steps_of_pairs
+WHOLE, SHUFFLED = training.steps_of_prompts, training.steps_of_pairs
 
 
 def shuffled(pair_start, keep, pairs_per_step, rng):
@@ -44,7 +45,7 @@ def main(args):
         rows.writerow(["seed", "steps", "k", "brier", "brier_soft", "true_error", "tokens", "seconds"])
         for number in args.seeds:
             for name, of_prompts, of_pairs in (("prompts", WHOLE, whole(pair_start)), ("pairs", shuffled, SHUFFLED)):
-                train_rm.steps_of_prompts, train_rm.steps_of_pairs = of_prompts, of_pairs
+                training.steps_of_prompts, training.steps_of_pairs = of_prompts, of_pairs
                 with tempfile.TemporaryDirectory() as directory:
                     run = Path(directory)
                     for kept in ("data", "features"):

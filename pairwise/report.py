@@ -457,7 +457,8 @@ def facts(metrics, manifest):
         (stage["settings"].get("target"), stage.get("target_formula")) for name, stage in sorted(stages.items()) if "target_formula" in stage))
     if "p_hat" in target:
         target += ", where p_hat is the ensemble before member j (member 1: t = p)"
-    train = {"full": "all parameters", "head": "reward head only, on frozen features", "lora": "low-rank adapters and reward head"}
+    train = {"full": "all parameters", "head": "reward head only, on frozen features", "lora": "low-rank adapters and reward head",
+             "from": "nothing: existing reward models"}
     splits = metrics["splits"]
     pruned = stages.get("weights", {}).get("pruned")
     if pruned:

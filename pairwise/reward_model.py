@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as transformers_logging
 
 from pairwise import adapter, packed, parallel
-from pairwise.run_dir import InputError, first_line, hash_file
+from pairwise.run_dir import InputError, first_line, hash_file, read_json
 
 transformers_logging.disable_progress_bar()  # ours say more, and what is missing from a checkpoint is checked here, not told
 transformers_logging.set_verbosity_error()
@@ -28,16 +28,16 @@ PAD_NAMES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|pad
 # ---- tokens
 
 
-def load_tokenizer(base, chat_template=None):
+def load_tokenizer(base, chat_template=None, named="--base"):
     """The base's tokenizer with a chat template, right padding and a pad token of its own, never eos: spare or reserved tokens serve.
 
-    base: hub id or directory; chat_template: file with a Jinja template for a base that has none.
+    base: hub id or directory; chat_template: file with a Jinja template for a base that has none; named: what named the base, for errors.
     Raises InputError where the base cannot be read, has no chat template and none is given, or has no token that can pad.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise InputError(f"--base {base}: no tokenizer could be loaded: a directory made by save_pretrained, or a hub id that can be "
+        raise InputError(f"{named} {base}: no tokenizer could be loaded: a directory made by save_pretrained, or a hub id that can be "
                          f"reached (gated models: accept the licence on the hub, then log in), expected ({first_line(error)})") from None
     if chat_template:
         try:
@@ -45,18 +45,19 @@ def load_tokenizer(base, chat_template=None):
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--chat-template {chat_template}: {error}") from None
     if not tokenizer.chat_template:
-        raise InputError(f"--base {base} has no chat template; name a Jinja file with --chat-template FILE")
+        raise InputError(f"{named} {base} has no chat template; name a Jinja file with --chat-template FILE")
     taken = {tokenizer.eos_token, tokenizer.bos_token, None}
     vocabulary = tokenizer.get_vocab()
     spare = [name for name in (tokenizer.pad_token, *PAD_NAMES) if name not in taken and name in vocabulary]
     if not spare:
-        raise InputError(f"--base {base}: its pad token is its eos token, and no spare one was found among {', '.join(PAD_NAMES)}")
+        raise InputError(f"{named} {base}: its pad token is its eos token, and no spare one was found among {', '.join(PAD_NAMES)}")
     tokenizer.pad_token = spare[0]
     tokenizer.padding_side = "right"
     try:
         encode(tokenizer, [{"role": "user", "content": "a question"}], "an answer")
     except jinja2.TemplateError as error:
-        raise InputError(f"{f'--chat-template {chat_template}' if chat_template else f'--base {base}'}: the chat template fails ({first_line(error)})") from None
+        named = f"--chat-template {chat_template}" if chat_template else f"{named} {base}"
+        raise InputError(f"{named}: the chat template fails ({first_line(error)})") from None
     return tokenizer
 
 
@@ -115,14 +116,14 @@ def device(name=None):
     return name
 
 
-def load_base(base, tokenizer, dtype, device):
-    """The base with its token-prediction head dropped and a scalar head attached (section 4), in dtype; the head in float32.
+def load_base(base, tokenizer, dtype, device, heads=1):
+    """The base with its token-prediction head dropped and a scalar head attached (section 4), or several, in dtype; the head in float32.
 
     The head's values are not drawn here: draw_head does. Raises InputError where the checkpoint lacks anything but the head.
     """
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=1, dtype=dtype, pad_token_id=tokenizer.pad_token_id, ignore_mismatched_sizes=True, output_loading_info=True)
+            base, num_labels=heads, dtype=dtype, pad_token_id=tokenizer.pad_token_id, ignore_mismatched_sizes=True, output_loading_info=True)
     except (OSError, ValueError, AssertionError) as error:  # AssertionError: a pad token outside the embedding
         raise InputError(f"--base {base}: the model could not be loaded ({first_line(error)})") from None
     if head(model) is None:
@@ -133,7 +134,32 @@ def load_base(base, tokenizer, dtype, device):
         missing = {name for name in missing if not {"classifier", "pooler"} & set(name.split("."))}
     if missing:
         raise InputError(f"--base {base}: weights are missing: {', '.join(sorted(missing)[:5])}; a checkpoint with all weights but the reward head's expected")
+    if head(model).bias is not None:  # it cancels in every comparison
+        head(model).bias.data.zero_()
+        head(model).bias.requires_grad_(False)
     return ready(model, device)
+
+
+def load_reward_model(name, tokenizer, dtype, device, named="--from"):
+    """An existing reward model, hub id or directory, as it is, head in float32; its rewards are those that transformers gives a sequence alone.
+
+    Raises InputError where it cannot be read, where weights are missing, and where its head has not one output; named: what named it, for errors.
+    """
+    try:
+        own = AutoConfig.from_pretrained(name).get_text_config().pad_token_id
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=dtype, pad_token_id=tokenizer.pad_token_id, ignore_mismatched_sizes=True, output_loading_info=True)
+    except (OSError, ValueError, AssertionError) as error:
+        raise InputError(f"{named} {name}: the model could not be loaded ({first_line(error)})") from None
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if missing:
+        raise InputError(f"{named} {name}: weights are missing: {', '.join(missing[:5])}; a trained reward model expected, head and all")
+    if head(model) is None or head(model).out_features != 1:
+        found = f"a head with {head(model).out_features} outputs" if head(model) else f"{type(model).__name__} without a linear head"
+        raise InputError(f"{named} {name}: {found} found, a linear head with one output expected, called score or classifier")
+    model = ready(model, device)
+    model.skips = own if hasattr(model, "score") else None  # transformers reads a decoder before the last tokens that its config calls padding
+    return model
 
 
 def load_language_model(base, device):
@@ -156,19 +182,23 @@ def head(model):
 def ready(model, device):
     """The model on its device, head in float32, dropout off (in training too), set up to run packed rows, or padded ones."""
     head(model).float()
-    if head(model).bias is not None:  # it cancels in every comparison
-        head(model).bias.data.zero_()
-        head(model).bias.requires_grad_(False)
     model.eval().to(device)
-    model.packs = None
+    model.packs = model.skips = None
     if hasattr(model, "score"):
         packed.prepare(model)
     return model
 
 
 def load_member(run, j, base, tokenizer, dtype, device):
-    """Reward model j of a run: its directory, or the base with the head or the adapters that were trained on it."""
+    """Reward model j of a run: its directory, or the base with the head or the adapters that were trained on it, or the base itself (--from)."""
     directory = run / f"member_{j:02d}"
+    if (run / "joint").is_dir() and not (directory / "config.json").exists():
+        model, weight = load_joint(run, base, tokenizer, dtype, device), load_head(run / "joint")[j - 1 : j]
+        model.config.num_labels = model.num_labels = 1
+        head(model).weight, head(model).out_features = torch.nn.Parameter(weight.to(device)), 1
+        return model
+    if (directory / "source.json").exists():
+        return load_reward_model(base, tokenizer, dtype, device, f"{directory / 'source.json'}:")
     if (directory / "adapter").is_dir():
         model = load_base(base, tokenizer, dtype, device)
         adapter.load(model, directory / "adapter")
@@ -186,8 +216,19 @@ def load_member(run, j, base, tokenizer, dtype, device):
     return ready(model, device)
 
 
+def load_joint(run, base, tokenizer, dtype, device):
+    """All rewards of a jointly trained run in one model, whose forward pass gives (n, K): run/joint, or the base with the heads of its frozen features."""
+    directory, weight = run / "joint", load_head(run / "joint")
+    if (directory / "head.safetensors").exists():
+        model = load_base(base, tokenizer, dtype, device, len(weight))
+    else:
+        model = ready(AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype), device)
+    head(model).weight.data.copy_(weight)
+    return model
+
+
 def draw_head(weight, config, seed):
-    """Draw a reward head's weight (1, d) anew, normal with the base's own initial standard deviation."""
+    """Draw a reward head's weight (1, d), or several (K, d), anew, normal with the base's own initial standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     weight.data.copy_(torch.randn(weight.shape, generator=generator) * getattr(config, "initializer_range", 0.02))
 
@@ -216,7 +257,7 @@ def hidden_of_batch(model, sequences):
 
 
 def rewards_of_batch(model, sequences, tokens=None):
-    """Rewards float32 (n,), with gradient, of n lists of token ids in one forward pass.
+    """Rewards float32 (n,), or (n, K) of K heads, with gradient, of n lists of token ids in one forward pass.
 
     Where that is more than `tokens` tokens, in several, each run again in the backward pass: a third more work, and memory for one of them.
     """
@@ -290,6 +331,7 @@ def over_sequences(model, function, sequences, tokens, label):
 
 def score_sequences(model, sequences, tokens, label="score"):
     """Rewards float32 (sequences,), each sequence scored once."""
+    sequences = [ids[: max((i + 1 for i, token in enumerate(ids) if token != model.skips), default=len(ids))] for ids in sequences]
     return over_sequences(model, rewards_of_batch, sequences, tokens, label)
 
 
@@ -328,7 +370,7 @@ def save_head(weight, directory):
 
 
 def load_head(directory):
-    """The head's weight, float32 (1, d), from a member's directory of either kind."""
+    """The head's weight, float32 (1, d), of joint/ (K, d), from a member's directory of either kind."""
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in {"score.weight", "classifier.weight"} & set(file.keys()):
@@ -362,6 +404,22 @@ def fingerprint(base):
 def base_hashes(base, chat_template):
     """{name: hash} of the base model and, where one is given, the chat template: what a stage that runs the base was made from."""
     return {"base model": fingerprint(base)} | ({"chat template": hash_file(chat_template)} if chat_template else {})
+
+
+def read_source(directory):
+    """{model, fingerprint, dtype, max_length, template} of a member that is an existing model; template: a path, or None.
+
+    Raises InputError where the model is gone, or is another than the one that scored the data.
+    """
+    path, template = directory / "source.json", directory / "chat_template.jinja"
+    source = read_json(path)
+    try:
+        found = fingerprint(source["model"])
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {source['model']} cannot be read any more; a changed path belongs there ({first_line(error)})") from None
+    if found != source["fingerprint"]:
+        raise InputError(f"{path}: {source['model']} is another model than the one that scored the data")
+    return source | {"template": template if template.exists() else None}
 
 
 def check_base(entry, base, chat_template):

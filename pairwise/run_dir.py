@@ -39,6 +39,7 @@ import pyarrow.parquet as pq
 REPOSITORY = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "valid", "test")
 JUDGMENTS = pa.list_(pa.struct([("a", pa.int32()), ("b", pa.int32())]))
+LATER = {"loss": "mse"}  # settings of stages that were done before there was such a flag
 _locks = {}  # run directory -> the open file that locks it for this process
 BUILD_COMMAND = f"cd {REPOSITORY} && python setup.py build_ext --inplace"
 
@@ -241,8 +242,8 @@ def must_agree(run, stage, settings, inputs):
     entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get(stage)
     if not entry or not entry["done"]:
         return
-    for name in sorted(entry["settings"].keys() | settings.keys()):
-        was, now = entry["settings"].get(name), settings.get(name)
+    for name in sorted(entry["settings"].keys() | settings.keys(), key=lambda name: (name != "train", name)):  # the kind of training decides others
+        was, now = (found.get(name, LATER.get(name)) for found in (entry["settings"], settings))
         if was != now:
             raise InputError(f"{run} was made with other arguments (stage {stage}): {name.replace('_', '-')} was {was}, is {now}; "
                              f"to have both, run: {_command_elsewhere(run)}")
@@ -483,6 +484,20 @@ def read_rewards(run, split, k, shape):
             raise InputError(f"{path}: member {j}, split {split}: {nan.sum()} rewards are NaN, the first at index {nan.argmax()}")
         rewards[j - 1] = found
     return rewards
+
+
+def read_continuations(run, k):
+    """Rewards of the continuations, float32 (K, prompts, n); None where there are none."""
+    if not (run / "continuations.parquet").exists() and not list((run / "rewards").glob("*_continuations.npy")):
+        return None
+    path = reward_path(run, 1, "continuations")
+    try:
+        shape = np.load(path, allow_pickle=False).shape
+    except (OSError, ValueError, EOFError):
+        shape = (0, 0)  # read_rewards says what is wrong
+    if len(shape) != 2:
+        raise InputError(f"{path}: shape {shape} found, (prompts, n) expected")
+    return read_rewards(run, "continuations", k, shape)
 
 
 def read_weights(run, k):

@@ -8,7 +8,7 @@ import pytest
 import score
 import torch
 import train_rm
-from conftest import FLAGS, FULL, LORA, fit, fresh, leftovers, manifest, rewards, train
+from conftest import FLAGS, FULL, LORA, fit, fresh, leftovers, manifest, rewards, squared, train
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -16,7 +16,7 @@ from test_offload import killed_after, outputs
 from test_training import Record
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Config
 
-from pairwise import adapter
+from pairwise import adapter, training
 from pairwise import reward_model as rm
 from pairwise.offload import recompute_activations
 from pairwise.run_dir import InputError, read_split
@@ -89,7 +89,7 @@ def test_what_is_trained(base, tokenizer, sequences, dtype):
 
 def test_only_adapters_and_head_change(model, split, sequences):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train_rm.train_full(arguments(), model, split, sequences, split.p, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+    training.train_full(arguments(), model, split, sequences, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (not p.requires_grad), name
     assert sum(p.requires_grad for p in model.parameters()) == 2 * 14 + 1
@@ -101,13 +101,13 @@ def test_gradient_is_that_of_peft_s_own_padded_forward(model, base, tokenizer, s
         for name, p in adapter.trained(model).items():  # B = 0 would leave A without a gradient
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
     adapter.save(model, base, tmp_path / "adapter")
-    monkeypatch.setattr(train_rm, "SOAP", Record)
-    monkeypatch.setattr(train_rm, "recompute_activations", lambda model, on: None)
+    monkeypatch.setattr(training, "SOAP", Record)
+    monkeypatch.setattr(training, "recompute_activations", lambda model, on: None)
     found, runs, args = [], [], arguments("--pairs-per-step", "1000", "--micro-batch-tokens", "200")
     model.model.layers[0].self_attn.register_forward_hook(lambda *call: runs.append(len(found)))
     for recompute in (False, True):
         recompute_activations(model, recompute)
-        train_rm.train_full(args, model, split, sequences, split.p, np.arange(72) < 18, np.random.default_rng(0), io.StringIO())
+        training.train_full(args, model, split, sequences, (split.p,), squared, np.arange(72) < 18, np.random.default_rng(0), io.StringIO())
         found.append(Record.last.grads)
     assert runs.count(1) > runs.count(0) > 2
     plain = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=tokenizer.pad_token_id),
@@ -126,8 +126,8 @@ def test_gradient_is_that_of_peft_s_own_padded_forward(model, base, tokenizer, s
 
 def test_preconditioners_are_bounded_by_the_rank(model, split, sequences, monkeypatch):
     kept = []
-    monkeypatch.setattr(train_rm, "SOAP", lambda *args, f=train_rm.SOAP, **settings: kept.append(f(*args, **settings)) or kept[-1])
-    train_rm.train_full(arguments(), model, split, sequences, split.p, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+    monkeypatch.setattr(training, "SOAP", lambda *args, f=training.SOAP, **settings: kept.append(f(*args, **settings)) or kept[-1])
+    training.train_full(arguments(), model, split, sequences, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
     shapes = {tuple(p.shape): {tuple(m.shape) for name in ("GG", "Q") for m in state[name] if len(m)} for p, state in kept[0].state.items()}
     assert shapes.pop((1, 32)) == {(1, 1)} and set(map(frozenset, shapes.values())) == {frozenset({(4, 4)})}
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import train_rm
-from conftest import FLAGS, fit, fresh, manifest, rewards, train
+from conftest import FLAGS, fit, fresh, manifest, rewards, squared, train
 from transformers import (
     AutoModelForSequenceClassification, DebertaV2Config, DebertaV2ForMaskedLM, Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig,
     Qwen2Config, Qwen3Config, Qwen3NextConfig)
 
-from pairwise import packed
+from pairwise import packed, training
 from pairwise import reward_model as rm
 from pairwise.run_dir import InputError, read_split
 
@@ -286,7 +286,7 @@ def test_steps_and_losses_are_those_of_padded_batches(data, base, tokenizer, mon
         flags = [*FLAGS, "--pairs-per-step", "12", "--micro-batch-tokens", "200", "--lr", "1e-6"]
         args = train_rm.parse_args(["--run", "r", "--base", "b", "--iteration", "1", *flags])
         log = io.StringIO()
-        train_rm.train_full(args, model, split, sequences, split.p, np.ones(len(split.a), bool), np.random.default_rng(0), log)
+        training.train_full(args, model, split, sequences, (split.p,), squared, np.ones(len(split.a), bool), np.random.default_rng(0), log)
         logs.append([json.loads(line) for line in log.getvalue().splitlines()])
     assert len(logs[0]) == len(logs[1]) >= 5
     for ours, padded in zip(*logs):

@@ -21,9 +21,9 @@ HARNESS = """
 import json, os, signal, sys, threading
 from pathlib import Path
 import torch, tqdm, train_rm
-from pairwise import checkpoint, offload, run_dir
+from pairwise import checkpoint, offload, run_dir, training
 
-PLACES = {"step": (offload.Offload, "step"), "file": (offload, "save_file"), "sync": (os, "fsync"), "error": (train_rm, "squared_error")}
+PLACES = {"step": (offload.Offload, "step"), "file": (offload, "save_file"), "sync": (os, "fsync"), "error": (torch, "sigmoid")}
 
 def at(place, number, do):
     count, (owner, name) = [0], PLACES[place]
@@ -47,7 +47,7 @@ def process(rank, job):
         die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
         at(job["place"], job["number"], (lambda function, *args: function(*args) * float("nan")) if job["place"] == "error" else die)
     if job.get("plain"):  # an optimizer that does not make much of a rounding error
-        train_rm.SOAP = lambda groups, lr, weight_decay, precondition_frequency: torch.optim.SGD(groups, lr)
+        training.SOAP = lambda groups, lr, weight_decay, precondition_frequency: torch.optim.SGD(groups, lr)
     if job.get("held"):
         held(f"{job['run']}-held-{rank}")
     sys.argv[0] = "train_rm.py"

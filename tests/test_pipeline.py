@@ -115,6 +115,7 @@ def test_other_arguments_are_refused_with_a_command_that_works(demo_run):
     (["demo", "2", "more"], "'more' found"), (["demo", "--nonsense", "1"], "--nonsense"), (["demo", "--lr"], "--lr needs a value"), (["demo", "--lr", "fast"], "--lr"),
     (["demo", "--data-seed", "x"], "--data-seed 'x'"), (["votes.csv", "2"], "needs --base"), (["missing.csv", "2", "--base", "x"], "missing.csv"),
     (["demo", "--prompts", "0"], "--prompts"), (["demo", "--target", "nothing"], "--target"), (["demo", "--iteration", "3"], "--iteration"),
+    (["demo", "2", "--loss", "bt"], "no residual"), (["demo", "2", "--loss", "margin", "--target", "centered"], "no residual"),
     (["votes.csv", "2", "--base", "x", "--source", "other.csv"], "--source is for"), (["demo", "--prism-source", "x"], "--prism-source"),
     (["tldr", "--prism-source", "x"], "--prism-source"), (["multipref", "--continuations", "0", "--prism-source", "x"], "--prism-source"),
     (["votes.csv", "2", "--base", "x", "--early-stop"], "--valid-share"), (["demo", "--early-stop", "--valid-share", "0"], "--valid-share"),

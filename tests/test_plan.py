@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
 
-from pairwise import adapter, plan
+from pairwise import adapter, plan, training
 from pairwise import reward_model as rm
 from pairwise.offload import Offload, recompute_activations
 from pairwise.run_dir import InputError, read_splits
@@ -33,7 +33,7 @@ def test_llama_3_8b():
     config, model = plan.describe("llama-3-8b", torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == 7_504_928_768 and {p.device.type for p in model.parameters()} == {"meta"}
     args = arguments()
-    groups = train_rm.parameter_groups(model)
+    groups = training.parameter_groups(model)
     for dim, gib in ((4096, 36.6), (14335, 36.6), (14336, 184), (1024, 0.5)):  # computed by hand from the shapes
         found = sum(plan.optimizer_bytes(p, d)["preconditioners"] for d, group in zip((dim, 1), groups) for p in group) / GIB
         assert found == pytest.approx(gib, rel=0.01), dim
@@ -56,12 +56,12 @@ def test_tensor_bytes_are_those_of_a_real_step(kind, tied, dtype, dim, rank, tmp
     config.save_pretrained(tmp_path)
     config, model = plan.describe(str(tmp_path), getattr(torch, dtype), rank)
     args = arguments("--dtype", dtype, *(("--train", "lora", "--lora-rank", str(rank)) if rank else ("--max-precondition-dim", str(dim))))
-    rows, _ = plan.memory(model, train_rm.parameter_groups(model), args, 80e9)
+    rows, _ = plan.memory(model, training.parameter_groups(model), args, 80e9)
     real = AutoModelForSequenceClassification.from_config(config, dtype=getattr(torch, dtype))
     real.score.float()
     if rank:
         adapter.add(real, rank, rank)
-    groups = [{"params": group, "max_precondition_dim": d} for group, d in zip(train_rm.parameter_groups(real), (dim, 1))]
+    groups = [{"params": group, "max_precondition_dim": d} for group, d in zip(training.parameter_groups(real), (dim, 1))]
     offload = Offload(groups, lambda groups: SOAP(groups, precondition_frequency=1))
     gradients = 0
     for _ in range(3):
@@ -159,20 +159,20 @@ def test_flops_by_hand():
     """Twice the weights per token forward, four times that in training, and attention; one member's steps."""
     config, model = plan.describe("llama-3-8b", torch.bfloat16)
     counts = {"tokens": 500, "train": 1000, "scored": 1100, "pairs": 500}
-    work, slow, products, refresh = plan.flops(config, model, train_rm.parameter_groups(model), arguments(), counts)
+    work, slow, products, refresh = plan.flops(config, model, training.parameter_groups(model), arguments(), counts)
     dense = 7_504_928_768 - 128256 * 4096
     assert work == pytest.approx((2 * dense + 2 * 500 * 4096 * 32) * 500 * (4 * 1000 + 1100)) and slow == 0
     per_layer = 8 * (2 * 2 * 4096**3 + 2 * 1024 * 4096 * (1024 + 4096) + 3 * 14336 * 4096**2)
     cubes = (2 * 2 * 4096**3 + 2 * (1024**3 + 4096**3) + 3 * 4096**3) / 5
     assert products == pytest.approx(32 * (per_layer + 2 * cubes)) and refresh == pytest.approx(32 * 8 / 3 * cubes)
-    assert plan.flops(config, model, train_rm.parameter_groups(model), arguments("--train", "head"), counts)[0] < work / 4
+    assert plan.flops(config, model, training.parameter_groups(model), arguments("--train", "head"), counts)[0] < work / 4
 
 
 def test_flops_of_adapters_by_hand():
     """Frozen weights take part forward, in the recomputation and in the gradient of their input; adapters, in float32, in their own too."""
     config, model = plan.describe("llama-3-8b", torch.bfloat16, 16)
     counts = {"tokens": 500, "train": 1000, "scored": 1100, "pairs": 500}
-    args, groups = arguments("--train", "lora"), train_rm.parameter_groups(model)
+    args, groups = arguments("--train", "lora"), training.parameter_groups(model)
     adapters = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     assert sum(p.numel() for p in groups[0]) == adapters
     work, slow, products, refresh = plan.flops(config, model, groups, args, counts)
@@ -184,7 +184,7 @@ def test_flops_of_adapters_by_hand():
 
 def test_adapters_of_llama_3_8b_fit_24_gb():
     _, model = plan.describe("llama-3-8b", torch.bfloat16, 16)
-    groups = train_rm.parameter_groups(model)
+    groups = training.parameter_groups(model)
     rows, fits = plan.memory(model, groups, arguments("--train", "lora"), 24e9)
     assert fits and rows["adapters of rank 16, float32"] == (4 * 41_943_040, 0)
     assert not plan.memory(model, groups, arguments("--train", "lora", "--micro-batch-tokens", "8192"), 24e9)[1]

@@ -1,4 +1,4 @@
-"""train_rm.py: the targets and the loss by hand, steps and batches, and what a run directory holds after training, or after being killed."""
+"""train_rm.py: the targets by hand, steps and batches, and what a run directory holds after training, or after being killed."""
 
 import io
 import json
@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import train_rm
-from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, make_base, manifest, rewards, train
+from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, make_base, manifest, rewards, squared, train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from pairwise import training
 from pairwise import reward_model as rm
 from pairwise.run_dir import InputError, read_split, write_split
 
@@ -54,7 +55,7 @@ def model(base, tokenizer):
     return model
 
 
-# ---- targets and loss
+# ---- targets
 
 
 def test_targets_by_hand():
@@ -91,20 +92,6 @@ def test_mixture_is_the_stagewise_objective():
         np.testing.assert_allclose((p - (1 - 1 / j) * p_hat - s / j) ** 2, (t - s) ** 2 / j**2, atol=1e-12)
 
 
-def test_squared_error_and_its_gradient():
-    r = torch.tensor([0.3, -1.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
-    t = torch.tensor([0.75, -0.2], dtype=torch.float64)
-    loss = train_rm.squared_error(r[:2], r[2:], t)
-    by_hand = (0.75 - 1 / (1 + math.exp(1.7))) ** 2 + (-0.2 - 1 / (1 + math.exp(1.5))) ** 2
-    assert abs(loss.item() - by_hand) < 1e-12
-    loss.backward()
-    for i in range(4):
-        step = torch.zeros(4, dtype=torch.float64)
-        step[i] = 1e-6
-        up, down = (train_rm.squared_error((r + d)[:2], (r + d)[2:], t).item() for d in (step, -step))
-        assert abs((up - down) / 2e-6 - r.grad[i].item()) < 1e-8
-
-
 # ---- steps
 
 
@@ -113,7 +100,7 @@ def test_steps_of_prompts(budget):
     sizes = np.array([6, 1, 3, 0, 12, 6, 2, 9])
     start = np.concatenate([[0], np.cumsum(sizes)])
     keep = np.random.default_rng(3).random(start[-1]) < 0.8
-    steps = train_rm.steps_of_prompts(start, keep, budget, np.random.default_rng(0))
+    steps = training.steps_of_prompts(start, keep, budget, np.random.default_rng(0))
     assert sorted(np.concatenate([part for step in steps for part in step])) == list(np.flatnonzero(keep))  # each kept pair once
     places = {}
     for number, step in enumerate(steps):
@@ -125,26 +112,26 @@ def test_steps_of_prompts(budget):
     for prompt, where in places.items():
         kept = keep[start[prompt] : start[prompt + 1]].sum()
         assert len(where) == -(-kept // budget), "a prompt within the budget is split"
-    again = train_rm.steps_of_prompts(start, keep, budget, np.random.default_rng(0))
-    other = train_rm.steps_of_prompts(start, keep, budget, np.random.default_rng(1))
+    again = training.steps_of_prompts(start, keep, budget, np.random.default_rng(0))
+    other = training.steps_of_prompts(start, keep, budget, np.random.default_rng(1))
     flat = [[[part.tolist() for part in step] for step in found] for found in (steps, again, other)]
     assert flat[0] == flat[1] != flat[2]
 
 
 def test_a_prompt_that_is_split_is_shuffled_first():
-    steps = train_rm.steps_of_prompts(np.array([0, 40]), np.ones(40, bool), 20, np.random.default_rng(0))
+    steps = training.steps_of_prompts(np.array([0, 40]), np.ones(40, bool), 20, np.random.default_rng(0))
     assert len(steps) == 2 and not any(np.array_equal(step[0], np.sort(step[0])) for step in steps)
 
 
 def test_steps_are_filled():
     """Prompts of 3 pairs, a budget of 7: two prompts a step, the last has one."""
-    steps = train_rm.steps_of_prompts(np.arange(0, 31, 3)[:10], np.ones(27, bool), 7, np.random.default_rng(0))
+    steps = training.steps_of_prompts(np.arange(0, 31, 3)[:10], np.ones(27, bool), 7, np.random.default_rng(0))
     assert sorted(len(step) for step in steps) == [1, 2, 2, 2, 2]
 
 
 def test_steps_of_pairs():
     keep = np.arange(50) % 7 != 0
-    steps = train_rm.steps_of_pairs(keep, 8, 3, np.random.default_rng(0))
+    steps = training.steps_of_pairs(keep, 8, 3, np.random.default_rng(0))
     per_epoch = -(-keep.sum() // 8)
     assert len(steps) == 3 * per_epoch
     epochs = [np.concatenate([step[0] for step in steps[i * per_epoch : (i + 1) * per_epoch]]) for i in range(3)]
@@ -161,7 +148,7 @@ def test_micro_batches_are_a_partition_within_the_budget(tokens):
     pairs = [(i, j) for p in range(10) for i in range(4 * p, 4 * p + 4) for j in range(i + 1, 4 * p + 4)]
     a, b = np.array(pairs).T
     step = [np.arange(6 * p, 6 * p + 6) for p in range(10)]
-    found = train_rm.micro_batches(step, a, b, lengths, lambda responses: len(responses) * lengths[responses].max(), tokens)
+    found = training.micro_batches(step, a, b, lengths, lambda responses: len(responses) * lengths[responses].max(), tokens)
     assert sorted(np.concatenate(found)) == list(range(60))
     for micro in found:
         responses = np.union1d(a[micro], b[micro])
@@ -177,7 +164,7 @@ def test_micro_batches_are_a_partition_within_the_budget(tokens):
 
 @pytest.mark.parametrize("steps, warmup, rise", [(1, 0.03, 1), (2, 0.0, 1), (10, 0.03, 1), (100, 0.03, 3), (1000, 0.1, 100)])
 def test_schedule(steps, warmup, rise):
-    rates = [train_rm.schedule(step, steps, warmup) for step in range(steps)]
+    rates = [training.schedule(step, steps, warmup) for step in range(steps)]
     assert rates[0] == 1 / rise and rates[rise - 1] == max(rates) == 1 and min(rates) > 0
     np.testing.assert_allclose(np.diff(rates[:rise]), 1 / rise)
     assert all(x >= y for x, y in zip(rates[rise - 1 :], rates[rise:]))
@@ -188,8 +175,8 @@ def test_schedule(steps, warmup, rise):
 def test_schedule_by_hand():
     """Two of ten steps of warm-up, then half a cosine over eight; one step of warm-up at least."""
     quarter = math.sqrt(0.5)
-    np.testing.assert_allclose([train_rm.schedule(i, 10, 0.2) for i in (0, 1, 2, 4, 6, 8)], [0.5, 1, 1, (1 + quarter) / 2, 0.5, (1 - quarter) / 2])
-    np.testing.assert_allclose([train_rm.schedule(i, 5, 0.0) for i in (0, 1, 3)], [1, 1, 0.5])
+    np.testing.assert_allclose([training.schedule(i, 10, 0.2) for i in (0, 1, 2, 4, 6, 8)], [0.5, 1, 1, (1 + quarter) / 2, 0.5, (1 - quarter) / 2])
+    np.testing.assert_allclose([training.schedule(i, 5, 0.0) for i in (0, 1, 3)], [1, 1, 0.5])
 
 
 # ---- one step
@@ -215,12 +202,12 @@ class Record:
 @pytest.mark.parametrize("tokens, micro_batches", [(1, 12), (300, None), (10**6, 1)])
 def test_gradient_is_the_plain_sum_over_pairs(model, tokenizer, split, sequences, monkeypatch, tokens, micro_batches):
     """Each response encoded once, accumulated over micro-batches (of one prompt, several or all), against every pair encoded by itself."""
-    monkeypatch.setattr(train_rm, "SOAP", Record)
+    monkeypatch.setattr(training, "SOAP", Record)
     seen = []
     monkeypatch.setattr(rm, "rewards_of_batch", lambda model, sequences, *tokens, f=rm.rewards_of_batch: seen.append(len(sequences)) or f(model, sequences, *tokens))
     log = io.StringIO()
     keep = np.ones(len(split.a), bool)
-    train_rm.train_full(arguments("--pairs-per-step", "1000", "--micro-batch-tokens", str(tokens)), model, split, sequences, split.p, keep,
+    training.train_full(arguments("--pairs-per-step", "1000", "--micro-batch-tokens", str(tokens)), model, split, sequences, (split.p,), squared, keep,
                         np.random.default_rng(0), log)
     found = Record.last.grads
     monkeypatch.undo()
@@ -247,13 +234,13 @@ def test_gradient_is_the_plain_sum_over_pairs(model, tokenizer, split, sequences
 
 def test_bfloat16_gradients_are_accumulated_in_float32(base, tokenizer, split, sequences, monkeypatch):
     """Pair by pair or all at once: the same gradient, up to BF16's rounding of each."""
-    monkeypatch.setattr(train_rm, "SOAP", Record)
+    monkeypatch.setattr(training, "SOAP", Record)
     found = []
     for tokens in ("1", "1000000"):
         model = rm.load_base(base, tokenizer, torch.bfloat16, "cpu")
         rm.draw_head(model.score.weight, model.config, 1)
         args = arguments("--pairs-per-step", "1000", "--micro-batch-tokens", tokens)
-        train_rm.train_full(args, model, split, sequences, split.p, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+        training.train_full(args, model, split, sequences, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
         assert {grad.dtype for grad in Record.last.grads.values()} == {torch.float32}
         found.append(torch.cat([grad.flatten() for grad in Record.last.grads.values()]))
     assert (found[0] - found[1]).norm() < 0.1 * found[1].norm()
@@ -261,9 +248,9 @@ def test_bfloat16_gradients_are_accumulated_in_float32(base, tokenizer, split, s
 
 def test_partial_last_step_is_divided_by_its_own_pairs(model, split, sequences, monkeypatch):
     """72 pairs in steps of 30: the last holds 12, and its loss is their mean."""
-    monkeypatch.setattr(train_rm, "SOAP", Record)
+    monkeypatch.setattr(training, "SOAP", Record)
     log = io.StringIO()
-    train_rm.train_full(arguments("--pairs-per-step", "30"), model, split, sequences, split.p, np.ones(72, bool), np.random.default_rng(0), log)
+    training.train_full(arguments("--pairs-per-step", "30"), model, split, sequences, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), log)
     lines = [json.loads(line) for line in log.getvalue().splitlines()]
     assert sorted(line["pairs"] for line in lines) == [12, 30, 30]
     r = rm.score_sequences(model, sequences, 10**6)
@@ -275,7 +262,7 @@ def test_the_first_step_counts(model, split, sequences):
     """SOAP's first call only initialises; one step changes every parameter that has a gradient."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     args = arguments("--pairs-per-step", "1000", "--lr", "1e-3", "--weight-decay", "0")
-    train_rm.train_full(args, model, split, sequences, split.p, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+    training.train_full(args, model, split, sequences, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
     for name, p in model.named_parameters():
         assert 1e-5 < (p - before[name]).abs().mean() < 1e-2, name
 
@@ -287,7 +274,7 @@ def test_weight_decay_is_decoupled_and_applied(base, tokenizer, split, sequences
         model = rm.load_base(base, tokenizer, torch.float32, "cpu")
         rm.draw_head(model.score.weight, model.config, 1)
         args = arguments("--pairs-per-step", "1000", "--lr", "1e-3", "--weight-decay", decay)
-        train_rm.train_full(args, model, split, sequences, split.p, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+        training.train_full(args, model, split, sequences, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
         after.append(model.model.layers[0].mlp.up_proj.weight.norm().item())
     assert 0.75 < after[1] / after[0] < 0.95
 
@@ -296,20 +283,20 @@ def test_bfloat16_trains_float32_masters(base, tokenizer, split, sequences, monk
     """At lr 1e-5 most of the float32 update is in the masters; the model stays BF16 and follows them."""
     seen = {}
 
-    class Spy(train_rm.SOAP):
+    class Spy(training.SOAP):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             seen["now"] = [p for group in self.param_groups for p in group["params"]]
             seen["before"] = [p.detach().clone().float() for p in seen["now"]]
 
-    monkeypatch.setattr(train_rm, "SOAP", Spy)
+    monkeypatch.setattr(training, "SOAP", Spy)
     moves = {}
     for dtype in ("float32", "bfloat16"):
         model = rm.load_base(base, tokenizer, torch.bfloat16, "cpu")
         model.to(getattr(torch, dtype)).score.float()
         rm.draw_head(model.score.weight, model.config, 1)
         args = arguments("--dtype", dtype, "--lr", "1e-5", "--weight-decay", "0", "--pairs-per-step", "12", "--warmup", "0")
-        train_rm.train_full(args, model, split, sequences, split.p, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+        training.train_full(args, model, split, sequences, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
         moves[dtype] = torch.cat([(now - before).flatten() for now, before in zip(seen["now"], seen["before"])])
         assert {p.dtype for p in model.base_model.parameters()} == {getattr(torch, dtype)} and model.score.weight.dtype == torch.float32
         masters = {tuple(p.shape): [] for p in seen["now"]}
@@ -325,13 +312,13 @@ def test_loss_falls_when_a_few_pairs_are_learnt_by_heart(model, split, sequences
     log = io.StringIO()
     keep = np.arange(72) < 6
     target = 1 / (1 + np.exp((split.b % 4) ** 2 - (split.a % 4) ** 2))  # of the first prompt's four responses, the last is the best
-    train_rm.train_full(arguments("--lr", "3e-3", "--epochs", "40"), model, split, sequences, target, keep, np.random.default_rng(0), log)
+    training.train_full(arguments("--lr", "3e-3", "--epochs", "40"), model, split, sequences, (target,), squared, keep, np.random.default_rng(0), log)
     losses = [json.loads(line)["loss"] for line in log.getvalue().splitlines()]
     assert len(losses) == 40 and losses[-1] < 0.3 * losses[0]
 
 
 def test_which_parameters_are_preconditioned(model):
-    groups = train_rm.parameter_groups(model)
+    groups = training.parameter_groups(model)
     names = {id(p): name for name, p in model.named_parameters()}
     matrices, plain = ([names[id(p)] for p in group] for group in groups)
     assert sorted(matrices + plain) == sorted(names.values())
@@ -347,7 +334,7 @@ def test_log_has_the_contract_s_fields(full_run, split, sequences):
     assert all(set(line) == {"step", "loss", "lr", "tokens", "pairs", "seconds", "grad_norm"} for line in lines)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert sum(line["pairs"] for line in lines) == 72 and sum(line["tokens"] for line in lines) == sum(map(len, sequences))
-    np.testing.assert_allclose([line["lr"] for line in lines], [3e-3 * train_rm.schedule(i, len(lines), 0.03) for i in range(len(lines))])
+    np.testing.assert_allclose([line["lr"] for line in lines], [3e-3 * training.schedule(i, len(lines), 0.03) for i in range(len(lines))])
     assert all(x["seconds"] <= y["seconds"] for x, y in zip(lines, lines[1:]))
 
 
@@ -411,7 +398,7 @@ def capture(monkeypatch):
         seen.append({"head": head.detach().clone(), "order": order, "target": pairs[2]})
         raise Stop
 
-    monkeypatch.setattr(train_rm, "train", stop)
+    monkeypatch.setattr(training, "train", stop)
     return seen
 
 
@@ -618,7 +605,7 @@ HARNESS = """
 import json, os, signal, sys, time
 from pathlib import Path
 import torch, train_rm
-from pairwise import run_dir
+from pairwise import run_dir, training
 
 def main(run):
     sys.stdout = open(os.devnull, "w"); sys.stderr = open(os.devnull, "w")
@@ -652,12 +639,12 @@ def die_at_rename(run, number, after):
     main(run)
 
 def die_at_step(run, number):
-    count, step = [0], train_rm.SOAP.step
+    count, step = [0], training.SOAP.step
     def counted(self, *args, **kwargs):
         count[0] += 1
         if count[0] == number: os.kill(os.getpid(), signal.SIGKILL)
         return step(self, *args, **kwargs)
-    train_rm.SOAP.step = counted
+    training.SOAP.step = counted
     main(run)
 
 torch.set_num_threads(1)
@@ -736,7 +723,7 @@ def test_unit_scale_is_folded_into_the_head(head_run, model, split):
     drawn = model.score.weight.detach().clone().numpy()
     log = io.StringIO()
     args = arguments(*HEAD[:2], "--lr", "1e-12", "--epochs", "1", "--pairs-per-step", "1000", "--weight-decay", "0")
-    train_rm.train_head(args, model.score.weight, split, features, split.p, np.ones(72, bool), np.random.default_rng(0), log)
+    training.train_head(args, model.score.weight, split, features, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), log)
     np.testing.assert_allclose(model.score.weight.detach().numpy(), drawn / (features.std(0) + 1e-6), rtol=1e-5)
     r = rm.score_features(torch.from_numpy(features), model.score.weight.detach())
     expected = np.mean((split.p - 1 / (1 + np.exp(r[split.b] - r[split.a]))) ** 2)

@@ -1,0 +1,87 @@
+"""Simulated populations with features and known truth: a run directory that variants.py and plurality.py read, no base model.
+
+    python experiments/populations.py --run runs/camps --population camps --seed 0          (a second)
+
+A response is a feature x ~ N(0, I), a voter a direction w who prefers the response with the larger w'x; p_true is the share of the voters.
+
+    clusters    three directions at random, voters within a tenth of theirs
+    continuum   directions spread around a common one, as far as it is long
+    camps       two groups, .6 and .4 of the voters, who agree on one direction and are opposed on another, half as far around each
+    single      one direction for all, who vote as sigmoid(2 w'(x1 - x2)): noise and no second viewpoint
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pairwise.run_dir import Parser, begin_stage, end_stage, natural, run_main, seed, stage_done, write_array, write_json, write_split
+
+PROMPTS = {"train": 300, "valid": 60, "test": 150}
+
+
+def directions(name, d, voters, rng):
+    """Voters' directions (voters, d)."""
+    def unit(*shape):
+        x = rng.normal(size=(*shape, d))
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    group = np.arange(voters) / voters
+    if name == "clusters":
+        return unit(3)[np.digitize(group, [0.4, 0.7])] + 0.1 * unit(voters)
+    if name == "continuum":
+        return unit() + unit(voters)
+    if name == "camps":
+        return 0.5 * unit() + np.where(group < 0.6, 1, -1)[:, None] * unit() + 0.5 * unit(voters)
+    return np.repeat(unit(1), voters, 0)
+
+
+def population(name, number, d, responses, votes, voters):
+    """{split: (rows of the contract, features float32 (R, d))} of one population."""
+    rng = np.random.default_rng([number, sum(name.encode())])
+    w, made = directions(name, d, voters, rng), {}
+    first, second = np.triu_indices(responses, 1)
+    for split, prompts in PROMPTS.items():
+        rows, features = [], rng.normal(size=(prompts, responses, d)).astype(np.float32)
+        for i, x in enumerate(features):
+            swap = rng.random(len(first)) < 0.5  # which response stands first carries no information
+            a, b = np.where(swap, second, first), np.where(swap, first, second)
+            margin = (x[a] - x[b]) @ w.T  # (pairs, voters)
+            p = (1 / (1 + np.exp(-2 * margin)) if name == "single" else (margin > 0).astype(float)).mean(1)
+            count = rng.binomial(votes, p)
+            pairs = [{"a": int(j), "b": int(k), "votes_a": float(c), "votes_b": float(votes - c), "ties": 0.0} for j, k, c in zip(a, b, count)]
+            rows.append({"prompt_id": f"{split} {i}", "messages": [{"role": "user", "content": f"{split} {i}"}],
+                         "responses": [f"response {j}" for j in range(responses)], "pairs": pairs, "p_true": p.tolist()})
+        made[split] = rows, features.reshape(-1, d)
+    return made
+
+
+def main(args):
+    settings = {name: getattr(args, name) for name in ("population", "seed", "dimension", "responses", "votes", "voters")}
+    if stage_done(args.run, "data", settings, {}, [args.run / "data" / "test.parquet"]):
+        return
+    started = begin_stage(args.run, "data", settings, {})
+    (args.run / "data").mkdir(exist_ok=True)
+    for split, (rows, features) in population(args.population, args.seed, args.dimension, args.responses, args.votes, args.voters).items():
+        write_split(args.run / "data" / f"{split}.parquet", rows)
+        write_array(args.run / "features" / f"{split}.npy", features)
+    write_json(args.run / "data" / "stats.json", settings | {"dataset": f"{args.population} {args.seed}", "votes": "sampled", "ties": "drop"})
+    end_stage(args.run, "data", settings, {}, started)
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--run", required=True, type=Path, help="the run directory to make")
+    add("--population", choices=("clusters", "continuum", "camps", "single"), required=True)
+    add("--seed", type=seed, default=0, help="of the population, the responses and the votes")
+    add("--dimension", type=natural, default=16, help="of the features")
+    add("--responses", type=natural, default=4, help="a prompt; all their pairs are voted on")
+    add("--votes", type=natural, default=5, help="a pair, at least 2")
+    add("--voters", type=natural, default=200)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_main(main, parse_args())
