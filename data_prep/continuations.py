@@ -15,7 +15,6 @@ A file of this form from a faster engine serves as well: put it there before the
 A killed call goes on with the prompt that it was at.
 """
 
-import copy
 import os
 from pathlib import Path
 
@@ -23,43 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import GenerationConfig
 
 from pairwise.reward_model import base_hashes, device, encode, load_language_model, load_tokenizer
 from pairwise.run_dir import (
     InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, natural, positive, read_split, remembered_rows, run_main, seed, stage_done)
-
-AT_ONCE = 20  # answers sampled together: bounds the memory that keys, values and logits take
-
-
-@torch.no_grad()
-def sample(model, tokenizer, prompt, count, temperature, top_p, max_tokens):
-    """`count` answers to a prompt, token ids as of `encode`: (texts, log-probabilities at temperature 1 and over the whole vocabulary).
-
-    All but the prompt's last token is run once: each AT_ONCE answers go on from a copy of its keys and values (a model that keeps none runs it anew).
-    """
-    eos = model.generation_config.eos_token_id  # one, several or none
-    config = GenerationConfig(  # not the base's own, which may bend the distribution
-        do_sample=True, temperature=temperature, top_k=0, top_p=top_p, max_new_tokens=max_tokens, eos_token_id=eos,
-        pad_token_id=tokenizer.pad_token_id, return_dict_in_generate=True, output_logits=True)
-    ids = torch.tensor([prompt], device=model.device)
-    prefix = getattr(model.base_model(input_ids=ids[:, :-1], use_cache=True), "past_key_values", None) if len(prompt) > 1 else None
-    texts, logprob = [], []
-    while len(texts) < count:
-        rows = ids.repeat(min(AT_ONCE, count - len(texts)), 1)
-        past = copy.deepcopy(prefix)
-        if past is not None:
-            past.batch_repeat_interleave(len(rows))
-        out = model.generate(rows, attention_mask=torch.ones_like(rows), past_key_values=past, generation_config=config)
-        answer = out.sequences[:, len(prompt) :]
-        ends = torch.isin(answer, torch.tensor(-1 if eos is None else eos, device=answer.device)).long()
-        real = ends.cumsum(1) - ends == 0  # up to the first end; a pad token before it was sampled like any other
-        each = torch.stack([  # the logits are the model's own, before temperature and top-p
-            logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0] for logits, token in zip(out.logits, answer.T)], 1)
-        texts += tokenizer.batch_decode(answer, skip_special_tokens=True)
-        logprob += (each * real).sum(1).tolist()
-    return texts, logprob
-
+from pairwise.sampling import room, sample, top_p
 
 def held_out_prompts(run):
     """(prompt_ids, messages, what they are) of the prompts to choose from."""
@@ -92,18 +59,14 @@ def main(args):
     model = load_language_model(args.base, args.device)
     chosen = sorted(np.random.default_rng([args.seed, 3]).choice(len(prompt_id), prompts, replace=False).tolist())
     encoded = [encode(tokenizer, messages[number]) for number in chosen]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**63
-    for number, ids in zip(chosen, encoded):
-        if len(ids) >= context:
-            raise InputError(f"prompt {prompt_id[number]}: {len(ids)} tokens found, at most {context - 1} expected, as the model's context is {context}")
+    longest = [room(model, ids, args.max_tokens, f"prompt {prompt_id[number]}") for number, ids in zip(chosen, encoded)]
     started = begin_stage(run, "continuations", settings, inputs)
 
     def row(i):
         """A prompt's continuations; its own seed, so that it does not matter where a killed call went on."""
         number = chosen[i]
         torch.manual_seed(int(np.random.SeedSequence([args.seed, number]).generate_state(1)[0]))
-        longest = min(args.max_tokens, context - len(encoded[i]))
-        texts, logprob = sample(model, tokenizer, encoded[i], args.count, args.temperature, args.top_p, longest)
+        texts, logprob = sample(model, tokenizer, encoded[i], args.count, args.temperature, args.top_p, longest[i])
         return {"prompt_id": prompt_id[number], "messages": messages[number], "texts": texts, "logprob": logprob}
 
     def write(partial, rows):
@@ -124,15 +87,12 @@ def parse_args(argv=None):
     add("--prompts", type=natural, default=50, help="prompts, drawn by the seed; all where there are fewer")
     add("--count", type=natural, default=100, help="continuations of each")
     add("--temperature", type=positive, default=1.0)
-    add("--top-p", type=positive, default=1.0, help="nucleus; 1: all tokens")
+    add("--top-p", type=top_p, default=1.0, help="nucleus; 1: all tokens")
     add("--max-tokens", type=natural, default=256, help="longest continuation")
     add("--seed", type=seed, default=0)
     add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
     add("--device", type=device, default=device(), help="cpu or cuda (default: cuda where there is one)")
-    args = parser.parse_args(argv)
-    if args.top_p > 1:
-        parser.error(f"--top-p {args.top_p}: at most 1 expected")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

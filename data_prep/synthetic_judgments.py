@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import GenerationConfig
 
 from pairwise.reward_model import base_hashes, device, encode, load_language_model, load_tokenizer
 from pairwise.run_dir import (
     JUDGMENTS, InputError, Parser, begin_stage, end_stage, natural, positive, read_json, remembered_rows, replacing, run_main, seed, stage_done)
+from pairwise.sampling import room, sample, top_p
 
 QUESTION = """Two answers to the same message follow the conversation below. Say which one most people would rather have got: the one that is \
 correct where there is a right answer, and helpful without doing harm where there is none. Reply with "Choice: A" or "Choice: B" and nothing else.
@@ -55,15 +55,10 @@ def count(asked):
     return {"a": for_a, "b": sum(letter is not None for letter, _ in choices) - for_a}
 
 
-@torch.no_grad()
 def ask(model, tokenizer, chat, times, args):
-    """`times` answers of the model, by nucleus sampling."""
-    prompt = torch.tensor([encode(tokenizer, chat)], device=model.device)
-    config = GenerationConfig(  # not the base's own, which may bend the distribution
-        do_sample=True, temperature=args.temperature, top_k=0, top_p=args.top_p, num_return_sequences=times, max_new_tokens=args.max_tokens,
-        eos_token_id=model.generation_config.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
-    return tokenizer.batch_decode(out[:, prompt.shape[1] :], skip_special_tokens=True)
+    """`times` raw answers of the model, by nucleus sampling."""
+    prompt = encode(tokenizer, chat)
+    return sample(model, tokenizer, prompt, times, args.temperature, args.top_p, room(model, prompt, args.max_tokens, "a question"))[0]
 
 
 def main(args):
@@ -115,7 +110,7 @@ def parse_args(argv=None):
     add("--base", required=True, help="instruction-tuned causal language model: hub id or transformers directory")
     add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
     add("--count", type=natural, default=10, help="judgments of each pair, half of them in each order: an even number (the paper: 10)")
-    add("--top-p", type=positive, default=0.9, help="nucleus (the paper: 0.9)")
+    add("--top-p", type=top_p, default=0.9, help="nucleus (the paper: 0.9)")
     add("--temperature", type=positive, default=1.0)
     add("--max-tokens", type=natural, default=8, help="longest answer")
     add("--seed", type=seed, default=0)
@@ -124,8 +119,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.count % 2:
         parser.error(f"--count {args.count}: an even number expected, half of it for each order")
-    if args.top_p > 1:
-        parser.error(f"--top-p {args.top_p}: at most 1 expected")
     return args
 
 

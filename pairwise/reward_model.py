@@ -165,9 +165,11 @@ def load_reward_model(name, tokenizer, dtype, device, named="--from"):
 def load_language_model(base, device):
     """The base as it is, to sample text from: in BF16 on a GPU, in float32 on a CPU."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+        model, info = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32 if device == "cpu" else torch.bfloat16, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise InputError(f"--base {base}: no causal language model could be loaded ({first_line(error)})") from None
+    if info["missing_keys"]:  # a reward model has no head for tokens, and would be given a random one
+        raise InputError(f"--base {base}: no causal language model: weights are missing: {', '.join(sorted(info['missing_keys'])[:5])}")
     return model.eval().to(device)
 
 

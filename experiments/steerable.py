@@ -1,0 +1,87 @@
+"""Does --mode steerable find the right member? The demo's viewpoints are known: one makes a few comparisons, and members are judged on the rest.
+
+    python experiments/steerable.py --run results/demo          (seconds; stored rewards, no model)
+
+A trial draws --comparisons pairs of the test prompts; a viewpoint of data_prep/demo.py, drawn by its weight, chooses in each with its own noise.
+What counts is the share of that viewpoint's votes on all other pairs that the chosen member sides with, beside that of a member drawn by weight, on
+average.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+from pairwise.run_dir import REPOSITORY, Parser, count_members, natural, read_rewards, read_split, read_weights, run_main, seed
+from respond import agreements, posterior
+
+spec = importlib.util.spec_from_file_location("demo", REPOSITORY / "data_prep" / "demo.py")
+demo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(demo)
+
+
+def attributes_of(topic, text):
+    """The attributes, float64 (attributes,), of a text by demo.write_response."""
+    shows = {"long": sum(tip in text for tip in demo.TOPICS[topic]) > 2, "hedged": demo.HEDGE in text, "formal": text.startswith(demo.OPENING[1]),
+             "evidence": demo.EVIDENCE in text, "warm": demo.WARM in text, "direct": "you must" in text, "list": " 1 ) " in text,
+             "rude": demo.RUDE in text}
+    return np.array([shows[name] for name in demo.ATTRIBUTES], float)
+
+
+def choice_shares(split):
+    """Share of each viewpoint's votes that prefer a, float64 (viewpoints, N)."""
+    u = []
+    for messages, texts in zip(split.messages, split.responses):
+        asked = messages[-1]["content"]
+        topic = next(topic for topic in demo.TOPICS if f" {topic} " in asked)
+        context = next(name for name, words in demo.CONTEXTS.items() if asked.startswith(words))
+        u.append(demo.utilities(context, np.array([attributes_of(topic, text) for text in texts])))
+    u = np.concatenate(u, axis=1)
+    return 1 / (1 + np.exp(-(u[:, split.a] - u[:, split.b]) / demo.NOISE))
+
+
+def trials(rewards, alpha, shares, a, b, count, comparisons, rng):
+    """Yield (viewpoint, chosen, its probability, agreement on unseen pairs (K,)). rewards: float32 (K, R); shares: float64 (viewpoints, N)."""
+    both = rewards[:, np.stack([a, b], 1)]
+    weights = [weight for weight, _ in demo.VIEWPOINTS.values()]
+    for _ in range(count):
+        viewpoint = rng.choice(len(shares), p=weights)
+        seen, unseen = np.split(rng.permutation(len(a)), [comparisons])
+        choices = (rng.random(comparisons) < shares[viewpoint, seen]).astype(float)
+        p = posterior(alpha, agreements(both[:, seen].reshape(len(alpha), -1), choices), comparisons)
+        yield viewpoint, int(p.argmax()), float(p.max()), agreements(both[:, unseen].reshape(len(alpha), -1), shares[viewpoint, unseen]) / len(unseen)
+
+
+def main(args):
+    split, k = read_split(args.run, "test"), count_members(args.run)
+    alpha = read_weights(args.run, k)
+    shares = choice_shares(split)
+    rewards, rng = read_rewards(args.run, "test", k, split.response_start[-1:]), np.random.default_rng(args.seed)
+    found = list(trials(rewards, alpha, shares, split.a, split.b, args.trials, args.comparisons, rng))
+    viewpoint, chosen, sure = (np.array(column) for column in list(zip(*found))[:3])
+    agreement = np.stack([each for *_, each in found])
+    own, drawn = agreement[np.arange(len(chosen)), chosen], agreement @ alpha
+    best = chosen == agreement.argmax(1)
+    print(f"{args.trials} trials of {args.comparisons} comparisons; share of the viewpoint's other votes that a member agrees with: the chosen "
+          f"{own.mean():.3f}, one drawn by weight {drawn.mean():.3f}, the best {agreement.max(1).mean():.3f}")
+    print(f"the chosen at least as well as the drawn in {(own >= drawn).mean():.2f} of the trials; the best of all in {best.mean():.2f}, "
+          f"its own probability {sure.mean():.2f}")
+    for v, name in enumerate(demo.VIEWPOINTS):
+        at = viewpoint == v
+        if at.any():
+            print(f"  {name:8} {at.sum()} trials: {own[at].mean():.3f}, {drawn[at].mean():.3f}, {agreement[at].max(1).mean():.3f}; "
+                  f"{(own[at] >= drawn[at]).mean():.2f}")
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("results/demo"), help="a run of the demo")
+    add("--trials", type=natural, default=100)
+    add("--comparisons", type=natural, default=10)
+    add("--seed", type=seed, default=0)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_main(main, parse_args())
