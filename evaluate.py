@@ -447,7 +447,7 @@ def main(args):
     settings = {"resamples": args.resamples, "seed": args.seed, "refit": args.refit}
     names = [*splits, *(["continuations"] if scores is not None else [])]
     files = [run / "weights.json", *(reward_path(run, j, name) for j in range(1, k + 1) for name in names)]
-    files += [run / "continuations.parquet"] if texts else []
+    files += [path for path in (run / "continuations.parquet", run / "plurality.json") if path.exists()]
     outputs = [run / "metrics.json", run / "report.html", *(run / "figures" / f"{name}.png" for name in ("calibration", "votes", "reliability", "weights"))]
     logs = sorted((run / "logs").glob("[0-9]*.jsonl"))
     scripts = "evaluate.py", "pairwise/ranking.py", "pairwise/report.py", "pairwise/theory.py", "pairwise/weights.py"
@@ -462,7 +462,8 @@ def main(args):
             started = begin_stage(run, "evaluate", settings, inputs)
         draw = partial(resampled, resamples=args.resamples, seed=args.seed)
         metrics = {"dataset": stats["dataset"], "k": k, "k_valid": None, "votes": stats["votes"], "splits": {},
-                   "diversity": diversity(scores, texts, alphas[-1], stats.get("attributes", ranking.ATTRIBUTES), draw)}
+                   "diversity": diversity(scores, texts, alphas[-1], stats.get("attributes", ranking.ATTRIBUTES), draw),
+                   "plurality": read_json(run / "plurality.json", {}) or None}  # experiments/plurality.py makes it
         errors = {}  # of each split, for the intervals with weights fitted anew
         for name, split in splits.items():
             if (counted := counted_pairs(split)) is not None:

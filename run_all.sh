@@ -19,6 +19,7 @@ bash run_all.sh [DATASET|FILE] [K] [flags]        default: demo 4
   --gpus N             train on N GPUs of this machine, by torchrun (default 1); without GPUs, N processes on the CPU
   --continuations N    sample continuations for each of N prompts, for the diversity measurement: 100, demo 20
                        (default: a FILE 0; demo 10 test prompts; the paper's 50 of PRISM, tldr test prompts)
+                       --temperature X  --top-p X  --max-tokens N: of their sampling
   --joint              train all K members at once, on the error of their mixture (train_joint.py --help)
   --early-stop[=N]     train no further member once the last N (1) did not lower the Brier score on the validation
                        prompts, which --valid-share makes (demo: .1 as it is); K is then the largest size
@@ -47,7 +48,7 @@ for word in "$@"; do # quoted as any POSIX shell reads it
     COMMAND+=" $word"
 done
 EVERYWHERE=() # flags of every stage that runs a model
-WORDS=() DATA=() TRAIN=() RUN='' BASE='' CONTINUATIONS='' DATA_SEED=0 PRISM=() GPUS=1 STOP=() JOINT=0
+WORDS=() DATA=() TRAIN=() RUN='' BASE='' CONTINUATIONS='' DATA_SEED=0 PRISM=() SAMPLING=() GPUS=1 STOP=() JOINT=0
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit 0 ;;
@@ -65,6 +66,7 @@ while [ $# -gt 0 ]; do
         --continuations) CONTINUATIONS=$2 ;;
         --source | --revision | --ties | --min-votes | --test-share | --valid-share | --votes | --beaver | --annotators | --cnndm) DATA+=("$1" "$2") ;;
         --prompts | --responses | --texts) DATA+=("$1" "$2") ;;
+        --temperature | --top-p | --max-tokens) SAMPLING+=("$1" "$2") ;;
         --prism-source) PRISM=(--source "$2") ;;
         --threads | --device | --chat-template) EVERYWHERE+=("$1" "$2") TRAIN+=("$1" "$2") ;;
         --iteration | --export | --k) fail "$1 is the training's own; run_all.sh sets it" ;;
@@ -89,7 +91,7 @@ case $DATASET in
     demo)
         PREPARE=demo NAME=demo
         TRAIN=(--lr 3e-3 --threads 2 --dtype float32 "${TRAIN[@]}") EVERYWHERE=(--threads 2 "${EVERYWHERE[@]}")
-        CONTINUATIONS=${CONTINUATIONS:-10} COUNT=20 ;;
+        CONTINUATIONS=${CONTINUATIONS:-10} COUNT=20 SAMPLING=(--top-p 0.9 "${SAMPLING[@]}") ;; # of its tiny base the whole vocabulary is noise
     multipref | personalllm | helpsteer2 | tldr)
         PREPARE=$DATASET NAME=$DATASET
         case $DATASET in # the paper names neither; for TL;DR it took a model that RLHF had been through
@@ -139,7 +141,7 @@ stage "data_prep/$PREPARE.py" --seed "$DATA_SEED" "${DATA[@]}"
 # ---- continuations: sampled once from the base, ranked by every member (figure 3) ----------------------------------------------------
 if [ "$CONTINUATIONS" != 0 ]; then
     case $DATASET in multipref | personalllm | helpsteer2) stage data_prep/prism.py --count "$CONTINUATIONS" --seed "$DATA_SEED" "${PRISM[@]}" ;; esac
-    stage data_prep/continuations.py --base "$BASE" --prompts "$CONTINUATIONS" --count "$COUNT" --seed "$DATA_SEED" "${EVERYWHERE[@]}"
+    stage data_prep/continuations.py --base "$BASE" --prompts "$CONTINUATIONS" --count "$COUNT" --seed "$DATA_SEED" "${SAMPLING[@]}" "${EVERYWHERE[@]}"
 fi
 
 # ---- forward stagewise additive modelling: member j on what members 1..j-1 leave over, then the weights of all j ----------------------

@@ -396,6 +396,8 @@ NOTES = {
         "r: Pearson's correlation of p̂ and p over both orders of every pair, so that it does not depend on which response stands first; higher is "
         "better. –: does not exist for this run. ",
     "chosen": "●: the size with the least Brier score on the validation prompts, which is how to choose one; never by the scores of this table.",
+    "plurality": "The least error of any single soft reward less that of a mixture of several, on test prompts. Above zero: no single reward with this link "
+        "explains the shares of the annotators. Zero, or an interval that holds it: one reward predicts them as well, which does not mean that people agree.",
     "groups": "The whole ensemble on parts of the test split. Agreement: the share of a pair's annotators that chose the majority's response; r does "
         "not exist where all are evenly split. A prompt can have pairs on several levels. Intervals are wide where a part has few prompts.",
     "categories": "Labels of the prompts as they were given with the data, the most frequent first.",
@@ -448,6 +450,15 @@ def html_table(head, rows, kinds, cls=""):
 
 def note(*names):
     return f'<p class="note">{html.escape("".join(NOTES[name] for name in names))}</p>\n'
+
+
+def plurality(found):
+    """What experiments/plurality.py has found, as a paragraph; nothing where there is nothing."""
+    if not found:
+        return ""
+    several = f"a mixture of {found['components']} rewards {num(found['mixture'])}" if found["components"] > 1 else "no mixture was better on validation prompts"
+    return (f"<h2>Plurality gain</h2><p>On frozen features the best single soft reward has a Brier score of {num(found['single'])}, {several}: a gain of "
+            f"{num(found['gain'])}, 95 % interval {interval(found['ci'])}.</p>" + note("plurality"))
 
 
 def group_table(title, key, parts):
@@ -601,7 +612,7 @@ def page(metrics, weights, manifest, images, widths):
         note("ensemble", "chosen") if chosen else note("ensemble"),
         html_table(["reference line", "Brier", "95 % interval", "true error", "how"],
                    [(pretty(name), num(x), interval(ci), num(true), pretty(how)) for name, x, ci, true, how in references(s)], "lrrrl"),
-        figure("calibration"),
+        figure("calibration"), plurality(metrics["plurality"]),
         "<h2>Votes and predictions</h2>", figure("votes"), figure("reliability"),
         "<h2>By agreement</h2>", group_table("agreement", "level", s["agreement"]), note("groups"),
         *(("<h2>By category</h2>", *(group_table(name, "label", parts) for name, parts in s["categories"].items()), note("categories")) if s["categories"] else ()),

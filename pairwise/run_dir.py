@@ -514,8 +514,7 @@ def read_rewards(run, split, k, shape):
 
 def read_continuation_rewards(run, k):
     """Rewards of the continuations, float32 (K, prompts, n); None where there are none."""
-    texts = read_continuations(run)
-    if texts is None and not list((run / "rewards").glob("*_continuations.npy")):
+    if not (run / "continuations.parquet").exists() and not list((run / "rewards").glob("*_continuations.npy")):
         return None
     path = reward_path(run, 1, "continuations")
     try:
@@ -524,7 +523,7 @@ def read_continuation_rewards(run, k):
         shape = (0, 0)  # read_rewards says what is wrong
     if len(shape) != 2:
         raise InputError(f"{path}: shape {shape} found, (prompts, n) expected")
-    scores = read_rewards(run, "continuations", k, shape)
+    scores, texts = read_rewards(run, "continuations", k, shape), read_continuations(run)
     if texts and (size := (len(texts["texts"]), len(texts["texts"][0]))) != shape:
         raise InputError(f"{path}: shape {shape} found, {size} expected, by continuations.parquet")
     return scores

@@ -28,7 +28,7 @@ from pairwise.run_dir import BUILD_COMMAND, InputError, hash_file, read_split, w
 from pairwise.weights import simplex_weights
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TOP = {"dataset", "k", "k_valid", "votes", "splits", "diversity"}
+TOP = {"dataset", "k", "k_valid", "votes", "splits", "diversity", "plurality"}
 FIGURES = {"annotators_mean", "majority_mean", "tie_rate", "floor_single", "coin_flip", "soft_single", "irreducible", "floor_true", "coin_true", "soft_true", "pairwise_disagreement"}
 ERRORS, OF_MEMBER = {"brier", "brier_soft", "excess", "true_error", "l1", "l1_soft", "pearson", "pearson_soft"}, {"brier", "disagreement", "regret", "accuracy"}
 CI = {f"{name}_ci" for name in FIGURES | ERRORS | OF_MEMBER | {"kendall_tau", "win", "tau", "distance"}}  # every figure has an interval
@@ -144,6 +144,16 @@ def files_of(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
+def test_plurality_gain_where_it_was_measured(tmp_path):
+    run = tmp_path / "run"
+    make(run, continuations=False)
+    assert evaluated(run)["plurality"] is None and "Plurality" not in (run / "report.html").read_text()
+    found = {"single": 0.05, "mixture": 0.03, "components": 3, "gain": 0.02, "ci": [0.015, 0.025]}
+    (run / "plurality.json").write_text(json.dumps(found))
+    assert evaluated(run)["plurality"] == found
+    assert "a mixture of 3 rewards .0300: a gain of .0200, 95 % interval [.0150, .0250]" in (run / "report.html").read_text()
+
+
 # ---- the second computation: parquet, .npy and weights.json, pair by pair
 
 
@@ -196,7 +206,7 @@ def expected_groups(run, split, prompt, p_hat, p):
 def expected(run):
     weights, stats = json.loads((run / "weights.json").read_text()), json.loads((run / "data" / "stats.json").read_text())
     k = max(entry["k"] for entry in weights)
-    result = {"dataset": "made", "k": k, "k_valid": None, "votes": stats["votes"], "splits": {}, "diversity": None}
+    result = {"dataset": "made", "k": k, "k_valid": None, "votes": stats["votes"], "splits": {}, "diversity": None, "plurality": None}
     for path in (run / "data").glob("*.parquet"):
         prompt, first, second, p, n, ties, truth = read_pairs(run, path.stem)
         known = not np.isnan(truth).any()
