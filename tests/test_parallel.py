@@ -111,7 +111,7 @@ def ran(data, base, tmp_path_factory):
     """The directory with a run for each name in JOBS, with continuations of two prompts to score, and the exit codes of every job's processes."""
     directory = tmp_path_factory.mktemp("parallel")
     messages = [[{"role": "user", "content": text}] for text in ("how can i get fit ?", "what is for dinner ?")]
-    texts = pa.table({"messages": messages, "texts": [["run .", "walk more .", "run .", "rest ."], ["soup .", "rice .", "soup .", "tea ."]]})
+    texts = pa.table({"prompt_id": ["1", "2"], "messages": messages, "texts": [["run .", "walk more .", "run .", "rest ."], ["soup .", "rice .", "soup .", "tea ."]]})
     for name in {name for name, *_ in JOBS}:
         pq.write_table(texts, fresh(data, directory, name) / "continuations.parquet")
     jobs = [{"run": str(directory / name), "processes": processes, "flags": flags} | more for name, processes, flags, more in JOBS]
