@@ -24,7 +24,8 @@ from pairwise import compare as comparison
 from pairwise import ranking, report
 from pairwise.run_dir import (
     REPOSITORY, InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, must_share_test_data,
-    natural, read_continuation_rewards, read_continuations, read_json, read_rewards, read_split, read_splits, read_weights, reward_path, run_main, seed, unchanged, write_json)
+    natural, read_continuation_rewards, read_continuations, read_json, read_rewards, read_split, read_splits, read_weights, reward_path,
+    run_main, seed, unchanged, write_json)
 from pairwise.theory import irreducible, outlier_below
 from pairwise.weights import error_matrix, simplex_weights
 
@@ -427,8 +428,8 @@ def compare(args):
 
 
 def read_logs(run, k):
-    """{j: the lines of logs/0j.jsonl}, for members that have a log."""
-    paths = {j: run / "logs" / f"{j:02d}.jsonl" for j in range(1, k + 1)}
+    """{"member j": the lines of logs/0j.jsonl}, for members that have a log; of a joint run {"all members": those of logs/joint.jsonl}."""
+    paths = {f"member {j}": run / "logs" / f"{j:02d}.jsonl" for j in range(1, k + 1)} | {"all members": run / "logs" / "joint.jsonl"}
     return {j: [json.loads(line) for line in path.read_text().splitlines()] for j, path in paths.items() if path.exists()}
 
 
@@ -449,7 +450,7 @@ def main(args):
     files = [run / "weights.json", *(reward_path(run, j, name) for j in range(1, k + 1) for name in names)]
     files += [path for path in (run / "continuations.parquet", run / "plurality.json") if path.exists()]
     outputs = [run / "metrics.json", run / "report.html", *(run / "figures" / f"{name}.png" for name in ("calibration", "votes", "reliability", "weights"))]
-    logs = sorted((run / "logs").glob("[0-9]*.jsonl"))
+    logs = sorted((run / "logs").glob("*.jsonl"))
     scripts = "evaluate.py", "pairwise/ranking.py", "pairwise/report.py", "pairwise/theory.py", "pairwise/weights.py"
     code = [*(REPOSITORY / name for name in scripts), *sorted((REPOSITORY / "csrc").glob("*.[ch]pp"))]
     inputs = data_hashes(run) | {str(path.relative_to(run)): hash_file(path) for path in [*files, *logs]} | {path.name: hash_file(path) for path in code}

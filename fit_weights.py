@@ -11,6 +11,7 @@ links to its models, and weights.json with the one entry k = K, fit "fixed", in 
 """
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -19,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, natural, read_json, read_rewards, read_split,
-    read_weights, replacing, reward_path, run_main, unchanged, write_json)
+    InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, made_otherwise, natural, read_json, read_rewards,
+    read_split, read_weights, replacing, reward_path, run_main, unchanged, write_json)
 from pairwise.theory import irreducible, kept_members, theorem3
 from pairwise.weights import error_matrix, kkt_residual, simplex_weights
 
@@ -55,6 +56,8 @@ def early_stop(run, k, prefixes, patience):
         raise InputError(f"{run / 'data' / 'valid.parquet'}: no such file; --early-stop needs validation prompts: data prepared with --valid-share")
     data = read_split(run, "valid")
     votes, counted = evaluator.votes(read_rewards(run, "valid", k, (int(data.response_start[-1]),)), data.a, data.b) / 2, data.n >= 2
+    if not counted.any():
+        raise InputError(f"{run / 'data' / 'valid.parquet'}: no pair of two votes found, by which --early-stop could tell")
     errors = [float(np.mean((entry["alpha"] @ votes[: entry["k"]] - data.p)[counted] ** 2)) for entry in prefixes]
     last = stops_at(errors, patience)
     said = f"no gain from {'it' if patience == 1 else f'the last {patience}'}, so member {last} is the last" if last else "goes on"
@@ -76,6 +79,8 @@ def prune(run, out, beta, k, data, rewards, inputs):
     if out.exists():
         raise InputError(f"--out {out}: found, a new directory expected; the pruned run is a run directory of its own")
     stats, counted = read_json(run / "data" / "stats.json"), data.n >= 2
+    if not counted.any():
+        raise InputError(f"{run / 'data' / 'train.parquet'}: no pair of two votes found, by which members are compared")
     p, n, ties = data.p[counted], data.n[counted], data.ties[counted]
     votes = evaluator.votes(rewards, data.a[counted], data.b[counted]) / 2
     kept = kept_members(votes, alpha, beta)
@@ -96,8 +101,11 @@ def prune(run, out, beta, k, data, rewards, inputs):
         for path in sorted(run.iterdir()):
             if path.name in ("data", "rewards", "logs"):
                 shutil.copytree(path, partial / path.name)
-            elif path.name in ("continuations.parquet", "members.json"):
+            elif path.name == "continuations.parquet":
                 shutil.copy(path, partial)
+            elif path.name == "members.json":  # the place of its source is told from here
+                found = read_json(path)
+                write_json(partial / path.name, found | {"source": os.path.relpath((run / found["source"]).resolve(), out.resolve())})
             elif path.name in ("base", "joint") or path.name.startswith("member_"):
                 (partial / path.name).symlink_to(path.resolve())  # gigabytes
         stages = read_json(run / "manifest.json", {"stages": {}})["stages"]
@@ -117,10 +125,12 @@ def main(args):
     if args.prune:
         prune(run, args.out, args.prune, k, data, rewards, inputs)
         return
-    stages = read_json(run / "manifest.json", {"stages": {}})["stages"]
-    made = "hardened" if "harden" in stages else "pruned" if "prune" in stages.get("weights", {}).get("settings", {}) else None
-    if made:
+    made = made_otherwise(run)
+    if made in ("hardened", "pruned"):
         raise InputError(f"{run / 'weights.json'}: {made} weights found, which stay; those of the run that it was made from are fitted, with --run of that one")
+    if made and read_json(run / "manifest.json")["stages"]["joint"]["settings"]["weights"] == "learned":
+        raise InputError(f"{run / 'weights.json'}: weights found that were learned with the rewards, which stay; train_joint.py --weights qp leaves them "
+                         "to be fitted")
     if unchanged(run, "weights", {}, inputs, [run / "weights.json"]):
         print(f"weights: {run / 'weights.json'} is up to date, skipped")
         prefixes = read_json(run / "weights.json")

@@ -29,8 +29,8 @@ from scipy.special import expit
 
 from pairwise.levels import formula, hardened
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, natural, read_continuation_rewards, read_json,
-    read_rewards, read_splits, replacing, reward_path, run_main, unchanged, write_array, write_json)
+    InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, made_otherwise, members, read_continuation_rewards,
+    read_json, read_rewards, read_splits, replacing, reward_path, run_main, unchanged, write_array, write_json)
 from pairwise.weights import error_matrix, simplex_weights
 
 evaluator = import_evaluator()
@@ -210,6 +210,8 @@ def main(args):
     run, out, k = args.run, args.out, args.k
     if out.exists() and any(out.iterdir()) and "harden" not in read_json(out / "manifest.json", {"stages": {}})["stages"]:
         raise InputError(f"--out {out}: a directory of something else found, one of its own expected")
+    if made_otherwise(run) in ("hardened", "pruned"):
+        raise InputError(f"{run}: a {made_otherwise(run)} run found; the one that it was made from expected")
     splits, _ = read_splits(run)
     trained = count_members(run)
     rewards = {name: read_rewards(run, name, trained, (int(split.response_start[-1]),)) for name, split in splits.items()}
@@ -230,6 +232,7 @@ def main(args):
     started = begin_stage(out, "harden", settings, inputs)
     with replacing(out / "data") as partial:
         shutil.copytree(run / "data", partial)
+    (out / "continuations.parquet").unlink(missing_ok=True)
     if (run / "continuations.parquet").exists():
         shutil.copyfile(run / "continuations.parquet", out / "continuations.parquet")
     with replacing(out / "rewards") as partial:
@@ -251,7 +254,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--run", required=True, type=Path, help="a finished run, with data/ and rewards/")
     parser.add_argument("--out", required=True, type=Path, help="the hardened ensemble's own run directory")
-    parser.add_argument("--k", type=natural, default=8, help="hardened members (default 8)")
+    parser.add_argument("--k", type=members, default=8, help="hardened members (default 8)")
     parser.add_argument("--layout", choices=("auto", "quantile", "equal", "fitted"), default="auto", help="how the levels are laid out (see above)")
     return parser.parse_args(argv)
 

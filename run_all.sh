@@ -29,9 +29,9 @@ bash run_all.sh [DATASET|FILE] [K] [flags]        default: demo 4
                        --annotators zip|cross|preference  --cnndm drop|keep    (data_prep/NAME.py --help)
   any other flag       of train_rm.py: --train full|lora|head  --target p|residual|centered|mixture  --lr X  --epochs N
                        --loss mse|bce|bt|margin, of which the last two are for K = 1 or --target p  --pairs-per-step N
-                       --dtype bfloat16|float32  --threads N ... (train_rm.py --help)
+                       --dtype bfloat16|float32  --threads N ... (train_rm.py --help; with --joint, train_joint.py --help)
 
-Finished stages are skipped; a larger K continues the run; other arguments need another --run.
+Finished stages are skipped; a larger K continues the run (not with --joint); other arguments need another --run.
 PYTHON=/path/to/python uses an environment of your own. The result is RUN/report.html and RUN/metrics.json.
 END
 }
@@ -52,6 +52,7 @@ WORDS=() DATA=() TRAIN=() RUN='' BASE='' CONTINUATIONS='' DATA_SEED=0 PRISM=() S
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit 0 ;;
+        --plan) fail "--plan is train_rm.py's: python train_rm.py --plan --base llama-3-8b" ;;
         --early-stop | --early-stop=*) STOP=("$1"); shift; continue ;; # has a value only with =, so that the next word can be K
         --joint) JOINT=1; shift; continue ;;
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
@@ -69,7 +70,7 @@ while [ $# -gt 0 ]; do
         --temperature | --top-p | --max-tokens) SAMPLING+=("$1" "$2") ;;
         --prism-source) PRISM=(--source "$2") ;;
         --threads | --device | --chat-template) EVERYWHERE+=("$1" "$2") TRAIN+=("$1" "$2") ;;
-        --iteration | --export | --k) fail "$1 is the training's own; run_all.sh sets it" ;;
+        --iteration | --export | --k | --from) fail "$1 is the training's own; run_all.sh sets it, or the scripts are called by hand" ;;
         *) TRAIN+=("$1" "$2") ;;
     esac
     shift 2
@@ -90,7 +91,8 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 case $DATASET in
     demo)
         PREPARE=demo NAME=demo
-        TRAIN=(--lr 3e-3 --threads 2 --dtype float32 "${TRAIN[@]}") EVERYWHERE=(--threads 2 "${EVERYWHERE[@]}")
+        [[ $JOINT = 1 && " ${TRAIN[*]} " = *" --train head "* ]] || TRAIN=(--lr 3e-3 "${TRAIN[@]}")
+        TRAIN=(--threads 2 --dtype float32 "${TRAIN[@]}") EVERYWHERE=(--threads 2 "${EVERYWHERE[@]}")
         CONTINUATIONS=${CONTINUATIONS:-10} COUNT=20 SAMPLING=(--top-p 0.9 "${SAMPLING[@]}") ;; # of its tiny base the whole vocabulary is noise
     multipref | personalllm | helpsteer2 | tldr)
         PREPARE=$DATASET NAME=$DATASET
@@ -147,11 +149,15 @@ fi
 # ---- forward stagewise additive modelling: member j on what members 1..j-1 leave over, then the weights of all j ----------------------
 if [ $JOINT = 1 ]; then # or all members at once, on the error of their mixture
     stage train_joint.py --k "$K" --base "$BASE" "${TRAIN[@]}"
-    stage fit_weights.py
+    [[ " ${TRAIN[*]} " = *" --weights learned "* ]] || stage fit_weights.py
 fi
 for ((j = 1; j <= K && !JOINT; j++)); do
     "${TRAINER[@]}" "$ROOT/train_rm.py" --run "$RUN" --iteration "$j" --base "$BASE" "${TRAIN[@]}"
-    stage fit_weights.py "${STOP[@]}" || { CODE=$?; [ $CODE = 3 ] && break; exit $CODE; } # 3: --early-stop, and no member was worth training after j
+    stage fit_weights.py "${STOP[@]}" || {
+        CODE=$?
+        [ $CODE = 3 ] || exit $CODE # 3: --early-stop, and no member was worth training after those that are there
+        [ -e "$RUN/rewards/$(printf %02d $((j + 1)))_test.npy" ] || break # those are gone through, as one may have been killed while it scored continuations
+    }
 done
 
 if [ -e "$RUN/rewards/$(printf %02d $((K + 1)))_test.npy" ]; then

@@ -25,8 +25,8 @@ from pairwise import reward_model as rm
 from pairwise import training
 from pairwise.offload import MAX_PRECONDITION_DIM
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, natural, positive, read_continuations, read_json, read_splits,
-    replacing, reward_path, run_main, stage_done, write_array, write_json)
+    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, members, natural, positive,
+    read_continuations, read_json, read_splits, replacing, reward_path, run_main, stage_done, write_array, write_json)
 
 
 def mixture_error(reward_a, reward_b, target, logits, s):
@@ -81,6 +81,9 @@ def main(args):
     inputs = base | ({"continuations.parquet": hash_file(run / "continuations.parquet")} if texts else {})
     names = [*splits, *(["continuations"] if texts else [])]
     outputs = [run / "joint", run / "logs" / "joint.jsonl", *(reward_path(run, j, name) for j in range(1, k + 1) for name in names)]
+    entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get("joint", {})
+    if texts and entry.get("done") and "continuations.parquet" not in entry["inputs"]:
+        raise InputError(f"{run}: trained before its continuations.parquet was there, which is scored with the training; another --run expected")
     if stage_done(run, "joint", settings, inputs, outputs):
         print(f"joint: {run / 'joint'} is there, skipped")
         return
@@ -143,7 +146,7 @@ def parse_args(argv=None):
     add("--run", required=True, type=Path, help="run directory with data/")
     add("--base", required=True, help="base model: hub id or transformers directory")
     add("--export", type=natural, metavar="J", help="train nothing: write member J as a plain directory")
-    add("--k", type=natural, default=8, help="reward models, at least 2")
+    add("--k", type=members, default=8, help="reward models, at least 2")
     add("--train", choices=("full", "head"), default="full", help="all parameters, or K heads on features of the frozen base")
     add("--sharpen", type=positive, default=4.0, metavar="S", help="the steepness of the votes at the last step; 1: soft throughout")
     add("--weights", choices=("qp", "learned"), default="qp", help="fit_weights.py's of the hard votes (to be run after), or those learned with the rewards")

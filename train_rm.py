@@ -27,7 +27,8 @@ from pairwise import reward_model as rm
 from pairwise.checkpoint import Checkpoints
 from pairwise.offload import MAX_PRECONDITION_DIM, names_memory_flags
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, must_agree, natural, positive,
+    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, made_otherwise, member_name, members, must_agree, natural,
+    positive,
     read_continuations, read_json, read_rewards, read_splits, read_weights, replacing, reward_path, run_main, share, stage_done, write_array, write_json)
 
 # ---- the method
@@ -102,9 +103,12 @@ def export(args):
     The adapter stays in a directory of its own: transformers would put one that lies beside the merged weights on top of them.
     """
     directory = args.run / member_name(args.export)
+    if directory.is_symlink():
+        raise InputError(f"{directory}: a link to the run that this one was pruned from found; --export with --run of that one")
     kept = [name for name in ("head.safetensors", "adapter") if (directory / name).exists()]
     if not kept or (directory / "model.safetensors").exists():
-        raise InputError(f"{directory}: " + ("already a plain directory" if (directory / "config.json").exists() else "no such member"))
+        raise InputError(f"{directory}: " + ("already a plain directory" if (directory / "config.json").exists() else "no such member") +
+                         "; train_joint.py --export writes those of a joint run" * (made_otherwise(args.run) == "joint"))
     entry = read_json(args.run / "manifest.json")["stages"][member_name(args.export)]
     rm.check_base(entry, args.base, args.chat_template)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
@@ -167,6 +171,8 @@ def main(args):
     torch.use_deterministic_algorithms(True, warn_only=True)
     if args.export:
         return export(args)
+    if made := made_otherwise(run):
+        raise InputError(f"{run}: a {made} run found, whose members are complete; a run of this script's own, or a new one, expected")
     if args.train == "from":
         return adopt(args)
 
@@ -272,7 +278,7 @@ def parse_args(argv=None):
     # what
     add("--run", type=Path, help="run directory with data/; --plan does without")
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--iteration", type=natural, metavar="J", help="train member J, 1..")
+    task.add_argument("--iteration", type=members, metavar="J", help="train member J, 1 to 99")
     task.add_argument("--export", type=natural, metavar="J", help="train nothing: make the directory of member J of a head or lora run a plain one")
     task.add_argument("--plan", action="store_true", help="train nothing: print what training takes in memory, disk and hours; no weights, no GPU")
     model = parser.add_mutually_exclusive_group(required=True)

@@ -4,7 +4,7 @@
 
 A causal language model is asked --count times which of the two responses is better: half of the times with each of them first, so that a liking for
 the first or for "A" cancels. Writes RUN/judgments.jsonl (a line a train prompt: every raw answer) and adds the column `judgments`, counts {a, b} per pair,
-to RUN/data/train.parquet, where they never replace a vote. An answer that names not exactly one choice counts for neither side. To be run before training.
+to RUN/data/train.parquet, where they never replace a vote. An answer that names not exactly one choice counts for neither side. To be run right after the data.
 """
 
 import hashlib
@@ -73,8 +73,9 @@ def main(args):
     if stage_done(run, "judgments", settings, inputs, [run / "judgments.jsonl"]) and "judgments" in table.column_names:
         print(f"judgments: {run / 'judgments.jsonl'} is there, skipped")
         return
-    if "member_01" in read_json(run / "manifest.json", {"stages": {}})["stages"]:
-        raise InputError(f"{path}: members are trained on it already; judgments belong before them, in another --run")
+    later = read_json(run / "manifest.json", {"stages": {}})["stages"].keys() - {"data", "judgments"}
+    if later:
+        raise InputError(f"{path}: {min(later)} was made from it already; judgments come first, right after the data, in another --run")
     tokenizer = load_tokenizer(args.base, args.chat_template)
     started = begin_stage(run, "judgments", settings, inputs)
     torch.set_num_threads(args.threads)

@@ -1,9 +1,10 @@
 """SOAP (Vyas et al., arXiv 2409.11321) within a memory budget. The optimizer is the library's, unmodified: this only moves its tensors.
 
 What it keeps beside a BF16 parameter of shape (a, b) is a float32 master and two moments (a, b), and for every dimension d of at most
-max_precondition_dim a covariance GG and its eigenbasis Q, both (d, d). What does not fit on the device lies in one block of host memory
-and is copied to the device for its turn in step(), one parameter at a time, while the one before it is computed and the one before that is copied back. With several processes
-each owns a share of the parameters: it alone has their masters and state, is sent their gradients, steps them and sends the others the result.
+max_precondition_dim a covariance GG and its eigenbasis Q, both (d, d). What does not fit on the device lies in one block of host memory and is
+copied to the device for its turn in step(), one parameter at a time, while the one before it is computed and the one before that is copied back.
+With several processes each owns a share of the parameters: it alone has their masters and state, is sent their gradients, steps them and sends
+the others the result.
 """
 
 import functools

@@ -50,11 +50,6 @@ def win_shares(scores):
     return (n - rank[:, np.arange(prompts)[:, None], best.T].transpose(1, 2, 0)) / (n - 1)  # from (j, x, i) to (x, i, j)
 
 
-def win_matrix(scores):
-    """float64 (K, K): `win_shares`, averaged over prompts."""
-    return win_shares(scores).mean(0)
-
-
 def reward_mixture(scores, alpha):
     """p_hat, the weighted share of members that prefer y1 to y2, of every pair of a prompt's continuations: as `policy_mixture`, which tends to it as
     beta tends to 0."""

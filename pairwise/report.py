@@ -291,14 +291,14 @@ def reliability(p, p_hat):
 
 
 def training(logs):
-    """A small panel per member: running mean of the loss over pairs seen, the raw loss faint behind it. logs: {j: lines of its log}."""
-    logs = {j: lines for j, lines in sorted(logs.items()) if lines}
+    """A small panel per member: running mean of the loss over pairs seen, the raw loss faint behind it. logs: {title: lines of a log}."""
+    logs = {title: lines for title, lines in logs.items() if lines}
     if not logs:
         return None
     columns = min(4, len(logs))
     rows = -(-len(logs) // columns)
     fig, axes = subplots(NARROW if columns < 3 else WIDE, 0.5 + 1.25 * rows, rows, columns, sharex=True, sharey=True, squeeze=False)
-    for ax, (j, lines) in zip(axes.flat, logs.items()):
+    for ax, (title, lines) in zip(axes.flat, logs.items()):
         loss = np.array([line["loss"] for line in lines])
         pairs = np.cumsum([line["pairs"] for line in lines])
         some = np.unique(np.linspace(0, len(loss) - 1, 400).astype(int))  # a long run would make the embedded figure heavy
@@ -306,7 +306,7 @@ def training(logs):
         smooth = np.convolve(loss, window, "same") / np.convolve(np.ones(len(loss)), window, "same")  # a running mean, cut at the ends
         ax.plot(pairs[some], loss[some], color="#b0b0b0", lw=0.5)
         ax.plot(pairs[some], smooth[some], color=INK, lw=1.2)
-        ax.set_title(f"member {j}")
+        ax.set_title(title)
         ax.xaxis.set_major_locator(MaxNLocator(3))
     for ax in axes.flat[len(logs) :]:
         ax.set_visible(False)
@@ -564,7 +564,7 @@ def facts(metrics, manifest):
 def write(out, metrics, weights, manifest, logs, p, p_hat):
     """Write out/figures/*.png, *.pdf and out/report.html; returns the report's path.
 
-    metrics: metrics.json; weights: weights.json; manifest: manifest.json, whose keys may be missing; logs: {j: list of steps};
+    metrics: metrics.json; weights: weights.json; manifest: manifest.json, whose keys may be missing; logs: {title: list of steps};
     p, p_hat (pairs,): the test split's vote fractions and the full ensemble's predictions.
     """
     out = Path(out)

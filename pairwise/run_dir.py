@@ -74,6 +74,14 @@ def natural(text):
     return value
 
 
+def members(text):
+    """argparse type: a number or a count of members, which has two digits in file names."""
+    value = natural(text)
+    if value > 99:
+        raise argparse.ArgumentTypeError(f"{text} found, at most 99 expected")
+    return value
+
+
 def positive(text):
     """argparse type: a number above zero."""
     value = float(text)
@@ -234,7 +242,7 @@ def stage_done(run, stage, settings, inputs, outputs):
     if entry is None:
         strange = [path for path in outputs if path.exists()]
         if strange:
-            raise InputError(f"{strange[0]} exists but was not made by this project; choose another --run")
+            raise InputError(f"{strange[0]} exists but was not made by this stage ({stage}); choose another --run")
         return False
     if not entry["done"]:  # begun and broken off: done again, from the start
         return False
@@ -255,6 +263,14 @@ def must_agree(run, stage, settings, inputs):
     for name in sorted(entry["inputs"].keys() | inputs.keys()):
         if entry["inputs"].get(name) != inputs.get(name):
             raise InputError(f"{run} was made from another {name} than it is given now (stage {stage}); to have both, run: {_command_elsewhere(run)}")
+
+
+def made_otherwise(run):
+    """"joint", "hardened" or "pruned": where the members or weights of `run` are not train_rm.py's and fit_weights.py's; else None."""
+    stages = read_json(run / "manifest.json", {"stages": {}})["stages"]
+    if "prune" in stages.get("weights", {}).get("settings", {}):
+        return "pruned"
+    return "hardened" if "harden" in stages else "joint" if "joint" in stages else None
 
 
 def unchanged(run, stage, settings, inputs, outputs):

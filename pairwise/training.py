@@ -232,7 +232,8 @@ def add_flags(parser):
     add("--micro-batch-tokens", type=natural, help="tokens run in one forward pass (default 8192; lora: 4096; on a CPU 1024)")
     add("--optimizer-memory-gb", type=nonnegative, metavar="GB", help="GiB of the device for float32 masters, SOAP's state and copy buffers; the rest is paged "
         "through host memory (default: what is free; on a CPU all)")
-    add("--checkpoint-minutes", type=nonnegative, default=30, help="between checkpoints from which a killed full or lora training continues; 0: none (default 30)")
+    add("--checkpoint-minutes", type=nonnegative, default=30, help="between checkpoints from which a killed full or lora training of "
+        "train_rm.py continues; 0: none (default 30)")
     add("--threads", type=natural, default=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), help="CPU threads (default: all; of "
         "several processes, of each its share)")
     add("--device", type=rm.device, default=rm.device(), help="cpu or cuda (default: cuda where there is one)")

@@ -88,7 +88,7 @@ def test_a_kill_loses_at_most_one_prompt(data, base, tmp_path, monkeypatch):
 def test_not_after_training_and_not_by_odd_counts(data, base, tmp_path, capsys):
     run = fresh(data, tmp_path)
     train(run, base, "--train", "head")
-    with pytest.raises(InputError, match="members are trained on it already"):
+    with pytest.raises(InputError, match="features was made from it already; judgments come first"):
         judge(run, base)
     for flags in (["--count", "5"], ["--top-p", "1.5"]):
         with pytest.raises(SystemExit):

@@ -94,8 +94,10 @@ def test_early_stop_ends_where_validation_says_and_again_when_resumed(demo_run, 
     manifest = (run / "manifest.json").read_text().replace(str(demo_run[0]), str(run))
     (run / "manifest.json").write_text(manifest)
     for words in (["--early-stop", "4"], ["5", "--early-stop=1"]):
+        (run / "rewards" / "02_continuations.npy").unlink()  # as if it had been killed while it scored them
         done = run_all("demo", *words, "--run", run, *SMALL)
         assert done.returncode == 0, done.stderr
+        assert (run / "rewards" / "02_continuations.npy").exists()
         assert "no gain from it, so member 2 is the last" in done.stdout and not (run / "rewards" / "03_test.npy").exists()
         metrics = json.loads((run / "metrics.json").read_text())
         assert metrics["k"] == 2 and metrics["k_valid"] == 1
@@ -160,6 +162,14 @@ def test_your_own_votes_with_a_frozen_base(demo_run, tmp_path):
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["dataset"] == "mine" and metrics["k"] == 2 and metrics["splits"]["test"]["prompts"] == 3 and metrics["diversity"] is None
     assert metrics["splits"]["test"]["floor_true"] is None
+
+    for weights, fit in (("qp", "qp"), ("learned", "fixed")):
+        out = tmp_path / weights
+        done = run_all(file, 3, "--joint", "--weights", weights, "--base", run / "base", "--train", "head", "--test-share", "0.25", "--run", out,
+                       "--epochs", "2", "--threads", "1")
+        assert done.returncode == 0, done.stderr
+        ensemble = json.loads((out / "metrics.json").read_text())["splits"]["test"]["ensemble"]
+        assert ensemble[-1]["k"] == 3 and {entry["fit"] for entry in ensemble} == {fit}
 
     rows[4]["votes_a"] = -1
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -813,7 +813,7 @@ def test_broken_off_run_with_a_bad_source_keeps_what_is_there(tmp_path):
 def test_data_that_no_run_made_is_left_alone(tmp_path):
     (tmp_path / "run" / "data").mkdir(parents=True)
     (tmp_path / "run" / "data" / "mine.txt").write_text("x")
-    with pytest.raises(InputError, match="data exists but was not made by this project; choose another --run"):
+    with pytest.raises(InputError, match="data exists but was not made by this stage .data.; choose another --run"):
         convert("multipref", tmp_path / "run", save(tmp_path / "m.jsonl", MULTIPREF))
     assert [path.name for path in (tmp_path / "run").rglob("*")] == ["data", "mine.txt"]
 
