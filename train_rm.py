@@ -189,7 +189,6 @@ def main(args):
     def loss(reward_a, reward_b, t, m, done):
         return LOSSES[args.loss][1](reward_a - reward_b, t, m).sum()
 
-
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     inputs = data_hashes(run) | rm.base_hashes(args.base, args.chat_template)
     ensemble = {f"rewards of member {i}": hash_file(reward_path(run, i, "train")) for i in range(1, j)}

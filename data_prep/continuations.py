@@ -28,6 +28,7 @@ from pairwise.run_dir import (
     InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, natural, positive, read_split, remembered_rows, run_main, seed, stage_done)
 from pairwise.sampling import room, sample, top_p
 
+
 def held_out_prompts(run):
     """(prompt_ids, messages, what they are) of the prompts to choose from."""
     path = run / "prompts.parquet"
