@@ -497,6 +497,17 @@ def sampled(diversity):
     return text
 
 
+def taus(diversity):
+    """Figure 3 once more as a table, with intervals, above the diagonal."""
+    tau, limits = diversity["kendall_tau"], diversity["kendall_tau_ci"]
+
+    def cell(i, j):
+        return "" if j <= i else "–" if tau[i][j] is None else f"{short(tau[i][j])} [{short(limits[i][j][0])}, {short(limits[i][j][1])}]"
+
+    rows = [(i + 1, *(cell(i, j) for j in range(1, len(tau)))) for i in range(len(tau) - 1)]
+    return html_table(["τ, 95 % interval", *range(2, len(tau) + 1)], rows, "r" * len(tau)) if rows else ""
+
+
 def character(diversity):
     """The table of the members' characters; nothing without texts."""
     if not diversity["character"]:
@@ -620,7 +631,7 @@ def page(metrics, weights, manifest, images, widths):
         html_table(["member", *("Brier", "95 % interval", "Φ", "95 % interval", "regret", "95 % interval", "accuracy", "95 % interval")],
                    [(m["j"], *(x for key in ("brier", "disagreement", "regret", "accuracy") for x in (num(m[key]), interval(m.get(f"{key}_ci"))))) for m in s["members"]],
                    "r" * 9), note("members"), outliers(s),
-        *(("<h2>Diversity</h2>", f"<p>{html.escape(sampled(diversity))}</p>", figure("kendall"), figure("wins"), character(diversity),
+        *(("<h2>Diversity</h2>", f"<p>{html.escape(sampled(diversity))}</p>", figure("kendall"), taus(diversity), figure("wins"), character(diversity),
            side_by_side(diversity), figure("policies")) if diversity else ()),
         "<h2>Mixture weights</h2>", figure("weights"),
         html_table(["k", "fit", "train error", "KKT residual", "weights of members 1..k"], fitted, "rlrrw"), note("weights"),

@@ -6,6 +6,7 @@ import evaluate
 import fit_weights
 import harden
 import pytest
+import respond
 import score
 import train_joint
 from conftest import FLAGS, HEAD, fit, fresh, train
@@ -50,6 +51,16 @@ def test_evaluated_and_scored(runs, base, tmp_path, kind):
     score.main(score.parse_args(arguments("--run", run, "--base", base, "--threads", 1, "--device", "cpu", tmp_path / "questions.jsonl", "--out", out)))
     row = json.loads(out.read_text())
     assert len(row["rewards"]) == 3 and {len(rewards) for rewards in row["rewards"]} == {metrics["k"]} and len(row["p_hat"]) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers(runs, base, kind, capsys):
+    flags = "--base", base, "--mode", "overton", "--n", 3, "--max-tokens", 6, "--json", "--threads", 1, "--device", "cpu"
+    respond.main(respond.parse_args(arguments("--run", runs[kind], *flags, "how can i get fit ?")))
+    row = json.loads(capsys.readouterr().out)
+    alpha = json.loads((runs[kind] / "weights.json").read_text())[-1]["alpha"]
+    assert row["weights"] == alpha and sum(candidate["count"] for candidate in row["candidates"]) == 3
+    assert {j for answer in row["answers"] for j in answer["members"]} == {j for j, weight in enumerate(alpha, 1) if weight}
 
 
 @pytest.mark.parametrize("kind", ["joint", "learned", "hardened", "pruned"])
