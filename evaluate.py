@@ -10,7 +10,6 @@ figures/compare.png, .pdf. Runs whose test data differ are refused.
 """
 
 import collections
-import dataclasses
 import itertools
 import json
 import os
@@ -23,7 +22,7 @@ from scipy.special import expit
 from pairwise import compare as comparison
 from pairwise import ranking, report
 from pairwise.run_dir import (
-    REPOSITORY, InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, must_share_test_data,
+    REPOSITORY, InputError, Parser, begin_stage, count_members, counted_pairs, data_hashes, end_stage, hash_file, import_evaluator, must_share_test_data,
     natural, read_continuation_rewards, read_continuations, read_json, read_rewards, read_split, read_splits, read_weights, reward_path,
     run_main, seed, unchanged, write_json)
 from pairwise.theory import irreducible, outlier_below
@@ -89,20 +88,6 @@ def listed(values):
 def by_prompt(split, terms):
     """Sums over each prompt's pairs, float64 (P, ..), of terms (.., N)."""
     return np.moveaxis(np.add.reduceat(terms, split.pair_start[:-1], axis=-1), -1, 0)
-
-
-def counted_pairs(split):
-    """The split without its pairs of fewer than two votes, which train has with --min-votes 1, and without prompts that have no other.
-
-    None where nothing is left.
-    Responses keep their places, so that rewards still fit.
-    """
-    keep = split.n >= 2
-    start = np.concatenate([[0], np.cumsum(keep)])[split.pair_start]
-    pairs = {name: getattr(split, name)[keep] for name in ("a", "b", "votes_a", "votes_b", "ties", "p_true", "judgments")
-             if getattr(split, name) is not None}
-    prompts = {name: list(itertools.compress(getattr(split, name), np.diff(start))) for name in ("prompt_id", "categories") if getattr(split, name)}
-    return dataclasses.replace(split, pair_start=np.unique(start), **prompts, **pairs) if keep.any() else None
 
 
 def squared_errors(split, sums, rewards, soft, c):

@@ -29,8 +29,8 @@ from scipy.special import expit
 
 from pairwise.levels import formula, hardened
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, made_otherwise, members, read_continuation_rewards,
-    read_json, read_rewards, read_splits, replacing, reward_path, run_main, unchanged, write_array, write_json)
+    InputError, Parser, begin_stage, count_members, counted_pairs, data_hashes, end_stage, hash_file, import_evaluator, made_otherwise, members,
+    read_continuation_rewards, read_json, read_rewards, read_splits, replacing, reward_path, run_main, unchanged, write_array, write_json)
 from pairwise.weights import error_matrix, simplex_weights
 
 evaluator = import_evaluator()
@@ -213,6 +213,7 @@ def main(args):
     if made_otherwise(run) in ("hardened", "pruned"):
         raise InputError(f"{run}: a {made_otherwise(run)} run found; the one that it was made from expected")
     splits, _ = read_splits(run)
+    splits = {name: counted_pairs(split) or split for name, split in splits.items()}  # as in fit_weights.py
     trained = count_members(run)
     rewards = {name: read_rewards(run, name, trained, (int(split.response_start[-1]),)) for name, split in splits.items()}
     if (continued := read_continuation_rewards(run, trained)) is not None:

@@ -55,9 +55,9 @@ def load_tokenizer(base, chat_template=None, named="--base"):
     tokenizer.padding_side = "right"
     try:
         encode(tokenizer, [{"role": "user", "content": "a question"}], "an answer")
-    except jinja2.TemplateError as error:
+    except InputError as error:
         named = f"--chat-template {chat_template}" if chat_template else f"{named} {base}"
-        raise InputError(f"{named}: the chat template fails ({first_line(error)})") from None
+        raise InputError(f"{named}: {error}") from None
     return tokenizer
 
 
@@ -68,7 +68,10 @@ def encode(tokenizer, messages, response=None, max_length=None):
     left, of the prompt first and then of the response, never its end; the BOS stays.
     """
     chat = messages if response is None else [*messages, {"role": "assistant", "content": response}]
-    ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=response is None)["input_ids"]
+    try:
+        ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=response is None)["input_ids"]
+    except jinja2.TemplateError as error:
+        raise InputError(f"the chat template fails ({first_line(error)}) on turns of {', '.join(message['role'] for message in chat)}") from None
     bos = [tokenizer.bos_token_id]
     lead = next(i for i in range(len(ids) + 1) if ids[i : i + 1] != bos)
     if not lead and tokenizer("").input_ids[:1] != bos:

@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -435,6 +436,20 @@ def _list(table, name):
 
 def _starts(lists):
     return np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))]).astype(np.int64)
+
+
+def counted_pairs(split):
+    """The split without its pairs of fewer than two votes, which train has with --min-votes 1, and without prompts that have no other.
+
+    None where nothing is left.
+    Responses keep their places, so that rewards still fit.
+    """
+    keep = split.n >= 2
+    start = np.concatenate([[0], np.cumsum(keep)])[split.pair_start]
+    pairs = {name: getattr(split, name)[keep] for name in ("a", "b", "votes_a", "votes_b", "ties", "p_true", "judgments")
+             if getattr(split, name) is not None}
+    prompts = {name: list(itertools.compress(getattr(split, name), np.diff(start))) for name in ("prompt_id", "categories") if getattr(split, name)}
+    return dataclasses.replace(split, pair_start=np.unique(start), **prompts, **pairs) if keep.any() else None
 
 
 def read_splits(run):

@@ -1,5 +1,6 @@
 """pairwise/reward_model.py: one encoding, rewards that depend on nothing but the response, checkpoints that load."""
 
+import copy
 import json
 import shutil
 
@@ -363,11 +364,20 @@ def test_head_is_saved_and_put_on_the_base_again(model, base, tokenizer, mixed, 
 
 
 def test_fingerprint_follows_the_content(base, tokenizer, tmp_path):
-    copy = shutil.copytree(base, tmp_path / "copy")
-    assert rm.fingerprint(copy) == rm.fingerprint(base)
-    (copy / "README.md").write_text("said later")
-    assert rm.fingerprint(copy) == rm.fingerprint(base)
+    twin = shutil.copytree(base, tmp_path / "twin")
+    assert rm.fingerprint(twin) == rm.fingerprint(base)
+    (twin / "README.md").write_text("said later")
+    assert rm.fingerprint(twin) == rm.fingerprint(base)
     other = make_base(tokenizer, tmp_path / "other", 1)
     assert rm.fingerprint(other) != rm.fingerprint(base)
-    (copy / "chat_template.jinja").write_text("{{ messages }}")
-    assert rm.fingerprint(copy) != rm.fingerprint(base)
+    (twin / "chat_template.jinja").write_text("{{ messages }}")
+    assert rm.fingerprint(twin) != rm.fingerprint(base)
+
+
+def test_a_template_that_refuses_a_role(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}{{ m.content }}{% endfor %}"
+    chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "how ?"}]
+    with pytest.raises(rm.InputError, match="no system turns. on turns of system, user, assistant"):
+        rm.encode(strict, chat, "so")
+    assert rm.encode(strict, chat[1:], "so")
