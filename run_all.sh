@@ -91,8 +91,9 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 case $DATASET in
     demo)
         PREPARE=demo NAME=demo
+        TRAIN=(--threads 2 --dtype float32 "${TRAIN[@]}")
         [[ $JOINT = 1 && " ${TRAIN[*]} " = *" --train head "* ]] || TRAIN=(--lr 3e-3 "${TRAIN[@]}")
-        TRAIN=(--threads 2 --dtype float32 "${TRAIN[@]}") EVERYWHERE=(--threads 2 "${EVERYWHERE[@]}")
+        EVERYWHERE=(--threads 2 "${EVERYWHERE[@]}")
         CONTINUATIONS=${CONTINUATIONS:-10} COUNT=20 SAMPLING=(--top-p 0.9 "${SAMPLING[@]}") ;; # of its tiny base the whole vocabulary is noise
     multipref | personalllm | helpsteer2 | tldr)
         PREPARE=$DATASET NAME=$DATASET
