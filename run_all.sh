@@ -29,7 +29,7 @@ bash run_all.sh [DATASET|FILE] [K] [flags]        default: demo 4
                        --annotators zip|cross|preference  --cnndm drop|keep    (data_prep/NAME.py --help)
   any other flag       of train_rm.py: --train full|lora|head  --target p|residual|centered|mixture  --lr X  --epochs N
                        --loss mse|bce|bt|margin, of which the last two are for K = 1 or --target p  --pairs-per-step N
-                       --dtype bfloat16|float32  --threads N ... (train_rm.py --help; with --joint, train_joint.py --help)
+                       --dtype bfloat16|float32  --threads N ... (train_rm.py --help; --joint: train_joint.py --help)
 
 Finished stages are skipped; a larger K continues the run (not with --joint); other arguments need another --run.
 PYTHON=/path/to/python uses an environment of your own. The result is RUN/report.html and RUN/metrics.json.
