@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, count_members, data_hashes, end_stage, hash_file, import_evaluator, made_otherwise, natural, read_json, read_rewards,
+    InputError, Parser, begin_stage, count_members, counted_pairs, data_hashes, end_stage, hash_file, import_evaluator, made_otherwise, natural, read_json, read_rewards,
     read_split, read_weights, replacing, reward_path, run_main, unchanged, write_json)
 from pairwise.theory import irreducible, kept_members, theorem3
 from pairwise.weights import error_matrix, kkt_residual, simplex_weights
@@ -54,11 +54,11 @@ def early_stop(run, k, prefixes, patience):
     """Print the validation error of every prefix and whether to stop; exit with STOP where to."""
     if not (run / "data" / "valid.parquet").exists():
         raise InputError(f"{run / 'data' / 'valid.parquet'}: no such file; --early-stop needs validation prompts: data prepared with --valid-share")
-    data = read_split(run, "valid")
-    votes, counted = evaluator.votes(read_rewards(run, "valid", k, (int(data.response_start[-1]),)), data.a, data.b) / 2, data.n >= 2
-    if not counted.any():
+    data = counted_pairs(read_split(run, "valid"))
+    if data is None:
         raise InputError(f"{run / 'data' / 'valid.parquet'}: no pair of two votes found, by which --early-stop could tell")
-    errors = [float(np.mean((entry["alpha"] @ votes[: entry["k"]] - data.p)[counted] ** 2)) for entry in prefixes]
+    votes = evaluator.votes(read_rewards(run, "valid", k, (int(data.response_start[-1]),)), data.a, data.b) / 2
+    errors = [float(np.mean((entry["alpha"] @ votes[: entry["k"]] - data.p) ** 2)) for entry in prefixes]
     last = stops_at(errors, patience)
     said = f"no gain from {'it' if patience == 1 else f'the last {patience}'}, so member {last} is the last" if last else "goes on"
     print(f"early stop: Brier score on validation prompts {' '.join(f'{error:.4f}' for error in errors)}; {said}")
@@ -78,11 +78,11 @@ def prune(run, out, beta, k, data, rewards, inputs):
         return
     if out.exists():
         raise InputError(f"--out {out}: found, a new directory expected; the pruned run is a run directory of its own")
-    stats, counted = read_json(run / "data" / "stats.json"), data.n >= 2
-    if not counted.any():
+    stats, data = read_json(run / "data" / "stats.json"), counted_pairs(data)
+    if data is None:
         raise InputError(f"{run / 'data' / 'train.parquet'}: no pair of two votes found, by which members are compared")
-    p, n, ties = data.p[counted], data.n[counted], data.ties[counted]
-    votes = evaluator.votes(rewards, data.a[counted], data.b[counted]) / 2
+    p, n, ties = data.p, data.n, data.ties
+    votes = evaluator.votes(rewards, data.a, data.b) / 2
     kept = kept_members(votes, alpha, beta)
     pruned, removed = alpha * kept / alpha[kept].sum(), float(alpha[~kept].sum())
     mse = [float(np.mean((weights @ votes - p) ** 2)) for weights in (alpha, pruned)]
@@ -135,9 +135,9 @@ def main(args):
         print(f"weights: {run / 'weights.json'} is up to date, skipped")
         prefixes = read_json(run / "weights.json")
     else:
-        counted = data.n >= 2 if (data.n >= 2).any() else data.n > 0  # as in evaluate.py; where every pair has one vote, those are all there is
-        pairs = int(counted.sum())
-        sums = evaluator.pair_statistics(rewards, data.a[counted], data.b[counted], data.p[counted], np.array([0, pairs]))  # of all prompts as of one
+        data = counted_pairs(data) or data  # as in evaluate.py; where every pair has one vote, those are all there is
+        pairs = len(data.a)
+        sums = evaluator.pair_statistics(rewards, data.a, data.b, data.p, np.array([0, pairs]))  # of all prompts as of one
         q = error_matrix(sums["vote_vote"][0] / pairs, sums["vote_p"][0] / pairs, sums["p_p"][0] / pairs)
         started = begin_stage(run, "weights", {}, inputs)
         prefixes = fit_prefixes(q)

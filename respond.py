@@ -34,11 +34,12 @@ from scipy.special import logsumexp, softmax
 from tqdm import tqdm
 
 from pairwise import reward_model as rm
+from pairwise import sampling
 from pairwise.members import add_arguments, open_run, rewards_of_run
 from pairwise.ranking import favourites, ranks
 from pairwise.rows import READERS, decoded_lines, messages, one_of, parse_json, read_rows, text
-from pairwise.run_dir import InputError, Parser, natural, positive, run_main, seed
-from pairwise.sampling import room, sample, top_p
+from pairwise.run_dir import InputError, Parser, natural, run_main
+from pairwise.sampling import room, sample
 
 FIELDS = {"prompt": "messages", "response_a": "text", "response_b": "text", "choice": "text"}
 CHOICES = {"a": 1.0, "tie": 0.5, "b": 0.0}
@@ -224,10 +225,7 @@ def parse_args(argv=None):
     add("--like", type=Path, metavar="EXAMPLES", help="steerable: the user's comparisons, .jsonl, .json, .csv or .parquet")
     add("--draws", type=natural, default=1, help="distributional: members drawn for each prompt")
     add("--n", type=natural, default=16, help="candidates sampled for each prompt")
-    add("--max-tokens", type=natural, default=256, help="longest candidate")
-    add("--temperature", type=positive, default=1.0)
-    add("--top-p", type=top_p, default=0.9, help="sample each token from the likeliest that together have this probability")
-    add("--seed", type=seed, default=0, help="of the candidates and the draws")
+    sampling.add_flags(parser, 0.9, 256)
     add("--json", action="store_true", help="one JSON object a prompt instead of text")
     add_arguments(parser)
     args = parser.parse_args(argv)

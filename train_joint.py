@@ -14,7 +14,6 @@ their learned weight, so that prefixes of weights.json are sensible. --export J 
 train_rm.py's; of --train head the defaults are --lr 3e-2 --epochs 20 --weight-decay 0.1. Full training writes no checkpoints.
 """
 
-import os
 import time
 from pathlib import Path
 
@@ -66,9 +65,7 @@ def export(args):
 
 def main(args):
     run, k = args.run, args.k
-    torch.set_num_threads(args.threads)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    training.settle(args)
     if args.export:
         return export(args)
     splits, _ = read_splits(run)

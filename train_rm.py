@@ -28,8 +28,8 @@ from pairwise.checkpoint import Checkpoints
 from pairwise.offload import MAX_PRECONDITION_DIM, names_memory_flags
 from pairwise.run_dir import (
     InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, made_otherwise, member_name, members, must_agree, natural,
-    positive,
-    read_continuations, read_json, read_rewards, read_splits, read_weights, replacing, reward_path, run_main, share, stage_done, write_array, write_json)
+    positive, read_continuations, read_json, read_rewards, read_splits, read_weights, replacing, reward_path, run_main, share, stage_done,
+    write_array, write_json)
 
 # ---- the method
 
@@ -166,9 +166,7 @@ def main(args):
         raise InputError(f"{parallel.count()} processes found, 1 expected: --train head, --from, --export, --plan share no work; leave torchrun out")
     if args.plan:
         return plan.show(args, training.parameter_groups)
-    torch.set_num_threads(args.threads)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what is not decided by the seed is a bug, on a GPU too
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    training.settle(args)
     if args.export:
         return export(args)
     if made := made_otherwise(run):
@@ -244,7 +242,7 @@ def main(args):
             if not np.isfinite(values).all():
                 if first:
                     shutil.rmtree(run / member_name(j))
-                    outputs[1].unlink()
+                    outputs[1].unlink(missing_ok=True)
                     checkpoints.remove()
                 raise InputError(f"member {j}: rewards of {name} are not finite after the last step; a lower --lr may help")
         counts = {"identical_pairs": int((~keep).sum())}

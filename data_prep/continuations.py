@@ -15,7 +15,6 @@ A file of this form from a faster engine serves as well: put it there before the
 A killed call goes on with the prompt that it was at.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pairwise.reward_model import base_hashes, device, encode, load_language_model, load_tokenizer
+from pairwise import sampling
+from pairwise.reward_model import add_flags, base_hashes, encode, load_language_model, load_tokenizer
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, natural, positive, read_split, remembered_rows, run_main, seed, stage_done)
-from pairwise.sampling import room, sample, top_p
+    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, natural, read_split, remembered_rows, run_main, stage_done)
+from pairwise.sampling import room, sample
 
 
 def held_out_prompts(run):
@@ -84,15 +84,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--run", required=True, type=Path, help="run directory with data/")
     add("--base", required=True, help="base model: hub id or transformers directory")
-    add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
+    add_flags(parser)
+    sampling.add_flags(parser, 1.0, 256)
     add("--prompts", type=natural, default=50, help="prompts, drawn by the seed; all where there are fewer")
     add("--count", type=natural, default=100, help="continuations of each")
-    add("--temperature", type=positive, default=1.0)
-    add("--top-p", type=top_p, default=1.0, help="nucleus; 1: all tokens")
-    add("--max-tokens", type=natural, default=256, help="longest continuation")
-    add("--seed", type=seed, default=0)
-    add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
-    add("--device", type=device, default=device(), help="cpu or cuda (default: cuda where there is one)")
     return parser.parse_args(argv)
 
 

@@ -9,7 +9,6 @@ to RUN/data/train.parquet, where they never replace a vote. An answer that names
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -18,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pairwise.reward_model import base_hashes, device, encode, load_language_model, load_tokenizer
+from pairwise import sampling
+from pairwise.reward_model import add_flags, base_hashes, encode, load_language_model, load_tokenizer
 from pairwise.run_dir import (
-    JUDGMENTS, InputError, Parser, begin_stage, end_stage, natural, positive, read_json, remembered_rows, replacing, run_main, seed, stage_done)
-from pairwise.sampling import room, sample, top_p
+    JUDGMENTS, InputError, Parser, begin_stage, end_stage, natural, read_json, remembered_rows, replacing, run_main, stage_done)
+from pairwise.sampling import room, sample
 
 QUESTION = """Two answers to the same message follow the conversation below. Say which one most people would rather have got: the one that is \
 correct where there is a right answer, and helpful without doing harm where there is none. Reply with "Choice: A" or "Choice: B" and nothing else.
@@ -109,14 +109,9 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--run", required=True, type=Path, help="run directory with data/, before its first member is trained")
     add("--base", required=True, help="instruction-tuned causal language model: hub id or transformers directory")
-    add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
+    add_flags(parser)
+    sampling.add_flags(parser, 0.9, 8)
     add("--count", type=natural, default=10, help="judgments of each pair, half of them in each order: an even number (the paper: 10)")
-    add("--top-p", type=top_p, default=0.9, help="nucleus (the paper: 0.9)")
-    add("--temperature", type=positive, default=1.0)
-    add("--max-tokens", type=natural, default=8, help="longest answer")
-    add("--seed", type=seed, default=0)
-    add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
-    add("--device", type=device, default=device(), help="cpu or cuda (default: cuda where there is one)")
     args = parser.parse_args(argv)
     if args.count % 2:
         parser.error(f"--count {args.count}: an even number expected, half of it for each order")

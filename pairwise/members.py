@@ -1,6 +1,5 @@
 """The members of a trained run put to work on new responses: what score.py and respond.py share."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,8 @@ def add_arguments(parser):
     add = parser.add_argument
     add("--run", required=True, type=Path, help="a trained run directory")
     add("--base", help="the base model, where it is no longer where the run found it")
-    add("--chat-template", metavar="FILE", help="Jinja chat template, where the run was made with one")
     add("--micro-batch-tokens", type=natural, default=8192 if torch.cuda.is_available() else 1024, help="tokens run in one forward pass")
-    add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
-    add("--device", type=rm.device, default=rm.device(), help="cpu or cuda (default: cuda where there is one)")
+    rm.add_flags(parser)
 
 
 def open_run(args, samples=False):

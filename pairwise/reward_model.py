@@ -4,6 +4,7 @@ head, rewards and everything after them are float32."""
 import argparse
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as transformers_logging
 
 from pairwise import adapter, packed, parallel
-from pairwise.run_dir import InputError, first_line, hash_file, read_json
+from pairwise.run_dir import InputError, first_line, hash_file, natural, read_json
 
 transformers_logging.disable_progress_bar()  # ours say more, and what is missing from a checkpoint is checked here, not told
 transformers_logging.set_verbosity_error()
@@ -117,6 +118,15 @@ def device(name=None):
     if kind not in ("cpu", "cuda") or kind == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(f"{name} found, {'cpu or cuda' if torch.cuda.is_available() else 'cpu, as there is no cuda here,'} expected")
     return name
+
+
+def add_flags(parser):
+    """The flags of every script that runs a model."""
+    add = parser.add_argument
+    add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
+    add("--threads", type=natural, default=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), help="CPU threads (default: all; of "
+        "several processes, of each its share)")
+    add("--device", type=device, default=device(), help="cpu or cuda (default: cuda where there is one)")
 
 
 def load_base(base, tokenizer, dtype, device, heads=1):

@@ -6,7 +6,7 @@ import copy
 import torch
 from transformers import GenerationConfig
 
-from pairwise.run_dir import InputError
+from pairwise.run_dir import InputError, natural, positive, seed
 
 AT_ONCE = 20  # answers sampled together: bounds the memory that keys, values and logits take
 
@@ -17,6 +17,15 @@ def top_p(text):
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} found, a number above 0 and at most 1 expected")
     return value
+
+
+def add_flags(parser, nucleus, most):
+    """The flags of sampling, with the defaults of --top-p and --max-tokens."""
+    add = parser.add_argument
+    add("--temperature", type=positive, default=1.0)
+    add("--top-p", type=top_p, default=nucleus, help=f"sample each token from the likeliest that together have this probability (default {nucleus})")
+    add("--max-tokens", type=natural, default=most, help=f"longest answer (default {most})")
+    add("--seed", type=seed, default=0, help="of all that is drawn")
 
 
 def room(model, prompt, max_tokens, where):

@@ -74,6 +74,13 @@ def schedule(step, steps, warmup):
 # ---- training
 
 
+def settle(args):
+    """Threads as asked, and nothing that the seed does not decide: that would be a bug, on a GPU too."""
+    torch.set_num_threads(args.threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def parameter_groups(model):
     """SOAP's groups of what is trained: the layers' matrices, or adapters, are preconditioned; for embedding, head and norms it is plain Adam."""
     apart, trained = (rm.head(model).weight, model.get_input_embeddings().weight), [p for p in model.parameters() if p.requires_grad]
@@ -215,7 +222,7 @@ SETTINGS = ("seed", "lr", "epochs", "pairs_per_step", "weight_decay", "warmup", 
 def add_flags(parser):
     """The flags that all training scripts have."""
     add = parser.add_argument
-    add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
+    rm.add_flags(parser)
     add("--seed", type=seed, default=0, help="of head and order; with J, so every member draws its own")
     # optimizer (SOAP)
     add("--lr", type=positive, help="peak learning rate (default 2e-5; head: 1e-3; lora: 2e-4, ours: adapters begin at zero and have few steps)")
@@ -234,9 +241,6 @@ def add_flags(parser):
         "through host memory (default: what is free; on a CPU all)")
     add("--checkpoint-minutes", type=nonnegative, default=30, help="between checkpoints from which a killed full or lora training of "
         "train_rm.py continues; 0: none (default 30)")
-    add("--threads", type=natural, default=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), help="CPU threads (default: all; of "
-        "several processes, of each its share)")
-    add("--device", type=rm.device, default=rm.device(), help="cpu or cuda (default: cuda where there is one)")
 
 
 def fill_in(args, **defaults):

@@ -98,6 +98,20 @@ def tokenizer(demo, data):
 
 
 @pytest.fixture(scope="session")
+def split(data):
+    from pairwise.run_dir import read_split
+
+    return read_split(data, "train")
+
+
+@pytest.fixture(scope="session")
+def sequences(split, tokenizer):
+    from pairwise import reward_model as rm
+
+    return rm.encode_split(tokenizer, split.messages, split.responses, None)
+
+
+@pytest.fixture(scope="session")
 def base(tokenizer, tmp_path_factory):
     """Directory of a random Llama for token prediction, hidden size 32, two layers, with the demo's tokenizer."""
     return make_base(tokenizer, tmp_path_factory.mktemp("base") / "tiny", seed=0)

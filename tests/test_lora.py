@@ -37,16 +37,6 @@ def plain_rewards(model, sequences):
 
 
 @pytest.fixture(scope="module")
-def split(data):
-    return read_split(data, "train")
-
-
-@pytest.fixture(scope="module")
-def sequences(split, tokenizer):
-    return rm.encode_split(tokenizer, split.messages, split.responses, None)
-
-
-@pytest.fixture(scope="module")
 def test_sequences(data, tokenizer):
     test = read_split(data, "test")
     return rm.encode_split(tokenizer, test.messages, test.responses, None)

@@ -39,16 +39,6 @@ def contents(run):
     return found
 
 
-@pytest.fixture(scope="module")
-def split(data):
-    return read_split(data, "train")
-
-
-@pytest.fixture(scope="module")
-def sequences(split, tokenizer):
-    return rm.encode_split(tokenizer, split.messages, split.responses, None)
-
-
 @pytest.fixture
 def model(base, tokenizer):
     model = rm.load_base(base, tokenizer, torch.float32, "cpu")
