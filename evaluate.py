@@ -332,6 +332,12 @@ def read_ensemble(run):
         raise InputError(f"{path}: a list of {{k, alpha, fit}} expected; fit_weights.py makes it") from None
 
 
+def best_size(ensemble):
+    """The k with the least Brier score; of scores that are equal but for rounding (1e-9, as in fit_weights.py) the smallest k."""
+    least = min(entry["brier"] for entry in ensemble)
+    return min(entry["k"] for entry in ensemble if entry["brier"] <= least + 1e-9)
+
+
 # ---- several runs
 
 
@@ -456,7 +462,7 @@ def main(args):
                 metrics["splits"][name], forms = split_metrics(counted, rewards[name], alphas, fits, stats, trained_on_p(run), draw)
                 errors[name] = forms, np.diff(counted.pair_start)
         if "valid" in metrics["splits"]:
-            metrics["k_valid"] = min(metrics["splits"]["valid"]["ensemble"], key=lambda entry: entry["brier"])["k"]
+            metrics["k_valid"] = best_size(metrics["splits"]["valid"]["ensemble"])
         if args.refit:
             train, fitted = counted_pairs(splits["train"]) or splits["train"], [entry["k"] for entry in prefixes if entry["fit"] == "qp"]
             sums = evaluator.pair_statistics(rewards["train"], train.a, train.b, train.p, train.pair_start)

@@ -144,6 +144,13 @@ def files_of(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
+def test_best_size_is_the_smallest_of_those_equal_but_for_rounding():
+    def best(*briers):
+        return evaluate.best_size([{"k": k, "brier": brier} for k, brier in enumerate(briers, 1)])
+
+    assert best(0.2, 0.1, 0.1 - 1e-16) == 2 and best(0.2, 0.1, 0.1 - 1e-8) == 3 and best(0.1 + 1e-16, 0.1, 0.3) == 1
+
+
 def test_plurality_gain_where_it_was_measured(tmp_path):
     run = tmp_path / "run"
     make(run, continuations=False)
