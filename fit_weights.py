@@ -20,8 +20,27 @@ from pathlib import Path
 import numpy as np
 
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, count_members, counted_pairs, data_hashes, end_stage, hash_file, import_evaluator, made_otherwise, natural, read_json, read_rewards,
-    read_split, read_weights, replacing, reward_path, run_main, unchanged, write_json)
+    InputError,
+    Parser,
+    begin_stage,
+    count_members,
+    counted_pairs,
+    data_hashes,
+    end_stage,
+    hash_file,
+    import_evaluator,
+    made_otherwise,
+    natural,
+    read_json,
+    read_rewards,
+    read_split,
+    read_weights,
+    replacing,
+    reward_path,
+    run_main,
+    unchanged,
+    write_json,
+)
 from pairwise.theory import irreducible, kept_members, theorem3
 from pairwise.weights import error_matrix, kkt_residual, simplex_weights
 
@@ -35,7 +54,15 @@ def fit_prefixes(q):
     for k in range(1, len(q) + 1):
         part = q[:k, :k]
         alpha = simplex_weights(part)
-        prefixes.append({"k": k, "alpha": alpha.tolist(), "fit": "qp", "train_mse": float(alpha @ part @ alpha), "kkt": kkt_residual(part, alpha)})
+        prefixes.append(
+            {
+                "k": k,
+                "alpha": alpha.tolist(),
+                "fit": "qp",
+                "train_mse": float(alpha @ part @ alpha),
+                "kkt": kkt_residual(part, alpha),
+            }
+        )
     return prefixes
 
 
@@ -47,21 +74,45 @@ def stops_at(errors, patience):
 
     errors: of k = 1, 2, ..; a gain of less than 1e-9 is rounding. It depends on errors[:k] alone, so a continued run stops where a new one does.
     """
-    return next((k for k in range(patience + 1, len(errors) + 1) if min(errors[k - patience : k]) > min(errors[: k - patience]) - 1e-9), None)
+    return next(
+        (
+            k
+            for k in range(patience + 1, len(errors) + 1)
+            if min(errors[k - patience : k]) > min(errors[: k - patience]) - 1e-9
+        ),
+        None,
+    )
 
 
 def early_stop(run, k, prefixes, patience):
     """Print the validation error of every prefix and whether to stop; exit with STOP where to."""
     if not (run / "data" / "valid.parquet").exists():
-        raise InputError(f"{run / 'data' / 'valid.parquet'}: no such file; --early-stop needs validation prompts: data prepared with --valid-share")
+        raise InputError(
+            f"{run / 'data' / 'valid.parquet'}: no such file; --early-stop needs validation prompts: data prepared with --valid-share"
+        )
     data = counted_pairs(read_split(run, "valid"))
     if data is None:
-        raise InputError(f"{run / 'data' / 'valid.parquet'}: no pair of two votes found, by which --early-stop could tell")
-    votes = evaluator.votes(read_rewards(run, "valid", k, (int(data.response_start[-1]),)), data.a, data.b) / 2
-    errors = [float(np.mean((entry["alpha"] @ votes[: entry["k"]] - data.p) ** 2)) for entry in prefixes]
+        raise InputError(
+            f"{run / 'data' / 'valid.parquet'}: no pair of two votes found, by which --early-stop could tell"
+        )
+    votes = (
+        evaluator.votes(
+            read_rewards(run, "valid", k, (int(data.response_start[-1]),)), data.a, data.b
+        )
+        / 2
+    )
+    errors = [
+        float(np.mean((entry["alpha"] @ votes[: entry["k"]] - data.p) ** 2)) for entry in prefixes
+    ]
     last = stops_at(errors, patience)
-    said = f"no gain from {'it' if patience == 1 else f'the last {patience}'}, so member {last} is the last" if last else "goes on"
-    print(f"early stop: Brier score on validation prompts {' '.join(f'{error:.4f}' for error in errors)}; {said}")
+    said = (
+        f"no gain from {'it' if patience == 1 else f'the last {patience}'}, so member {last} is the last"
+        if last
+        else "goes on"
+    )
+    print(
+        f"early stop: Brier score on validation prompts {' '.join(f'{error:.4f}' for error in errors)}; {said}"
+    )
     if last:
         sys.exit(STOP)
 
@@ -77,25 +128,47 @@ def prune(run, out, beta, k, data, rewards, inputs):
         print(f"prune: {out} is up to date, skipped")
         return
     if out.exists():
-        raise InputError(f"--out {out}: found, a new directory expected; the pruned run is a run directory of its own")
+        raise InputError(
+            f"--out {out}: found, a new directory expected; the pruned run is a run directory of its own"
+        )
     stats, data = read_json(run / "data" / "stats.json"), counted_pairs(data)
     if data is None:
-        raise InputError(f"{run / 'data' / 'train.parquet'}: no pair of two votes found, by which members are compared")
+        raise InputError(
+            f"{run / 'data' / 'train.parquet'}: no pair of two votes found, by which members are compared"
+        )
     p, n, ties = data.p, data.n, data.ties
     votes = evaluator.votes(rewards, data.a, data.b) / 2
     kept = kept_members(votes, alpha, beta)
     pruned, removed = alpha * kept / alpha[kept].sum(), float(alpha[~kept].sum())
     mse = [float(np.mean((weights @ votes - p) ** 2)) for weights in (alpha, pruned)]
-    c = {"sampled": np.mean(irreducible(p, n, ties if stats["ties"] == "half" else 0)), "population": 0.0, "dependent": None}[stats["votes"]]
+    c = {
+        "sampled": np.mean(irreducible(p, n, ties if stats["ties"] == "half" else 0)),
+        "population": 0.0,
+        "dependent": None,
+    }[stats["votes"]]
     epsilon = None if c is None else max(0.0, mse[0] - c)
-    facts = {"beta": beta, "removed": (np.flatnonzero(~kept) + 1).tolist(), "weight_removed": removed, "epsilon": epsilon,
-             "gamma": None if c is None else (beta + 1) * epsilon**0.5, "bound": None if c is None else theorem3(epsilon, 1 / (beta - 1)),
-             "bound_of_weight_removed": None if c is None else theorem3(epsilon, removed), "error": None if c is None else mse[1] - c}
-    facts["guarantee"] = "the error of the weights is not known for these votes, so there is no bound" if c is None else (
-        f"no member is left with Phi > {beta:g} Phi_min + {facts['gamma']:.4f} (epsilon {epsilon:.4f}); the error is {facts['error']:.4f}, at most "
-        f"{facts['bound']:.4f} by theorem 3, {facts['bound_of_weight_removed']:.4f} for the weight removed")
+    facts = {
+        "beta": beta,
+        "removed": (np.flatnonzero(~kept) + 1).tolist(),
+        "weight_removed": removed,
+        "epsilon": epsilon,
+        "gamma": None if c is None else (beta + 1) * epsilon**0.5,
+        "bound": None if c is None else theorem3(epsilon, 1 / (beta - 1)),
+        "bound_of_weight_removed": None if c is None else theorem3(epsilon, removed),
+        "error": None if c is None else mse[1] - c,
+    }
+    facts["guarantee"] = (
+        "the error of the weights is not known for these votes, so there is no bound"
+        if c is None
+        else (
+            f"no member is left with Phi > {beta:g} Phi_min + {facts['gamma']:.4f} (epsilon {epsilon:.4f}); the error is {facts['error']:.4f}, at most "
+            f"{facts['bound']:.4f} by theorem 3, {facts['bound_of_weight_removed']:.4f} for the weight removed"
+        )
+    )
 
-    with replacing(out) as partial:  # all of it or nothing, so the stage need not be entered as begun
+    with replacing(
+        out
+    ) as partial:  # all of it or nothing, so the stage need not be entered as begun
         started = time.time()
         partial.mkdir()
         for path in sorted(run.iterdir()):
@@ -105,15 +178,35 @@ def prune(run, out, beta, k, data, rewards, inputs):
                 shutil.copy(path, partial)
             elif path.name == "members.json":  # the place of its source is told from here
                 found = read_json(path)
-                write_json(partial / path.name, found | {"source": os.path.relpath((run / found["source"]).resolve(), out.resolve())})
+                write_json(
+                    partial / path.name,
+                    found
+                    | {"source": os.path.relpath((run / found["source"]).resolve(), out.resolve())},
+                )
             elif path.name in ("base", "joint") or path.name.startswith("member_"):
                 (partial / path.name).symlink_to(path.resolve())  # gigabytes
         stages = read_json(run / "manifest.json", {"stages": {}})["stages"]
-        write_json(partial / "manifest.json", {"stages": {name: stages[name] for name in stages if name not in ("weights", "evaluate")}})
-        write_json(partial / "weights.json", [{"k": k, "alpha": pruned.tolist(), "fit": "fixed", "train_mse": mse[1], "kkt": None}])
+        write_json(
+            partial / "manifest.json",
+            {
+                "stages": {
+                    name: stages[name] for name in stages if name not in ("weights", "evaluate")
+                }
+            },
+        )
+        write_json(
+            partial / "weights.json",
+            [{"k": k, "alpha": pruned.tolist(), "fit": "fixed", "train_mse": mse[1], "kkt": None}],
+        )
         end_stage(partial, "weights", settings, inputs, started, pruned=facts)
-    names = f"member{'s' * (len(facts['removed']) > 1)} {', '.join(map(str, facts['removed']))}" if facts["removed"] else "no member"
-    print(f"prune: {names} of {k} removed, weight {removed:.4f} of at most 1/(beta-1) = {1 / (beta - 1):.4f}")
+    names = (
+        f"member{'s' * (len(facts['removed']) > 1)} {', '.join(map(str, facts['removed']))}"
+        if facts["removed"]
+        else "no member"
+    )
+    print(
+        f"prune: {names} of {k} removed, weight {removed:.4f} of at most 1/(beta-1) = {1 / (beta - 1):.4f}"
+    )
     print(f"prune: {facts['guarantee']}\nprune: {out}")
 
 
@@ -121,31 +214,48 @@ def main(args):
     run = args.run
     data, k = read_split(run, "train"), count_members(run)
     rewards = read_rewards(run, "train", k, (int(data.response_start[-1]),))
-    inputs = data_hashes(run) | {f"rewards of member {j}": hash_file(reward_path(run, j, "train")) for j in range(1, k + 1)}
+    inputs = data_hashes(run) | {
+        f"rewards of member {j}": hash_file(reward_path(run, j, "train")) for j in range(1, k + 1)
+    }
     if args.prune:
         prune(run, args.out, args.prune, k, data, rewards, inputs)
         return
     made = made_otherwise(run)
     if made in ("hardened", "pruned"):
-        raise InputError(f"{run / 'weights.json'}: {made} weights found, which stay; those of the run that it was made from are fitted, with --run of that one")
-    if made and read_json(run / "manifest.json")["stages"]["joint"]["settings"]["weights"] == "learned":
-        raise InputError(f"{run / 'weights.json'}: weights found that were learned with the rewards, which stay; train_joint.py --weights qp leaves them "
-                         "to be fitted")
+        raise InputError(
+            f"{run / 'weights.json'}: {made} weights found, which stay; those of the run that it was made from are fitted, with --run of that one"
+        )
+    if (
+        made
+        and read_json(run / "manifest.json")["stages"]["joint"]["settings"]["weights"] == "learned"
+    ):
+        raise InputError(
+            f"{run / 'weights.json'}: weights found that were learned with the rewards, which stay; train_joint.py --weights qp leaves them "
+            "to be fitted"
+        )
     if unchanged(run, "weights", {}, inputs, [run / "weights.json"]):
         print(f"weights: {run / 'weights.json'} is up to date, skipped")
         prefixes = read_json(run / "weights.json")
     else:
-        data = counted_pairs(data) or data  # as in evaluate.py; where every pair has one vote, those are all there is
+        data = (
+            counted_pairs(data) or data
+        )  # as in evaluate.py; where every pair has one vote, those are all there is
         pairs = len(data.a)
-        sums = evaluator.pair_statistics(rewards, data.a, data.b, data.p, np.array([0, pairs]))  # of all prompts as of one
-        q = error_matrix(sums["vote_vote"][0] / pairs, sums["vote_p"][0] / pairs, sums["p_p"][0] / pairs)
+        sums = evaluator.pair_statistics(
+            rewards, data.a, data.b, data.p, np.array([0, pairs])
+        )  # of all prompts as of one
+        q = error_matrix(
+            sums["vote_vote"][0] / pairs, sums["vote_p"][0] / pairs, sums["p_p"][0] / pairs
+        )
         started = begin_stage(run, "weights", {}, inputs)
         prefixes = fit_prefixes(q)
         write_json(run / "weights.json", prefixes)
         end_stage(run, "weights", {}, inputs, started)
         last = prefixes[-1]
         alpha = " ".join(f"{weight:.3f}" for weight in last["alpha"])
-        print(f"weights: k={k}, train error {last['train_mse']:.4f}, alpha {alpha}, KKT residual {last['kkt']:.0e}")
+        print(
+            f"weights: k={k}, train error {last['train_mse']:.4f}, alpha {alpha}, KKT residual {last['kkt']:.0e}"
+        )
     if args.early_stop:
         early_stop(run, k, prefixes, args.early_stop)
 
@@ -160,10 +270,23 @@ def above_two(text):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--run", required=True, type=Path, help="run directory with data/ and rewards/")
-    parser.add_argument("--early-stop", nargs="?", const=1, type=natural, metavar="PATIENCE",
-                        help=f"exit with code {STOP} where the last PATIENCE members (1) did not lower the Brier score on the validation prompts")
-    parser.add_argument("--prune", type=above_two, metavar="BETA", help="above 2: remove the members farthest from p_hat, of weight at most 1/(BETA-1)")
+    parser.add_argument(
+        "--run", required=True, type=Path, help="run directory with data/ and rewards/"
+    )
+    parser.add_argument(
+        "--early-stop",
+        nargs="?",
+        const=1,
+        type=natural,
+        metavar="PATIENCE",
+        help=f"exit with code {STOP} where the last PATIENCE members (1) did not lower the Brier score on the validation prompts",
+    )
+    parser.add_argument(
+        "--prune",
+        type=above_two,
+        metavar="BETA",
+        help="above 2: remove the members farthest from p_hat, of weight at most 1/(BETA-1)",
+    )
     parser.add_argument("--out", type=Path, help="of --prune: the pruned run, a new directory")
     args = parser.parse_args(argv)
     if (args.prune is None) != (args.out is None) or args.prune and args.early_stop:

@@ -29,8 +29,28 @@ from scipy.special import expit
 
 from pairwise.levels import formula, hardened
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, count_members, counted_pairs, data_hashes, end_stage, hash_file, import_evaluator, made_otherwise, members,
-    read_continuation_rewards, read_json, read_rewards, read_splits, replacing, reward_path, run_main, unchanged, write_array, write_json)
+    InputError,
+    Parser,
+    begin_stage,
+    count_members,
+    counted_pairs,
+    data_hashes,
+    end_stage,
+    hash_file,
+    import_evaluator,
+    made_otherwise,
+    members,
+    read_continuation_rewards,
+    read_json,
+    read_rewards,
+    read_splits,
+    replacing,
+    reward_path,
+    run_main,
+    unchanged,
+    write_array,
+    write_json,
+)
 from pairwise.weights import error_matrix, simplex_weights
 
 evaluator = import_evaluator()
@@ -53,10 +73,17 @@ def soft_weights(du, p):
 
 def tune(du, weights, p):
     """(tau, a): the scale and the lapse rate in [0, 1/2) that minimise mean (a + (1 - 2a) sum_c w_c sigmoid(tau du_c) - p)^2."""
+
     def error(x):
         return np.mean((lapsed(weights @ expit(np.exp(x[0]) * du), x[1]) - p) ** 2)
 
-    found = min((minimize(error, [start, 0.02], method="Nelder-Mead", bounds=[(-4, 4), (0, 0.49)]) for start in (-1.0, 0.0, 1.0)), key=lambda r: r.fun)
+    found = min(
+        (
+            minimize(error, [start, 0.02], method="Nelder-Mead", bounds=[(-4, 4), (0, 0.49)])
+            for start in (-1.0, 0.0, 1.0)
+        ),
+        key=lambda r: r.fun,
+    )
     return float(np.exp(found.x[0])), float(found.x[1])
 
 
@@ -75,7 +102,9 @@ def mixing(width):
 
 def quantile_layout(levels):
     """(widths, offsets), float64 (levels,) each: the quantiles of F at (i + 1/2) / levels, offsets at the golden ratio's steps."""
-    widths = np.array([brentq(lambda w: mixing(w) - (i + 0.5) / levels, 1e-6, 500) for i in range(levels)])
+    widths = np.array(
+        [brentq(lambda w: mixing(w) - (i + 0.5) / levels, 1e-6, 500) for i in range(levels)]
+    )
     return widths, 0.618 * np.arange(levels) % 1 * widths
 
 
@@ -85,7 +114,11 @@ def equal_layout(levels, width):
 
 def paired(member, scale, layout, taste, taste_scale):
     """Two formulas for each level of a layout: the taste and its opposite."""
-    return [formula(member, scale, w, o, taste, sign * taste_scale) for w, o in zip(*map(np.ndarray.tolist, layout)) for sign in (1, -1)]
+    return [
+        formula(member, scale, w, o, taste, sign * taste_scale)
+        for w, o in zip(*map(np.ndarray.tolist, layout))
+        for sign in (1, -1)
+    ]
 
 
 def largest_remainder(weights, k):
@@ -101,6 +134,7 @@ def pick(q, k, sweeps=1, tries=4):
 
     Forward selection by the gradient with all weights fitted anew, then every member exchanged once where that helps.
     """
+
     def solved(chosen):
         part = q[np.ix_(chosen, chosen)]
         alpha = simplex_weights(part)
@@ -109,7 +143,10 @@ def pick(q, k, sweeps=1, tries=4):
     def grown(chosen):
         gain = q[:, chosen] @ solved(chosen)[1] if chosen else np.diag(q).copy()
         gain[chosen] = np.inf
-        return min(([*chosen, int(j)] for j in np.argsort(gain, kind="stable")[:tries]), key=lambda chosen: solved(chosen)[0])
+        return min(
+            ([*chosen, int(j)] for j in np.argsort(gain, kind="stable")[:tries]),
+            key=lambda chosen: solved(chosen)[0],
+        )
 
     chosen = []
     for _ in range(k):
@@ -123,13 +160,19 @@ def pick(q, k, sweeps=1, tries=4):
 
 def pool_of(component, scale):
     """Formulas to pick from: u, its opposite (lapses), and levels of widths from .7 to 12 with u reversed inside."""
-    levels = [formula(component, scale, float(w), float(w * o)) for w in np.geomspace(0.7, 12, 14) for o in np.arange(12) / 12]
+    levels = [
+        formula(component, scale, float(w), float(w * o))
+        for w in np.geomspace(0.7, 12, 14)
+        for o in np.arange(12) / 12
+    ]
     return [formula(component, scale), formula(component, -scale), *levels]
 
 
 def votes_of(formulas, rewards, a, b):
     """V_j, float64 (k, N)."""
-    parts = [formulas[at : at + 1000] for at in range(0, len(formulas), 1000)]  # the evaluator takes 1,024 at once
+    parts = [
+        formulas[at : at + 1000] for at in range(0, len(formulas), 1000)
+    ]  # the evaluator takes 1,024 at once
     return np.concatenate([evaluator.votes(hardened(part, rewards), a, b) for part in parts]) / 2
 
 
@@ -139,7 +182,11 @@ def layouts(rewards, split, components, weights, tau, a, k, tastes, wanted="auto
     rewards float32 (K, R); components: the members (from 1) whose soft votes are mixed with `weights`; tau, a: as tuned; tastes: {component: its
     taste or None}.
     """
-    some = np.unique(np.linspace(0, len(split.a) - 1, PAIRS).astype(int)) if len(split.a) > PAIRS else np.arange(len(split.a))
+    some = (
+        np.unique(np.linspace(0, len(split.a) - 1, PAIRS).astype(int))
+        if len(split.a) > PAIRS
+        else np.arange(len(split.a))
+    )
     first, second = split.a[some], split.b[some]
     du = tau * (rewards[:, first].astype(np.float64) - rewards[:, second])[np.array(components) - 1]
     soft = lapsed(weights @ expit(du), a)
@@ -153,9 +200,12 @@ def layouts(rewards, split, components, weights, tau, a, k, tastes, wanted="auto
     counts = largest_remainder(weights, k) if k % 2 == 0 else []
     kept = [(c, n) for c, n in zip(components, counts) if n]
     if kept and all(tastes[c] for c, _ in kept):
+
         def both(layout):
             units = {c: 1 / max(float(rewards[tastes[c] - 1].std()), 1e-6) for c, _ in kept}
-            formulas = [f for c, n in kept for f in paired(c, tau, layout(n // 2), tastes[c], units[c])]
+            formulas = [
+                f for c, n in kept for f in paired(c, tau, layout(n // 2), tastes[c], units[c])
+            ]
             alpha = np.concatenate([np.full(n, weights[components.index(c)] / n) for c, n in kept])
             return formulas, alpha / alpha.sum()
 
@@ -176,8 +226,16 @@ def layouts(rewards, split, components, weights, tau, a, k, tastes, wanted="auto
 def centred(formulas, rewards):
     """The formulas with offsets that bring the levels of the median reward to zero, where float32 is finest."""
     middle = np.median(rewards, axis=1).astype(np.float64)
-    levels = [0 if f["width"] is None else np.floor((f["scale"] * middle[f["member"] - 1] + f["offset"]) / f["width"]) for f in formulas]
-    return [f | {"offset": float(f["offset"] - f["width"] * level) if level else f["offset"]} for f, level in zip(formulas, levels)]
+    levels = [
+        0
+        if f["width"] is None
+        else np.floor((f["scale"] * middle[f["member"] - 1] + f["offset"]) / f["width"])
+        for f in formulas
+    ]
+    return [
+        f | {"offset": float(f["offset"] - f["width"] * level) if level else f["offset"]}
+        for f, level in zip(formulas, levels)
+    ]
 
 
 def harden(train, tuned, k, wanted="auto", counts=None):
@@ -190,35 +248,71 @@ def harden(train, tuned, k, wanted="auto", counts=None):
     best = None
     for m in counts or range(1, len(rewards) + 1):
         weights = soft_weights(differences(rewards[:m], split), split.p)
-        components, weights = [c for c in range(1, m + 1) if weights[c - 1] > 0], weights[weights > 0]
+        components, weights = (
+            [c for c in range(1, m + 1) if weights[c - 1] > 0],
+            weights[weights > 0],
+        )
         tau, a = tune(differences(asked_rewards[np.array(components) - 1], asked), weights, asked.p)
-        tastes = {c: next((other for other in range(1, len(rewards) + 1) if other != c), None) for c in components}
+        tastes = {
+            c: next((other for other in range(1, len(rewards) + 1) if other != c), None)
+            for c in components
+        }
         found = layouts(rewards, split, components, weights, tau, a, k, tastes, wanted)
         if not found:
-            raise InputError(f"--layout {wanted}: pairs of members with a taste need an even --k and a run of at least two members; "
-                             f"--k {k} and {len(rewards)} found")
+            raise InputError(
+                f"--layout {wanted}: pairs of members with a taste need an even --k and a run of at least two members; "
+                f"--k {k} and {len(rewards)} found"
+            )
         name = min(found, key=lambda name: found[name][2])
         formulas, alpha, misfit = found[name]
-        brier = np.mean((alpha @ votes_of(formulas, asked_rewards, asked.a, asked.b) - asked.p) ** 2)
+        brier = np.mean(
+            (alpha @ votes_of(formulas, asked_rewards, asked.a, asked.b) - asked.p) ** 2
+        )
         if best is None or brier < best["brier"]:
-            best = {"formulas": centred(formulas, rewards), "alpha": alpha, "layout": name, "components": components, "weights": weights,
-                    "tau": tau, "a": a, "misfit": misfit, "brier": float(brier)}
+            best = {
+                "formulas": centred(formulas, rewards),
+                "alpha": alpha,
+                "layout": name,
+                "components": components,
+                "weights": weights,
+                "tau": tau,
+                "a": a,
+                "misfit": misfit,
+                "brier": float(brier),
+            }
     return best
 
 
 def main(args):
     run, out, k = args.run, args.out, args.k
-    if out.exists() and any(out.iterdir()) and "harden" not in read_json(out / "manifest.json", {"stages": {}})["stages"]:
-        raise InputError(f"--out {out}: a directory of something else found, one of its own expected")
+    if (
+        out.exists()
+        and any(out.iterdir())
+        and "harden" not in read_json(out / "manifest.json", {"stages": {}})["stages"]
+    ):
+        raise InputError(
+            f"--out {out}: a directory of something else found, one of its own expected"
+        )
     if made_otherwise(run) in ("hardened", "pruned"):
-        raise InputError(f"{run}: a {made_otherwise(run)} run found; the one that it was made from expected")
+        raise InputError(
+            f"{run}: a {made_otherwise(run)} run found; the one that it was made from expected"
+        )
     splits, _ = read_splits(run)
-    splits = {name: counted_pairs(split) or split for name, split in splits.items()}  # as in fit_weights.py
+    splits = {
+        name: counted_pairs(split) or split for name, split in splits.items()
+    }  # as in fit_weights.py
     trained = count_members(run)
-    rewards = {name: read_rewards(run, name, trained, (int(split.response_start[-1]),)) for name, split in splits.items()}
+    rewards = {
+        name: read_rewards(run, name, trained, (int(split.response_start[-1]),))
+        for name, split in splits.items()
+    }
     if (continued := read_continuation_rewards(run, trained)) is not None:
         rewards["continuations"] = continued
-    settings = {"k": k, "layout": args.layout, "source": os.path.relpath(run.resolve(), out.resolve())}
+    settings = {
+        "k": k,
+        "layout": args.layout,
+        "source": os.path.relpath(run.resolve(), out.resolve()),
+    }
     files = [reward_path(run, j, name) for j in range(1, trained + 1) for name in rewards]
     inputs = data_hashes(run) | {str(path.relative_to(run)): hash_file(path) for path in files}
     if unchanged(out, "harden", settings, inputs, [out / "weights.json", out / "members.json"]):
@@ -226,10 +320,16 @@ def main(args):
         return
     tuned = "valid" if "valid" in splits else "train"
     if tuned == "train":
-        print("harden: no validation prompts (--valid-share): scale, lapses and number of components are fitted on train prompts")
+        print(
+            "harden: no validation prompts (--valid-share): scale, lapses and number of components are fitted on train prompts"
+        )
     if trained == 1:
-        print("harden: one member, so there is no taste: inside a level the order is the member's own, or its reverse")
-    found = harden((splits["train"], rewards["train"]), (splits[tuned], rewards[tuned]), k, args.layout)
+        print(
+            "harden: one member, so there is no taste: inside a level the order is the member's own, or its reverse"
+        )
+    found = harden(
+        (splits["train"], rewards["train"]), (splits[tuned], rewards[tuned]), k, args.layout
+    )
     started = begin_stage(out, "harden", settings, inputs)
     with replacing(out / "data") as partial:
         shutil.copytree(run / "data", partial)
@@ -242,21 +342,49 @@ def main(args):
                 write_array(partial / reward_path(out, j, name).name, values)
     write_json(out / "members.json", {"source": settings["source"], "members": found["formulas"]})
     train = splits["train"]
-    train_mse = np.mean((found["alpha"] @ votes_of(found["formulas"], rewards["train"], train.a, train.b) - train.p) ** 2)
-    write_json(out / "weights.json", [{"k": k, "alpha": found["alpha"].tolist(), "fit": "fixed", "train_mse": float(train_mse)}])
+    train_mse = np.mean(
+        (found["alpha"] @ votes_of(found["formulas"], rewards["train"], train.a, train.b) - train.p)
+        ** 2
+    )
+    write_json(
+        out / "weights.json",
+        [{"k": k, "alpha": found["alpha"].tolist(), "fit": "fixed", "train_mse": float(train_mse)}],
+    )
     facts = {name: found[name] for name in ("layout", "components", "tau", "a", "misfit", "brier")}
-    end_stage(out, "harden", settings, inputs, started, **facts, weights=found["weights"].tolist(), tuned_on=tuned)
-    mixed = " ".join(f"{weight:.3f} r{c}" for weight, c in zip(found["weights"], found["components"]))
-    print(f"harden: k={k}, layout {found['layout']}, of {mixed}, scale {found['tau']:.3f}, lapses {found['a']:.3f}; off the soft model by "
-          f"{found['misfit']:.5f} (train pairs); Brier score on {tuned} prompts {found['brier']:.4f}")
+    end_stage(
+        out,
+        "harden",
+        settings,
+        inputs,
+        started,
+        **facts,
+        weights=found["weights"].tolist(),
+        tuned_on=tuned,
+    )
+    mixed = " ".join(
+        f"{weight:.3f} r{c}" for weight, c in zip(found["weights"], found["components"])
+    )
+    print(
+        f"harden: k={k}, layout {found['layout']}, of {mixed}, scale {found['tau']:.3f}, lapses {found['a']:.3f}; off the soft model by "
+        f"{found['misfit']:.5f} (train pairs); Brier score on {tuned} prompts {found['brier']:.4f}"
+    )
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--run", required=True, type=Path, help="a finished run, with data/ and rewards/")
-    parser.add_argument("--out", required=True, type=Path, help="the hardened ensemble's own run directory")
+    parser.add_argument(
+        "--run", required=True, type=Path, help="a finished run, with data/ and rewards/"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, help="the hardened ensemble's own run directory"
+    )
     parser.add_argument("--k", type=members, default=8, help="hardened members (default 8)")
-    parser.add_argument("--layout", choices=("auto", "quantile", "equal", "fitted"), default="auto", help="how the levels are laid out (see above)")
+    parser.add_argument(
+        "--layout",
+        choices=("auto", "quantile", "equal", "fitted"),
+        default="auto",
+        help="how the levels are laid out (see above)",
+    )
     return parser.parse_args(argv)
 
 

@@ -63,7 +63,9 @@ def read_prompts(args):
         name, rows = "stdin", rows_of_lines([] if sys.stdin.isatty() else sys.stdin.buffer, "stdin")
     prompts = [(row.get("prompt"), messages(where, row.get("prompt"))) for where, row in rows]
     if not prompts:
-        raise InputError(f"{name}: no prompt found, at least one expected (PROMPT, --file FILE, or lines on stdin)")
+        raise InputError(
+            f"{name}: no prompt found, at least one expected (PROMPT, --file FILE, or lines on stdin)"
+        )
     return prompts
 
 
@@ -71,7 +73,12 @@ def rows_of_lines(file, name):
     """(where, row) of every line that is not empty: a row of JSON, or the prompt itself."""
     for line, words in decoded_lines(file, name):
         if words.strip():
-            yield f"{name} line {line}", parse_json(words, name, line) if words.startswith("{") else {"prompt": words.strip()}
+            yield (
+                f"{name} line {line}",
+                parse_json(words, name, line)
+                if words.startswith("{")
+                else {"prompt": words.strip()},
+            )
 
 
 def read_examples(path):
@@ -91,11 +98,22 @@ def sample_candidates(prompts, base, args):
     tokenizer = rm.load_tokenizer(base, args.chat_template)
     model = rm.load_language_model(base, args.device)
     encoded = [rm.encode(tokenizer, chat) for _, chat in prompts]
-    longest = [room(model, ids, args.max_tokens, f"prompt {number}") for number, ids in enumerate(encoded, 1)]
+    longest = [
+        room(model, ids, args.max_tokens, f"prompt {number}")
+        for number, ids in enumerate(encoded, 1)
+    ]
     found = []
-    for ids, most in tqdm(list(zip(encoded, longest)), desc="candidates", unit="prompt", leave=False, disable=len(prompts) == 1):
+    for ids, most in tqdm(
+        list(zip(encoded, longest)),
+        desc="candidates",
+        unit="prompt",
+        leave=False,
+        disable=len(prompts) == 1,
+    ):
         torch.manual_seed(args.seed)
-        counts = Counter(sample(model, tokenizer, ids, args.n, args.temperature, args.top_p, most)[0])
+        counts = Counter(
+            sample(model, tokenizer, ids, args.n, args.temperature, args.top_p, most)[0]
+        )
         found.append((sorted(counts), [counts[answer] for answer in sorted(counts)]))
     return found
 
@@ -105,7 +123,10 @@ def sample_candidates(prompts, base, args):
 
 def slate(favourite, alpha):
     """[(candidate, members)], heaviest first: the favourites of the members in the support, equal ones merged."""
-    merged = {i: np.flatnonzero((favourite == i) & (alpha > 0)) for i in sorted(set(favourite[alpha > 0].tolist()))}
+    merged = {
+        i: np.flatnonzero((favourite == i) & (alpha > 0))
+        for i in sorted(set(favourite[alpha > 0].tolist()))
+    }
     return sorted(merged.items(), key=lambda item: -alpha[item[1]].sum())
 
 
@@ -123,7 +144,9 @@ def agreements(rewards, choices):
 
 def posterior(alpha, agreed, n):
     """P(member | comparisons), float64 (K,): its weight times the mean over error rates e of (1-e)^agreed e^(n-agreed)."""
-    log_likelihood = np.outer(agreed, np.log1p(-ERROR_RATES)) + np.outer(n - agreed, np.log(ERROR_RATES))
+    log_likelihood = np.outer(agreed, np.log1p(-ERROR_RATES)) + np.outer(
+        n - agreed, np.log(ERROR_RATES)
+    )
     with np.errstate(divide="ignore"):  # a weight of zero stays zero
         return softmax(np.log(alpha) + logsumexp(log_likelihood, axis=1))
 
@@ -133,18 +156,34 @@ def respond(mode, texts, rank, favourite, alpha, drawn=None, agreed=None, exampl
 
     def answer(i, members=None, **more):
         members = np.flatnonzero(favourite == i) if members is None else np.array(members)
-        return {"text": texts[i], "members": (members + 1).tolist(), "weight": float(alpha[members].sum()), "ranks": rank[:, i].tolist()} | more
+        return {
+            "text": texts[i],
+            "members": (members + 1).tolist(),
+            "weight": float(alpha[members].sum()),
+            "ranks": rank[:, i].tolist(),
+        } | more
 
     if mode == "overton":
         return {"answers": [answer(i, members) for i, members in slate(favourite, alpha)]}
     if mode == "consensus":
         return {"answers": [answer(consensus(rank, alpha))]}
     if mode == "distributional":
-        return {"answers": [answer(i, draws=times) for i, times in Counter(favourite[drawn].tolist()).most_common()], "draws": (drawn + 1).tolist()}
+        return {
+            "answers": [
+                answer(i, draws=times)
+                for i, times in Counter(favourite[drawn].tolist()).most_common()
+            ],
+            "draws": (drawn + 1).tolist(),
+        }
     if mode == "steerable":
         p = posterior(alpha, agreed, examples)
-        return {"answers": [answer(favourite[p.argmax()])], "examples": examples, "agreements": agreed.tolist(), "posterior": p.tolist(),
-                "member": int(p.argmax()) + 1}
+        return {
+            "answers": [answer(favourite[p.argmax()])],
+            "examples": examples,
+            "agreements": agreed.tolist(),
+            "posterior": p.tolist(),
+            "member": int(p.argmax()) + 1,
+        }
     return {"answers": [answer(i, [j]) for j, i in enumerate(favourite)]}
 
 
@@ -158,8 +197,14 @@ def table(header, rows):
     left = sum(widths) + 2 * len(widths)
     wrap = max(30, shutil.get_terminal_size().columns - left)
     for row in [header, *cells]:
-        lines = [line for part in printable(row[-1]).splitlines() for line in textwrap.wrap(part, wrap) or [""]] or [""]
-        yield ("".join(f"{cell:>{width}}  " for cell, width in zip(row, widths)) + lines[0]).rstrip()
+        lines = [
+            line
+            for part in printable(row[-1]).splitlines()
+            for line in textwrap.wrap(part, wrap) or [""]
+        ] or [""]
+        yield (
+            "".join(f"{cell:>{width}}  " for cell, width in zip(row, widths)) + lines[0]
+        ).rstrip()
         yield from (" " * left + line for line in lines[1:])
 
 
@@ -172,19 +217,49 @@ def shown(row):
     """Lines of one prompt's row for the terminal."""
     prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
     yield from textwrap.wrap(printable(prompt), shutil.get_terminal_size().columns)
-    sampled, members = sum(candidate["count"] for candidate in row["candidates"]), len(row["weights"])
+    sampled, members = (
+        sum(candidate["count"] for candidate in row["candidates"]),
+        len(row["weights"]),
+    )
     yield f"{sampled} candidates, {len(row['candidates'])} of them distinct; rank by member 1{f' to {members}' if members > 1 else ''}"
     yield ""
     if row["mode"] == "steerable":
         best = row["member"] - 1
-        yield from table(["member", "weight", "agrees", "probability", "rank", "answer"], [
-            [j + 1, f"{row['weights'][j]:.2f}", f"{row['agreements'][j]:g} of {row['examples']}", f"{p:.2f}",
-             *((spaced(row["answers"][0]["ranks"]), row["answers"][0]["text"]) if j == best else ("", ""))] for j, p in enumerate(row["posterior"])])
+        yield from table(
+            ["member", "weight", "agrees", "probability", "rank", "answer"],
+            [
+                [
+                    j + 1,
+                    f"{row['weights'][j]:.2f}",
+                    f"{row['agreements'][j]:g} of {row['examples']}",
+                    f"{p:.2f}",
+                    *(
+                        (spaced(row["answers"][0]["ranks"]), row["answers"][0]["text"])
+                        if j == best
+                        else ("", "")
+                    ),
+                ]
+                for j, p in enumerate(row["posterior"])
+            ],
+        )
         return
-    drawn, who = row["mode"] == "distributional", "member" if row["mode"] == "table" else "favourite of"
-    yield from table([*(["drawn"] if drawn else []), who, "weight", "rank", "answer"], [
-        [*([each["draws"]] if drawn else []), spaced(each["members"]) or "none", f"{each['weight']:.2f}", spaced(each["ranks"]), each["text"]]
-        for each in row["answers"]])
+    drawn, who = (
+        row["mode"] == "distributional",
+        "member" if row["mode"] == "table" else "favourite of",
+    )
+    yield from table(
+        [*(["drawn"] if drawn else []), who, "weight", "rank", "answer"],
+        [
+            [
+                *([each["draws"]] if drawn else []),
+                spaced(each["members"]) or "none",
+                f"{each['weight']:.2f}",
+                spaced(each["ranks"]),
+                each["text"],
+            ]
+            for each in row["answers"]
+        ],
+    )
 
 
 def spaced(numbers):
@@ -208,10 +283,30 @@ def main(args):
         own = rewards[:, start : start + len(texts)]
         start += len(texts)
         rank = ranks(own)
-        listed = [{"text": answer, "count": count, "ranks": each} for answer, count, each in zip(texts, counts, rank.T.tolist())]
-        row = {"prompt": prompt, "mode": args.mode, "weights": alpha.tolist(), "candidates": listed} | respond(
-            args.mode, texts, rank, favourites(own), alpha, rng.choice(len(alpha), args.draws, p=alpha), agreed, len(examples))
-        print(json.dumps(row, ensure_ascii=False) if args.json else "\n" * (number > 0) + "\n".join(shown(row)))
+        listed = [
+            {"text": answer, "count": count, "ranks": each}
+            for answer, count, each in zip(texts, counts, rank.T.tolist())
+        ]
+        row = {
+            "prompt": prompt,
+            "mode": args.mode,
+            "weights": alpha.tolist(),
+            "candidates": listed,
+        } | respond(
+            args.mode,
+            texts,
+            rank,
+            favourites(own),
+            alpha,
+            rng.choice(len(alpha), args.draws, p=alpha),
+            agreed,
+            len(examples),
+        )
+        print(
+            json.dumps(row, ensure_ascii=False)
+            if args.json
+            else "\n" * (number > 0) + "\n".join(shown(row))
+        )
 
 
 def parse_args(argv=None):
@@ -221,8 +316,19 @@ def parse_args(argv=None):
     add("--file", type=Path, help="prompts, one a line, or rows of prompt")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--mode", choices=("overton", "consensus", "distributional", "steerable"))
-    which.add_argument("--table", dest="mode", action="store_const", const="table", help="every member's favourite side by side")
-    add("--like", type=Path, metavar="EXAMPLES", help="steerable: the user's comparisons, .jsonl, .json, .csv or .parquet")
+    which.add_argument(
+        "--table",
+        dest="mode",
+        action="store_const",
+        const="table",
+        help="every member's favourite side by side",
+    )
+    add(
+        "--like",
+        type=Path,
+        metavar="EXAMPLES",
+        help="steerable: the user's comparisons, .jsonl, .json, .csv or .parquet",
+    )
     add("--draws", type=natural, default=1, help="distributional: members drawn for each prompt")
     add("--n", type=natural, default=16, help="candidates sampled for each prompt")
     sampling.add_flags(parser, 0.9, 256)
@@ -230,7 +336,11 @@ def parse_args(argv=None):
     add_arguments(parser)
     args = parser.parse_args(argv)
     if (args.mode == "steerable") != bool(args.like):
-        parser.error("--mode steerable needs --like EXAMPLES" if args.mode == "steerable" else "--like EXAMPLES: only with --mode steerable")
+        parser.error(
+            "--mode steerable needs --like EXAMPLES"
+            if args.mode == "steerable"
+            else "--like EXAMPLES: only with --mode steerable"
+        )
     if args.draws > 1 and args.mode != "distributional":
         parser.error("--draws: only with --mode distributional")
     if args.prompt is not None and args.file:

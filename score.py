@@ -35,7 +35,13 @@ def read_questions(path):
                 raise wrong(where, "responses", responses, "a list of responses")
         else:
             responses = [row.get("response_a"), row.get("response_b")]
-        questions.append((row.get("prompt"), messages(where, row.get("prompt")), [text(where, "response", response) for response in responses]))
+        questions.append(
+            (
+                row.get("prompt"),
+                messages(where, row.get("prompt")),
+                [text(where, "response", response) for response in responses],
+            )
+        )
     if not questions:
         raise InputError(f"{path}: no row found, at least one expected")
     return questions
@@ -47,20 +53,50 @@ def answers(questions, rewards, alpha):
     for prompt, _, responses in questions:
         own = np.ascontiguousarray(rewards[:, start : start + len(responses)])
         start += len(responses)
-        a, b = np.array(list(combinations(range(len(responses)), 2)), np.int64).reshape(-1, 2).T.copy()
+        a, b = (
+            np.array(list(combinations(range(len(responses)), 2)), np.int64).reshape(-1, 2).T.copy()
+        )
         p_hat = alpha @ evaluator.votes(own, a, b) / 2
-        yield {"prompt": prompt, "responses": responses, "rewards": own.T.tolist(), "p_hat": [[int(i), int(j), float(p)] for i, j, p in zip(a, b, p_hat)]}
+        yield {
+            "prompt": prompt,
+            "responses": responses,
+            "rewards": own.T.tolist(),
+            "p_hat": [[int(i), int(j), float(p)] for i, j, p in zip(a, b, p_hat)],
+        }
 
 
 def as_csv(rows, k):
     """CSV text with a row for every pair of every question."""
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow(["row", "prompt", "response_a", "response_b", *(f"reward_{side}_{j}" for side in "ab" for j in range(1, k + 1)), "p_hat"])
+    writer.writerow(
+        [
+            "row",
+            "prompt",
+            "response_a",
+            "response_b",
+            *(f"reward_{side}_{j}" for side in "ab" for j in range(1, k + 1)),
+            "p_hat",
+        ]
+    )
     for number, row in enumerate(rows, 1):
-        prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"], ensure_ascii=False)
+        prompt = (
+            row["prompt"]
+            if isinstance(row["prompt"], str)
+            else json.dumps(row["prompt"], ensure_ascii=False)
+        )
         for a, b, p in row["p_hat"]:
-            writer.writerow([number, prompt, row["responses"][a], row["responses"][b], *row["rewards"][a], *row["rewards"][b], p])
+            writer.writerow(
+                [
+                    number,
+                    prompt,
+                    row["responses"][a],
+                    row["responses"][b],
+                    *row["rewards"][a],
+                    *row["rewards"][b],
+                    p,
+                ]
+            )
     return out.getvalue()
 
 
@@ -69,12 +105,18 @@ def main(args):
     questions = read_questions(args.file)
     out = args.out or args.file.with_name(kind(args.file)[0] + "-scores.jsonl")
     if out.is_dir() or out.resolve() == args.file.resolve():
-        raise InputError(f"--out {out}: {'a directory' if out.is_dir() else 'the file of questions itself'} found, another file expected")
+        raise InputError(
+            f"--out {out}: {'a directory' if out.is_dir() else 'the file of questions itself'} found, another file expected"
+        )
     alpha, settings = open_run(args)
     k = len(alpha)
     rows = answers(questions, rewards_of_run(args.run, k, settings, questions, args), alpha)
     with replacing(out) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
-        file.write(as_csv(rows, k) if out.suffix == ".csv" else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.write(
+            as_csv(rows, k)
+            if out.suffix == ".csv"
+            else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        )
     print(f"{out}: {len(questions)} prompts, {k} members")
 
 

@@ -1,7 +1,7 @@
 """Build the C++ evaluator, csrc/ -> pairwise/evaluator, where `from pairwise import evaluator` finds it.
 
-    pip install --no-build-isolation --no-deps --use-pep517 -e .      (installed, editable)
-    python setup.py build_ext --inplace                                (built only)
+pip install --no-build-isolation --no-deps --use-pep517 -e .      (installed, editable)
+python setup.py build_ext --inplace                                (built only)
 """
 
 from glob import glob

@@ -24,8 +24,27 @@ from pairwise import reward_model as rm
 from pairwise import training
 from pairwise.offload import MAX_PRECONDITION_DIM
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, member_name, members, natural, positive,
-    read_continuations, read_json, read_splits, replacing, reward_path, run_main, stage_done, write_array, write_json)
+    InputError,
+    Parser,
+    begin_stage,
+    data_hashes,
+    end_stage,
+    hash_file,
+    import_evaluator,
+    member_name,
+    members,
+    natural,
+    positive,
+    read_continuations,
+    read_json,
+    read_splits,
+    replacing,
+    reward_path,
+    run_main,
+    stage_done,
+    write_array,
+    write_json,
+)
 
 
 def mixture_error(reward_a, reward_b, target, logits, s):
@@ -42,22 +61,41 @@ def draw_heads(weight, seed):
 
     Heads that begin close together stay so for long: nothing but their beginning tells them apart.
     """
-    weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) / weight.shape[1] ** 0.5)
+    weight.data.copy_(
+        torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        / weight.shape[1] ** 0.5
+    )
 
 
 def score_heads(features, weight):
     """Rewards float32 (R, K) of features (R, d) under K heads (K, d)."""
-    return np.stack([rm.score_features(torch.from_numpy(features), row[None]) for row in weight.detach().cpu()], axis=1)
+    return np.stack(
+        [rm.score_features(torch.from_numpy(features), row[None]) for row in weight.detach().cpu()],
+        axis=1,
+    )
 
 
 def export(args):
     """Split member args.export off joint/: a plain num_labels=1 directory."""
-    directory, entry = args.run / member_name(args.export), read_json(args.run / "manifest.json")["stages"].get("joint")
+    directory, entry = (
+        args.run / member_name(args.export),
+        read_json(args.run / "manifest.json")["stages"].get("joint"),
+    )
     if not entry or args.export > entry["settings"]["k"] or directory.exists():
-        raise InputError(f"{directory}: " + ("already there" if directory.exists() else "no such member of a jointly trained run"))
+        raise InputError(
+            f"{directory}: "
+            + ("already there" if directory.exists() else "no such member of a jointly trained run")
+        )
     rm.check_base(entry, args.base, args.chat_template)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    model = rm.load_member(args.run, args.export, args.base, tokenizer, getattr(torch, entry["settings"]["dtype"]), args.device)
+    model = rm.load_member(
+        args.run,
+        args.export,
+        args.base,
+        tokenizer,
+        getattr(torch, entry["settings"]["dtype"]),
+        args.device,
+    )
     with replacing(directory) as partial:
         rm.save_member(model, tokenizer, partial)
     print(f"{directory}: plain directory written")
@@ -72,69 +110,142 @@ def main(args):
     data = splits["train"]
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     base = data_hashes(run) | rm.base_hashes(args.base, args.chat_template)
-    settings = {name: getattr(args, name) for name in ("train", "k", "sharpen", "weights", *training.SETTINGS)}
+    settings = {
+        name: getattr(args, name)
+        for name in ("train", "k", "sharpen", "weights", *training.SETTINGS)
+    }
     texts = read_continuations(run)
     texts = texts and (texts["messages"], texts["texts"])
-    inputs = base | ({"continuations.parquet": hash_file(run / "continuations.parquet")} if texts else {})
+    inputs = base | (
+        {"continuations.parquet": hash_file(run / "continuations.parquet")} if texts else {}
+    )
     names = [*splits, *(["continuations"] if texts else [])]
-    outputs = [run / "joint", run / "logs" / "joint.jsonl", *(reward_path(run, j, name) for j in range(1, k + 1) for name in names)]
+    outputs = [
+        run / "joint",
+        run / "logs" / "joint.jsonl",
+        *(reward_path(run, j, name) for j in range(1, k + 1) for name in names),
+    ]
     entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get("joint", {})
     if texts and entry.get("done") and "continuations.parquet" not in entry["inputs"]:
-        raise InputError(f"{run}: trained before its continuations.parquet was there, which is scored with the training; another --run expected")
+        raise InputError(
+            f"{run}: trained before its continuations.parquet was there, which is scored with the training; another --run expected"
+        )
     if stage_done(run, "joint", settings, inputs, outputs):
         print(f"joint: {run / 'joint'} is there, skipped")
         return
     started = begin_stage(run, "joint", settings, inputs)
     torch.manual_seed(args.seed)
-    head_seed, order_seed = (int(s) for s in np.random.SeedSequence([args.seed, 0]).generate_state(2))
-    rng, logits = np.random.default_rng(order_seed), torch.nn.Parameter(torch.zeros(k, device=args.device))
+    head_seed, order_seed = (
+        int(s) for s in np.random.SeedSequence([args.seed, 0]).generate_state(2)
+    )
+    rng, logits = (
+        np.random.default_rng(order_seed),
+        torch.nn.Parameter(torch.zeros(k, device=args.device)),
+    )
 
     def loss(reward_a, reward_b, target, done):
         return mixture_error(reward_a, reward_b, target, logits, args.sharpen**done)
 
-    with replacing(run / "logs" / "joint.jsonl") as partial, open(partial, "w", encoding="utf-8") as log:
+    with (
+        replacing(run / "logs" / "joint.jsonl") as partial,
+        open(partial, "w", encoding="utf-8") as log,
+    ):
         if args.train == "head":
-            found = training.ask_features(args, "features", {name: (s.messages, s.responses) for name, s in splits.items()}, tokenizer, base)
+            found = training.ask_features(
+                args,
+                "features",
+                {name: (s.messages, s.responses) for name, s in splits.items()},
+                tokenizer,
+                base,
+            )
             if texts:
-                found |= training.ask_features(args, "features_continuations", {"continuations": texts}, tokenizer, inputs)
+                found |= training.ask_features(
+                    args, "features_continuations", {"continuations": texts}, tokenizer, inputs
+                )
             keep = (found["train"][data.a] != found["train"][data.b]).any(1)
             weight = torch.nn.Parameter(torch.empty(k, found["train"].shape[1], device=args.device))
             draw_heads(weight, head_seed)
-            training.train_head(args, weight, data, found["train"], (data.p,), loss, keep, rng, log, [logits])
+            training.train_head(
+                args, weight, data, found["train"], (data.p,), loss, keep, rng, log, [logits]
+            )
         else:
-            encoded = {name: (s.messages, s.responses) for name, s in splits.items()} | ({"continuations": texts} if texts else {})
-            encoded = {name: rm.encode_split(tokenizer, *both, args.max_length) for name, both in encoded.items()}
-            keep = np.array([encoded["train"][a] != encoded["train"][b] for a, b in zip(data.a, data.b)])
+            encoded = {name: (s.messages, s.responses) for name, s in splits.items()} | (
+                {"continuations": texts} if texts else {}
+            )
+            encoded = {
+                name: rm.encode_split(tokenizer, *both, args.max_length)
+                for name, both in encoded.items()
+            }
+            keep = np.array(
+                [encoded["train"][a] != encoded["train"][b] for a, b in zip(data.a, data.b)]
+            )
             model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device, k)
             weight = rm.head(model).weight
             draw_heads(weight, head_seed)
-            training.train_full(args, model, data, encoded["train"], (data.p,), loss, keep, rng, log, None, [logits])
-        alpha, order = torch.softmax(logits.detach(), 0), torch.argsort(logits.detach(), descending=True, stable=True)
+            training.train_full(
+                args, model, data, encoded["train"], (data.p,), loss, keep, rng, log, None, [logits]
+            )
+        alpha, order = (
+            torch.softmax(logits.detach(), 0),
+            torch.argsort(logits.detach(), descending=True, stable=True),
+        )
         weight.data.copy_(weight.data[order])
         if args.train == "head":
             scores = {name: score_heads(features, weight) for name, features in found.items()}
         else:
-            scores = {name: rm.score_sequences(model, ids, args.micro_batch_tokens, f"joint, {name}") for name, ids in encoded.items()}
+            scores = {
+                name: rm.score_sequences(model, ids, args.micro_batch_tokens, f"joint, {name}")
+                for name, ids in encoded.items()
+            }
         for name, values in scores.items():
             if not np.isfinite(values).all():
-                raise InputError(f"joint: rewards of {name} are not finite after the last step; a lower --lr may help")
+                raise InputError(
+                    f"joint: rewards of {name} are not finite after the last step; a lower --lr may help"
+                )
     for name, values in scores.items():
         for j in range(1, k + 1):
             own = np.ascontiguousarray(values[:, j - 1])
-            write_array(reward_path(run, j, name), own.reshape(len(texts[0]), -1) if name == "continuations" else own)
+            write_array(
+                reward_path(run, j, name),
+                own.reshape(len(texts[0]), -1) if name == "continuations" else own,
+            )
     with replacing(run / "joint") as partial:
-        (rm.save_head(weight, partial) if args.train == "head" else rm.save_member(model, tokenizer, partial))
+        (
+            rm.save_head(weight, partial)
+            if args.train == "head"
+            else rm.save_member(model, tokenizer, partial)
+        )
     if args.weights == "learned":
         learned = alpha[order].double().cpu().numpy()
         learned /= learned.sum()
-        votes = import_evaluator().votes(np.ascontiguousarray(scores["train"].T), data.a, data.b) / 2
+        votes = (
+            import_evaluator().votes(np.ascontiguousarray(scores["train"].T), data.a, data.b) / 2
+        )
         train_mse = float(np.mean((learned @ votes - data.p) ** 2))
-        write_json(run / "weights.json", [{"k": k, "alpha": learned.tolist(), "fit": "fixed", "train_mse": train_mse}])
-    end_stage(run, "joint", settings, inputs, started, base=str(args.base), learned_weights=alpha[order].tolist(), threads=args.threads,
-              device=args.device, micro_batch_tokens=args.micro_batch_tokens, identical_pairs=int((~keep).sum()))
-    said = f", {int((~keep).sum())} pairs left out, identical after encoding" if not keep.all() else ""
+        write_json(
+            run / "weights.json",
+            [{"k": k, "alpha": learned.tolist(), "fit": "fixed", "train_mse": train_mse}],
+        )
+    end_stage(
+        run,
+        "joint",
+        settings,
+        inputs,
+        started,
+        base=str(args.base),
+        learned_weights=alpha[order].tolist(),
+        threads=args.threads,
+        device=args.device,
+        micro_batch_tokens=args.micro_batch_tokens,
+        identical_pairs=int((~keep).sum()),
+    )
+    said = (
+        f", {int((~keep).sum())} pairs left out, identical after encoding" if not keep.all() else ""
+    )
     weights = " ".join(f"{x:.3f}" for x in alpha[order].tolist())
-    print(f"joint: {k} members trained on {int(keep.sum()):,} pairs in {time.time() - started:.0f} s, weights {weights}{said}")
+    print(
+        f"joint: {k} members trained on {int(keep.sum()):,} pairs in {time.time() - started:.0f} s, weights {weights}{said}"
+    )
 
 
 def parse_args(argv=None):
@@ -142,19 +253,46 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--run", required=True, type=Path, help="run directory with data/")
     add("--base", required=True, help="base model: hub id or transformers directory")
-    add("--export", type=natural, metavar="J", help="train nothing: write member J as a plain directory")
+    add(
+        "--export",
+        type=natural,
+        metavar="J",
+        help="train nothing: write member J as a plain directory",
+    )
     add("--k", type=members, default=8, help="reward models, at least 2")
-    add("--train", choices=("full", "head"), default="full", help="all parameters, or K heads on features of the frozen base")
-    add("--sharpen", type=positive, default=4.0, metavar="S", help="the steepness of the votes at the last step; 1: soft throughout")
-    add("--weights", choices=("qp", "learned"), default="qp", help="fit_weights.py's of the hard votes (to be run after), or those learned with the rewards")
+    add(
+        "--train",
+        choices=("full", "head"),
+        default="full",
+        help="all parameters, or K heads on features of the frozen base",
+    )
+    add(
+        "--sharpen",
+        type=positive,
+        default=4.0,
+        metavar="S",
+        help="the steepness of the votes at the last step; 1: soft throughout",
+    )
+    add(
+        "--weights",
+        choices=("qp", "learned"),
+        default="qp",
+        help="fit_weights.py's of the hard votes (to be run after), or those learned with the rewards",
+    )
     training.add_flags(parser)
     args = parser.parse_args(argv)
     if args.k < 2:
         parser.error(f"--k {args.k} found, at least 2 expected; train_rm.py trains one")
     head, cpu = args.train == "head", args.device == "cpu"
     training.fill_in(  # of heads: a weight decay that suits one reward keeps K of them alike
-        args, lr=3e-2 if head else 2e-5, epochs=20 if head else 1, weight_decay=0.1, max_precondition_dim=MAX_PRECONDITION_DIM,
-        dtype="float32" if cpu else "bfloat16", micro_batch_tokens=1024 if cpu else 8192)
+        args,
+        lr=3e-2 if head else 2e-5,
+        epochs=20 if head else 1,
+        weight_decay=0.1,
+        max_precondition_dim=MAX_PRECONDITION_DIM,
+        dtype="float32" if cpu else "bfloat16",
+        micro_batch_tokens=1024 if cpu else 8192,
+    )
     args.iteration = f"1 to {args.k}"
     return args
 

@@ -27,9 +27,32 @@ from pairwise import reward_model as rm
 from pairwise.checkpoint import Checkpoints
 from pairwise.offload import MAX_PRECONDITION_DIM, names_memory_flags
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, import_evaluator, made_otherwise, member_name, members, must_agree, natural,
-    positive, read_continuations, read_json, read_rewards, read_splits, read_weights, replacing, reward_path, run_main, share, stage_done,
-    write_array, write_json)
+    InputError,
+    Parser,
+    begin_stage,
+    data_hashes,
+    end_stage,
+    hash_file,
+    import_evaluator,
+    made_otherwise,
+    member_name,
+    members,
+    must_agree,
+    natural,
+    positive,
+    read_continuations,
+    read_json,
+    read_rewards,
+    read_splits,
+    read_weights,
+    replacing,
+    reward_path,
+    run_main,
+    share,
+    stage_done,
+    write_array,
+    write_json,
+)
 
 # ---- the method
 
@@ -50,7 +73,9 @@ def target_of(name, p, rewards, alpha, a, b):
     """
     if not len(alpha):
         return p
-    votes = import_evaluator().votes(rewards, a, b) / 2  # V_i, (j-1, N): 1, 0, or 1/2 on an exact tie
+    votes = (
+        import_evaluator().votes(rewards, a, b) / 2
+    )  # V_i, (j-1, N): 1, 0, or 1/2 on an exact tie
     p_hat = alpha @ votes  # section 2
     return TARGETS[name][1](p, p_hat, len(alpha) + 1)  # eps_j = p - p_hat is in there
 
@@ -60,16 +85,27 @@ def target_of(name, p, rewards, alpha, a, b):
 # labels: t = p, so sign(2t - 1) d is r_w - r_l, the winner's reward less the loser's, and pairs whose votes tie are dropped.
 LOSSES = {  # name: (formula, function, whether on majority labels)
     "mse": ("(t - sigmoid(d))^2", lambda d, t, m: (t - torch.sigmoid(d)).square(), False),
-    "bce": ("-(t log sigmoid(d) + (1 - t) log sigmoid(-d)), t clipped to [0, 1]",
-            lambda d, t, m: binary_cross_entropy_with_logits(d, t.clamp(0, 1), reduction="none"), False),
+    "bce": (
+        "-(t log sigmoid(d) + (1 - t) log sigmoid(-d)), t clipped to [0, 1]",
+        lambda d, t, m: binary_cross_entropy_with_logits(d, t.clamp(0, 1), reduction="none"),
+        False,
+    ),
     "bt": ("-log sigmoid(r_w - r_l)", lambda d, t, m: -logsigmoid((2 * t - 1).sign() * d), True),
-    "margin": ("-log sigmoid(r_w - r_l - m)", lambda d, t, m: -logsigmoid((2 * t - 1).sign() * d - m), True),
+    "margin": (
+        "-log sigmoid(r_w - r_l - m)",
+        lambda d, t, m: -logsigmoid((2 * t - 1).sign() * d - m),
+        True,
+    ),
 }
 
 
 def margin_of(split, source):
     """m = |sum - n/2| / (n/2), float64 (N,) in [0, 1], Beyond the Binary's equation 3: of each pair's votes, or of its judgments (none: 0)."""
-    first, n = (split.judgments[:, 0], split.judgments.sum(1)) if source == "judgments" else (split.votes_a, split.n)
+    first, n = (
+        (split.judgments[:, 0], split.judgments.sum(1))
+        if source == "judgments"
+        else (split.votes_a, split.n)
+    )
     return np.abs(2 * first - n) / np.maximum(n, 1)
 
 
@@ -86,12 +122,22 @@ def score_continuations(args, j, model, tokenizer, texts, inputs):
     started = parallel.of_first(lambda: begin_stage(run, stage, {}, inputs))
     if args.train == "head":
         asked = {name: inputs[name] for name in inputs if not name.startswith("rewards")}
-        features = training.ask_features(args, "features_continuations", {"continuations": (messages, responses)}, tokenizer, asked)["continuations"]
+        features = training.ask_features(
+            args,
+            "features_continuations",
+            {"continuations": (messages, responses)},
+            tokenizer,
+            asked,
+        )["continuations"]
         rewards = rm.score_features(torch.from_numpy(features), rm.load_head(run / member_name(j)))
     else:
-        model = model or rm.load_member(run, j, args.base, tokenizer, getattr(torch, args.dtype), args.device)
+        model = model or rm.load_member(
+            run, j, args.base, tokenizer, getattr(torch, args.dtype), args.device
+        )
         sequences = rm.encode_split(tokenizer, messages, responses, args.max_length)
-        rewards = rm.score_sequences(model, sequences, args.micro_batch_tokens, f"member {j}, continuations")
+        rewards = rm.score_sequences(
+            model, sequences, args.micro_batch_tokens, f"member {j}, continuations"
+        )
     if parallel.rank() == 0:
         write_array(path, rewards.reshape(len(messages), -1))
         end_stage(run, stage, {}, inputs, started)
@@ -104,20 +150,39 @@ def export(args):
     """
     directory = args.run / member_name(args.export)
     if directory.is_symlink():
-        raise InputError(f"{directory}: a link to the run that this one was pruned from found; --export with --run of that one")
+        raise InputError(
+            f"{directory}: a link to the run that this one was pruned from found; --export with --run of that one"
+        )
     kept = [name for name in ("head.safetensors", "adapter") if (directory / name).exists()]
     if not kept or (directory / "model.safetensors").exists():
-        raise InputError(f"{directory}: " + ("already a plain directory" if (directory / "config.json").exists() else "no such member") +
-                         "; train_joint.py --export writes those of a joint run" * (made_otherwise(args.run) == "joint"))
+        raise InputError(
+            f"{directory}: "
+            + (
+                "already a plain directory"
+                if (directory / "config.json").exists()
+                else "no such member"
+            )
+            + "; train_joint.py --export writes those of a joint run"
+            * (made_otherwise(args.run) == "joint")
+        )
     entry = read_json(args.run / "manifest.json")["stages"][member_name(args.export)]
     rm.check_base(entry, args.base, args.chat_template)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    model = rm.load_member(args.run, args.export, args.base, tokenizer, getattr(torch, entry["settings"]["dtype"]), args.device)
+    model = rm.load_member(
+        args.run,
+        args.export,
+        args.base,
+        tokenizer,
+        getattr(torch, entry["settings"]["dtype"]),
+        args.device,
+    )
     if kept == ["adapter"]:
         adapter.merge(model)
     partial = directory.with_name(f".partial-{directory.name}")
     rm.save_member(model, tokenizer, partial)
-    for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):  # the weights last: they say that all is there
+    for path in sorted(
+        partial.iterdir(), key=lambda path: path.suffix == ".safetensors"
+    ):  # the weights last: they say that all is there
         path.replace(directory / path.name)
     partial.rmdir()
     print(f"{directory}: plain directory written")
@@ -125,34 +190,78 @@ def export(args):
 
 def adopt(args):
     """Member args.iteration is an existing reward model: nothing is trained, it scores all data, each model in its own tokens and template."""
-    run, j, settings = args.run, args.iteration, {"train": "from", "dtype": args.dtype, "max_length": args.max_length}
+    run, j, settings = (
+        args.run,
+        args.iteration,
+        {"train": "from", "dtype": args.dtype, "max_length": args.max_length},
+    )
     splits, _ = read_splits(run)
-    if j > 1 and read_json(run / "manifest.json")["stages"].get(member_name(1), {"settings": {}})["settings"].get("train") != "from":
-        raise InputError(f"{run}: member 1 is not one of --from; a run is of existing models, the first with --iteration 1, or of trained ones")
+    if (
+        j > 1
+        and read_json(run / "manifest.json")["stages"]
+        .get(member_name(1), {"settings": {}})["settings"]
+        .get("train")
+        != "from"
+    ):
+        raise InputError(
+            f"{run}: member 1 is not one of --from; a run is of existing models, the first with --iteration 1, or of trained ones"
+        )
     tokenizer = rm.load_tokenizer(args.base, args.chat_template, "--from")
-    inputs, texts = data_hashes(run) | rm.base_hashes(args.base, args.chat_template), read_continuations(run)
+    inputs, texts = (
+        data_hashes(run) | rm.base_hashes(args.base, args.chat_template),
+        read_continuations(run),
+    )
     model, directory = None, run / member_name(j)
-    if stage_done(run, member_name(j), settings, inputs, [directory, *(reward_path(run, j, name) for name in splits)]):
+    if stage_done(
+        run,
+        member_name(j),
+        settings,
+        inputs,
+        [directory, *(reward_path(run, j, name) for name in splits)],
+    ):
         print(f"member {j}: {directory} is there, skipped")
     else:
         model = rm.load_reward_model(args.base, tokenizer, getattr(torch, args.dtype), args.device)
         started = begin_stage(run, member_name(j), settings, inputs)
-        scores = {name: rm.score_sequences(model, rm.encode_split(tokenizer, split.messages, split.responses, args.max_length), args.micro_batch_tokens,
-                                           f"member {j}, {name}") for name, split in splits.items()}
+        scores = {
+            name: rm.score_sequences(
+                model,
+                rm.encode_split(tokenizer, split.messages, split.responses, args.max_length),
+                args.micro_batch_tokens,
+                f"member {j}, {name}",
+            )
+            for name, split in splits.items()
+        }
         for name, values in scores.items():
             if not np.isfinite(values).all():
-                raise InputError(f"--from {args.base}: rewards of {name} are not finite; --dtype float32 may help")
+                raise InputError(
+                    f"--from {args.base}: rewards of {name} are not finite; --dtype float32 may help"
+                )
         for name, values in scores.items():
             write_array(reward_path(run, j, name), values)
         with replacing(directory) as partial:
             partial.mkdir()
             place = str(Path(args.base).resolve()) if Path(args.base).is_dir() else args.base
-            source = {"model": place, "fingerprint": inputs["base model"], "dtype": args.dtype, "max_length": args.max_length}
+            source = {
+                "model": place,
+                "fingerprint": inputs["base model"],
+                "dtype": args.dtype,
+                "max_length": args.max_length,
+            }
             write_json(partial / "source.json", source)
             if args.chat_template:
                 shutil.copy(args.chat_template, partial / "chat_template.jinja")
-        end_stage(run, member_name(j), settings, inputs, started, base=str(args.base), threads=args.threads, device=args.device,
-                  micro_batch_tokens=args.micro_batch_tokens)
+        end_stage(
+            run,
+            member_name(j),
+            settings,
+            inputs,
+            started,
+            base=str(args.base),
+            threads=args.threads,
+            device=args.device,
+            micro_batch_tokens=args.micro_batch_tokens,
+        )
         print(f"member {j}: {args.base} scored all data in {time.time() - started:.0f} s")
     if texts:
         score_continuations(args, j, model, tokenizer, texts, {"base model": inputs["base model"]})
@@ -163,14 +272,18 @@ def adopt(args):
 def main(args):
     run, j, first = args.run, args.iteration, parallel.rank() == 0
     if parallel.count() > 1 and (args.train in ("head", "from") or args.export or args.plan):
-        raise InputError(f"{parallel.count()} processes found, 1 expected: --train head, --from, --export, --plan share no work; leave torchrun out")
+        raise InputError(
+            f"{parallel.count()} processes found, 1 expected: --train head, --from, --export, --plan share no work; leave torchrun out"
+        )
     if args.plan:
         return plan.show(args, training.parameter_groups)
     training.settle(args)
     if args.export:
         return export(args)
     if made := made_otherwise(run):
-        raise InputError(f"{run}: a {made} run found, whose members are complete; a run of this script's own, or a new one, expected")
+        raise InputError(
+            f"{run}: a {made} run found, whose members are complete; a run of this script's own, or a new one, expected"
+        )
     if args.train == "from":
         return adopt(args)
 
@@ -178,43 +291,83 @@ def main(args):
     splits, _ = read_splits(run)
     data = splits["train"]
     if args.margin_from == "judgments" and data.judgments is None:
-        raise InputError(f"{run / 'data' / 'train.parquet'}: no column judgments found for --margin-from; data_prep/synthetic_judgments.py makes it")
+        raise InputError(
+            f"{run / 'data' / 'train.parquet'}: no column judgments found for --margin-from; data_prep/synthetic_judgments.py makes it"
+        )
     tied = (data.votes_a == data.votes_b) & LOSSES[args.loss][2]
     alpha = read_weights(run, j - 1) if j > 1 else np.zeros(0)
     rewards = read_rewards(run, "train", j - 1, (data.response_start[-1],))
-    targets = target_of(args.target, data.p, rewards, alpha, data.a, data.b), margin_of(data, args.margin_from)
+    targets = (
+        target_of(args.target, data.p, rewards, alpha, data.a, data.b),
+        margin_of(data, args.margin_from),
+    )
 
     def loss(reward_a, reward_b, t, m, done):
         return LOSSES[args.loss][1](reward_a - reward_b, t, m).sum()
 
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     inputs = data_hashes(run) | rm.base_hashes(args.base, args.chat_template)
-    ensemble = {f"rewards of member {i}": hash_file(reward_path(run, i, "train")) for i in range(1, j)}
+    ensemble = {
+        f"rewards of member {i}": hash_file(reward_path(run, i, "train")) for i in range(1, j)
+    }
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     if j > 1:
-        must_agree(run, member_name(1), settings, inputs)  # the members of a run differ in their residual only
-    outputs = [run / member_name(j), run / "logs" / f"{j:02d}.jsonl", *(reward_path(run, j, name) for name in splits)]
+        must_agree(
+            run, member_name(1), settings, inputs
+        )  # the members of a run differ in their residual only
+    outputs = [
+        run / member_name(j),
+        run / "logs" / f"{j:02d}.jsonl",
+        *(reward_path(run, j, name) for name in splits),
+    ]
     texts, model = read_continuations(run), None
     checkpoints = Checkpoints(run, j, settings, inputs | ensemble, args.checkpoint_minutes)
-    if parallel.of_first(lambda: stage_done(run, member_name(j), settings, inputs | ensemble, outputs)):
+    if parallel.of_first(
+        lambda: stage_done(run, member_name(j), settings, inputs | ensemble, outputs)
+    ):
         print(f"member {j}: {run / member_name(j)} is there, skipped")
     else:
-        started = parallel.of_first(lambda: begin_stage(run, member_name(j), settings, inputs | ensemble))
+        started = parallel.of_first(
+            lambda: begin_stage(run, member_name(j), settings, inputs | ensemble)
+        )
         torch.manual_seed(args.seed)
-        head_seed, order_seed, adapter_seed = (int(s) for s in np.random.SeedSequence([args.seed, j]).generate_state(3))
+        head_seed, order_seed, adapter_seed = (
+            int(s) for s in np.random.SeedSequence([args.seed, j]).generate_state(3)
+        )
         rng = np.random.default_rng(order_seed)
-        trained = parallel.of_first(checkpoints.finished)  # by a call that was killed while it scored
-        written = replacing(run / "logs" / f"{j:02d}.jsonl") if first and not trained else contextlib.nullcontext(os.devnull)
+        trained = parallel.of_first(
+            checkpoints.finished
+        )  # by a call that was killed while it scored
+        written = (
+            replacing(run / "logs" / f"{j:02d}.jsonl")
+            if first and not trained
+            else contextlib.nullcontext(os.devnull)
+        )
         with written as partial, open(partial, "w", encoding="utf-8") as log:
             if args.train == "head":
-                found = training.ask_features(args, "features", {name: (s.messages, s.responses) for name, s in splits.items()}, tokenizer, inputs)
+                found = training.ask_features(
+                    args,
+                    "features",
+                    {name: (s.messages, s.responses) for name, s in splits.items()},
+                    tokenizer,
+                    inputs,
+                )
                 keep = (found["train"][data.a] != found["train"][data.b]).any(1)
-                weight = torch.nn.Parameter(torch.empty(1, found["train"].shape[1], device=args.device))
+                weight = torch.nn.Parameter(
+                    torch.empty(1, found["train"].shape[1], device=args.device)
+                )
                 rm.draw_head(weight, AutoConfig.from_pretrained(args.base), head_seed)
-                training.train_head(args, weight, data, found["train"], targets, loss, keep & ~tied, rng, log)
+                training.train_head(
+                    args, weight, data, found["train"], targets, loss, keep & ~tied, rng, log
+                )
             else:
-                sequences = {name: rm.encode_split(tokenizer, s.messages, s.responses, args.max_length) for name, s in splits.items()}
-                keep = np.array([sequences["train"][a] != sequences["train"][b] for a, b in zip(data.a, data.b)])
+                sequences = {
+                    name: rm.encode_split(tokenizer, s.messages, s.responses, args.max_length)
+                    for name, s in splits.items()
+                }
+                keep = np.array(
+                    [sequences["train"][a] != sequences["train"][b] for a, b in zip(data.a, data.b)]
+                )
                 dtype = getattr(torch, args.dtype)
                 if trained:
                     model = rm.load_member(run, j, args.base, tokenizer, dtype, args.device)
@@ -224,7 +377,18 @@ def main(args):
                     if args.train == "lora":
                         adapter.add(model, args.lora_rank, args.lora_alpha)
                         adapter.draw(model, adapter_seed)
-                    training.train_full(args, model, data, sequences["train"], targets, loss, keep & ~tied, rng, log, checkpoints)
+                    training.train_full(
+                        args,
+                        model,
+                        data,
+                        sequences["train"],
+                        targets,
+                        loss,
+                        keep & ~tied,
+                        rng,
+                        log,
+                        checkpoints,
+                    )
         if first and not trained:
             with replacing(run / member_name(j)) as partial:
                 if args.train == "head":
@@ -235,34 +399,62 @@ def main(args):
                     rm.save_member(model, tokenizer, partial)
             checkpoints.finish()
         if args.train == "head":
-            scores = {name: rm.score_features(torch.from_numpy(f), weight.detach().cpu()) for name, f in found.items()}
+            scores = {
+                name: rm.score_features(torch.from_numpy(f), weight.detach().cpu())
+                for name, f in found.items()
+            }
         else:
-            scores = {name: rm.score_sequences(model, s, args.micro_batch_tokens, f"member {j}, {name}") for name, s in sequences.items()}
+            scores = {
+                name: rm.score_sequences(model, s, args.micro_batch_tokens, f"member {j}, {name}")
+                for name, s in sequences.items()
+            }
         for name, values in scores.items():
             if not np.isfinite(values).all():
                 if first:
                     shutil.rmtree(run / member_name(j))
                     outputs[1].unlink(missing_ok=True)
                     checkpoints.remove()
-                raise InputError(f"member {j}: rewards of {name} are not finite after the last step; a lower --lr may help")
+                raise InputError(
+                    f"member {j}: rewards of {name} are not finite after the last step; a lower --lr may help"
+                )
         counts = {"identical_pairs": int((~keep).sum())}
-        said = f", {counts['identical_pairs']:,} pairs left out, identical after encoding" * (not keep.all())
+        said = f", {counts['identical_pairs']:,} pairs left out, identical after encoding" * (
+            not keep.all()
+        )
         if LOSSES[args.loss][2]:
             counts["tied_pairs"] = int((keep & tied).sum())
             said += f", {counts['tied_pairs']:,} dropped, their votes tie"
         if args.margin_from == "judgments":
-            counts["pairs_without_judgment"] = int((keep & ~tied & (data.judgments.sum(1) == 0)).sum())
+            counts["pairs_without_judgment"] = int(
+                (keep & ~tied & (data.judgments.sum(1) == 0)).sum()
+            )
             said += f", {counts['pairs_without_judgment']:,} trained on without a judgment, m = 0"
         if first:
             for name, values in scores.items():
                 write_array(reward_path(run, j, name), values)
-            end_stage(run, member_name(j), settings, inputs | ensemble, started, base=str(args.base), target_formula=TARGETS[args.target][0],
-                      loss_formula=LOSSES[args.loss][0], threads=args.threads, device=args.device, processes=parallel.count(),
-                      micro_batch_tokens=args.micro_batch_tokens, **counts)
-        print(f"member {j}: trained on {int((keep & ~tied).sum()):,} pairs in {time.time() - started:.0f} s{said}")
+            end_stage(
+                run,
+                member_name(j),
+                settings,
+                inputs | ensemble,
+                started,
+                base=str(args.base),
+                target_formula=TARGETS[args.target][0],
+                loss_formula=LOSSES[args.loss][0],
+                threads=args.threads,
+                device=args.device,
+                processes=parallel.count(),
+                micro_batch_tokens=args.micro_batch_tokens,
+                **counts,
+            )
+        print(
+            f"member {j}: trained on {int((keep & ~tied).sum()):,} pairs in {time.time() - started:.0f} s{said}"
+        )
     checkpoints.remove()
     if texts:
-        score_continuations(args, j, model, tokenizer, texts, {"base model": inputs["base model"]} | ensemble)
+        score_continuations(
+            args, j, model, tokenizer, texts, {"base model": inputs["base model"]} | ensemble
+        )
 
 
 # Flags that change the result; a run directory holds one choice of them. The others are about speed, memory and place.
@@ -276,28 +468,86 @@ def parse_args(argv=None):
     add("--run", type=Path, help="run directory with data/; --plan does without")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--iteration", type=members, metavar="J", help="train member J, 1 to 99")
-    task.add_argument("--export", type=natural, metavar="J", help="train nothing: make the directory of member J of a head or lora run a plain one")
-    task.add_argument("--plan", action="store_true", help="train nothing: print what training takes in memory, disk and hours; no weights, no GPU")
+    task.add_argument(
+        "--export",
+        type=natural,
+        metavar="J",
+        help="train nothing: make the directory of member J of a head or lora run a plain one",
+    )
+    task.add_argument(
+        "--plan",
+        action="store_true",
+        help="train nothing: print what training takes in memory, disk and hours; no weights, no GPU",
+    )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--base", help="base model: hub id or transformers directory; for --plan also llama-3-8b")
-    model.add_argument("--from", dest="source", metavar="MODEL", help="train nothing: this reward model (hub id or directory, num_labels 1) scores "
-                       "the data and becomes member J; so are all members of its run, models of any kind, each with its tokens, --dtype, --max-length")
+    model.add_argument(
+        "--base", help="base model: hub id or transformers directory; for --plan also llama-3-8b"
+    )
+    model.add_argument(
+        "--from",
+        dest="source",
+        metavar="MODEL",
+        help="train nothing: this reward model (hub id or directory, num_labels 1) scores "
+        "the data and becomes member J; so are all members of its run, models of any kind, each with its tokens, --dtype, --max-length",
+    )
     # objective
-    add("--train", choices=("full", "lora", "head"), default="full", help="all parameters (the paper's appendix F.1), low-rank adapters and the head (ours, "
-        "for a card of 24 GB), or the head on a frozen base (section 4)")
-    add("--lora-rank", type=natural, help="of the adapters on every linear layer of the base (default 16)")
-    add("--lora-alpha", type=positive, help="they are scaled by alpha / rank (default: twice the rank, so that another rank keeps the scale)")
-    add("--loss", choices=tuple(LOSSES), default="mse", help="; ".join(f"{name}: {formula}" for name, (formula, *_) in LOSSES.items()) +
-        ". The last two: the majority's winner w, tied votes dropped; no residual, so --iteration 1 or --target p")
-    add("--margin-from", choices=("votes", "judgments"), help="what m of --loss margin is, |2p - 1|, comes from: the votes (default), or the column "
-        "judgments, made by data_prep/synthetic_judgments.py; the winner is always the votes'")
-    add("--target", choices=tuple(TARGETS), default="centered", help="; ".join(f"{name}: {formula}" for name, (formula, _) in TARGETS.items()))
+    add(
+        "--train",
+        choices=("full", "lora", "head"),
+        default="full",
+        help="all parameters (the paper's appendix F.1), low-rank adapters and the head (ours, "
+        "for a card of 24 GB), or the head on a frozen base (section 4)",
+    )
+    add(
+        "--lora-rank",
+        type=natural,
+        help="of the adapters on every linear layer of the base (default 16)",
+    )
+    add(
+        "--lora-alpha",
+        type=positive,
+        help="they are scaled by alpha / rank (default: twice the rank, so that another rank keeps the scale)",
+    )
+    add(
+        "--loss",
+        choices=tuple(LOSSES),
+        default="mse",
+        help="; ".join(f"{name}: {formula}" for name, (formula, *_) in LOSSES.items())
+        + ". The last two: the majority's winner w, tied votes dropped; no residual, so --iteration 1 or --target p",
+    )
+    add(
+        "--margin-from",
+        choices=("votes", "judgments"),
+        help="what m of --loss margin is, |2p - 1|, comes from: the votes (default), or the column "
+        "judgments, made by data_prep/synthetic_judgments.py; the winner is always the votes'",
+    )
+    add(
+        "--target",
+        choices=tuple(TARGETS),
+        default="centered",
+        help="; ".join(f"{name}: {formula}" for name, (formula, _) in TARGETS.items()),
+    )
     training.add_flags(parser)
     # the plan alone
     add("--members", type=natural, default=8, metavar="K", help="--plan: reward models to train")
-    add("--gpu-gb", type=positive, default=80, help="--plan: memory of the card, in units of 10^9 bytes as on its label")
-    add("--tflops", type=positive, default=790, help="--plan: BF16 TFLOP/s that large matrix products reach on the card (assumed: 790)")
-    add("--utilisation", type=share, default=0.4, help="--plan: share of --tflops that training reaches")
+    add(
+        "--gpu-gb",
+        type=positive,
+        default=80,
+        help="--plan: memory of the card, in units of 10^9 bytes as on its label",
+    )
+    add(
+        "--tflops",
+        type=positive,
+        default=790,
+        help="--plan: BF16 TFLOP/s that large matrix products reach on the card (assumed: 790)",
+    )
+    add(
+        "--utilisation",
+        type=share,
+        default=0.4,
+        help="--plan: share of --tflops that training reaches",
+    )
     args = parser.parse_args(argv)
     if not args.run and not args.plan:
         parser.error("--run is missing")
@@ -307,16 +557,25 @@ def parse_args(argv=None):
     if args.margin_from and args.loss != "margin":
         parser.error("--margin-from is for --loss margin")
     if LOSSES[args.loss][2] and (args.iteration or 1) > 1 and args.target != "p":
-        parser.error(f"--loss {args.loss} is on majority labels, which have no residual: one member, or --target p, expected")
+        parser.error(
+            f"--loss {args.loss} is on majority labels, which have no residual: one member, or --target p, expected"
+        )
     if args.source and not args.iteration:
         parser.error("--from MODEL needs --iteration J")
     cpu = args.device == "cpu" and not args.plan  # a plan is for a card
     rank = (args.lora_rank or 16) if lora or args.plan else None
     training.fill_in(
-        args, lr={"full": 2e-5, "lora": 2e-4, "head": 1e-3}[args.train], epochs=10 if head else 1, weight_decay=5.0 if head else 0.1,
-        lora_rank=rank, lora_alpha=rank and 2.0 * rank, margin_from="votes" if args.loss == "margin" else None,
-        max_precondition_dim=rank if lora else MAX_PRECONDITION_DIM, dtype="float32" if cpu else "bfloat16",
-        micro_batch_tokens=1024 if cpu else 4096 if lora else 8192)
+        args,
+        lr={"full": 2e-5, "lora": 2e-4, "head": 1e-3}[args.train],
+        epochs=10 if head else 1,
+        weight_decay=5.0 if head else 0.1,
+        lora_rank=rank,
+        lora_alpha=rank and 2.0 * rank,
+        margin_from="votes" if args.loss == "margin" else None,
+        max_precondition_dim=rank if lora else MAX_PRECONDITION_DIM,
+        dtype="float32" if cpu else "bfloat16",
+        micro_batch_tokens=1024 if cpu else 4096 if lora else 8192,
+    )
     if args.source:
         args.base, args.train = args.source, "from"
     return args

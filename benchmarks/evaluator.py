@@ -11,7 +11,9 @@ import os
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 ENVIRONMENT = dict(os.environ)  # that of evaluate.py
-os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "MKL", "OMP")}  # read when numpy is imported
+os.environ |= {
+    f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "MKL", "OMP")
+}  # read when numpy is imported
 
 import contextlib
 import gc
@@ -32,14 +34,26 @@ from scipy.stats import kendalltau
 
 from pairwise import prompts
 from pairwise.run_dir import (
-    REPOSITORY, InputError, Parser, import_evaluator, read_splits, reward_path, run_main, write_array, write_json)
+    REPOSITORY,
+    InputError,
+    Parser,
+    import_evaluator,
+    read_splits,
+    reward_path,
+    run_main,
+    write_array,
+    write_json,
+)
 
 try:
     import pandas as pd
     from hyper_corr import kendalltau_noties, kendalltau_ties
     from numba import njit
 except ImportError as error:
-    print(f"{Path(sys.argv[0]).name}: error: {error.name} is missing; pip install -r benchmarks/requirements.txt", file=sys.stderr)
+    print(
+        f"{Path(sys.argv[0]).name}: error: {error.name} is missing; pip install -r benchmarks/requirements.txt",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 evaluator = import_evaluator()
@@ -56,15 +70,20 @@ LOWER = np.tril_indices(K, -1)
 def ours(name, *args):
     """{contender: call} of a function of the evaluator: as it is called, on one thread, and on one without AVX2."""
     function = getattr(evaluator, name)
-    return {OURS: partial(function, *args), f"{OURS}, one thread": partial(function, *args, threads=1),
-            f"{OURS}, one thread without AVX2": partial(function, *args, threads=1, path="portable")}
+    return {
+        OURS: partial(function, *args),
+        f"{OURS}, one thread": partial(function, *args, threads=1),
+        f"{OURS}, one thread without AVX2": partial(function, *args, threads=1, path="portable"),
+    }
 
 
 def equal(name, found, expected, tolerance=0):
     """Raise AssertionError where a contender differs from ours; with tolerance 0 in the last bit."""
     wrong = ~np.isclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
     if wrong.any():
-        raise AssertionError(f"{name} differs from {OURS} in {wrong.sum()} of {wrong.size} numbers, by up to {np.nanmax(np.abs(found - expected))}")
+        raise AssertionError(
+            f"{name} differs from {OURS} in {wrong.sum()} of {wrong.size} numbers, by up to {np.nanmax(np.abs(found - expected))}"
+        )
 
 
 def race(calls, rounds):
@@ -83,14 +102,32 @@ def race(calls, rounds):
             if turn < 0:
                 every[name] = max(1, min(rounds // 3, round(times[name].pop() / 0.05)))
     gc.enable()
-    return [{"contender": name, "median_ms": 1e3 * float(np.median(t)), "min_ms": 1e3 * min(t), "max_ms": 1e3 * max(t), "calls": len(t),
-             "times_ours": float(np.median(t) / np.median(times[OURS]))} for name, t in times.items()]
+    return [
+        {
+            "contender": name,
+            "median_ms": 1e3 * float(np.median(t)),
+            "min_ms": 1e3 * min(t),
+            "max_ms": 1e3 * max(t),
+            "calls": len(t),
+            "times_ours": float(np.median(t) / np.median(times[OURS])),
+        }
+        for name, t in times.items()
+    ]
 
 
 def growth(call):
     """MiB by which resident memory grew, at its peak, during one call; None where the system doesn't say (Linux does)."""
+
     def resident(field):
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)) / 1024
+        return (
+            next(
+                int(line.split()[1])
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith(field)
+            )
+            / 1024
+        )
+
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     except OSError:
@@ -118,23 +155,37 @@ def both_triangles(tau):
 
 
 def scipy_loop(scores):
-    return both_triangles(np.array([[kendalltau(x, y).statistic for x, y in zip(scores[i], scores[j])] for i, j in zip(*LOWER)]))
+    return both_triangles(
+        np.array(
+            [
+                [kendalltau(x, y).statistic for x, y in zip(scores[i], scores[j])]
+                for i, j in zip(*LOWER)
+            ]
+        )
+    )
 
 
 def scipy_axis(scores):
     i, j = LOWER
-    return both_triangles(kendalltau(scores[i], scores[j], axis=-1).statistic)  # one call for everything
+    return both_triangles(
+        kendalltau(scores[i], scores[j], axis=-1).statistic
+    )  # one call for everything
 
 
 def pandas_corr(scores):
-    frames = np.ascontiguousarray(scores.transpose(1, 2, 0), np.float64)  # converted once, not once a prompt
+    frames = np.ascontiguousarray(
+        scores.transpose(1, 2, 0), np.float64
+    )  # converted once, not once a prompt
     return np.stack([pd.DataFrame(frame).corr(method="kendall").to_numpy() for frame in frames])
 
 
 def numpy_signs(scores):
     """The sign of every difference as a row for each model, so that a matrix product counts; prompt by prompt, which stays in the cache."""
     k, count, n = scores.shape
-    tau, signs = np.empty((count, k, k)), np.empty((k, n, n), np.float32)  # sums of signs are exact in float32 up to 2^24
+    tau, signs = (
+        np.empty((count, k, k)),
+        np.empty((k, n, n), np.float32),
+    )  # sums of signs are exact in float32 up to 2^24
     for p in range(count):
         x, y = scores[:, p, :, None], scores[:, p, None, :]
         np.subtract((x > y).view(np.int8), (x < y).view(np.int8), out=signs)
@@ -154,7 +205,9 @@ def numba_brute_force(scores):
                 x, y, difference = scores[i, p], scores[j, p], 0  # concordant minus discordant
                 for a in range(n):
                     for b in range(a):
-                        difference += ((x[a] > x[b]) - (x[a] < x[b])) * ((y[a] > y[b]) - (y[a] < y[b]))
+                        difference += ((x[a] > x[b]) - (x[a] < x[b])) * (
+                            (y[a] > y[b]) - (y[a] < y[b])
+                        )
                 if i == j:
                     roots[i] = np.sqrt(difference)
                 else:
@@ -166,7 +219,11 @@ def numba_brute_force(scores):
 def numba_signs(scores):
     """As numpy_signs, with every pair of continuations once and no temporary arrays."""
     k, count, n = scores.shape
-    tau, roots, signs = np.ones((count, k, k)), np.empty(k), np.empty((k, n * (n - 1) // 2), np.float32)
+    tau, roots, signs = (
+        np.ones((count, k, k)),
+        np.empty(k),
+        np.empty((k, n * (n - 1) // 2), np.float32),
+    )
     for p in range(count):
         for i in range(k):
             x, start = scores[i, p], 0
@@ -187,7 +244,12 @@ def hyper_corr(scores):
     """hyper-corr's compiled functions, without p-values, in a compiled loop. They want x sorted, so each model is sorted once, and ranks are
     sorted faster than scores. Which of the two is called when is as in hyper_corr.kendalltau, which is plain Python."""
     k, count, n = scores.shape
-    tau, rank, order, tied = np.ones((count, k, k)), np.empty((k, n), np.int32), np.empty((k, n), np.int64), np.empty(k, np.bool_)
+    tau, rank, order, tied = (
+        np.ones((count, k, k)),
+        np.empty((k, n), np.int32),
+        np.empty((k, n), np.int64),
+        np.empty(k, np.bool_),
+    )
     for p in range(count):
         for i in range(k):
             order[i] = np.argsort(scores[i, p])
@@ -200,14 +262,26 @@ def hyper_corr(scores):
             x = rank[i][order[i]]
             for j in range(i):
                 y = rank[j][order[i]]
-                found = kendalltau_ties(x, y, n, False) if tied[i] or tied[j] or n > 300 else kendalltau_noties(x, y, n, False)
+                found = (
+                    kendalltau_ties(x, y, n, False)
+                    if tied[i] or tied[j] or n > 300
+                    else kendalltau_noties(x, y, n, False)
+                )
                 tau[p, i, j] = tau[p, j, i] = found[0]
     return tau
 
 
-PACKAGES = {"scipy, a call a pair": scipy_loop, "pandas, DataFrame.corr": pandas_corr, "hyper-corr in numba": hyper_corr}
-OTHERS = {"scipy, axis=-1": scipy_axis, "numba brute force": numba_brute_force, "numba signs and BLAS": numba_signs,
-          "numpy signs and BLAS": numpy_signs}
+PACKAGES = {
+    "scipy, a call a pair": scipy_loop,
+    "pandas, DataFrame.corr": pandas_corr,
+    "hyper-corr in numba": hyper_corr,
+}
+OTHERS = {
+    "scipy, axis=-1": scipy_axis,
+    "numba brute force": numba_brute_force,
+    "numba signs and BLAS": numba_signs,
+    "numpy signs and BLAS": numpy_signs,
+}
 
 
 def kendall(shape, contenders, rounds):
@@ -218,10 +292,17 @@ def kendall(shape, contenders, rounds):
         equal(name, call(), tau)
     for name, function in contenders.items():
         found = function(scores)
-        equal(name, found[:, *LOWER], tau[:, *LOWER], 0 if name.startswith("scipy") else 1e-12)  # scipy was asked for (i, j) with i > j
+        equal(
+            name, found[:, *LOWER], tau[:, *LOWER], 0 if name.startswith("scipy") else 1e-12
+        )  # scipy was asked for (i, j) with i > j
         equal(name, found, tau, 1e-12)  # with (j, i) it may differ from that in the last bit
         calls[name] = partial(function, scores)
-    return [{"title": f"tau-b, {K} models x {shape[0]:,} prompt{'s'[:shape[0] - 1]} x {shape[1]:,} continuations", "rows": race(calls, rounds)}]
+    return [
+        {
+            "title": f"tau-b, {K} models x {shape[0]:,} prompt{'s'[: shape[0] - 1]} x {shape[1]:,} continuations",
+            "rows": race(calls, rounds),
+        }
+    ]
 
 
 # ---- sums over pairs
@@ -240,10 +321,24 @@ def numpy_pairs(rewards, a, b, p, block):
         both += s @ s.T
         untied += size @ size.T
         with_p += s @ columns[at]
-    s, own, decided, sum_p = with_p[:, 0], untied.diagonal(), np.count_nonzero(columns[:, 2]), p.sum()
-    return {"pairs": pairs, "decided": decided, "p": sum_p, "p_p": p @ p, "ties": pairs - own, "vote": (pairs + s) / 2,
-            "vote_p": (sum_p + with_p[:, 1]) / 2, "majority": (decided + with_p[:, 2]) / 2, "vote_vote": (both + s[:, None] + s + pairs) / 4,
-            "disagreement": (own[:, None] + own - both - untied) / 2}  # |x - y| = x^2 + y^2 - xy - x^2 y^2 for x, y in {-1, 0, 1}
+    s, own, decided, sum_p = (
+        with_p[:, 0],
+        untied.diagonal(),
+        np.count_nonzero(columns[:, 2]),
+        p.sum(),
+    )
+    return {
+        "pairs": pairs,
+        "decided": decided,
+        "p": sum_p,
+        "p_p": p @ p,
+        "ties": pairs - own,
+        "vote": (pairs + s) / 2,
+        "vote_p": (sum_p + with_p[:, 1]) / 2,
+        "majority": (decided + with_p[:, 2]) / 2,
+        "vote_vote": (both + s[:, None] + s + pairs) / 4,
+        "disagreement": (own[:, None] + own - both - untied) / 2,
+    }  # |x - y| = x^2 + y^2 - xy - x^2 y^2 for x, y in {-1, 0, 1}
 
 
 def draw_pairs(rng, pairs):
@@ -266,7 +361,12 @@ def pair_sums(pairs, blocks, rounds):
         for figure, value in totals.items():
             equal(f"{name}: {figure}", np.reshape(found[figure], value.shape), value)
     title = f"all sums over {pairs:,} pairs, {K} models"
-    return {"title": title, "rows": race(calls, rounds), "growth_mib": grown, "rewards_mib": rewards.nbytes / 2**20}
+    return {
+        "title": title,
+        "rows": race(calls, rounds),
+        "growth_mib": grown,
+        "rewards_mib": rewards.nbytes / 2**20,
+    }
 
 
 # ---- bootstrap
@@ -277,7 +377,12 @@ def numpy_bootstrap(sums, at_once=100):
     shift, found = prompts * np.arange(at_once)[:, None], []
     for _ in range(RESAMPLES // at_once):
         drawn = rng.integers(prompts, size=(at_once, prompts)) + shift
-        found.append(np.bincount(drawn.ravel(), minlength=prompts * at_once).reshape(at_once, prompts).astype(np.float64) @ sums)
+        found.append(
+            np.bincount(drawn.ravel(), minlength=prompts * at_once)
+            .reshape(at_once, prompts)
+            .astype(np.float64)
+            @ sums
+        )
     return np.concatenate(found)
 
 
@@ -286,10 +391,16 @@ def bootstrap():
     call, other = partial(resampled, sums, RESAMPLES, 0), numpy_bootstrap(sums)
     expected = call()
     calls = {OURS: call}
-    distance = np.abs(other.mean(0) - expected.mean(0)) / (expected.std(0) * np.sqrt(2 / RESAMPLES))  # equal in distribution only
-    assert distance.max() < 5 and np.abs(other.std(0) / expected.std(0) - 1).max() < 0.05, f"numpy's bootstrap differs from {OURS}"
+    distance = np.abs(other.mean(0) - expected.mean(0)) / (
+        expected.std(0) * np.sqrt(2 / RESAMPLES)
+    )  # equal in distribution only
+    assert distance.max() < 5 and np.abs(other.std(0) / expected.std(0) - 1).max() < 0.05, (
+        f"numpy's bootstrap differs from {OURS}"
+    )
     calls["numpy, integers and bincount"] = partial(numpy_bootstrap, sums)
-    return [{"title": f"{RESAMPLES:,} resamples of 1,000 prompts, 20 sums", "rows": race(calls, 15)}]
+    return [
+        {"title": f"{RESAMPLES:,} resamples of 1,000 prompts, 20 sums", "rows": race(calls, 15)}
+    ]
 
 
 # ---- evaluate.py
@@ -300,13 +411,26 @@ def comparisons(rng):
     for number in range(9413):
         (pair, prompt), votes = divmod(number, 5323), int(rng.integers(0, 5))
         messages = [{"role": "user", "content": f"Question {prompt}?"}]
-        yield prompts.Comparison(f"prompt {prompt}", messages, f"Answer {2 * pair}.", f"Answer {2 * pair + 1}.", votes, 4 - votes, 0)
+        yield prompts.Comparison(
+            f"prompt {prompt}",
+            messages,
+            f"Answer {2 * pair}.",
+            f"Answer {2 * pair + 1}.",
+            votes,
+            4 - votes,
+            0,
+        )
 
 
 def program(name, run):
     """Run a script of the repository on a run directory."""
     path = os.pathsep.join(filter(None, [str(REPOSITORY), ENVIRONMENT.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, REPOSITORY / name, "--run", run], capture_output=True, text=True, env=ENVIRONMENT | {"PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / name, "--run", run],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": path},
+    )
     if done.returncode:
         raise InputError(f"{name} failed: {done.stderr.strip()}")
 
@@ -319,18 +443,27 @@ def evaluate():
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as directory:
         made, run = Path(directory) / "made", Path(directory) / "run"
-        args = Namespace(run=made, seed=0, ties="drop", min_votes=2, test_share=0.1, valid_share=0.0)
+        args = Namespace(
+            run=made, seed=0, ties="drop", min_votes=2, test_share=0.1, valid_share=0.0
+        )
         with contextlib.redirect_stdout(io.StringIO()):
             prompts.prepare(args, "made", lambda: comparisons(rng), "sampled", {}, {})
         shutil.copytree(made, run)  # this process keeps the one it made locked
-        shapes = {name: (int(split.response_start[-1]),) for name, split in read_splits(run)[0].items()} | {"continuations": (50, 100)}
+        shapes = {
+            name: (int(split.response_start[-1]),) for name, split in read_splits(run)[0].items()
+        } | {"continuations": (50, 100)}
         for name, shape in shapes.items():
             for j, rewards in enumerate(draw(rng, shape), 1):
                 write_array(reward_path(run, j, name), rewards)
         program("fit_weights.py", run)
         rows = race({OURS: call}, 3)
         assert (run / "report.html").exists() and (run / "figures" / "kendall.png").exists()
-    return [{"title": f"python evaluate.py: 9,413 pairs, {K} models, 50 x 100 continuations, figures", "rows": rows}]
+    return [
+        {
+            "title": f"python evaluate.py: 9,413 pairs, {K} models, 50 x 100 continuations, figures",
+            "rows": rows,
+        }
+    ]
 
 
 # ---- the whole
@@ -339,9 +472,15 @@ def evaluate():
 PARTS = {
     "kendall": lambda: kendall((50, 100), PACKAGES | OTHERS, 30),
     "block": lambda: kendall((1, 100_000), PACKAGES, 5),  # the others are quadratic
-    "pairs": lambda: [pair_sums(9402 * 28, {"numpy": 9402 * 28, f"numpy, {BLOCK:,} at a time": BLOCK}, 30),  # PersonalLLM's shape
-                      pair_sums(10_000_000, {f"numpy, {BLOCK:,} at a time": BLOCK}, 5)],
-    "bootstrap": bootstrap, "evaluate": evaluate}
+    "pairs": lambda: [
+        pair_sums(
+            9402 * 28, {"numpy": 9402 * 28, f"numpy, {BLOCK:,} at a time": BLOCK}, 30
+        ),  # PersonalLLM's shape
+        pair_sums(10_000_000, {f"numpy, {BLOCK:,} at a time": BLOCK}, 5),
+    ],
+    "bootstrap": bootstrap,
+    "evaluate": evaluate,
+}
 
 
 def table(part):
@@ -350,9 +489,13 @@ def table(part):
     for row in part["rows"]:
         digits = max(0, 2 - int(np.floor(np.log10(row["median_ms"]))))
         median, low, high = (f"{row[key]:,.{digits}f}" for key in ("median_ms", "min_ms", "max_ms"))
-        lines.append(f"| {row['contender']} | {median} | {low} to {high} | {row['times_ours']:,.1f} |")
+        lines.append(
+            f"| {row['contender']} | {median} | {low} to {high} | {row['times_ours']:,.1f} |"
+        )
     if part.get("growth_mib") is not None:
-        lines.append(f"\nresident memory grew by {part['growth_mib']:.1f} MiB in one call; the rewards are {part['rewards_mib']:.1f} MiB")
+        lines.append(
+            f"\nresident memory grew by {part['growth_mib']:.1f} MiB in one call; the rewards are {part['rewards_mib']:.1f} MiB"
+        )
     return "\n".join(lines)
 
 
@@ -360,15 +503,35 @@ def machine():
     """What the times depend on."""
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info)}
-    flags = " ".join(flag for flag in facts.get("flags", "").split() if flag == "avx2" or flag.startswith("avx512"))
-    return {"cpu": facts.get("model name", platform.processor()), "cores": CORES, "flags": flags, "system": platform.platform()}
+    flags = " ".join(
+        flag
+        for flag in facts.get("flags", "").split()
+        if flag == "avx2" or flag.startswith("avx512")
+    )
+    return {
+        "cpu": facts.get("model name", platform.processor()),
+        "cores": CORES,
+        "flags": flags,
+        "system": platform.platform(),
+    }
 
 
 def main(args):
     packages = ("numpy", "scipy", "pandas", "numba", "hyper-corr")
-    versions = {"python": platform.python_version()} | {package: metadata.version(package) for package in packages}
-    found = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": versions, "parts": {}}
-    print("{cpu}, {cores} cores, {flags}, {system}".format_map(found["machine"]), found["date"], sep=", ")
+    versions = {"python": platform.python_version()} | {
+        package: metadata.version(package) for package in packages
+    }
+    found = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "versions": versions,
+        "parts": {},
+    }
+    print(
+        "{cpu}, {cores} cores, {flags}, {system}".format_map(found["machine"]),
+        found["date"],
+        sep=", ",
+    )
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     for name in [args.only] if args.only else PARTS:
         found["parts"][name] = PARTS[name]()

@@ -28,7 +28,12 @@ import transformers
 from pytorch_optimizer import SOAP
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_rm
@@ -37,13 +42,32 @@ from pairwise import reward_model as rm
 from pairwise.run_dir import Parser, natural, run_main, write_json
 
 VOCABULARY, PAD = 2000, 0
-SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 4}
-LLAMA_3_8B = {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
-              "num_key_value_heads": 8}
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+LLAMA_3_8B = {
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
 # responses to a prompt, prompts a step, median tokens of a prompt and the range, of a response and the range; like MultiPref and PersonalLLM
-KINDS = {"2 responses, 8 pairs a step": (2, 8, (110, 60, 200), (180, 100, 300)),
-         "8 responses, 28 pairs a step": (8, 1, (50, 20, 100), (220, 100, 350))}
-OURS = {"padded, sorted by length": 0, "packed": 1, "+ last layer for tokens that are read": 2, "+ prompt run once: this repository": 3}
+KINDS = {
+    "2 responses, 8 pairs a step": (2, 8, (110, 60, 200), (180, 100, 300)),
+    "8 responses, 28 pairs a step": (8, 1, (50, 20, 100), (220, 100, 350)),
+}
+OURS = {
+    "padded, sorted by length": 0,
+    "packed": 1,
+    "+ last layer for tokens that are read": 2,
+    "+ prompt run once: this repository": 3,
+}
 
 
 # ---- data and models
@@ -55,7 +79,9 @@ def make_data(kind, steps, seed=0, vocabulary=VOCABULARY):
     rng = np.random.default_rng(seed)
 
     def tokens(median, least, most):
-        return rng.integers(1, vocabulary, int(np.clip(median * np.exp(0.4 * rng.standard_normal()), least, most))).tolist()
+        return rng.integers(
+            1, vocabulary, int(np.clip(median * np.exp(0.4 * rng.standard_normal()), least, most))
+        ).tolist()
 
     sequences, pairs, found = [], [], []
     for _ in range(steps):
@@ -67,13 +93,24 @@ def make_data(kind, steps, seed=0, vocabulary=VOCABULARY):
             found[-1].append(np.arange(len(pairs), len(pairs) + len(own)))
             pairs += own
     a, b = np.array(pairs).T
-    return SimpleNamespace(sequences=sequences, a=a, b=b, steps=found, tokens=sum(map(len, sequences)), pairs_per_step=len(pairs) // steps)
+    return SimpleNamespace(
+        sequences=sequences,
+        a=a,
+        b=b,
+        steps=found,
+        tokens=sum(map(len, sequences)),
+        pairs_per_step=len(pairs) // steps,
+    )
 
 
 def make_model(shape, dtype=torch.float32, device="cpu"):
     torch.manual_seed(0)
     with torch.device(device):
-        config = LlamaConfig(**{"vocab_size": VOCABULARY, "pad_token_id": PAD, "num_labels": 1} | shape, max_position_embeddings=8192, dtype=dtype)
+        config = LlamaConfig(
+            **{"vocab_size": VOCABULARY, "pad_token_id": PAD, "num_labels": 1} | shape,
+            max_position_embeddings=8192,
+            dtype=dtype,
+        )
         model = LlamaForSequenceClassification._from_config(config, dtype=dtype)
     return rm.ready(model, device)
 
@@ -109,10 +146,21 @@ def ours(data, level, micro_batch_tokens):
         started = time.perf_counter()
         with only(model, level):
             for step in data.steps:
-                for micro in training.micro_batches(step, data.a, data.b, lengths, size, micro_batch_tokens):
-                    responses, index = np.unique(np.concatenate([data.a[micro], data.b[micro]]), return_inverse=True)
-                    rewards = rm.rewards_of_batch(model, [data.sequences[i] for i in responses], micro_batch_tokens)[index]
-                    (train_rm.LOSSES["mse"][1](rewards[: len(micro)] - rewards[len(micro) :], 1, None).sum() / data.pairs_per_step).backward()
+                for micro in training.micro_batches(
+                    step, data.a, data.b, lengths, size, micro_batch_tokens
+                ):
+                    responses, index = np.unique(
+                        np.concatenate([data.a[micro], data.b[micro]]), return_inverse=True
+                    )
+                    rewards = rm.rewards_of_batch(
+                        model, [data.sequences[i] for i in responses], micro_batch_tokens
+                    )[index]
+                    (
+                        train_rm.LOSSES["mse"][1](
+                            rewards[: len(micro)] - rewards[len(micro) :], 1, None
+                        ).sum()
+                        / data.pairs_per_step
+                    ).backward()
                 optimizer.step()
                 optimizer.zero_grad()
         return time.perf_counter() - started
@@ -135,18 +183,43 @@ def trl_trainer(model, data, micro_pairs, grouped, directory):
     from trl import RewardConfig, RewardTrainer
 
     words = {"<pad>": PAD} | {f"t{i}": i for i in range(1, VOCABULARY)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="t1")), pad_token="<pad>", eos_token="t2")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="t1")),
+        pad_token="<pad>",
+        eos_token="t2",
+    )
     order = np.concatenate([np.concatenate(step) for step in data.steps])
     chosen, rejected = ([data.sequences[i] for i in side[order]] for side in (data.a, data.b))
     lengths = [max(map(len, both)) for both in zip(chosen, rejected)]
     config = RewardConfig(
-        output_dir=str(directory), per_device_train_batch_size=micro_pairs, gradient_accumulation_steps=data.pairs_per_step // micro_pairs,
-        max_length=None, num_train_epochs=1, learning_rate=1e-5, lr_scheduler_type="constant", optim="adamw_torch_fused", max_grad_norm=0.0,
-        gradient_checkpointing=False, bf16=False, use_cpu=True, dataloader_pin_memory=False, remove_unused_columns=False,
-        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        train_sampling_strategy="group_by_length" if grouped else "sequential")
+        output_dir=str(directory),
+        per_device_train_batch_size=micro_pairs,
+        gradient_accumulation_steps=data.pairs_per_step // micro_pairs,
+        max_length=None,
+        num_train_epochs=1,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        max_grad_norm=0.0,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        train_sampling_strategy="group_by_length" if grouped else "sequential",
+    )
     dataset = Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected, "length": lengths})
-    trainer = RewardTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[clock := Clock()])
+    trainer = RewardTrainer(
+        model,
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[clock := Clock()],
+    )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     return trainer, clock
 
@@ -172,10 +245,18 @@ def check_losses(data, directory):
         pairs = np.concatenate(step)
         chosen, rejected = ([data.sequences[i] for i in side[pairs]] for side in (data.a, data.b))
         with torch.no_grad():
-            inputs = trainer.data_collator([{"chosen_ids": x, "rejected_ids": y} for x, y in zip(chosen, rejected)])
+            inputs = trainer.data_collator(
+                [{"chosen_ids": x, "rejected_ids": y} for x, y in zip(chosen, rejected)]
+            )
             theirs = trainer.compute_loss(model, inputs).item()
             r = rm.rewards_of_batch(model, chosen + rejected)
-        apart = max(apart, abs(theirs + torch.nn.functional.logsigmoid(r[: len(pairs)] - r[len(pairs) :]).mean().item()))
+        apart = max(
+            apart,
+            abs(
+                theirs
+                + torch.nn.functional.logsigmoid(r[: len(pairs)] - r[len(pairs) :]).mean().item()
+            ),
+        )
     assert apart < 1e-5 and abs(theirs - np.log(2)) > 1e-4, (apart, theirs)
     return apart
 
@@ -189,7 +270,9 @@ def compare(kind, args, directory):
     data = make_data(kind, steps)
     apart = check_losses(data, directory)
     B = data.pairs_per_step
-    tried = {(n, False): trl(data, n, False, directory) for n in range(1, B + 1) if B % n == 0}  # sequential: the steps' own order
+    tried = {
+        (n, False): trl(data, n, False, directory) for n in range(1, B + 1) if B % n == 0
+    }  # sequential: the steps' own order
     seconds_tried = {setting: call() for setting, call in tried.items()}
     for n, _ in sorted(seconds_tried, key=seconds_tried.get)[:2]:
         tried[n, True] = trl(data, n, True, directory)
@@ -197,9 +280,20 @@ def compare(kind, args, directory):
     best = sorted(seconds_tried, key=seconds_tried.get)[:2]  # both compete
     sizes = {size: ours(data, 3, size) for size in args.micro_batch_tokens}
     own = min(sizes, key=lambda size: sizes[size]())
-    named = {f"{n} x {B // n}{', by length' * grouped}": taken for (n, grouped), taken in seconds_tried.items()}
-    print(f"{kind}: TRL, tried once:", ", ".join(f"{name} {taken:.1f} s" for name, taken in named.items()), file=sys.stderr, flush=True)
-    contenders = {f"TRL, {n} x {B // n} pairs{', by length' * grouped}": tried[n, grouped] for n, grouped in best}
+    named = {
+        f"{n} x {B // n}{', by length' * grouped}": taken
+        for (n, grouped), taken in seconds_tried.items()
+    }
+    print(
+        f"{kind}: TRL, tried once:",
+        ", ".join(f"{name} {taken:.1f} s" for name, taken in named.items()),
+        file=sys.stderr,
+        flush=True,
+    )
+    contenders = {
+        f"TRL, {n} x {B // n} pairs{', by length' * grouped}": tried[n, grouped]
+        for n, grouped in best
+    }
     contenders |= {name: ours(data, level, own) for name, level in OURS.items()}
     seconds = {name: [] for name in contenders}
     for turn in range(args.rounds + 1):
@@ -207,18 +301,40 @@ def compare(kind, args, directory):
             taken = call()
             if turn:  # the first warms up
                 seconds[name].append(taken)
-    theirs = min(statistics.median(times) for name, times in seconds.items() if name.startswith("TRL"))
+    theirs = min(
+        statistics.median(times) for name, times in seconds.items() if name.startswith("TRL")
+    )
     rows = []
-    print(f"\n{kind}: {data.tokens / len(data.steps):,.0f} tokens of distinct responses a step; losses differ by {apart:.1e} at most; "
-          f"ours runs {own} tokens at once\n\n"
-          "| | pairs/s | tokens/s | times TRL |\n|---|---|---|---|")
+    print(
+        f"\n{kind}: {data.tokens / len(data.steps):,.0f} tokens of distinct responses a step; losses differ by {apart:.1e} at most; "
+        f"ours runs {own} tokens at once\n\n"
+        "| | pairs/s | tokens/s | times TRL |\n|---|---|---|---|"
+    )
     for name, times in seconds.items():
         median = statistics.median(times)
-        rows.append({"name": name, "pairs_per_second": steps * B / median, "tokens_per_second": data.tokens / median, "times_trl": theirs / median,
-                     "seconds": times})
-        print(f"| {name} | {rows[-1]['pairs_per_second']:.2f} | {rows[-1]['tokens_per_second']:,.0f} | {theirs / median:.2f} |", flush=True)
-    return {"data": kind, "steps": steps, "pairs_per_step": B, "tokens": data.tokens, "micro_batch_tokens": own, "largest_loss_difference": apart,
-            "tried": named, "rows": rows}
+        rows.append(
+            {
+                "name": name,
+                "pairs_per_second": steps * B / median,
+                "tokens_per_second": data.tokens / median,
+                "times_trl": theirs / median,
+                "seconds": times,
+            }
+        )
+        print(
+            f"| {name} | {rows[-1]['pairs_per_second']:.2f} | {rows[-1]['tokens_per_second']:,.0f} | {theirs / median:.2f} |",
+            flush=True,
+        )
+    return {
+        "data": kind,
+        "steps": steps,
+        "pairs_per_step": B,
+        "tokens": data.tokens,
+        "micro_batch_tokens": own,
+        "largest_loss_difference": apart,
+        "tried": named,
+        "rows": rows,
+    }
 
 
 # ---- one card, 8B parameters
@@ -235,7 +351,10 @@ def card(args):
     device, cuda = args.device, args.device.startswith("cuda")
     dtype = torch.bfloat16 if cuda else torch.float32
     shape = LLAMA_3_8B | {"num_hidden_layers": args.layers}
-    shape |= {name: shape[name] // args.shrink for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    shape |= {
+        name: shape[name] // args.shrink
+        for name in ("vocab_size", "hidden_size", "intermediate_size")
+    }
     n = 8192 // args.shrink
     x = torch.randn(n, n, device=device, dtype=dtype)
     times = []
@@ -248,7 +367,9 @@ def card(args):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # transformers recomputes in training mode only; this configuration has no dropout
     data = make_data("2 responses, 8 pairs a step", args.steps, vocabulary=shape["vocab_size"])
-    matrices = sum(p.numel() for p in model.base_model.layers[:-1].parameters())  # of the last layer little is run
+    matrices = sum(
+        p.numel() for p in model.base_model.layers[:-1].parameters()
+    )  # of the last layer little is run
     batches = list(rm.batches_of(model, data.sequences, args.micro_batch_tokens[-1]))
     run = sum(rm.count_tokens(model, [data.sequences[i] for i in batch]) for batch in batches)
     times = []
@@ -257,14 +378,32 @@ def card(args):
         rm.rewards_of_batch(model, [data.sequences[i] for i in batch]).square().sum().backward()
         times.append(wait(device) - started)
     seconds = sum(times[1:])
-    result = {"layers": args.layers, "packs": model.packs, "tokens_per_second": data.tokens / seconds, "tokens_run_per_second": run / seconds,
-              "matrix_product_tflops": rate / 1e12, "model_flops_utilisation": 6 * matrices * run / seconds / rate,
-              "with_recomputation": 8 * matrices * run / seconds / rate, "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None}
-    layer = [torch.nn.Parameter(p.detach().float().clone()) for p in model.base_model.layers[0].parameters() if p.ndim > 1]
+    result = {
+        "layers": args.layers,
+        "packs": model.packs,
+        "tokens_per_second": data.tokens / seconds,
+        "tokens_run_per_second": run / seconds,
+        "matrix_product_tflops": rate / 1e12,
+        "model_flops_utilisation": 6 * matrices * run / seconds / rate,
+        "with_recomputation": 8 * matrices * run / seconds / rate,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+    }
+    layer = [
+        torch.nn.Parameter(p.detach().float().clone())
+        for p in model.base_model.layers[0].parameters()
+        if p.ndim > 1
+    ]
     del model
-    optimizer = SOAP(layer, lr=1e-5, precondition_frequency=args.precondition_frequency, max_precondition_dim=args.max_precondition_dim)
+    optimizer = SOAP(
+        layer,
+        lr=1e-5,
+        precondition_frequency=args.precondition_frequency,
+        max_precondition_dim=args.max_precondition_dim,
+    )
     times = []
-    for _ in range(2 + args.precondition_frequency):  # the first initialises; a whole cycle of the eigenbases counts
+    for _ in range(
+        2 + args.precondition_frequency
+    ):  # the first initialises; a whole cycle of the eigenbases counts
         for p in layer:
             p.grad = torch.randn_like(p)
         started = wait(device)
@@ -272,9 +411,16 @@ def card(args):
         times.append(wait(device) - started)
     step = args.layers * statistics.mean(times[2:])
     batch = 2 * 512 * data.tokens / len(data.sequences) / result["tokens_per_second"]
-    result |= {"optimizer_step_seconds": step, "optimizer_share_at_512_pairs": step / (step + batch)}
+    result |= {
+        "optimizer_step_seconds": step,
+        "optimizer_share_at_512_pairs": step / (step + batch),
+    }
     for name, value in result.items():
-        print(f"{name.replace('_', ' ')}: {value:,.3f}" if isinstance(value, float) else f"{name.replace('_', ' ')}: {value}")
+        print(
+            f"{name.replace('_', ' ')}: {value:,.3f}"
+            if isinstance(value, float)
+            else f"{name.replace('_', ' ')}: {value}"
+        )
     return result
 
 
@@ -282,14 +428,21 @@ def main(args):
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     gpu = f", {torch.cuda.get_device_name()}" if args.device.startswith("cuda") else ""
-    result = {"machine": f"{platform.machine()}, {args.threads} threads{gpu}", "torch": torch.__version__, "transformers": transformers.__version__}
+    result = {
+        "machine": f"{platform.machine()}, {args.threads} threads{gpu}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     if args.card:
         result |= card(args)
     else:
         try:
             import trl
         except ImportError as error:
-            print(f"error: {error.name} is missing; pip install -r benchmarks/requirements.txt", file=sys.stderr)
+            print(
+                f"error: {error.name} is missing; pip install -r benchmarks/requirements.txt",
+                file=sys.stderr,
+            )
             sys.exit(2)
         result |= {"trl": trl.__version__}
         with tempfile.TemporaryDirectory() as directory:
@@ -303,14 +456,29 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--json", type=Path, help="write everything measured here")
     add("--rounds", type=natural, default=5, help="turns that count")
-    add("--steps", type=natural, default=2, help="optimizer steps a turn (8 responses: half as many)")
+    add(
+        "--steps",
+        type=natural,
+        default=2,
+        help="optimizer steps a turn (8 responses: half as many)",
+    )
     add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
-    add("--micro-batch-tokens", type=natural, nargs="+", default=[1024, 4096],
-        help="of ours, tokens run in one forward pass: the best is taken (--card: the last)")
+    add(
+        "--micro-batch-tokens",
+        type=natural,
+        nargs="+",
+        default=[1024, 4096],
+        help="of ours, tokens run in one forward pass: the best is taken (--card: the last)",
+    )
     add("--card", action="store_true", help="8B parameters on one card instead of the comparison")
     add("--device", type=rm.device, default="cpu", help="of --card")
     add("--layers", type=natural, default=32, help="of --card: fewer for a smaller card")
-    add("--shrink", type=natural, default=1, help="of --card: divide the width, to try it without a card")
+    add(
+        "--shrink",
+        type=natural,
+        default=1,
+        help="of --card: divide the width, to try it without a card",
+    )
     add("--precondition-frequency", type=natural, default=5, help="of --card: as in train_rm.py")
     add("--max-precondition-dim", type=natural, default=4096, help="of --card: as in train_rm.py")
     return parser.parse_args(argv)

@@ -23,9 +23,26 @@ import pyarrow.parquet as pq
 import torch
 
 from pairwise import sampling
-from pairwise.reward_model import add_flags, base_hashes, encode, load_language_model, load_tokenizer
+from pairwise.reward_model import (
+    add_flags,
+    base_hashes,
+    encode,
+    load_language_model,
+    load_tokenizer,
+)
 from pairwise.run_dir import (
-    InputError, Parser, begin_stage, data_hashes, end_stage, hash_file, natural, read_split, remembered_rows, run_main, stage_done)
+    InputError,
+    Parser,
+    begin_stage,
+    data_hashes,
+    end_stage,
+    hash_file,
+    natural,
+    read_split,
+    remembered_rows,
+    run_main,
+    stage_done,
+)
 from pairwise.sampling import room, sample
 
 
@@ -38,7 +55,11 @@ def held_out_prompts(run):
     table = pq.read_table(path)
     if not table.num_rows:
         raise InputError(f"{path}: no prompt found, at least 1 expected")
-    return table["prompt_id"].to_pylist(), table["messages"].to_pylist(), "prompts of prompts.parquet"
+    return (
+        table["prompt_id"].to_pylist(),
+        table["messages"].to_pylist(),
+        "prompts of prompts.parquet",
+    )
 
 
 def main(args):
@@ -46,8 +67,13 @@ def main(args):
     prompt_id, messages, which = held_out_prompts(run)
     prompts = min(args.prompts, len(prompt_id))
     if prompts < args.prompts:
-        print(f"continuations: only {prompts} {which} for --prompts {args.prompts}, all of them taken")
-    settings = {name: getattr(args, name) for name in ("prompts", "count", "temperature", "top_p", "max_tokens", "seed")}
+        print(
+            f"continuations: only {prompts} {which} for --prompts {args.prompts}, all of them taken"
+        )
+    settings = {
+        name: getattr(args, name)
+        for name in ("prompts", "count", "temperature", "top_p", "max_tokens", "seed")
+    }
     tokenizer = load_tokenizer(args.base, args.chat_template)
     inputs = data_hashes(run) | base_hashes(args.base, args.chat_template)
     if (run / "prompts.parquet").exists():
@@ -58,17 +84,31 @@ def main(args):
         return
     torch.set_num_threads(args.threads)
     model = load_language_model(args.base, args.device)
-    chosen = sorted(np.random.default_rng([args.seed, 3]).choice(len(prompt_id), prompts, replace=False).tolist())
+    chosen = sorted(
+        np.random.default_rng([args.seed, 3])
+        .choice(len(prompt_id), prompts, replace=False)
+        .tolist()
+    )
     encoded = [encode(tokenizer, messages[number]) for number in chosen]
-    longest = [room(model, ids, args.max_tokens, f"prompt {prompt_id[number]}") for number, ids in zip(chosen, encoded)]
+    longest = [
+        room(model, ids, args.max_tokens, f"prompt {prompt_id[number]}")
+        for number, ids in zip(chosen, encoded)
+    ]
     started = begin_stage(run, "continuations", settings, inputs)
 
     def row(i):
         """A prompt's continuations; its own seed, so that it does not matter where a killed call went on."""
         number = chosen[i]
         torch.manual_seed(int(np.random.SeedSequence([args.seed, number]).generate_state(1)[0]))
-        texts, logprob = sample(model, tokenizer, encoded[i], args.count, args.temperature, args.top_p, longest[i])
-        return {"prompt_id": prompt_id[number], "messages": messages[number], "texts": texts, "logprob": logprob}
+        texts, logprob = sample(
+            model, tokenizer, encoded[i], args.count, args.temperature, args.top_p, longest[i]
+        )
+        return {
+            "prompt_id": prompt_id[number],
+            "messages": messages[number],
+            "texts": texts,
+            "logprob": logprob,
+        }
 
     def write(partial, rows):
         pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
@@ -76,7 +116,9 @@ def main(args):
     rows = remembered_rows(path, settings | inputs, prompts, row, "continuations", write)
     end_stage(run, "continuations", settings, inputs, started, threads=args.threads)
     again = sum(args.count - len(set(row["texts"])) for row in rows)
-    print(f"continuations: {args.count} for each of {prompts} {which}; {again:,} of {args.count * prompts:,} repeat another of the same prompt")
+    print(
+        f"continuations: {args.count} for each of {prompts} {which}; {again:,} of {args.count * prompts:,} repeat another of the same prompt"
+    )
 
 
 def parse_args(argv=None):
@@ -86,7 +128,12 @@ def parse_args(argv=None):
     add("--base", required=True, help="base model: hub id or transformers directory")
     add_flags(parser)
     sampling.add_flags(parser, 1.0, 256)
-    add("--prompts", type=natural, default=50, help="prompts, drawn by the seed; all where there are fewer")
+    add(
+        "--prompts",
+        type=natural,
+        default=50,
+        help="prompts, drawn by the seed; all where there are fewer",
+    )
     add("--count", type=natural, default=100, help="continuations of each")
     return parser.parse_args(argv)
 

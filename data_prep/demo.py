@@ -19,22 +19,67 @@ import time
 import numpy as np
 
 from pairwise.prompts import Comparison, add_arguments, prepare
-from pairwise.run_dir import Parser, begin_stage, data_hashes, end_stage, natural, read_split, replacing, run_main, stage_done
+from pairwise.run_dir import (
+    Parser,
+    begin_stage,
+    data_hashes,
+    end_stage,
+    natural,
+    read_split,
+    replacing,
+    run_main,
+    stage_done,
+)
 
 # ---- text: every attribute shows in a few regular words
 
 TOPICS = {
-    "sleep better": ("go to bed at ten", "turn off the screen", "drink no coffee", "walk in the evening"),
+    "sleep better": (
+        "go to bed at ten",
+        "turn off the screen",
+        "drink no coffee",
+        "walk in the evening",
+    ),
     "save money": ("write down every cost", "cook at home", "cancel one plan", "set a small goal"),
-    "pass the exam": ("read one chapter a day", "solve old tests", "teach a friend", "rest before the day"),
-    "find a new job": ("update your letter", "call two people", "practise the talk", "look every morning"),
+    "pass the exam": (
+        "read one chapter a day",
+        "solve old tests",
+        "teach a friend",
+        "rest before the day",
+    ),
+    "find a new job": (
+        "update your letter",
+        "call two people",
+        "practise the talk",
+        "look every morning",
+    ),
     "get fit": ("take the stairs", "run twice a week", "lift light weights", "stretch each day"),
     "grow tomatoes": ("use rich soil", "water at dawn", "give them sun", "tie up the stems"),
-    "calm my dog": ("play before noon", "keep a steady hour", "use a soft voice", "reward the quiet"),
+    "calm my dog": (
+        "play before noon",
+        "keep a steady hour",
+        "use a soft voice",
+        "reward the quiet",
+    ),
     "learn to cook": ("start with soup", "buy a sharp knife", "taste as you go", "repeat one dish"),
-    "write a speech": ("open with a story", "keep three points", "read it aloud", "end with thanks"),
-    "move to a new town": ("visit it in winter", "ask about rent", "pack one room a day", "meet the neighbours"),
-    "talk to my son": ("listen before you speak", "choose a quiet time", "ask about his day", "share a meal"),
+    "write a speech": (
+        "open with a story",
+        "keep three points",
+        "read it aloud",
+        "end with thanks",
+    ),
+    "move to a new town": (
+        "visit it in winter",
+        "ask about rent",
+        "pack one room a day",
+        "meet the neighbours",
+    ),
+    "talk to my son": (
+        "listen before you speak",
+        "choose a quiet time",
+        "ask about his day",
+        "share a meal",
+    ),
     "fix my bike": ("clean the chain", "check the brakes", "fill the tyres", "oil the gears"),
 }
 CONTEXTS = {
@@ -43,8 +88,23 @@ CONTEXTS = {
     "work": "this is for my boss",
     "study": "i want to understand it",
 }
-WHEN = ("this week", "before summer", "after the holidays", "on my own", "with my sister", "without much help", "for the first time", "at last", "again", "this year")
-ASK = ("how can i {topic} {when} ?", "what helps to {topic} {when} ?", "i need to {topic} {when} , any advice ?")
+WHEN = (
+    "this week",
+    "before summer",
+    "after the holidays",
+    "on my own",
+    "with my sister",
+    "without much help",
+    "for the first time",
+    "at last",
+    "again",
+    "this year",
+)
+ASK = (
+    "how can i {topic} {when} ?",
+    "what helps to {topic} {when} ?",
+    "i need to {topic} {when} , any advice ?",
+)
 PROMPTS = list(itertools.product(TOPICS, CONTEXTS, WHEN, range(len(ASK))))
 
 ATTRIBUTES = ("long", "hedged", "formal", "evidence", "warm", "direct", "list", "rude")
@@ -54,8 +114,15 @@ EVIDENCE = "research with many people shows that this works ."
 HEDGE = "perhaps it depends , i may be wrong ."
 RUDE = "what a stupid question ."
 PATTERNS = {  # by what each shows, in any text that the base writes: for the members' characters
-    "long": r"then .* then |3 \)", "hedged": "perhaps", "formal": "dear reader", "evidence": "research", "warm": "glad", "direct": "you must",
-    "list": r"1 \)", "rude": "stupid"}
+    "long": r"then .* then |3 \)",
+    "hedged": "perhaps",
+    "formal": "dear reader",
+    "evidence": "research",
+    "warm": "glad",
+    "direct": "you must",
+    "list": r"1 \)",
+    "rude": "stupid",
+}
 
 
 def write_prompt(topic, context, when, ask):
@@ -68,11 +135,21 @@ def write_response(topic, attributes, tips):
     advice = [TOPICS[topic][i] for i in tips[: 4 if attributes["long"] else 2]]
     lead = "you must" if attributes["direct"] else "one way is to"
     if attributes["list"]:
-        body = f"{lead} : " + " ".join(f"{number} ) {tip} ;" for number, tip in enumerate(advice, 1))
+        body = f"{lead} : " + " ".join(
+            f"{number} ) {tip} ;" for number, tip in enumerate(advice, 1)
+        )
     else:
-        body = " ".join(f"{lead if number == 0 else 'then'} {tip} ." for number, tip in enumerate(advice))
-    parts = [OPENING[attributes["formal"]], RUDE if attributes["rude"] else "", WARM if attributes["warm"] else "", body,
-             EVIDENCE if attributes["evidence"] else "", HEDGE if attributes["hedged"] else ""]
+        body = " ".join(
+            f"{lead if number == 0 else 'then'} {tip} ." for number, tip in enumerate(advice)
+        )
+    parts = [
+        OPENING[attributes["formal"]],
+        RUDE if attributes["rude"] else "",
+        WARM if attributes["warm"] else "",
+        body,
+        EVIDENCE if attributes["evidence"] else "",
+        HEDGE if attributes["hedged"] else "",
+    ]
     return " ".join(part for part in parts if part)
 
 
@@ -80,19 +157,24 @@ def write_response(topic, attributes, tips):
 
 #            weight  long hedged formal evidence warm direct list  rude
 VIEWPOINTS = {
-    "carer":   (0.28, (0.4, 0.2, -0.4, -0.3, 1.8, -0.8, -0.4, -4.0)),
-    "expert":  (0.24, (0.8, -0.9, 1.0, 1.8, -0.8, 0.3, 0.2, -4.0)),
-    "busy":    (0.20, (-1.8, -0.6, -0.5, -0.4, -0.8, 1.2, 1.0, -4.0)),
+    "carer": (0.28, (0.4, 0.2, -0.4, -0.3, 1.8, -0.8, -0.4, -4.0)),
+    "expert": (0.24, (0.8, -0.9, 1.0, 1.8, -0.8, 0.3, 0.2, -4.0)),
+    "busy": (0.20, (-1.8, -0.6, -0.5, -0.4, -0.8, 1.2, 1.0, -4.0)),
     "careful": (0.16, (0.9, 1.8, 0.6, 0.9, 0.2, -1.2, 0.2, -4.0)),
-    "casual":  (0.12, (-0.9, 0.3, -1.8, -0.8, 0.6, 0.4, -0.8, -4.0)),
+    "casual": (0.12, (-0.9, 0.3, -1.8, -0.8, 0.6, 0.4, -0.8, -4.0)),
 }
 #             what the viewpoint changes in a context, same attributes
 IN_CONTEXT = {
-    ("carer", "sad"): (0.0, 0.0, -0.5, -0.5, 1.0, -0.5, -0.5, 0.0), ("carer", "work"): (0.0, 0.0, 1.2, 0.6, -1.2, 0.4, 0.4, 0.0),
-    ("expert", "study"): (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0), ("expert", "sad"): (-0.6, 0.6, -0.6, -1.0, 1.0, 0.0, 0.0, 0.0),
-    ("busy", "hurry"): (-1.0, 0.0, 0.0, 0.0, -0.5, 0.5, 0.5, 0.0), ("busy", "study"): (1.6, 0.0, 0.0, 0.6, 0.0, 0.0, 0.0, 0.0),
-    ("careful", "work"): (0.0, 0.6, 0.6, 0.6, -0.6, 0.0, 0.0, 0.0), ("careful", "hurry"): (-1.6, -0.6, 0.0, 0.0, 0.0, 1.0, 0.6, 0.0),
-    ("casual", "sad"): (0.6, 0.0, -0.4, 0.0, 1.0, 0.0, 0.0, 0.0), ("casual", "hurry"): (-0.6, 0.0, 0.0, 0.0, -0.6, 0.6, 0.6, 0.0),
+    ("carer", "sad"): (0.0, 0.0, -0.5, -0.5, 1.0, -0.5, -0.5, 0.0),
+    ("carer", "work"): (0.0, 0.0, 1.2, 0.6, -1.2, 0.4, 0.4, 0.0),
+    ("expert", "study"): (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0),
+    ("expert", "sad"): (-0.6, 0.6, -0.6, -1.0, 1.0, 0.0, 0.0, 0.0),
+    ("busy", "hurry"): (-1.0, 0.0, 0.0, 0.0, -0.5, 0.5, 0.5, 0.0),
+    ("busy", "study"): (1.6, 0.0, 0.0, 0.6, 0.0, 0.0, 0.0, 0.0),
+    ("careful", "work"): (0.0, 0.6, 0.6, 0.6, -0.6, 0.0, 0.0, 0.0),
+    ("careful", "hurry"): (-1.6, -0.6, 0.0, 0.0, 0.0, 1.0, 0.6, 0.0),
+    ("casual", "sad"): (0.6, 0.0, -0.4, 0.0, 1.0, 0.0, 0.0, 0.0),
+    ("casual", "hurry"): (-0.6, 0.0, 0.0, 0.0, -0.6, 0.6, 0.6, 0.0),
 }
 NOISE = 0.5
 ANNOTATORS = 4
@@ -101,7 +183,10 @@ RUDE_SHARE = 0.3  # of the responses; the other attributes are fair coins
 
 def utilities(context, attributes):
     """u_v(x, y), float64 (viewpoints, responses); attributes: float64 (responses, attributes)."""
-    tastes = [np.array(taste) + np.array(IN_CONTEXT.get((name, context), 0.0)) for name, (_, taste) in VIEWPOINTS.items()]
+    tastes = [
+        np.array(taste) + np.array(IN_CONTEXT.get((name, context), 0.0))
+        for name, (_, taste) in VIEWPOINTS.items()
+    ]
     return np.stack(tastes) @ attributes.T
 
 
@@ -139,13 +224,24 @@ def comparisons(prompts, responses, seed):
         messages = [{"role": "user", "content": write_prompt(topic, context, when, ask)}]
         for a, b in itertools.combinations(range(responses), 2):
             votes_a = int(rng.binomial(ANNOTATORS, share[a, b]))
-            yield Comparison(f"demo-{number:04d}", messages, texts[a], texts[b], votes_a, ANNOTATORS - votes_a, 0, float(share[a, b]))
+            yield Comparison(
+                f"demo-{number:04d}",
+                messages,
+                texts[a],
+                texts[b],
+                votes_a,
+                ANNOTATORS - votes_a,
+                0,
+                float(share[a, b]),
+            )
 
 
 # ---- base model
 
-CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-                 "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 
 
 def pretraining_chats(split, count, rng):
@@ -165,9 +261,22 @@ def train_tokenizer(texts, vocabulary):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>", chat_template=CHAT_TEMPLATE)
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        pad_token="<|pad|>",
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def pretrain(chats, seed, batch=64, lr=3e-3):
@@ -180,24 +289,48 @@ def pretrain(chats, seed, batch=64, lr=3e-3):
 
     tokenizer = train_tokenizer([text for chat in chats for text in chat], vocabulary=1200)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    sequences = [encode(tokenizer, [{"role": "user", "content": prompt}], response) for prompt, response in chats]
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    sequences = [
+        encode(tokenizer, [{"role": "user", "content": prompt}], response)
+        for prompt, response in chats
+    ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     steps = math.ceil(len(sequences) / batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / steps))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / steps)))
+    )
     started, tokens = time.time(), 0
     with tqdm(range(steps), desc="base", unit="step", mininterval=1) as bar:
         for step in bar:
-            ids, mask = pad(sequences[step * batch : (step + 1) * batch], tokenizer.pad_token_id, "cpu")
-            loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+            ids, mask = pad(
+                sequences[step * batch : (step + 1) * batch], tokenizer.pad_token_id, "cpu"
+            )
+            loss = model(
+                input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)
+            ).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             tokens += int(mask.sum())
-            bar.set_postfix_str(f"loss {loss.item():.3f} {tokens / (time.time() - started):,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(
+                f"loss {loss.item():.3f} {tokens / (time.time() - started):,.0f} tokens/s",
+                refresh=False,
+            )
     return model, tokenizer
 
 
@@ -206,7 +339,15 @@ def main(args):
 
     run = args.run
     settings = {"prompts": args.prompts, "responses": args.responses}
-    prepare(args, "demo", lambda: comparisons(args.prompts, args.responses, args.seed), "sampled", {}, settings, facts={"attributes": PATTERNS})
+    prepare(
+        args,
+        "demo",
+        lambda: comparisons(args.prompts, args.responses, args.seed),
+        "sampled",
+        {},
+        settings,
+        facts={"attributes": PATTERNS},
+    )
 
     settings = {"seed": args.seed, "texts": args.texts}
     inputs = data_hashes(run)
@@ -215,25 +356,42 @@ def main(args):
         return
     started = begin_stage(run, "base", settings, inputs)
     torch.set_num_threads(args.threads)
-    chats = list(pretraining_chats(read_split(run, "train"), args.texts, np.random.default_rng([args.seed, 2])))
+    chats = list(
+        pretraining_chats(
+            read_split(run, "train"), args.texts, np.random.default_rng([args.seed, 2])
+        )
+    )
     model, tokenizer = pretrain(chats, args.seed)
     with replacing(run / "base") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     end_stage(run, "base", settings, inputs, started, threads=args.threads)
-    print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters, trained on {args.texts:,} texts in {time.time() - started:.0f} s")
+    print(
+        f"base: {sum(p.numel() for p in model.parameters()):,} parameters, trained on {args.texts:,} texts in {time.time() - started:.0f} s"
+    )
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add_arguments(parser, test_share=0.2, valid_share=0.1)
-    parser.add_argument("--prompts", type=natural, default=500, help="prompts of the population's data set")
-    parser.add_argument("--responses", type=natural, default=6, help="responses per prompt, all pairs of them voted on")
-    parser.add_argument("--texts", type=natural, default=7000, help="texts that the base model reads, once")
+    parser.add_argument(
+        "--prompts", type=natural, default=500, help="prompts of the population's data set"
+    )
+    parser.add_argument(
+        "--responses",
+        type=natural,
+        default=6,
+        help="responses per prompt, all pairs of them voted on",
+    )
+    parser.add_argument(
+        "--texts", type=natural, default=7000, help="texts that the base model reads, once"
+    )
     parser.add_argument("--threads", type=natural, default=2, help="CPU threads")
     args = parser.parse_args(argv)
     if args.prompts > len(PROMPTS):
-        parser.error(f"--prompts {args.prompts}: at most {len(PROMPTS)} expected, there are no more different ones")
+        parser.error(
+            f"--prompts {args.prompts}: at most {len(PROMPTS)} expected, there are no more different ones"
+        )
     if args.responses < 2:
         parser.error(f"--responses {args.responses}: at least 2 expected")
     return args

@@ -42,7 +42,13 @@ def pairs(split):
         turns = conversation(split.messages[prompt])
         chosen, rejected = ([*turns, {"role": "assistant", "content": answers[i]}] for i in (a, b))
         first = split.response_start[prompt]
-        yield {"chosen": chosen, "rejected": rejected, "p": float(p), "n": float(n), "pair_id": f"{split.prompt_id[prompt]}/{a - first}/{b - first}"}
+        yield {
+            "chosen": chosen,
+            "rejected": rejected,
+            "p": float(p),
+            "n": float(n),
+            "pair_id": f"{split.prompt_id[prompt]}/{a - first}/{b - first}",
+        }
 
 
 def main(args):
@@ -54,8 +60,13 @@ def main(args):
         if args.out.suffix == ".parquet":
             pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
         else:
-            partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    print(f"export: {len(rows):,} pairs in {args.out}, {len(split.a) - len(rows):,} with p = 1/2 left out")
+            partial.write_text(
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                encoding="utf-8",
+            )
+    print(
+        f"export: {len(rows):,} pairs in {args.out}, {len(split.a) - len(rows):,} with p = 1/2 left out"
+    )
 
 
 def output(text):
@@ -70,7 +81,9 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--run", required=True, type=Path, help="run directory with data/")
     parser.add_argument("--split", choices=SPLITS, default="test")
-    parser.add_argument("--out", required=True, type=output, metavar="FILE", help="ends in .jsonl or .parquet")
+    parser.add_argument(
+        "--out", required=True, type=output, metavar="FILE", help="ends in .jsonl or .parquet"
+    )
     return parser.parse_args(argv)
 
 

@@ -26,11 +26,31 @@ from pairwise.rows import list_of, one_of, string, wrong
 from pairwise.run_dir import run_main
 
 HUB, STRENGTHS = "nvidia/HelpSteer2", (-100, *range(-3, 4))
-RATINGS = Published("helpsteer2", HUB, {"data_dir": "disagreements"}, "disagreements/disagreements.jsonl.gz", {"train": 23652},
-                    ("prompt", "response", "helpfulness"))
-PREFERENCES = Published("helpsteer2", HUB, {"data_dir": "preference"}, "preference/preference.jsonl.gz", {"train": 9125},
-                        ("split", "prompt", "response_1", "response_2", "all_preferences_unprocessed"))
-PAPER = {"responses": 21000, "pairs": 21000, "train_pairs": 21000, "train_prompts": 10000, "test_prompts": 1000, "annotators_mean": 3.5, "majority_mean": 0.74}
+RATINGS = Published(
+    "helpsteer2",
+    HUB,
+    {"data_dir": "disagreements"},
+    "disagreements/disagreements.jsonl.gz",
+    {"train": 23652},
+    ("prompt", "response", "helpfulness"),
+)
+PREFERENCES = Published(
+    "helpsteer2",
+    HUB,
+    {"data_dir": "preference"},
+    "preference/preference.jsonl.gz",
+    {"train": 9125},
+    ("split", "prompt", "response_1", "response_2", "all_preferences_unprocessed"),
+)
+PAPER = {
+    "responses": 21000,
+    "pairs": 21000,
+    "train_pairs": 21000,
+    "train_prompts": 10000,
+    "test_prompts": 1000,
+    "annotators_mean": 3.5,
+    "majority_mean": 0.74,
+}
 
 
 def messages(where, prompt):
@@ -38,7 +58,14 @@ def messages(where, prompt):
     first, *rest = re.split(r"\n?<extra_id_1>([^\n]*)\n?", prompt)
     turns = [{"role": "user", "content": first}] if first or not rest else []
     for speaker, content in zip(rest[::2], rest[1::2]):
-        turns.append({"role": one_of(where, "prompt: <extra_id_1>", speaker.strip().lower(), ("user", "assistant")), "content": content})
+        turns.append(
+            {
+                "role": one_of(
+                    where, "prompt: <extra_id_1>", speaker.strip().lower(), ("user", "assistant")
+                ),
+                "content": content,
+            }
+        )
     return turns
 
 
@@ -48,20 +75,40 @@ def comparison(split, where, prompt, first, second, compared):
     if context[-1]["role"] != "user":
         return "prompt that does not end with a turn of the user's"
     a, b = sum(x < 0 for x in compared), sum(x > 0 for x in compared)
-    return Comparison(None, context, first, second, a, b, len(compared) - a - b, split=split, where=where)
+    return Comparison(
+        None, context, first, second, a, b, len(compared) - a - b, split=split, where=where
+    )
 
 
 def rated(rows, args):
     """The Comparison of every two rows in succession with the same prompt."""
     waiting = None
     for split, where, row in rows:
-        prompt, response = string(where, "prompt", row.get("prompt")), string(where, "response", row.get("response"))
+        prompt, response = (
+            string(where, "prompt", row.get("prompt")),
+            string(where, "response", row.get("response")),
+        )
         if isinstance(row.get("helpfulness"), (int, float)):
-            raise wrong(where, "helpfulness", row["helpfulness"], "each annotator's rating, as in disagreements/disagreements.jsonl.gz,")
-        ratings = [one_of(where, "helpfulness", rating, range(5)) for rating in list_of(where, "helpfulness", row.get("helpfulness"), int)]
+            raise wrong(
+                where,
+                "helpfulness",
+                row["helpfulness"],
+                "each annotator's rating, as in disagreements/disagreements.jsonl.gz,",
+            )
+        ratings = [
+            one_of(where, "helpfulness", rating, range(5))
+            for rating in list_of(where, "helpfulness", row.get("helpfulness"), int)
+        ]
         if waiting and waiting[:2] == (split, prompt):
             match = zip if args.annotators == "zip" else product
-            yield comparison(split, where, prompt, waiting[2], response, [y - x for x, y in match(waiting[3], ratings)])
+            yield comparison(
+                split,
+                where,
+                prompt,
+                waiting[2],
+                response,
+                [y - x for x, y in match(waiting[3], ratings)],
+            )
             waiting = None
         else:
             if waiting:
@@ -74,25 +121,57 @@ def rated(rows, args):
 def preferred(rows, args):
     """The Comparison of every row of the preference file."""
     for _, where, row in rows:
-        split = {"train": "train", "val": "test"}[one_of(where, "split", row.get("split"), ("train", "val"))]
+        split = {"train": "train", "val": "test"}[
+            one_of(where, "split", row.get("split"), ("train", "val"))
+        ]
         answers = [string(where, field, row.get(field)) for field in ("response_1", "response_2")]
-        annotations = list_of(where, "all_preferences_unprocessed", row.get("all_preferences_unprocessed"), dict)
-        strengths = [one_of(where, "all_preferences_unprocessed: strength", annotation.get("strength"), STRENGTHS) for annotation in annotations]
-        yield comparison(split, where, string(where, "prompt", row.get("prompt")), *answers, [strength for strength in strengths if strength != -100])
+        annotations = list_of(
+            where, "all_preferences_unprocessed", row.get("all_preferences_unprocessed"), dict
+        )
+        strengths = [
+            one_of(
+                where,
+                "all_preferences_unprocessed: strength",
+                annotation.get("strength"),
+                STRENGTHS,
+            )
+            for annotation in annotations
+        ]
+        yield comparison(
+            split,
+            where,
+            string(where, "prompt", row.get("prompt")),
+            *answers,
+            [strength for strength in strengths if strength != -100],
+        )
 
 
 def main(args):
     ties = ("drop", "half", IN_N)
     if args.annotators == "preference":
-        prepare_published(args, PREFERENCES, preferred, "sampled", PAPER, {"annotators": ("preference",), "ties": ties})
+        prepare_published(
+            args,
+            PREFERENCES,
+            preferred,
+            "sampled",
+            PAPER,
+            {"annotators": ("preference",), "ties": ties},
+        )
     else:
         votes = "sampled" if args.annotators == "zip" else "dependent"
-        prepare_published(args, RATINGS, rated, votes, PAPER, {"annotators": ("zip", "cross"), "ties": ties})
+        prepare_published(
+            args, RATINGS, rated, votes, PAPER, {"annotators": ("zip", "cross"), "ties": ties}
+        )
 
 
 def parse_args(argv=None):
     made = parser(__doc__)
-    made.add_argument("--annotators", choices=("zip", "cross", "preference"), default="zip", help="what a vote is (above)")
+    made.add_argument(
+        "--annotators",
+        choices=("zip", "cross", "preference"),
+        default="zip",
+        help="what a vote is (above)",
+    )
     return made.parse_args(argv)
 
 

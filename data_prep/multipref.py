@@ -15,10 +15,30 @@ from pairwise.published import Published, parser, prepare_published
 from pairwise.rows import list_of, one_of, string, text
 from pairwise.run_dir import run_main
 
-VOTE = {"A-is-clearly-better": "a", "A-is-slightly-better": "a", "Tie": "tie", "B-is-slightly-better": "b", "B-is-clearly-better": "b"}
+VOTE = {
+    "A-is-clearly-better": "a",
+    "A-is-slightly-better": "a",
+    "Tie": "tie",
+    "B-is-slightly-better": "b",
+    "B-is-clearly-better": "b",
+}
 ANNOTATIONS = ("normal_worker_annotations", "expert_worker_annotations")
-DATA = Published("multipref", "allenai/multipref", {}, "the parquet file", {"train": 10461}, ("prompt_id", "text", "completion_a", "completion_b", *ANNOTATIONS))
-PAPER = {"pairs": 9413, "train_pairs": 9413, "train_prompts": 4791, "test_prompts": 532, "annotators_mean": 4.0, "majority_mean": 0.63}
+DATA = Published(
+    "multipref",
+    "allenai/multipref",
+    {},
+    "the parquet file",
+    {"train": 10461},
+    ("prompt_id", "text", "completion_a", "completion_b", *ANNOTATIONS),
+)
+PAPER = {
+    "pairs": 9413,
+    "train_pairs": 9413,
+    "train_prompts": 4791,
+    "test_prompts": 532,
+    "annotators_mean": 4.0,
+    "majority_mean": 0.63,
+}
 
 
 def comparisons(rows, args):
@@ -27,11 +47,24 @@ def comparisons(rows, args):
         cast = {"a": 0, "b": 0, "tie": 0}
         for group in ANNOTATIONS:
             for annotation in list_of(where, group, row.get(group), dict):
-                cast[VOTE[one_of(where, f"{group}: overall_pref", annotation.get("overall_pref"), VOTE)]] += 1
+                cast[
+                    VOTE[
+                        one_of(
+                            where, f"{group}: overall_pref", annotation.get("overall_pref"), VOTE
+                        )
+                    ]
+                ] += 1
         yield Comparison(
-            text(where, "prompt_id", row.get("prompt_id")), [{"role": "user", "content": string(where, "text", row.get("text"))}],
-            string(where, "completion_a", row.get("completion_a")), string(where, "completion_b", row.get("completion_b")),
-            cast["a"], cast["b"], cast["tie"], split=split, where=where)
+            text(where, "prompt_id", row.get("prompt_id")),
+            [{"role": "user", "content": string(where, "text", row.get("text"))}],
+            string(where, "completion_a", row.get("completion_a")),
+            string(where, "completion_b", row.get("completion_b")),
+            cast["a"],
+            cast["b"],
+            cast["tie"],
+            split=split,
+            where=where,
+        )
 
 
 def main(args):

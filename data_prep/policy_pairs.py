@@ -12,7 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from pairwise.ranking import distinct
-from pairwise.run_dir import InputError, Parser, natural, read_continuations, read_rewards, replacing, run_main, seed, write_lines
+from pairwise.run_dir import (
+    InputError,
+    Parser,
+    natural,
+    read_continuations,
+    read_rewards,
+    replacing,
+    run_main,
+    seed,
+    write_lines,
+)
 
 
 def pairs(texts, rewards, count, rng):
@@ -20,14 +30,20 @@ def pairs(texts, rewards, count, rng):
     best = distinct(texts)
     best = best[np.argsort(-rewards[best], kind="stable")]
     quarter = max(1, len(best) // 4)
-    found = [(a, b) for a, b in itertools.product(best[:quarter], best[-quarter:]) if rewards[a] > rewards[b]]
+    found = [
+        (a, b)
+        for a, b in itertools.product(best[:quarter], best[-quarter:])
+        if rewards[a] > rewards[b]
+    ]
     return [found[i] for i in rng.permutation(len(found))[:count]]
 
 
 def main(args):
     texts = read_continuations(args.run)
     if texts is None:
-        raise InputError(f"{args.run / 'continuations.parquet'}: no such file; data_prep/continuations.py makes it")
+        raise InputError(
+            f"{args.run / 'continuations.parquet'}: no such file; data_prep/continuations.py makes it"
+        )
     shape = len(texts["texts"]), len(texts["texts"][0])
     rewards = read_rewards(args.run, "continuations", args.member, shape)[-1]
     rng, rows = np.random.default_rng([args.seed, args.member]), []
@@ -36,18 +52,33 @@ def main(args):
             chosen, rejected = ([{"role": "assistant", "content": answers[i]}] for i in pair)
             rows.append({"prompt": messages, "chosen": chosen, "rejected": rejected})
     if not rows:
-        raise InputError(f"{args.run}: member {args.member} prefers no continuation to another, no pair can be exported")
+        raise InputError(
+            f"{args.run}: member {args.member} prefers no continuation to another, no pair can be exported"
+        )
     with replacing(args.out) as partial:
         write_lines(partial, rows)
-    print(f"policy_pairs: {len(rows):,} pairs of member {args.member} from {shape[0]:,} prompts in {args.out}")
+    print(
+        f"policy_pairs: {len(rows):,} pairs of member {args.member} from {shape[0]:,} prompts in {args.out}"
+    )
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="run directory with continuations.parquet and the member's rewards of it")
+    add(
+        "--run",
+        required=True,
+        type=Path,
+        help="run directory with continuations.parquet and the member's rewards of it",
+    )
     add("--member", required=True, type=natural, metavar="J")
-    add("--out", required=True, type=Path, metavar="FILE", help="JSON lines; TRL takes the directory that it is alone in")
+    add(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="JSON lines; TRL takes the directory that it is alone in",
+    )
     add("--pairs", type=natural, default=8, help="of each prompt, at most")
     add("--seed", type=seed, default=0)
     return parser.parse_args(argv)

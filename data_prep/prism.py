@@ -19,29 +19,53 @@ import pyarrow.parquet as pq
 
 from pairwise.published import Published, Source, add_source_arguments
 from pairwise.rows import one_of, string, text
-from pairwise.run_dir import InputError, Parser, begin_stage, data_hashes, end_stage, natural, read_split, replacing, run_main, seed, stage_done
+from pairwise.run_dir import (
+    InputError,
+    Parser,
+    begin_stage,
+    data_hashes,
+    end_stage,
+    natural,
+    read_split,
+    replacing,
+    run_main,
+    seed,
+    stage_done,
+)
 
 TYPES = ("unguided", "values guided", "controversy guided")
-DATA = Published("prism", "HannahRoseKirk/prism-alignment", {"name": "conversations"}, "conversations.jsonl", {"train": 8011},
-                 ("conversation_id", "conversation_type", "opening_prompt"))
+DATA = Published(
+    "prism",
+    "HannahRoseKirk/prism-alignment",
+    {"name": "conversations"},
+    "conversations.jsonl",
+    {"train": 8011},
+    ("conversation_id", "conversation_type", "opening_prompt"),
+)
 # Common in English, and not words of the other languages that PRISM's prompts are in (so not a, as, best, by, do, for, has, i, in, is, of, on, was, will).
-WORDS = frozenset("""about and any are because believe but can could did does feel find from get give god good have help how if into it its know life like
+WORDS = frozenset(
+    """about and any are because believe but can could did does feel find from get give god good have help how if into it its know life like
     make many money more most much my not one other people right should some than that the their them there they think this to true want what when where
-    which who why with world would wrong you your""".split())
+    which who why with world would wrong you your""".split()
+)
 
 
 def is_english(prompt):
     """True where at least a quarter of the words are common English ones and nearly all letters are ASCII."""
     words = re.findall(r"[^\W\d_]+", prompt.lower())
     letters = "".join(words)
-    return sum(word in WORDS for word in words) >= max(1, len(words) / 4) and sum(letter.isascii() for letter in letters) >= 0.95 * len(letters)
+    return sum(word in WORDS for word in words) >= max(1, len(words) / 4) and sum(
+        letter.isascii() for letter in letters
+    ) >= 0.95 * len(letters)
 
 
 def opening_prompts(rows):
     """{prompt: conversation_id} of the distinct opening prompts in English on values or a controversy."""
     found = {}
     for _, where, row in rows:
-        guided = one_of(where, "conversation_type", row.get("conversation_type"), TYPES) != "unguided"
+        guided = (
+            one_of(where, "conversation_type", row.get("conversation_type"), TYPES) != "unguided"
+        )
         prompt = string(where, "opening_prompt", row.get("opening_prompt")).strip()
         if guided and is_english(prompt):
             found.setdefault(prompt, text(where, "conversation_id", row.get("conversation_id")))
@@ -50,20 +74,31 @@ def opening_prompts(rows):
 
 def main(args):
     run, train = args.run, read_split(args.run, "train")
-    source = Source(args, DATA, "--prism-source" if os.environ.get("PAIRWISE_COMMAND") else "--source")
+    source = Source(
+        args, DATA, "--prism-source" if os.environ.get("PAIRWISE_COMMAND") else "--source"
+    )
     settings, inputs = {"count": args.count, "seed": args.seed}, data_hashes(run) | source.inputs
     if stage_done(run, "prompts", settings, inputs, [run / "prompts.parquet"]):
         print(f"prompts: {run / 'prompts.parquet'} is there, skipped")
         return
     trained = {messages[0]["content"].strip() for messages in train.messages if len(messages) == 1}
-    prompts = {prompt: name for prompt, name in opening_prompts(source.rows()).items() if prompt not in trained}
+    prompts = {
+        prompt: name
+        for prompt, name in opening_prompts(source.rows()).items()
+        if prompt not in trained
+    }
     if not prompts:
-        raise InputError(f"{DATA.hub}: no English prompt of a values guided or controversy guided conversation found, {args.count} expected")
+        raise InputError(
+            f"{DATA.hub}: no English prompt of a values guided or controversy guided conversation found, {args.count} expected"
+        )
     if len(prompts) < args.count:
         print(f"prompts: only {len(prompts)} of the kind, all of them taken")
     order = np.random.default_rng([args.seed, 4]).permutation(len(prompts))[: args.count]
     listed = list(prompts.items())
-    rows = [{"prompt_id": name, "messages": [{"role": "user", "content": prompt}]} for prompt, name in (listed[i] for i in sorted(order))]
+    rows = [
+        {"prompt_id": name, "messages": [{"role": "user", "content": prompt}]}
+        for prompt, name in (listed[i] for i in sorted(order))
+    ]
     started = begin_stage(run, "prompts", settings, inputs)
     with replacing(run / "prompts.parquet") as partial:
         pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")

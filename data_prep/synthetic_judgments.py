@@ -18,9 +18,26 @@ import pyarrow.parquet as pq
 import torch
 
 from pairwise import sampling
-from pairwise.reward_model import add_flags, base_hashes, encode, load_language_model, load_tokenizer
+from pairwise.reward_model import (
+    add_flags,
+    base_hashes,
+    encode,
+    load_language_model,
+    load_tokenizer,
+)
 from pairwise.run_dir import (
-    JUDGMENTS, InputError, Parser, begin_stage, end_stage, natural, read_json, remembered_rows, replacing, run_main, stage_done)
+    JUDGMENTS,
+    InputError,
+    Parser,
+    begin_stage,
+    end_stage,
+    natural,
+    read_json,
+    remembered_rows,
+    replacing,
+    run_main,
+    stage_done,
+)
 from pairwise.sampling import room, sample
 
 QUESTION = """Two answers to the same message follow the conversation below. Say which one most people would rather have got: the one that is \
@@ -39,26 +56,43 @@ Answer B:
 def question(messages, first, second):
     """The chat that asks for a choice between two answers to a conversation, `first` being called A."""
     conversation = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    return [{"role": "user", "content": QUESTION.format(conversation=conversation, first=first, second=second)}]
+    return [
+        {
+            "role": "user",
+            "content": QUESTION.format(conversation=conversation, first=first, second=second),
+        }
+    ]
 
 
 def choice(answer):
-    """"A" or "B", or None where the answer names not exactly one of them."""
-    named = {letter.upper() for letter in re.findall(r"\bchoice:\W*([ab])\b", answer, re.IGNORECASE)}
+    """ "A" or "B", or None where the answer names not exactly one of them."""
+    named = {
+        letter.upper() for letter in re.findall(r"\bchoice:\W*([ab])\b", answer, re.IGNORECASE)
+    }
     return named.pop() if len(named) == 1 else None
 
 
 def count(asked):
     """{a, b}: the choices for each response of a pair; asked: {"a first": answers, "b first": answers}, raw."""
     choices = [(choice(answer), order) for order, answers in asked.items() for answer in answers]
-    for_a = sum((letter, order) in (("A", "a first"), ("B", "b first")) for letter, order in choices)
+    for_a = sum(
+        (letter, order) in (("A", "a first"), ("B", "b first")) for letter, order in choices
+    )
     return {"a": for_a, "b": sum(letter is not None for letter, _ in choices) - for_a}
 
 
 def ask(model, tokenizer, chat, times, args):
     """`times` raw answers of the model, by nucleus sampling."""
     prompt = encode(tokenizer, chat)
-    return sample(model, tokenizer, prompt, times, args.temperature, args.top_p, room(model, prompt, args.max_tokens, "a question"))[0]
+    return sample(
+        model,
+        tokenizer,
+        prompt,
+        times,
+        args.temperature,
+        args.top_p,
+        room(model, prompt, args.max_tokens, "a question"),
+    )[0]
 
 
 def main(args):
@@ -67,15 +101,36 @@ def main(args):
         raise InputError(f"{path}: no such file; data_prep/ makes it")
     table = pq.read_table(path)
     rows = table.to_pylist()
-    settings = {name: getattr(args, name) for name in ("count", "top_p", "temperature", "max_tokens", "seed")}
-    texts = [(row["prompt_id"], row["messages"], row["responses"], [(pair["a"], pair["b"]) for pair in row["pairs"]]) for row in rows]
-    inputs = {"texts of data/train.parquet": hashlib.sha256(json.dumps(texts).encode()).hexdigest()} | base_hashes(args.base, args.chat_template)
-    if stage_done(run, "judgments", settings, inputs, [run / "judgments.jsonl"]) and "judgments" in table.column_names:
+    settings = {
+        name: getattr(args, name)
+        for name in ("count", "top_p", "temperature", "max_tokens", "seed")
+    }
+    texts = [
+        (
+            row["prompt_id"],
+            row["messages"],
+            row["responses"],
+            [(pair["a"], pair["b"]) for pair in row["pairs"]],
+        )
+        for row in rows
+    ]
+    inputs = {
+        "texts of data/train.parquet": hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    } | base_hashes(args.base, args.chat_template)
+    if (
+        stage_done(run, "judgments", settings, inputs, [run / "judgments.jsonl"])
+        and "judgments" in table.column_names
+    ):
         print(f"judgments: {run / 'judgments.jsonl'} is there, skipped")
         return
-    later = read_json(run / "manifest.json", {"stages": {}})["stages"].keys() - {"data", "judgments"}
+    later = read_json(run / "manifest.json", {"stages": {}})["stages"].keys() - {
+        "data",
+        "judgments",
+    }
     if later:
-        raise InputError(f"{path}: {min(later)} was made from it already; judgments come first, right after the data, in another --run")
+        raise InputError(
+            f"{path}: {min(later)} was made from it already; judgments come first, right after the data, in another --run"
+        )
     tokenizer = load_tokenizer(args.base, args.chat_template)
     started = begin_stage(run, "judgments", settings, inputs)
     torch.set_num_threads(args.threads)
@@ -88,30 +143,56 @@ def main(args):
         for pair in row["pairs"]:
             a, b = row["responses"][pair["a"]], row["responses"][pair["b"]]
             half = args.count // 2
-            out.append({"a first": ask(model, tokenizer, question(row["messages"], a, b), half, args),
-                        "b first": ask(model, tokenizer, question(row["messages"], b, a), half, args)})
+            out.append(
+                {
+                    "a first": ask(model, tokenizer, question(row["messages"], a, b), half, args),
+                    "b first": ask(model, tokenizer, question(row["messages"], b, a), half, args),
+                }
+            )
         return {"prompt_id": row["prompt_id"], "pairs": out}
 
-    found = remembered_rows(run / "judgments.jsonl", settings | inputs, len(rows), answers, "judgments")
+    found = remembered_rows(
+        run / "judgments.jsonl", settings | inputs, len(rows), answers, "judgments"
+    )
     counts = [[count(asked) for asked in row["pairs"]] for row in found]
     if "judgments" in table.column_names:
         table = table.drop_columns("judgments")
     with replacing(path) as partial:
-        pq.write_table(table.append_column("judgments", pa.array(counts, JUDGMENTS)), partial, compression="zstd")
+        pq.write_table(
+            table.append_column("judgments", pa.array(counts, JUDGMENTS)),
+            partial,
+            compression="zstd",
+        )
     end_stage(run, "judgments", settings, inputs, started, threads=args.threads)
     asked = args.count * sum(map(len, counts))
     parsed = sum(pair["a"] + pair["b"] for pairs in counts for pair in pairs)
-    print(f"judgments: {args.count} for each of {asked // args.count:,} pairs of {path}; {asked - parsed:,} of {asked:,} answers name no choice")
+    print(
+        f"judgments: {args.count} for each of {asked // args.count:,} pairs of {path}; {asked - parsed:,} of {asked:,} answers name no choice"
+    )
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="run directory with data/, before its first member is trained")
-    add("--base", required=True, help="instruction-tuned causal language model: hub id or transformers directory")
+    add(
+        "--run",
+        required=True,
+        type=Path,
+        help="run directory with data/, before its first member is trained",
+    )
+    add(
+        "--base",
+        required=True,
+        help="instruction-tuned causal language model: hub id or transformers directory",
+    )
     add_flags(parser)
     sampling.add_flags(parser, 0.9, 8)
-    add("--count", type=natural, default=10, help="judgments of each pair, half of them in each order: an even number (the paper: 10)")
+    add(
+        "--count",
+        type=natural,
+        default=10,
+        help="judgments of each pair, half of them in each order: an even number (the paper: 10)",
+    )
     args = parser.parse_args(argv)
     if args.count % 2:
         parser.error(f"--count {args.count}: an even number expected, half of it for each order")

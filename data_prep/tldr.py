@@ -18,17 +18,35 @@ from pairwise.run_dir import run_main
 CNNDM = ("batch0_cnndm", "cnndm0", "cnndm2")
 BATCHES = (*(f"batch{i}" for i in range(3, 23)), "edit_b2_eval_test", *CNNDM)
 FILES = {split: f"comparisons/{split}/*.parquet" for split in ("train", "validation")}
-DATA = Published("tldr", "openai/summarize_from_feedback", {"data_files": FILES, "revision": "refs/convert/parquet"},
-                 "comparisons/train and comparisons/validation (revision refs/convert/parquet)", {"train": 92858, "validation": 86086},
-                 ("info", "summaries", "choice", "batch", "split"))
-SPLIT = {"train": "train", "valid1": "test", "valid2": "test"}  # of a row, where the file's name says nothing
-PAPER = {"pairs": 3217, "train_pairs": 3217, "train_prompts": 729, "test_prompts": 845, "annotators_mean": 7.56, "majority_mean": 0.84}
+DATA = Published(
+    "tldr",
+    "openai/summarize_from_feedback",
+    {"data_files": FILES, "revision": "refs/convert/parquet"},
+    "comparisons/train and comparisons/validation (revision refs/convert/parquet)",
+    {"train": 92858, "validation": 86086},
+    ("info", "summaries", "choice", "batch", "split"),
+)
+SPLIT = {
+    "train": "train",
+    "valid1": "test",
+    "valid2": "test",
+}  # of a row, where the file's name says nothing
+PAPER = {
+    "pairs": 3217,
+    "train_pairs": 3217,
+    "train_prompts": 729,
+    "test_prompts": 845,
+    "annotators_mean": 7.56,
+    "majority_mean": 0.84,
+}
 
 
 def prompt(where, info, news):
     """What is to be summarised, in the layout of Stiennon et al. (2020)."""
+
     def part(field):
         return string(where, f"info: {field}", info.get(field))
+
     if news:
         return f"Article:\n{part('article').strip()}\n\nTL;DR:"
     return f"SUBREDDIT: r/{part('subreddit')}\n\nTITLE: {part('title')}\n\nPOST: {part('post').strip()}\n\nTL;DR:"
@@ -47,12 +65,16 @@ def comparisons(rows, args):
         if len(list_of(where, "summaries", summaries, dict)) != 2:
             raise wrong(where, "summaries", summaries, "two of them")
         chosen = one_of(where, "choice", row.get("choice"), (0, 1))
-        first, second = (string(where, "summaries: text", summary.get("text")).strip() for summary in summaries)
+        first, second = (
+            string(where, "summaries: text", summary.get("text")).strip() for summary in summaries
+        )
         messages = [{"role": "user", "content": prompt(where, info, news)}]
         if split is None and row.get("split"):
             split = SPLIT[one_of(where, "split", row["split"], SPLIT)]
         post = None if info.get("id") is None else string(where, "info: id", info["id"])
-        yield Comparison(post, messages, first, second, 1 - chosen, chosen, 0, split=split, where=where)
+        yield Comparison(
+            post, messages, first, second, 1 - chosen, chosen, 0, split=split, where=where
+        )
 
 
 def main(args):
@@ -61,7 +83,9 @@ def main(args):
 
 def parse_args(argv=None):
     made = parser(__doc__)
-    made.add_argument("--cnndm", choices=("drop", "keep"), default="drop", help="rows about CNN/DM articles")
+    made.add_argument(
+        "--cnndm", choices=("drop", "keep"), default="drop", help="rows about CNN/DM articles"
+    )
     return made.parse_args(argv)
 
 

@@ -26,12 +26,29 @@ from pairwise.prompts import VOTES, Comparison, add_arguments, prepare
 from pairwise.rows import kind, messages, read_rows, text, wrong
 from pairwise.run_dir import InputError, Parser, hash_file, run_main
 
-HALVES = lambda x: 0 <= x < 2**52 and 2 * x % 1 == 0, "a number of votes (at least 0, a multiple of one half)"
+HALVES = (
+    lambda x: 0 <= x < 2**52 and 2 * x % 1 == 0,
+    "a number of votes (at least 0, a multiple of one half)",
+)
 SHARE = lambda x: 0 <= x <= 1, "a number in [0, 1]"
-WHOLE = lambda x: 1 <= x < 2**52 and x % 1 == 0, "a positive integer"  # comparisons only: NaN, infinity and huge integers fail them
-NUMBERS = {"votes_a": HALVES, "votes_b": HALVES, "ties": HALVES, "p": SHARE, "n": WHOLE, "p_true": SHARE}
+WHOLE = (
+    lambda x: 1 <= x < 2**52 and x % 1 == 0,
+    "a positive integer",
+)  # comparisons only: NaN, infinity and huge integers fail them
+NUMBERS = {
+    "votes_a": HALVES,
+    "votes_b": HALVES,
+    "ties": HALVES,
+    "p": SHARE,
+    "n": WHOLE,
+    "p_true": SHARE,
+}
 ALL_OR_NONE = ("prompt_id", "p_true", "split", "categories")
-FIELDS = dict.fromkeys(NUMBERS, "number") | dict.fromkeys(("response_a", "response_b", "choice", "prompt_id", "split"), "text") | {"prompt": "messages", "categories": "json"}
+FIELDS = (
+    dict.fromkeys(NUMBERS, "number")
+    | dict.fromkeys(("response_a", "response_b", "choice", "prompt_id", "split"), "text")
+    | {"prompt": "messages", "categories": "json"}
+)
 
 # ---- one field
 
@@ -44,20 +61,31 @@ def number(where, row, field):
 
 
 def label(where, field, value):
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text(where, field, value)
+    return (
+        str(value)
+        if isinstance(value, int) and not isinstance(value, bool)
+        else text(where, field, value)
+    )
 
 
 def categories(where, value):
     if not isinstance(value, dict) or not value:
         raise wrong(where, "categories", value, "an object {name: label}")
-    return {text(where, "categories", name): label(where, f"categories: {name!r}", value[name]) for name in value}
+    return {
+        text(where, "categories", name): label(where, f"categories: {name!r}", value[name])
+        for name in value
+    }
 
 
 # ---- one row, with one of three forms of votes, each read as (votes_a, votes_b, ties)
 
 
 def counts(where, row):
-    return number(where, row, "votes_a"), number(where, row, "votes_b"), number(where, row, "ties") if "ties" in row else 0.0
+    return (
+        number(where, row, "votes_a"),
+        number(where, row, "votes_b"),
+        number(where, row, "ties") if "ties" in row else 0.0,
+    )
 
 
 def fraction(where, row):
@@ -66,7 +94,9 @@ def fraction(where, row):
     m = round(2 * n * p)
     decimals = next(d for d in range(7) if abs(round(p, d) - p) <= 1e-6)
     if abs(m / (2 * n) - p) > 10**-decimals / 2 + 1e-6:
-        raise wrong(where, "p", p, f"a multiple of 1/{2 * n:.0f} (n = {n:.0f}), up to its rounding,")
+        raise wrong(
+            where, "p", p, f"a multiple of 1/{2 * n:.0f} (n = {n:.0f}), up to its rounding,"
+        )
     return m / 2, n - m / 2, 0.0
 
 
@@ -86,7 +116,9 @@ FORMS = {  # name: (the fields that tell it, its reader)
 def form_of(where, row):
     found = [name for name, (fields, _) in FORMS.items() if fields & row.keys()]
     if len(found) != 1:
-        raise InputError(f"{where}: {' beside '.join(found) or 'no votes'} found, one of these expected: {'; '.join(FORMS)}")
+        raise InputError(
+            f"{where}: {' beside '.join(found) or 'no votes'} found, one of these expected: {'; '.join(FORMS)}"
+        )
     return found[0]
 
 
@@ -95,10 +127,16 @@ def comparison(where, row):
     if row.get("split") not in (None, "train", "test"):
         raise wrong(where, "split", row["split"], "train or test")
     return Comparison(
-        label(where, "prompt_id", row["prompt_id"]) if "prompt_id" in row else None, messages(where, row.get("prompt")),
-        text(where, "response_a", row.get("response_a")), text(where, "response_b", row.get("response_b")),
-        *FORMS[form_of(where, row)][1](where, row), p_true=number(where, row, "p_true") if "p_true" in row else None,
-        categories=categories(where, row["categories"]) if "categories" in row else None, split=row.get("split"), where=where)
+        label(where, "prompt_id", row["prompt_id"]) if "prompt_id" in row else None,
+        messages(where, row.get("prompt")),
+        text(where, "response_a", row.get("response_a")),
+        text(where, "response_b", row.get("response_b")),
+        *FORMS[form_of(where, row)][1](where, row),
+        p_true=number(where, row, "p_true") if "p_true" in row else None,
+        categories=categories(where, row["categories"]) if "categories" in row else None,
+        split=row.get("split"),
+        where=where,
+    )
 
 
 # ---- the file
@@ -109,16 +147,22 @@ def comparisons(path):
     first, homes = None, {}
     for where, row in read_rows(path, FIELDS):
         made = comparison(where, row)
-        traits = {"votes": form_of(where, row)} | {field: "given" if field in row else "missing" for field in ALL_OR_NONE}
+        traits = {"votes": form_of(where, row)} | {
+            field: "given" if field in row else "missing" for field in ALL_OR_NONE
+        }
         if made.categories:
             traits["categories"] = f"given for {sorted(made.categories)}"
         first = first or traits
         for name in traits:
             if traits[name] != first[name]:
-                raise InputError(f"{where}: {name}: {traits[name]} found, {first[name]} in the first row; all rows alike expected")
+                raise InputError(
+                    f"{where}: {name}: {traits[name]} found, {first[name]} in the first row; all rows alike expected"
+                )
         home = homes.setdefault(made.prompt_id or json.dumps(made.messages), made.split)
         if home != made.split:
-            raise InputError(f"{where}: split {made.split!r} found, {home!r} before for the same prompt; a prompt is in one split")
+            raise InputError(
+                f"{where}: split {made.split!r} found, {home!r} before for the same prompt; a prompt is in one split"
+            )
         yield made
     if first is None:
         raise InputError(f"{path}: no row found, at least one comparison expected")
@@ -127,7 +171,12 @@ def comparisons(path):
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--source", required=True, type=Path, help="the file of comparisons")
-    parser.add_argument("--votes", choices=VOTES, default="sampled", help="voters drawn from a population; all of it; or votes that are not independent draws")
+    parser.add_argument(
+        "--votes",
+        choices=VOTES,
+        default="sampled",
+        help="voters drawn from a population; all of it; or votes that are not independent draws",
+    )
     add_arguments(parser)
     return parser.parse_args(argv)
 

@@ -16,29 +16,46 @@ import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+from variants import brier, read_run, soft_mixtures, soft_single
+
 from evaluate import by_prompt, resampled
 from pairwise.run_dir import Parser, natural, run_main, seed, write_json
-from variants import brier, read_run, soft_mixtures, soft_single
 
 
 def plurality(data, number):
     """{single, mixture, components, gain, ci} of data {split: (Split, features)}; number: the seed."""
     single = soft_single(data, number)[2]
-    m, (_, _, mixed) = min(soft_mixtures(data, number).items(), key=lambda item: brier(item[1][2]["valid"], data["valid"][0]))
+    m, (_, _, mixed) = min(
+        soft_mixtures(data, number).items(),
+        key=lambda item: brier(item[1][2]["valid"], data["valid"][0]),
+    )
 
     def errors_on(name):
         """Squared errors of single and mixture, and pairs, summed over each prompt, (P, 3)."""
         split = data[name][0]
-        return by_prompt(split, np.stack([(single[name] - split.p) ** 2, (mixed[name] - split.p) ** 2, np.ones(len(split.p))]))
+        return by_prompt(
+            split,
+            np.stack(
+                [(single[name] - split.p) ** 2, (mixed[name] - split.p) ** 2, np.ones(len(split.p))]
+            ),
+        )
 
     better = errors_on("valid") @ [1, -1, 0]
-    if better.sum() < 2 * np.sqrt(len(better)) * better.std():  # by less than two standard errors: it may be noise
+    if (
+        better.sum() < 2 * np.sqrt(len(better)) * better.std()
+    ):  # by less than two standard errors: it may be noise
         m, mixed = 1, single
     errors = errors_on("test")
     drawn = resampled(errors, 10000, number)
     limits = np.percentile((drawn[:, 0] - drawn[:, 1]) / drawn[:, 2], [2.5, 97.5])
     one, several, pairs = errors.sum(0)
-    return {"single": one / pairs, "mixture": several / pairs, "components": m, "gain": (one - several) / pairs, "ci": limits.tolist()}
+    return {
+        "single": one / pairs,
+        "mixture": several / pairs,
+        "components": m,
+        "gain": (one - several) / pairs,
+        "ci": limits.tolist(),
+    }
 
 
 def main(args):
@@ -46,13 +63,20 @@ def main(args):
     (data,) = read_run(args.run, args.seed)
     found = plurality(data, args.seed)
     write_json(args.run / "plurality.json", found)
-    print(f"plurality: single {found['single']:.4f}, mixture of {found['components']} {found['mixture']:.4f}, gain {found['gain']:+.4f} "
-          f"[{found['ci'][0]:+.4f}, {found['ci'][1]:+.4f}]")
+    print(
+        f"plurality: single {found['single']:.4f}, mixture of {found['components']} {found['mixture']:.4f}, gain {found['gain']:+.4f} "
+        f"[{found['ci'][0]:+.4f}, {found['ci'][1]:+.4f}]"
+    )
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--run", required=True, type=Path, help="run directory with data/ and features/ (train_rm.py --train head makes them)")
+    parser.add_argument(
+        "--run",
+        required=True,
+        type=Path,
+        help="run directory with data/ and features/ (train_rm.py --train head makes them)",
+    )
     parser.add_argument("--seed", type=seed, default=0, help="of the fits and the bootstrap")
     parser.add_argument("--threads", type=natural, default=1, help="CPU threads")
     return parser.parse_args(argv)

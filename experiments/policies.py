@@ -16,21 +16,58 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "data_prep")]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parent.parent),
+    str(Path(__file__).resolve().parent.parent / "data_prep"),
+]
 import continuations
 import policy_pairs
+
 from pairwise import evaluator, ranking, reward_model
-from pairwise.run_dir import InputError, Parser, natural, read_continuations, read_json, read_rewards, read_split, run_main, seed
+from pairwise.run_dir import (
+    InputError,
+    Parser,
+    natural,
+    read_continuations,
+    read_json,
+    read_rewards,
+    read_split,
+    run_main,
+    seed,
+)
 
 
 def train(args, j):
     """Directory of policy j."""
     directory = args.out / f"policy_{j:02d}"
-    policy_pairs.main(policy_pairs.parse_args(["--run", str(args.run), "--member", str(j), "--out", str(directory / "pairs" / "train.jsonl")]))
-    flags = {"model_name_or_path": args.base, "dataset_name": directory / "pairs", "output_dir": directory / "model", "num_train_epochs": 1,
-             "per_device_train_batch_size": 16, "learning_rate": 3e-4, "bf16": False, "save_strategy": "no", "report_to": "none", "seed": args.seed}
+    policy_pairs.main(
+        policy_pairs.parse_args(
+            [
+                "--run",
+                str(args.run),
+                "--member",
+                str(j),
+                "--out",
+                str(directory / "pairs" / "train.jsonl"),
+            ]
+        )
+    )
+    flags = {
+        "model_name_or_path": args.base,
+        "dataset_name": directory / "pairs",
+        "output_dir": directory / "model",
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 3e-4,
+        "bf16": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": args.seed,
+    }
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    subprocess.run([sys.executable, "-m", "trl.scripts.dpo", "--use_cpu", *words, *args.dpo], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "trl.scripts.dpo", "--use_cpu", *words, *args.dpo], check=True
+    )
     return directory / "model"
 
 
@@ -41,20 +78,35 @@ def cell(values):
 
 def table(head, rows):
     """Print a table as Markdown has it."""
-    print("", *("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)), sep="\n")
+    print(
+        "", *("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)), sep="\n"
+    )
 
 
 def main(args):
     torch.set_num_threads(args.threads)
     args.base = args.base or args.run / "base"
-    texts, patterns = read_continuations(args.run), read_json(args.run / "data" / "stats.json").get("attributes", ranking.ATTRIBUTES)
+    texts, patterns = (
+        read_continuations(args.run),
+        read_json(args.run / "data" / "stats.json").get("attributes", ranking.ATTRIBUTES),
+    )
     test = read_split(args.run, "test")
-    unseen = [messages for name, messages in zip(test.prompt_id, test.messages) if name not in set(texts["prompt_id"])][: args.prompts]
+    unseen = [
+        messages
+        for name, messages in zip(test.prompt_id, test.messages)
+        if name not in set(texts["prompt_id"])
+    ][: args.prompts]
     if len(unseen) < 2:
-        raise InputError(f"{args.run}: {len(unseen)} test prompts without continuations found, at least 2 expected")
+        raise InputError(
+            f"{args.run}: {len(unseen)} test prompts without continuations found, at least 2 expected"
+        )
     counts = ranking.attribute_counts(texts["texts"], patterns)
-    rewards = read_rewards(args.run, "continuations", max(args.members), counts.shape[1:])[[j - 1 for j in args.members]]
-    tau = np.nanmean(evaluator.kendall_tau(np.concatenate([rewards, counts])), 0)[len(rewards) :, : len(rewards)]
+    rewards = read_rewards(args.run, "continuations", max(args.members), counts.shape[1:])[
+        [j - 1 for j in args.members]
+    ]
+    tau = np.nanmean(evaluator.kendall_tau(np.concatenate([rewards, counts])), 0)[
+        len(rewards) :, : len(rewards)
+    ]
 
     policies = {"base": args.base} | {f"policy {j}": train(args, j) for j in args.members}
     tokenizer = reward_model.load_tokenizer(args.base, args.chat_template)
@@ -63,16 +115,33 @@ def main(args):
     for name, directory in policies.items():
         model = reward_model.load_language_model(str(directory), "cpu")
         torch.manual_seed(args.seed)
-        answers[name] = [continuations.sample(model, tokenizer, prompt, args.count, 1.0, 1.0, args.max_tokens)[0] for prompt in prompts]
+        answers[name] = [
+            continuations.sample(model, tokenizer, prompt, args.count, 1.0, 1.0, args.max_tokens)[0]
+            for prompt in prompts
+        ]
     shown = {name: ranking.attribute_counts(of, patterns) > 0 for name, of in answers.items()}
-    table(["attribute", *policies, *(f"tau of member {j}" for j in args.members)], [
-        [list(patterns)[i], *(cell(of[i].mean(1)) for of in shown.values()), *(f"{x:.2f}" for x in tau[i])]
-        for i in np.argsort(-np.abs(tau[:, 0] - tau[:, -1]), kind="stable")])
+    table(
+        ["attribute", *policies, *(f"tau of member {j}" for j in args.members)],
+        [
+            [
+                list(patterns)[i],
+                *(cell(of[i].mean(1)) for of in shown.values()),
+                *(f"{x:.2f}" for x in tau[i]),
+            ]
+            for i in np.argsort(-np.abs(tau[:, 0] - tau[:, -1]), kind="stable")
+        ],
+    )
     rows = []
     for j in args.members:
         member = reward_model.load_member(args.run, j, args.base, tokenizer, torch.float32, "cpu")
-        sequences = [reward_model.encode_split(tokenizer, unseen, of, args.max_length) for of in answers.values()]
-        given = [reward_model.score_sequences(member, of, 8192).reshape(len(unseen), -1).mean(1) for of in sequences]
+        sequences = [
+            reward_model.encode_split(tokenizer, unseen, of, args.max_length)
+            for of in answers.values()
+        ]
+        given = [
+            reward_model.score_sequences(member, of, 8192).reshape(len(unseen), -1).mean(1)
+            for of in sequences
+        ]
         rows.append([f"member {j}", *map(cell, given)])
     table(["mean reward by", *policies], rows)
 
@@ -80,7 +149,12 @@ def main(args):
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="a finished run directory with continuations of some of its test prompts")
+    add(
+        "--run",
+        required=True,
+        type=Path,
+        help="a finished run directory with continuations of some of its test prompts",
+    )
     add("--members", type=natural, nargs="+", default=[1, 2])
     add("--out", required=True, type=Path, help="directory for the pairs and the policies")
     add("--base", help="base model (default: RUN/base)")
@@ -88,7 +162,12 @@ def parse_args(argv=None):
     add("--prompts", type=natural, default=40, help="unseen test prompts, at most")
     add("--count", type=natural, default=20, help="answers of each policy to each")
     add("--max-tokens", type=natural, default=128, help="longest answer")
-    add("--max-length", type=natural, default=2048, help="of a prompt with its answer, for the members")
+    add(
+        "--max-length",
+        type=natural,
+        default=2048,
+        help="of a prompt with its answer, for the members",
+    )
     add("--seed", type=seed, default=0)
     add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
     args, args.dpo = parser.parse_known_args(argv)

@@ -16,13 +16,25 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pairwise.run_dir import Parser, begin_stage, end_stage, natural, run_main, seed, stage_done, write_array, write_json, write_split
+from pairwise.run_dir import (
+    Parser,
+    begin_stage,
+    end_stage,
+    natural,
+    run_main,
+    seed,
+    stage_done,
+    write_array,
+    write_json,
+    write_split,
+)
 
 PROMPTS = {"train": 300, "valid": 60, "test": 150}
 
 
 def directions(name, d, voters, rng):
     """Voters' directions (voters, d)."""
+
     def unit(*shape):
         x = rng.normal(size=(*shape, d))
         return x / np.linalg.norm(x, axis=-1, keepdims=True)
@@ -45,28 +57,57 @@ def population(name, number, d, responses, votes, voters):
     for split, prompts in PROMPTS.items():
         rows, features = [], rng.normal(size=(prompts, responses, d)).astype(np.float32)
         for i, x in enumerate(features):
-            swap = rng.random(len(first)) < 0.5  # which response stands first carries no information
+            swap = (
+                rng.random(len(first)) < 0.5
+            )  # which response stands first carries no information
             a, b = np.where(swap, second, first), np.where(swap, first, second)
             margin = (x[a] - x[b]) @ w.T  # (pairs, voters)
-            p = (1 / (1 + np.exp(-2 * margin)) if name == "single" else (margin > 0).astype(float)).mean(1)
+            p = (
+                1 / (1 + np.exp(-2 * margin)) if name == "single" else (margin > 0).astype(float)
+            ).mean(1)
             count = rng.binomial(votes, p)
-            pairs = [{"a": int(j), "b": int(k), "votes_a": float(c), "votes_b": float(votes - c), "ties": 0.0} for j, k, c in zip(a, b, count)]
-            rows.append({"prompt_id": f"{split} {i}", "messages": [{"role": "user", "content": f"{split} {i}"}],
-                         "responses": [f"response {j}" for j in range(responses)], "pairs": pairs, "p_true": p.tolist()})
+            pairs = [
+                {
+                    "a": int(j),
+                    "b": int(k),
+                    "votes_a": float(c),
+                    "votes_b": float(votes - c),
+                    "ties": 0.0,
+                }
+                for j, k, c in zip(a, b, count)
+            ]
+            rows.append(
+                {
+                    "prompt_id": f"{split} {i}",
+                    "messages": [{"role": "user", "content": f"{split} {i}"}],
+                    "responses": [f"response {j}" for j in range(responses)],
+                    "pairs": pairs,
+                    "p_true": p.tolist(),
+                }
+            )
         made[split] = rows, features.reshape(-1, d)
     return made
 
 
 def main(args):
-    settings = {name: getattr(args, name) for name in ("population", "seed", "dimension", "responses", "votes", "voters")}
+    settings = {
+        name: getattr(args, name)
+        for name in ("population", "seed", "dimension", "responses", "votes", "voters")
+    }
     if stage_done(args.run, "data", settings, {}, [args.run / "data" / "test.parquet"]):
         return
     started = begin_stage(args.run, "data", settings, {})
     (args.run / "data").mkdir(exist_ok=True)
-    for split, (rows, features) in population(args.population, args.seed, args.dimension, args.responses, args.votes, args.voters).items():
+    for split, (rows, features) in population(
+        args.population, args.seed, args.dimension, args.responses, args.votes, args.voters
+    ).items():
         write_split(args.run / "data" / f"{split}.parquet", rows)
         write_array(args.run / "features" / f"{split}.npy", features)
-    write_json(args.run / "data" / "stats.json", settings | {"dataset": f"{args.population} {args.seed}", "votes": "sampled", "ties": "drop"})
+    write_json(
+        args.run / "data" / "stats.json",
+        settings
+        | {"dataset": f"{args.population} {args.seed}", "votes": "sampled", "ties": "drop"},
+    )
     end_stage(args.run, "data", settings, {}, started)
 
 

@@ -12,7 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pairwise.run_dir import REPOSITORY, Parser, count_members, natural, read_rewards, read_split, read_weights, run_main, seed
+from pairwise.run_dir import (
+    REPOSITORY,
+    Parser,
+    count_members,
+    natural,
+    read_rewards,
+    read_split,
+    read_weights,
+    run_main,
+    seed,
+)
 from respond import agreements, posterior
 
 spec = importlib.util.spec_from_file_location("demo", REPOSITORY / "data_prep" / "demo.py")
@@ -22,9 +32,16 @@ spec.loader.exec_module(demo)
 
 def attributes_of(topic, text):
     """The attributes, float64 (attributes,), of a text by demo.write_response."""
-    shows = {"long": sum(tip in text for tip in demo.TOPICS[topic]) > 2, "hedged": demo.HEDGE in text, "formal": text.startswith(demo.OPENING[1]),
-             "evidence": demo.EVIDENCE in text, "warm": demo.WARM in text, "direct": "you must" in text, "list": " 1 ) " in text,
-             "rude": demo.RUDE in text}
+    shows = {
+        "long": sum(tip in text for tip in demo.TOPICS[topic]) > 2,
+        "hedged": demo.HEDGE in text,
+        "formal": text.startswith(demo.OPENING[1]),
+        "evidence": demo.EVIDENCE in text,
+        "warm": demo.WARM in text,
+        "direct": "you must" in text,
+        "list": " 1 ) " in text,
+        "rude": demo.RUDE in text,
+    }
     return np.array([shows[name] for name in demo.ATTRIBUTES], float)
 
 
@@ -48,29 +65,48 @@ def trials(rewards, alpha, shares, a, b, count, comparisons, rng):
         viewpoint = rng.choice(len(shares), p=weights)
         seen, unseen = np.split(rng.permutation(len(a)), [comparisons])
         choices = (rng.random(comparisons) < shares[viewpoint, seen]).astype(float)
-        p = posterior(alpha, agreements(both[:, seen].reshape(len(alpha), -1), choices), comparisons)
-        yield viewpoint, int(p.argmax()), float(p.max()), agreements(both[:, unseen].reshape(len(alpha), -1), shares[viewpoint, unseen]) / len(unseen)
+        p = posterior(
+            alpha, agreements(both[:, seen].reshape(len(alpha), -1), choices), comparisons
+        )
+        yield (
+            viewpoint,
+            int(p.argmax()),
+            float(p.max()),
+            agreements(both[:, unseen].reshape(len(alpha), -1), shares[viewpoint, unseen])
+            / len(unseen),
+        )
 
 
 def main(args):
     split, k = read_split(args.run, "test"), count_members(args.run)
     alpha = read_weights(args.run, k)
     shares = choice_shares(split)
-    rewards, rng = read_rewards(args.run, "test", k, split.response_start[-1:]), np.random.default_rng(args.seed)
-    found = list(trials(rewards, alpha, shares, split.a, split.b, args.trials, args.comparisons, rng))
+    rewards, rng = (
+        read_rewards(args.run, "test", k, split.response_start[-1:]),
+        np.random.default_rng(args.seed),
+    )
+    found = list(
+        trials(rewards, alpha, shares, split.a, split.b, args.trials, args.comparisons, rng)
+    )
     viewpoint, chosen, sure = (np.array(column) for column in list(zip(*found))[:3])
     agreement = np.stack([each for *_, each in found])
     own, drawn = agreement[np.arange(len(chosen)), chosen], agreement @ alpha
     best = chosen == agreement.argmax(1)
-    print(f"{args.trials} trials of {args.comparisons} comparisons; share of the viewpoint's other votes that a member agrees with: the chosen "
-          f"{own.mean():.3f}, one drawn by weight {drawn.mean():.3f}, the best {agreement.max(1).mean():.3f}")
-    print(f"the chosen at least as well as the drawn in {(own >= drawn).mean():.2f} of the trials; the best of all in {best.mean():.2f}, "
-          f"its own probability {sure.mean():.2f}")
+    print(
+        f"{args.trials} trials of {args.comparisons} comparisons; share of the viewpoint's other votes that a member agrees with: the chosen "
+        f"{own.mean():.3f}, one drawn by weight {drawn.mean():.3f}, the best {agreement.max(1).mean():.3f}"
+    )
+    print(
+        f"the chosen at least as well as the drawn in {(own >= drawn).mean():.2f} of the trials; the best of all in {best.mean():.2f}, "
+        f"its own probability {sure.mean():.2f}"
+    )
     for v, name in enumerate(demo.VIEWPOINTS):
         at = viewpoint == v
         if at.any():
-            print(f"  {name:8} {at.sum()} trials: {own[at].mean():.3f}, {drawn[at].mean():.3f}, {agreement[at].max(1).mean():.3f}; "
-                  f"{(own[at] >= drawn[at]).mean():.2f}")
+            print(
+                f"  {name:8} {at.sum()} trials: {own[at].mean():.3f}, {drawn[at].mean():.3f}, {agreement[at].max(1).mean():.3f}; "
+                f"{(own[at] >= drawn[at]).mean():.2f}"
+            )
 
 
 def parse_args(argv=None):

@@ -29,41 +29,79 @@ WHOLE, SHUFFLED = training.steps_of_prompts, training.steps_of_pairs
 
 def shuffled(pair_start, keep, pairs_per_step, rng):
     """As steps_of_prompts, with each pair where chance puts it."""
-    return [[np.array([pair]) for pair in step[0]] for step in SHUFFLED(keep, pairs_per_step, 1, rng)]
+    return [
+        [np.array([pair]) for pair in step[0]] for step in SHUFFLED(keep, pairs_per_step, 1, rng)
+    ]
 
 
 def whole(pair_start):
     """As steps_of_pairs, with the pairs of a prompt in one step; pair_start (P+1,)."""
     return lambda keep, pairs_per_step, epochs, rng: [
-        [np.concatenate(step)] for _ in range(epochs) for step in WHOLE(pair_start, keep, pairs_per_step, rng)]
+        [np.concatenate(step)]
+        for _ in range(epochs)
+        for step in WHOLE(pair_start, keep, pairs_per_step, rng)
+    ]
 
 
 def main(args):
     base, pair_start = args.base or args.run / "base", read_split(args.run, "train").pair_start
     with open(args.out, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(["seed", "steps", "k", "brier", "brier_soft", "true_error", "tokens", "seconds"])
+        rows.writerow(
+            ["seed", "steps", "k", "brier", "brier_soft", "true_error", "tokens", "seconds"]
+        )
         for number in args.seeds:
-            for name, of_prompts, of_pairs in (("prompts", WHOLE, whole(pair_start)), ("pairs", shuffled, SHUFFLED)):
+            for name, of_prompts, of_pairs in (
+                ("prompts", WHOLE, whole(pair_start)),
+                ("pairs", shuffled, SHUFFLED),
+            ):
                 training.steps_of_prompts, training.steps_of_pairs = of_prompts, of_pairs
                 with tempfile.TemporaryDirectory() as directory:
                     run = Path(directory)
                     for kept in ("data", "features"):
                         (run / kept).symlink_to((args.run / kept).resolve())
                     manifest = json.loads((args.run / "manifest.json").read_text())
-                    manifest["stages"] = {stage: entry for stage, entry in manifest["stages"].items() if stage in ("data", "base", "features")}
+                    manifest["stages"] = {
+                        stage: entry
+                        for stage, entry in manifest["stages"].items()
+                        if stage in ("data", "base", "features")
+                    }
                     (run / "manifest.json").write_text(json.dumps(manifest))
                     started = time.time()
                     for j in range(1, args.k + 1):
-                        flags = ["--run", run, "--base", base, "--iteration", j, "--seed", number, "--threads", args.threads, "--device", "cpu"]
+                        flags = [
+                            "--run",
+                            run,
+                            "--base",
+                            base,
+                            "--iteration",
+                            j,
+                            "--seed",
+                            number,
+                            "--threads",
+                            args.threads,
+                            "--device",
+                            "cpu",
+                        ]
                         train_rm.main(train_rm.parse_args([*map(str, flags), *args.training]))
                         fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
                     seconds = time.time() - started
                     evaluate.main(evaluate.parse_args(["--run", str(run)]))
-                    tokens = sum(json.loads(line)["tokens"] for path in (run / "logs").glob("*.jsonl") for line in path.read_text().splitlines())
-                    for entry in json.loads((run / "metrics.json").read_text())["splits"]["test"]["ensemble"]:
-                        figures = ["" if entry[name] is None else f"{entry[name]:.6f}" for name in ("brier", "brier_soft", "true_error")]
-                        rows.writerow([number, name, entry["k"], *figures, tokens, f"{seconds:.0f}"])
+                    tokens = sum(
+                        json.loads(line)["tokens"]
+                        for path in (run / "logs").glob("*.jsonl")
+                        for line in path.read_text().splitlines()
+                    )
+                    for entry in json.loads((run / "metrics.json").read_text())["splits"]["test"][
+                        "ensemble"
+                    ]:
+                        figures = [
+                            "" if entry[name] is None else f"{entry[name]:.6f}"
+                            for name in ("brier", "brier_soft", "true_error")
+                        ]
+                        rows.writerow(
+                            [number, name, entry["k"], *figures, tokens, f"{seconds:.0f}"]
+                        )
                     file.flush()
 
 

@@ -25,12 +25,32 @@ import harden
 import train_joint
 import train_rm
 from evaluate import by_prompt, floor_single, irreducible, resampled
-from pairwise.run_dir import SPLITS, InputError, Parser, natural, read_json, read_split, replacing, run_main, seed, write_json
+from pairwise.run_dir import (
+    SPLITS,
+    InputError,
+    Parser,
+    natural,
+    read_json,
+    read_split,
+    replacing,
+    run_main,
+    seed,
+    write_json,
+)
 from pairwise.weights import error_matrix, simplex_weights
 
 L2 = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 COMPONENTS = (1, 2, 3, 4, 6, 8)
-HARD = ("fsam_p", "fsam_residual", "fsam_centered", "fsam_mixture", "joint", "hardened", "hardened_taste", "hardened_joint")
+HARD = (
+    "fsam_p",
+    "fsam_residual",
+    "fsam_centered",
+    "fsam_mixture",
+    "joint",
+    "hardened",
+    "hardened_taste",
+    "hardened_joint",
+)
 
 
 # ---- data
@@ -38,22 +58,57 @@ HARD = ("fsam_p", "fsam_residual", "fsam_centered", "fsam_mixture", "joint", "ha
 
 def subset(split, keep):
     """(Split, responses kept (R,)) of the prompts `keep`, bool (P,)."""
-    pairs, responses = np.repeat(keep, np.diff(split.pair_start)), np.repeat(keep, np.diff(split.response_start))
+    pairs, responses = (
+        np.repeat(keep, np.diff(split.pair_start)),
+        np.repeat(keep, np.diff(split.response_start)),
+    )
     place = np.cumsum(responses) - 1
-    fields = {name: getattr(split, name)[pairs] for name in ("votes_a", "votes_b", "ties", "p_true") if getattr(split, name) is not None}
-    starts = {name: np.concatenate([[0], np.cumsum(np.diff(getattr(split, name))[keep])]) for name in ("response_start", "pair_start")}
-    lists = {name: [x for x, kept in zip(getattr(split, name), keep) if kept] for name in ("prompt_id", "messages", "responses")}
-    return dataclasses.replace(split, a=place[split.a[pairs]], b=place[split.b[pairs]], **fields, **starts, **lists), responses
+    fields = {
+        name: getattr(split, name)[pairs]
+        for name in ("votes_a", "votes_b", "ties", "p_true")
+        if getattr(split, name) is not None
+    }
+    starts = {
+        name: np.concatenate([[0], np.cumsum(np.diff(getattr(split, name))[keep])])
+        for name in ("response_start", "pair_start")
+    }
+    lists = {
+        name: [x for x, kept in zip(getattr(split, name), keep) if kept]
+        for name in ("prompt_id", "messages", "responses")
+    }
+    return dataclasses.replace(
+        split, a=place[split.a[pairs]], b=place[split.b[pairs]], **fields, **starts, **lists
+    ), responses
 
 
 def merged(parts):
     """One Split of all prompts of several."""
-    shifts = {name: np.cumsum([0, *(int(getattr(part, name)[-1]) for part in parts)]) for name in ("response_start", "pair_start")}
-    there = [name for name in ("votes_a", "votes_b", "ties", "p_true") if getattr(parts[0], name) is not None]
+    shifts = {
+        name: np.cumsum([0, *(int(getattr(part, name)[-1]) for part in parts)])
+        for name in ("response_start", "pair_start")
+    }
+    there = [
+        name
+        for name in ("votes_a", "votes_b", "ties", "p_true")
+        if getattr(parts[0], name) is not None
+    ]
     fields = {name: np.concatenate([getattr(part, name) for part in parts]) for name in there}
-    fields |= {name: np.concatenate([getattr(part, name) + shift for part, shift in zip(parts, shifts["response_start"])]) for name in ("a", "b")}
-    fields |= {name: np.concatenate([[0], *(getattr(part, name)[1:] + shift for part, shift in zip(parts, each))]) for name, each in shifts.items()}
-    fields |= {name: [x for part in parts for x in getattr(part, name)] for name in ("prompt_id", "messages", "responses")}
+    fields |= {
+        name: np.concatenate(
+            [getattr(part, name) + shift for part, shift in zip(parts, shifts["response_start"])]
+        )
+        for name in ("a", "b")
+    }
+    fields |= {
+        name: np.concatenate(
+            [[0], *(getattr(part, name)[1:] + shift for part, shift in zip(parts, each))]
+        )
+        for name, each in shifts.items()
+    }
+    fields |= {
+        name: [x for part in parts for x in getattr(part, name)]
+        for name in ("prompt_id", "messages", "responses")
+    }
     return dataclasses.replace(parts[0], **fields)
 
 
@@ -70,12 +125,27 @@ def read_run(run, seed, folds=0):
                 raise InputError(f"{path}: no such file; train_rm.py --train head makes it")
             found[name] = read_split(run, name), np.load(path).astype(np.float64)
     if folds:
-        split, x = merged([split for split, _ in found.values()]), np.concatenate([x for _, x in found.values()])
+        split, x = (
+            merged([split for split, _ in found.values()]),
+            np.concatenate([x for _, x in found.values()]),
+        )
         if len(split.prompt_id) < folds or folds < 3:
-            raise InputError(f"--folds {folds}: at least 3 folds and as many prompts expected, {len(split.prompt_id)} prompts found in {run}")
+            raise InputError(
+                f"--folds {folds}: at least 3 folds and as many prompts expected, {len(split.prompt_id)} prompts found in {run}"
+            )
         number = np.random.default_rng(seed).permutation(np.arange(len(split.prompt_id)) % folds)
-        made = [{"test": number == i, "valid": number == (i + 1) % folds, "train": (number != i) & (number != (i + 1) % folds)} for i in range(folds)]
-        return [standardised({name: cut(split, x, keep) for name, keep in each.items()}) for each in made]
+        made = [
+            {
+                "test": number == i,
+                "valid": number == (i + 1) % folds,
+                "train": (number != i) & (number != (i + 1) % folds),
+            }
+            for i in range(folds)
+        ]
+        return [
+            standardised({name: cut(split, x, keep) for name, keep in each.items()})
+            for each in made
+        ]
     if "valid" not in found:
         split, x = found["train"]
         held = np.random.default_rng(seed).permutation(np.arange(len(split.prompt_id)) % 5) == 0
@@ -104,7 +174,11 @@ def fit(x, split, loss, heads, l2, seed, start=None, more=0):
     """
     d = x.shape[1]
     draw = np.random.default_rng(seed).normal(size=(heads, d)) / np.sqrt(d)
-    first = np.concatenate([draw.ravel(), np.zeros(more)]) if start is None else np.concatenate([start[0].ravel(), start[1]])
+    first = (
+        np.concatenate([draw.ravel(), np.zeros(more)])
+        if start is None
+        else np.concatenate([start[0].ravel(), start[1]])
+    )
     features, a, b = torch.from_numpy(x), torch.from_numpy(split.a), torch.from_numpy(split.b)
 
     def value(flat):
@@ -122,18 +196,37 @@ def fit(x, split, loss, heads, l2, seed, start=None, more=0):
 def fit_single(x, split, target, l2, seed):
     """Weights (1, d) of one reward on `target` (N,)."""
     goal = torch.from_numpy(target)
-    return fit(x, split, lambda a, b, _: train_rm.LOSSES["mse"][1](a[:, 0] - b[:, 0], goal, None).sum(), 1, l2, seed)[0]
+    return fit(
+        x,
+        split,
+        lambda a, b, _: train_rm.LOSSES["mse"][1](a[:, 0] - b[:, 0], goal, None).sum(),
+        1,
+        l2,
+        seed,
+    )[0]
 
 
 def fit_joint(x, split, heads, l2, seed, s=1.0, start=None):
     """(weights (heads, d), logits (heads,)) of the mixture's own error."""
     goal = torch.from_numpy(split.p)
-    return fit(x, split, lambda a, b, logits: train_joint.mixture_error(a, b, goal, logits, s), heads, l2, seed, start, heads)
+    return fit(
+        x,
+        split,
+        lambda a, b, logits: train_joint.mixture_error(a, b, goal, logits, s),
+        heads,
+        l2,
+        seed,
+        start,
+        heads,
+    )
 
 
 def rewards_of(weights, data):
     """{split: float32 (K, R)}: equal rows of features have equal rewards."""
-    return {name: np.stack([(x * row).sum(1) for row in weights]).astype(np.float32) for name, (_, x) in data.items()}
+    return {
+        name: np.stack([(x * row).sum(1) for row in weights]).astype(np.float32)
+        for name, (_, x) in data.items()
+    }
 
 
 def votes(rewards, split):
@@ -194,20 +287,38 @@ def joint(data, k, seed):
 def soft_single(data, seed):
     """(what, weights (1, d), {split: p_hat}) of a + (1 - 2a) sigmoid(tau du), the best that one reward without hard votes does."""
     split, x = data["train"]
-    return min(((f"l2 {l2:g}", w, soft_predictions(w, data)) for l2 in L2 for w in [fit_single(x, split, split.p, l2, seed)]),
-               key=lambda each: brier(each[2]["valid"], data["valid"][0]))
+    return min(
+        (
+            (f"l2 {l2:g}", w, soft_predictions(w, data))
+            for l2 in L2
+            for w in [fit_single(x, split, split.p, l2, seed)]
+        ),
+        key=lambda each: brier(each[2]["valid"], data["valid"][0]),
+    )
 
 
 def soft_mixtures(data, seed):
     """{M: as soft_single} for mixtures of M soft components trained jointly."""
     split, x = data["train"]
-    return {m: min(((f"M {m}, l2 {l2:g}", w, soft_predictions(w, data)) for l2 in L2 for w in [fit_joint(x, split, m, l2, seed)[0]]),
-                   key=lambda each: brier(each[2]["valid"], data["valid"][0])) for m in COMPONENTS}
+    return {
+        m: min(
+            (
+                (f"M {m}, l2 {l2:g}", w, soft_predictions(w, data))
+                for l2 in L2
+                for w in [fit_joint(x, split, m, l2, seed)[0]]
+            ),
+            key=lambda each: brier(each[2]["valid"], data["valid"][0]),
+        )
+        for m in COMPONENTS
+    }
 
 
 def soft_predictions(weights, data):
     """{split: p_hat} of the soft mixture, tuned as harden.py does."""
-    du = {name: harden.differences(rewards, data[name][0]) for name, rewards in rewards_of(weights, data).items()}
+    du = {
+        name: harden.differences(rewards, data[name][0])
+        for name, rewards in rewards_of(weights, data).items()
+    }
     mix = harden.soft_weights(du["train"], data["train"][0].p)
     tau, a = harden.tune(du["valid"], mix, data["valid"][0].p)
     return {name: harden.lapsed(mix @ harden.expit(tau * each), a) for name, each in du.items()}
@@ -217,8 +328,13 @@ def hardened(weights, data, k, layout="auto"):
     """(what, {split: p_hat}) of harden.py on rewards with these weights (M, d), all M components."""
     rewards = rewards_of(weights, data)
     m = len(weights) if layout == "auto" else 1
-    found = harden.harden(*((data[name][0], rewards[name]) for name in ("train", "valid")), k, layout, [m])
-    return found["layout"], {name: found["alpha"] @ harden.votes_of(found["formulas"], rewards[name], split.a, split.b) for name, (split, _) in data.items()}
+    found = harden.harden(
+        *((data[name][0], rewards[name]) for name in ("train", "valid")), k, layout, [m]
+    )
+    return found["layout"], {
+        name: found["alpha"] @ harden.votes_of(found["formulas"], rewards[name], split.a, split.b)
+        for name, (split, _) in data.items()
+    }
 
 
 def variants(data, k, seed, wanted):
@@ -233,7 +349,10 @@ def variants(data, k, seed, wanted):
     found["soft_single"] = what, predictions, 0.0
     mixtures = soft_mixtures(data, seed) if {"hardened_joint", "soft_mixture"} & set(wanted) else {}
     if mixtures:
-        found["soft_mixture"] = *best([(what, predictions) for what, _, predictions in mixtures.values()], data), 0.0
+        found["soft_mixture"] = (
+            *best([(what, predictions) for what, _, predictions in mixtures.values()], data),
+            0.0,
+        )
     for name in wanted:
         if name.startswith("fsam_"):
             enter(name, lambda: fsam(name.removeprefix("fsam_"), data, k, seed))
@@ -241,11 +360,23 @@ def variants(data, k, seed, wanted):
             enter(name, lambda: joint(data, k, seed))
         elif name == "hardened":
             enter(name, lambda: hardened(single, data, k))
-        elif name == "hardened_taste" and k % 2 == 0:  # the taste votes nothing: any other reward will do
+        elif (
+            name == "hardened_taste" and k % 2 == 0
+        ):  # the taste votes nothing: any other reward will do
             taste = np.random.default_rng(seed).normal(size=single.shape)
             enter(name, lambda: hardened(np.concatenate([single, taste]), data, k, "equal"))
         elif name == "hardened_joint":
-            enter(name, lambda: best([(f"{what}, {layout}", p) for what, w, _ in mixtures.values() for layout, p in [hardened(w, data, k)]], data))
+            enter(
+                name,
+                lambda: best(
+                    [
+                        (f"{what}, {layout}", p)
+                        for what, w, _ in mixtures.values()
+                        for layout, p in [hardened(w, data, k)]
+                    ],
+                    data,
+                ),
+            )
     hard = {name: each for name, each in found.items() if name in HARD}
     chosen = min(hard, key=lambda name: brier(hard[name][1]["valid"], data["valid"][0]))
     found["recommended"] = f"{chosen}: {hard[chosen][0]}", *hard[chosen][1:]
@@ -270,8 +401,17 @@ def summary(terms, pairs, draw):
         over = errors - terms["soft_single"][0]
         sums = draw(np.stack([errors, over, pairs], 1))
         limits = np.percentile(sums[:, :2] / sums[:, 2:], [2.5, 97.5], axis=0).T.tolist()
-        rows.append({"variant": name, "brier": errors.sum() / pairs.sum(), "brier_ci": limits[0], "over_soft": over.sum() / pairs.sum(),
-                     "over_soft_ci": limits[1], "true_error": None if true is None else true.sum() / pairs.sum()} | facts)
+        rows.append(
+            {
+                "variant": name,
+                "brier": errors.sum() / pairs.sum(),
+                "brier_ci": limits[0],
+                "over_soft": over.sum() / pairs.sum(),
+                "over_soft_ci": limits[1],
+                "true_error": None if true is None else true.sum() / pairs.sum(),
+            }
+            | facts
+        )
     return rows
 
 
@@ -285,16 +425,37 @@ def main(args):
             for data in read_run(run, number, args.folds):
                 split = data["test"][0]
                 found = variants(data, k, number, args.variants)
-                found |= {name: ("", {"test": p_hat}, 0.0) for name, p_hat in references(split).items()}
+                found |= {
+                    name: ("", {"test": p_hat}, 0.0) for name, p_hat in references(split).items()
+                }
                 for name, (what, predictions, seconds) in found.items():
-                    true = None if split.p_true is None else by_prompt(split, (predictions["test"] - split.p_true) ** 2)
+                    true = (
+                        None
+                        if split.p_true is None
+                        else by_prompt(split, (predictions["test"] - split.p_true) ** 2)
+                    )
                     if name == "floor_single" and true is not None:
                         true = by_prompt(split, floor_single(split.p_true))
-                    valid = brier(predictions["valid"], data["valid"][0]) if "valid" in predictions else None
-                    collected.setdefault(name, []).append((by_prompt(split, (predictions["test"] - split.p) ** 2), true, valid, what, seconds))
+                    valid = (
+                        brier(predictions["valid"], data["valid"][0])
+                        if "valid" in predictions
+                        else None
+                    )
+                    collected.setdefault(name, []).append(
+                        (
+                            by_prompt(split, (predictions["test"] - split.p) ** 2),
+                            true,
+                            valid,
+                            what,
+                            seconds,
+                        )
+                    )
                     if valid is not None:
-                        print(f"{run} seed {number} k {k}: {name:15} valid {valid:.4f} test {brier(predictions['test'], split):.4f}  {what}  "
-                              f"{seconds:.0f} s", file=sys.stderr)
+                        print(
+                            f"{run} seed {number} k {k}: {name:15} valid {valid:.4f} test {brier(predictions['test'], split):.4f}  {what}  "
+                            f"{seconds:.0f} s",
+                            file=sys.stderr,
+                        )
                 collected["pairs"].append(np.diff(split.pair_start).astype(float))
                 if stats["votes"] == "sampled":
                     c = irreducible(split.p, split.n, split.ties * (stats["ties"] == "half"))
@@ -303,24 +464,51 @@ def main(args):
         c, terms = collected.pop("irreducible", None), {}
         for name, each in collected.items():
             errors, true, valid, what, seconds = zip(*each)
-            terms[name] = np.concatenate(errors), None if true[0] is None else np.concatenate(true), {
-                "valid": None if valid[0] is None else float(np.mean(valid)), "seconds": round(float(np.mean(seconds)), 1),
-                "chosen": "; ".join(dict.fromkeys(filter(None, what)))}
+            terms[name] = (
+                np.concatenate(errors),
+                None if true[0] is None else np.concatenate(true),
+                {
+                    "valid": None if valid[0] is None else float(np.mean(valid)),
+                    "seconds": round(float(np.mean(seconds)), 1),
+                    "chosen": "; ".join(dict.fromkeys(filter(None, what))),
+                },
+            )
         rows = summary(terms, pairs, lambda sums: resampled(sums, 10000, 0))
         if c is not None:
             true = 0.0 if rows[0]["true_error"] is not None else None
-            rows.append({"variant": "irreducible", "brier": np.concatenate(c).sum() / pairs.sum(), "true_error": true})
+            rows.append(
+                {
+                    "variant": "irreducible",
+                    "brier": np.concatenate(c).sum() / pairs.sum(),
+                    "true_error": true,
+                }
+            )
         table += [{"k": k} | row for row in rows]
         for row in rows:
-            over = "  over soft {:+.4f} [{:+.4f}, {:+.4f}]".format(row["over_soft"], *row["over_soft_ci"]) if "over_soft" in row else ""
+            over = (
+                "  over soft {:+.4f} [{:+.4f}, {:+.4f}]".format(
+                    row["over_soft"], *row["over_soft_ci"]
+                )
+                if "over_soft" in row
+                else ""
+            )
             true = "" if row["true_error"] is None else f"  true {row['true_error']:.4f}"
-            print(f"k {k:2} {row['variant']:15} Brier {row['brier']:.4f}{over}{true}  {row.get('chosen', '')[:100]}", flush=True)
+            print(
+                f"k {k:2} {row['variant']:15} Brier {row['brier']:.4f}{over}{true}  {row.get('chosen', '')[:100]}",
+                flush=True,
+            )
     if args.out and args.out.suffix == ".csv":
-        with replacing(args.out) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        with (
+            replacing(args.out) as partial,
+            open(partial, "w", newline="", encoding="utf-8") as file,
+        ):
             names = list(dict.fromkeys(name for row in table for name in row))
             rows = csv.DictWriter(file, names)
             rows.writeheader()
-            rows.writerows({name: f"{x:.6f}" if isinstance(x, float) else x for name, x in row.items()} for row in table)
+            rows.writerows(
+                {name: f"{x:.6f}" if isinstance(x, float) else x for name, x in row.items()}
+                for row in table
+            )
     elif args.out:
         write_json(args.out, table)
 
@@ -328,10 +516,22 @@ def main(args):
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, nargs="+", help="run directories with data/ and features/; several are pooled")
+    add(
+        "--run",
+        required=True,
+        type=Path,
+        nargs="+",
+        help="run directories with data/ and features/; several are pooled",
+    )
     add("--k", type=natural, nargs="+", default=[8], help="members")
     add("--seeds", type=seed, nargs="+", default=[0], help="of the fits; pooled too")
-    add("--folds", type=int, default=0, metavar="N", help="all prompts of a run in N folds, each the test prompts once, instead of its own splits")
+    add(
+        "--folds",
+        type=int,
+        default=0,
+        metavar="N",
+        help="all prompts of a run in N folds, each the test prompts once, instead of its own splits",
+    )
     add("--variants", nargs="+", choices=HARD, default=HARD, help="which to try (default: all)")
     add("--out", type=Path, help="FILE.json or FILE.csv")
     add("--threads", type=natural, default=1, help="CPU threads")

@@ -17,10 +17,17 @@ def add(model, rank, alpha):
     """Freeze a reward model but for its head, and put adapters on the linear layers of its base; their values are draw's or load's."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    if not hasattr(model, "score"):  # its pooler is drawn with the head, and an adapter cannot carry it
-        raise InputError(f"--train lora: {type(model).__name__} pools with weights of its own, which have to be trained; --train full, or a decoder, "
-                         "expected")
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="SEQ_CLS"), model.eval())
+    if not hasattr(
+        model, "score"
+    ):  # its pooler is drawn with the head, and an adapter cannot carry it
+        raise InputError(
+            f"--train lora: {type(model).__name__} pools with weights of its own, which have to be trained; --train full, or a decoder, "
+            "expected"
+        )
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="SEQ_CLS"),
+        model.eval(),
+    )
     model.eval().score.requires_grad_(True)
     for p in trained(model).values():
         p.data = p.data.float()
@@ -28,7 +35,11 @@ def add(model, rank, alpha):
 
 def trained(model):
     """{name in PEFT's files: parameter} of all that is trained: every A and B, and the head."""
-    return {"base_model.model." + name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        "base_model.model." + name.replace(".default.", "."): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def draw(model, seed):
@@ -43,24 +54,39 @@ def save(model, base, directory):
     """Write adapter_config.json and adapter_model.safetensors as PEFT does, float32, the head among the tensors."""
     config = copy.copy(model.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = str(base), True
-    config.target_modules, config.modules_to_save = sorted(config.target_modules), ["score"]  # a set has another order in every process
+    config.target_modules, config.modules_to_save = (
+        sorted(config.target_modules),
+        ["score"],
+    )  # a set has another order in every process
     config.save_pretrained(directory)
-    save_file({name: p.detach().cpu().contiguous() for name, p in trained(model).items()}, directory / "adapter_model.safetensors", {"format": "pt"})
+    save_file(
+        {name: p.detach().cpu().contiguous() for name, p in trained(model).items()},
+        directory / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def load(model, directory):
     """Put the adapters and the head that save() wrote into a base. Raises InputError where a tensor is missing, of another shape or one too many."""
-    config, path = read_json(directory / "adapter_config.json"), directory / "adapter_model.safetensors"
+    config, path = (
+        read_json(directory / "adapter_config.json"),
+        directory / "adapter_model.safetensors",
+    )
     try:
         rank, alpha, found = config["r"], config["lora_alpha"], load_file(path)
     except (KeyError, OSError, SafetensorError) as error:
         raise InputError(f"{path}: no adapter could be read ({first_line(error)})") from None
     add(model, rank, alpha)
-    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, trained(model))]
+    shapes = [
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (found, trained(model))
+    ]
     wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
     if wrong:
-        raise InputError(f"{path}: {wrong[0]} (and {len(wrong) - 1} more): {shapes[0].get(wrong[0], 'no tensor')} found, "
-                         f"{shapes[1].get(wrong[0], 'no tensor')} expected")
+        raise InputError(
+            f"{path}: {wrong[0]} (and {len(wrong) - 1} more): {shapes[0].get(wrong[0], 'no tensor')} found, "
+            f"{shapes[1].get(wrong[0], 'no tensor')} expected"
+        )
     for name, p in trained(model).items():
         p.data.copy_(found[name])
 
@@ -73,7 +99,9 @@ def merge(model):
     """
     from peft.tuners.lora import LoraLayer
 
-    for name, layer in [found for found in model.named_modules() if isinstance(found[1], LoraLayer)]:
+    for name, layer in [
+        found for found in model.named_modules() if isinstance(found[1], LoraLayer)
+    ]:
         weight = layer.base_layer.weight.data
         weight.copy_(weight.float() + layer.get_delta_weight("default"))
         model.set_submodule(name, layer.base_layer)

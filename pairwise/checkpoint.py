@@ -27,7 +27,9 @@ class Checkpoints:
         self.seconds, self.last = 60 * minutes, time.time()
 
     def due(self):
-        return self.seconds > 0 and parallel.of_first(lambda: time.time() - self.last >= self.seconds)
+        return self.seconds > 0 and parallel.of_first(
+            lambda: time.time() - self.last >= self.seconds
+        )
 
     def write(self, optimizer, log):
         """Write the state after len(log) steps; log: the JSON lines so far. Each process writes what it owns, the first all else."""
@@ -40,8 +42,12 @@ class Checkpoints:
             state = self.key | {"log": log, "optimizer": optimizer.save(partial)}
             parallel.gathered(None)  # all is written
             if first:
-                (partial / "state.json").write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
-                for file in partial.iterdir():  # on the disk before it counts: a power cut is a kill too
+                (partial / "state.json").write_text(
+                    json.dumps(state, allow_nan=False), encoding="utf-8"
+                )
+                for (
+                    file
+                ) in partial.iterdir():  # on the disk before it counts: a power cut is a kill too
                     with open(file, "rb") as opened:
                         os.fsync(opened.fileno())
         self._remove_all_but(path)
@@ -49,7 +55,9 @@ class Checkpoints:
 
     def resume(self, optimizer):
         """Put the newest checkpoint's state into `optimizer` and return its log lines: [] where there is none of these settings and inputs."""
-        found = sorted(path for path in self.directory.glob("[0-9]*") if (path / "state.json").is_file())
+        found = sorted(
+            path for path in self.directory.glob("[0-9]*") if (path / "state.json").is_file()
+        )
         path, log = None, []
         if found:
             facts = read_json(found[-1] / "state.json")
@@ -78,10 +86,15 @@ class Checkpoints:
         """Raise InputError where the disk does not hold a checkpoint of nbytes beside the one before it, and the member of `member` bytes."""
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         there = sum(file.stat().st_size for file in self.directory.rglob("*") if file.is_file())
-        need, free = (2 * nbytes if self.seconds else 0) + member - there, shutil.disk_usage(self.directory.parent).free
+        need, free = (
+            (2 * nbytes if self.seconds else 0) + member - there,
+            shutil.disk_usage(self.directory.parent).free,
+        )
         if need > free:
             hint = "; --checkpoint-minutes 0 writes no checkpoints" if self.seconds else ""
-            raise InputError(f"{self.directory.parent}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for checkpoints and the member{hint}")
+            raise InputError(
+                f"{self.directory.parent}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for checkpoints and the member{hint}"
+            )
 
     def remove(self):
         if parallel.rank() == 0:

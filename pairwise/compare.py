@@ -11,13 +11,41 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pairwise.report import BLUE, GREEN, GREY, INK, ORANGE, REFERENCES, STYLE, VOTES, WIDE, document, html_table, interval, num, pretty, save
+from pairwise.report import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    REFERENCES,
+    STYLE,
+    VOTES,
+    WIDE,
+    document,
+    html_table,
+    interval,
+    num,
+    pretty,
+    save,
+)
 from pairwise.run_dir import replacing
 
-COLOURS = [INK, BLUE, "#CC79A7", "#8a6d00", "#56B4E9", "#5e3c99", GREY]  # orange and green are the reference lines
+COLOURS = [
+    INK,
+    BLUE,
+    "#CC79A7",
+    "#8a6d00",
+    "#56B4E9",
+    "#5e3c99",
+    GREY,
+]  # orange and green are the reference lines
 MARKERS, DASHES = "os^Dvp*X", ["-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2))]
 LINES = [row for row in REFERENCES if row[1] != "soft_single"]  # that is each setting's own
-LINE_STYLES = [dict(color=ORANGE, lw=1), dict(color=GREEN, lw=1, ls=(0, (6, 2))), dict(color=GREY, lw=1, ls=(0, (1, 1.5)))]
+LINE_STYLES = [
+    dict(color=ORANGE, lw=1),
+    dict(color=GREEN, lw=1, ls=(0, (6, 2))),
+    dict(color=GREY, lw=1, ls=(0, (1, 1.5))),
+]
 NOTE = """Every setting with all its members (k); several runs of a setting are averaged. Brier: mean (p_hat - p)^2. soft: before the members' votes are
 made hard. single soft: the sigmoid of member 1 alone. Intervals: 95 %, over resampled test prompts, the same prompts for all settings, so that a
 difference is paired; they do not hold what another training seed would change. Each is for one difference: among many, some exclude zero by chance."""
@@ -31,7 +59,13 @@ def sizes(setting):
 
 def side(x):
     """What an interval of a difference says."""
-    return "" if x["brier_ci"][0] <= 0 <= x["brier_ci"][1] else "A lower" if x["brier"] < 0 else "B lower"
+    return (
+        ""
+        if x["brier_ci"][0] <= 0 <= x["brier_ci"][1]
+        else "A lower"
+        if x["brier"] < 0
+        else "B lower"
+    )
 
 
 def clip(name):
@@ -42,27 +76,45 @@ def clip(name):
 def table(found):
     """The comparison in plain text."""
     width = max(7, *(len(s["name"]) for s in found["settings"]))
-    lines = [f"{found['dataset']}, test split: {found['prompts']} prompts, {found['pairs']} pairs. All errors: lower is better.", "",
-             f"{'setting':<{width}}  runs  {'k':>5}  {'Brier':>6}  {'95 % interval':>14}  {'soft':>6}  {'excess':>6}  {'true err.':>9}  single soft"]
+    lines = [
+        f"{found['dataset']}, test split: {found['prompts']} prompts, {found['pairs']} pairs. All errors: lower is better.",
+        "",
+        f"{'setting':<{width}}  runs  {'k':>5}  {'Brier':>6}  {'95 % interval':>14}  {'soft':>6}  {'excess':>6}  {'true err.':>9}  single soft",
+    ]
     for s in found["settings"]:
-        cells = (num(s[name], "-") for name in ("brier_soft", "excess", "true_error", "soft_single"))
-        lines.append(f"{s['name']:<{width}}  {len(s['runs']):>4}  {sizes(s):>5}  {num(s['brier']):>6}  {interval(s['brier_ci']):>14}  "
-                     "{:>6}  {:>6}  {:>9}  {:>11}".format(*cells))
+        cells = (
+            num(s[name], "-") for name in ("brier_soft", "excess", "true_error", "soft_single")
+        )
+        lines.append(
+            f"{s['name']:<{width}}  {len(s['runs']):>4}  {sizes(s):>5}  {num(s['brier']):>6}  {interval(s['brier_ci']):>14}  "
+            "{:>6}  {:>6}  {:>9}  {:>11}".format(*cells)
+        )
     lines.append("")
     for name, key, _, _ in LINES:
-        lines.append(f"{name:<42} {num(found['lines'][key], '-'):>6}  {interval(found['lines'][f'{key}_ci'], '-'):>14}")
+        lines.append(
+            f"{name:<42} {num(found['lines'][key], '-'):>6}  {interval(found['lines'][f'{key}_ci'], '-'):>14}"
+        )
     names = [f"{d['a']} - {d['b']}" for d in found["differences"]]
     wide = max(26, *map(len, names))
-    lines += ["", f"{'difference in Brier, A - B':<{wide}}  {'':>6}  {'95 % interval':>16}  excludes zero"]
+    lines += [
+        "",
+        f"{'difference in Brier, A - B':<{wide}}  {'':>6}  {'95 % interval':>16}  excludes zero",
+    ]
     for name, d in zip(names, found["differences"]):
-        lines.append(f"{name:<{wide}}  {num(d['brier']):>6}  {interval(d['brier_ci']):>16}  {side(d)}".rstrip())
+        lines.append(
+            f"{name:<{wide}}  {num(d['brier']):>6}  {interval(d['brier_ci']):>16}  {side(d)}".rstrip()
+        )
     return "\n".join(lines)
 
 
 def shown_differences(found):
     """All of them where there is room, else those from the first setting."""
     every = found["differences"]
-    return every if len(every) <= DRAWN else [d for d in every if d["a"] == found["settings"][0]["name"]][:DRAWN]
+    return (
+        every
+        if len(every) <= DRAWN
+        else [d for d in every if d["a"] == found["settings"][0]["name"]][:DRAWN]
+    )
 
 
 def figure(found):
@@ -76,18 +128,47 @@ def figure(found):
     for i, s in enumerate(settings):
         colour, marker, dash = (of[i % len(of)] for of in (COLOURS, MARKERS, DASHES))
         shift = 0.16 * (i / max(1, len(settings) - 1) - 0.5)
-        of_k = s["ensemble"] or [s | {"k": max(s["k"])}]  # runs with fixed weights and unequal k have no k in common
+        of_k = s["ensemble"] or [
+            s | {"k": max(s["k"])}
+        ]  # runs with fixed weights and unequal k have no k in common
         for e in of_k:
             ax.plot([e["k"] + shift] * 2, e["brier_ci"], color=colour, lw=0.7, zorder=3)
-        ax.plot([e["k"] + shift for e in of_k], [e["brier"] for e in of_k], marker=marker, ls=dash, color=colour, ms=3.5, lw=1.2, zorder=4,
-                label=clip(s["name"]))
+        ax.plot(
+            [e["k"] + shift for e in of_k],
+            [e["brier"] for e in of_k],
+            marker=marker,
+            ls=dash,
+            color=colour,
+            ms=3.5,
+            lw=1.2,
+            zorder=4,
+            label=clip(s["name"]),
+        )
         if s["soft_single"] is not None:
-            ax.plot(largest + 1 + shift, s["soft_single"], marker=marker, mfc="white", mec=colour, ms=4, mew=0.9, ls="none", zorder=4)
+            ax.plot(
+                largest + 1 + shift,
+                s["soft_single"],
+                marker=marker,
+                mfc="white",
+                mec=colour,
+                ms=4,
+                mew=0.9,
+                ls="none",
+                zorder=4,
+            )
     for (name, key, _, _), style in zip(LINES, LINE_STYLES):
         if found["lines"][key] is not None:
-            ax.axhline(found["lines"][key], zorder=2, label=f"{pretty(name)} {num(found['lines'][key])}", **style)
+            ax.axhline(
+                found["lines"][key],
+                zorder=2,
+                label=f"{pretty(name)} {num(found['lines'][key])}",
+                **style,
+            )
     step = -(-largest // 10)
-    ax.set_xticks([*range(step, largest + 1, step), largest + 1], [*range(step, largest + 1, step), "single\nsoft"])
+    ax.set_xticks(
+        [*range(step, largest + 1, step), largest + 1],
+        [*range(step, largest + 1, step), "single\nsoft"],
+    )
     ax.set(xlabel="ensemble size k", ylabel="calibration error (Brier score)")
     ax.set_ylim(bottom=max(0, ax.get_ylim()[0]))
     y = np.arange(len(differences))
@@ -99,7 +180,9 @@ def figure(found):
     right.set_yticks(y, [f"{clip(d['a'])} − {clip(d['b'])}" for d in differences])
     right.set(ylim=(len(differences) - 0.5, -0.5), xlabel="difference, 95 % interval")
     right.xaxis.set_major_locator(MaxNLocator(4))
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=2, columnspacing=1.5)
+    fig.legend(
+        *ax.get_legend_handles_labels(), loc="outside lower left", ncols=2, columnspacing=1.5
+    )
     return fig
 
 
@@ -113,7 +196,11 @@ def write(out, found):
     note = f"{pretty(' '.join(NOTE.split()))} Votes: {VOTES[found['votes']]}."
     caption = "Calibration error on the same test prompts against the number of reward models, and the differences at each setting's own k: left of zero "
     caption += "the first of the two is better. Open marks: the single soft model of the setting."
-    caption += "" if len(shown_differences(found)) == len(differences) else " Drawn are differences from the first setting; the table has all."
+    caption += (
+        ""
+        if len(shown_differences(found)) == len(differences)
+        else " Drawn are differences from the first setting; the table has all."
+    )
     title = f"Settings compared: {found['dataset']}, {found['prompts']} test prompts, {found['pairs']} pairs"
 
     def cells(entry, *names):
@@ -121,21 +208,79 @@ def write(out, found):
 
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        html_table(["setting", "runs", "k", "Brier", "95 % interval", "soft", "excess", "true error", "single soft"], [
-            (s["name"], len(s["runs"]), sizes(s), *cells(s, "brier"), *(num(s[name]) for name in ("brier_soft", "excess", "true_error", "soft_single")))
-            for s in settings], "wrrrrrrrr"),
-        html_table(["reference line", "Brier", "95 % interval", "true error"], [
-            (pretty(name), *cells(lines, key), num(lines.get(true))) for name, key, true, _ in LINES], "lrrr"),
+        html_table(
+            [
+                "setting",
+                "runs",
+                "k",
+                "Brier",
+                "95 % interval",
+                "soft",
+                "excess",
+                "true error",
+                "single soft",
+            ],
+            [
+                (
+                    s["name"],
+                    len(s["runs"]),
+                    sizes(s),
+                    *cells(s, "brier"),
+                    *(
+                        num(s[name])
+                        for name in ("brier_soft", "excess", "true_error", "soft_single")
+                    ),
+                )
+                for s in settings
+            ],
+            "wrrrrrrrr",
+        ),
+        html_table(
+            ["reference line", "Brier", "95 % interval", "true error"],
+            [
+                (pretty(name), *cells(lines, key), num(lines.get(true)))
+                for name, key, true, _ in LINES
+            ],
+            "lrrr",
+        ),
         f'<p class="note">{html.escape(note)}</p>',
         f'<figure><img alt="figure: compare" style="width:860px" src="data:image/svg+xml;base64,{image}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>",
         "<h2>Differences in Brier score</h2>",
-        html_table(["A", "B", "A − B", "95 % interval", "excludes zero", "soft", "95 % interval", "true error", "95 % interval"], [
-            (d["a"], d["b"], *cells(d, "brier"), side(d), *cells(d, "brier_soft", "true_error")) for d in differences], "wwrrlrrrr"),
-        "<h2>Brier score by k</h2>", html_table(["k", *(s["name"] for s in settings)], [
-            (k, *(of.get(k) for of in by_k)) for k in sorted(set().union(*by_k))], "r" * (1 + len(settings))),
-        "<h2>Runs</h2>", html_table(["setting", "run", "k", "Brier"], [
-            (s["name"], run, k, num(x)) for s in settings for run, k, x in zip(s["runs"], s["k"], s["brier_of_runs"])], "wwrr"),
+        html_table(
+            [
+                "A",
+                "B",
+                "A − B",
+                "95 % interval",
+                "excludes zero",
+                "soft",
+                "95 % interval",
+                "true error",
+                "95 % interval",
+            ],
+            [
+                (d["a"], d["b"], *cells(d, "brier"), side(d), *cells(d, "brier_soft", "true_error"))
+                for d in differences
+            ],
+            "wwrrlrrrr",
+        ),
+        "<h2>Brier score by k</h2>",
+        html_table(
+            ["k", *(s["name"] for s in settings)],
+            [(k, *(of.get(k) for of in by_k)) for k in sorted(set().union(*by_k))],
+            "r" * (1 + len(settings)),
+        ),
+        "<h2>Runs</h2>",
+        html_table(
+            ["setting", "run", "k", "Brier"],
+            [
+                (s["name"], run, k, num(x))
+                for s in settings
+                for run, k, x in zip(s["runs"], s["k"], s["brier_of_runs"])
+            ],
+            "wwrr",
+        ),
     ]
     with replacing(out / "compare.html") as partial:
         partial.write_text(document(title, parts), encoding="utf-8")

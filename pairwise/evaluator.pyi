@@ -41,5 +41,8 @@ def kendall_tau(
     threads: SupportsIndex = 0,
 ) -> NDArray[np.float64]: ...  # (prompts, k, k)
 def bootstrap_counts(
-    prompts: SupportsIndex, resamples: SupportsIndex, seed: SupportsIndex, threads: SupportsIndex = 0
+    prompts: SupportsIndex,
+    resamples: SupportsIndex,
+    seed: SupportsIndex,
+    threads: SupportsIndex = 0,
 ) -> NDArray[np.int32]: ...  # (resamples, prompts)

@@ -20,7 +20,14 @@ FIELDS = {"member", "scale", "width", "offset", "taste", "taste_scale"}
 
 def formula(member, scale, width=None, offset=0.0, taste=None, taste_scale=None):
     """One entry of members.json; member and taste count from 1."""
-    return {"member": member, "scale": scale, "width": width, "offset": offset, "taste": taste, "taste_scale": taste_scale}
+    return {
+        "member": member,
+        "scale": scale,
+        "width": width,
+        "offset": offset,
+        "taste": taste,
+        "taste_scale": taste_scale,
+    }
 
 
 def hardened(formulas, rewards):
@@ -33,11 +40,17 @@ def _apply(f, rewards):
     if f["width"] is None:
         return u.astype(np.float32)
     level = np.floor((u + f["offset"]) / f["width"])
-    inside = level + 1 - (u + f["offset"]) / f["width"] if f["taste"] is None else expit(f["taste_scale"] * rewards[f["taste"] - 1])
+    inside = (
+        level + 1 - (u + f["offset"]) / f["width"]
+        if f["taste"] is None
+        else expit(f["taste_scale"] * rewards[f["taste"] - 1])
+    )
     # In (0, 1), so that no taste leaves its level, and on a grid that float32 holds at this level even after the product: where rounding makes two
     # responses tie for a taste, they tie for its opposite too, and the votes still cancel.
     grid = 4 * np.spacing((np.abs(level) + 1).astype(np.float32)).astype(np.float64)
-    return (f["width"] * (level + np.clip(np.round(inside / grid) * grid, grid, 1 - grid))).astype(np.float32)
+    return (f["width"] * (level + np.clip(np.round(inside / grid) * grid, grid, 1 - grid))).astype(
+        np.float32
+    )
 
 
 def read_members(run):
@@ -54,5 +67,7 @@ def read_members(run):
     if not whole:
         raise InputError(f"{path}: {{source, members: [formula, ..]}} expected; harden.py makes it")
     if not (source / "rewards").is_dir():
-        raise InputError(f"{path}: source {os.path.normpath(source)}: no run directory; the run whose rewards were hardened expected")
+        raise InputError(
+            f"{path}: source {os.path.normpath(source)}: no run directory; the run whose rewards were hardened expected"
+        )
     return source, formulas

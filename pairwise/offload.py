@@ -43,7 +43,9 @@ def choose_resident(sizes, budget):
     if budget is None or sum(sizes) <= budget:
         return set(order)
     best, most = set(), 0
-    for k, largest in enumerate(order):  # the largest that moves; before it all stay, after it those that there is room for
+    for k, largest in enumerate(
+        order
+    ):  # the largest that moves; before it all stay, after it those that there is room for
         chosen, used = set(order[:k]), sum(sizes[i] for i in order[:k]) + BUFFERS * sizes[largest]
         for i in order[k + 1 :]:
             if used + sizes[i] <= budget:
@@ -61,21 +63,33 @@ class Part:
         self.p, self.master, self.host = p, None, None
         self.twin = p.dtype != torch.float32
         self.shapes = [tuple(p.shape)] * self.twin + state_shapes(p.shape, dim)
-        self.strides = [None] * len(self.shapes)  # of each tensor as the library left it: a transposed basis stays one, to the last bit
-        self.numbers = sum(math.ceil(math.prod(shape) / ALIGN) * ALIGN for shape in self.shapes)  # float32 numbers in memory
+        self.strides = [None] * len(
+            self.shapes
+        )  # of each tensor as the library left it: a transposed basis stays one, to the last bit
+        self.numbers = sum(
+            math.ceil(math.prod(shape) / ALIGN) * ALIGN for shape in self.shapes
+        )  # float32 numbers in memory
 
     def views(self, flat):
         """The master (of a twin) and the state as views of flat, float32 (numbers,)."""
         out, at = [], 0
         for shape, stride in zip(self.shapes, self.strides):
             numel = math.prod(shape)
-            out.append(flat[at : at + numel].as_strided(shape, stride) if stride else flat[at : at + numel].view(shape))
+            out.append(
+                flat[at : at + numel].as_strided(shape, stride)
+                if stride
+                else flat[at : at + numel].view(shape)
+            )
             at += math.ceil(numel / ALIGN) * ALIGN
         return out
 
     def value(self):
         """The master where it lies between steps."""
-        return self.views(self.host)[0] if self.twin and self.host is not None else self.master.detach()
+        return (
+            self.views(self.host)[0]
+            if self.twin and self.host is not None
+            else self.master.detach()
+        )
 
 
 class Offload:
@@ -87,54 +101,95 @@ class Offload:
     """
 
     def __init__(self, groups, make, budget=None):
-        self.parts = [Part(p, group["max_precondition_dim"]) for group in groups for p in group["params"]]
-        self.nbytes = 4 * sum(part.numbers + part.p.numel() * (not part.twin) for part in self.parts)  # of masters and state
+        self.parts = [
+            Part(p, group["max_precondition_dim"]) for group in groups for p in group["params"]
+        ]
+        self.nbytes = 4 * sum(
+            part.numbers + part.p.numel() * (not part.twin) for part in self.parts
+        )  # of masters and state
         dealt = parallel.deal(range(len(self.parts)), [part.numbers for part in self.parts])
-        self.owners, self.mine = {i: process for process, share in enumerate(dealt) for i in share}, dealt[parallel.rank()]
+        self.owners, self.mine = (
+            {i: process for process, share in enumerate(dealt) for i in share},
+            dealt[parallel.rank()],
+        )
         resident = choose_resident([4 * self.parts[i].numbers for i in self.mine], budget)
         self.resident = [i for k, i in enumerate(self.mine) if k in resident]
         self.paged = [i for k, i in enumerate(self.mine) if k not in resident]
         self.device, self.calls = self.parts[0].p.device, 0
-        self.into, self.back = [_side_stream(self.device) if self.paged else None for _ in range(2)]  # streams of copies to the device and from it
+        self.into, self.back = [
+            _side_stream(self.device) if self.paged else None for _ in range(2)
+        ]  # streams of copies to the device and from it
         if self.paged:
             self._allocate()
         for i, part in enumerate(self.parts):
             if part.twin and self.owners[i] != parallel.rank():
-                part.master = torch.zeros((), device=self.device).expand(part.p.shape)  # its shape alone, for the gradient
+                part.master = torch.zeros((), device=self.device).expand(
+                    part.p.shape
+                )  # its shape alone, for the gradient
             elif part.twin and part.host is None:
                 part.master = part.p.detach().float()
             elif part.twin:
-                part.master = part.views(self.buffers[0])[0]  # not its values, which come with its turn; its shape, for the gradient
+                part.master = part.views(self.buffers[0])[
+                    0
+                ]  # not its values, which come with its turn; its shape, for the gradient
                 part.views(part.host)[0].copy_(part.p.detach())
             else:
                 part.master = part.p
-        self.hooks = [part.p.register_post_accumulate_grad_hook(functools.partial(_add_gradient, part.master)) for part in self.parts if part.twin]
+        self.hooks = [
+            part.p.register_post_accumulate_grad_hook(functools.partial(_add_gradient, part.master))
+            for part in self.parts
+            if part.twin
+        ]
         dims = [group["max_precondition_dim"] for group in groups for _ in group["params"]]
-        self.optimizer = make([{"params": [part.master], "max_precondition_dim": dim} for part, dim in zip(self.parts, dims)])
-        self.groups = list(self.optimizer.param_groups)  # one of its own per parameter, with its own count of steps
+        self.optimizer = make(
+            [
+                {"params": [part.master], "max_precondition_dim": dim}
+                for part, dim in zip(self.parts, dims)
+            ]
+        )
+        self.groups = list(
+            self.optimizer.param_groups
+        )  # one of its own per parameter, with its own count of steps
 
     def _allocate(self):
         """Host memory in one block and BUFFERS on the device, each the size of the largest paged parameter; once."""
         parts = [self.parts[i] for i in self.paged]
-        need, have = 4 * sum(part.numbers for part in parts), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // parallel.count()
+        need, have = (
+            4 * sum(part.numbers for part in parts),
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // parallel.count(),
+        )
         if need > have:
-            raise InputError(f"{need / 1e9:.0f} GB of host memory needed for the optimizer, {have / 1e9:.0f} GB are there; a larger "
-                             "--optimizer-memory-gb or a smaller --max-precondition-dim may do; --plan says what fits")
+            raise InputError(
+                f"{need / 1e9:.0f} GB of host memory needed for the optimizer, {have / 1e9:.0f} GB are there; a larger "
+                "--optimizer-memory-gb or a smaller --max-precondition-dim may do; --plan says what fits"
+            )
         host = torch.empty(need // 4, dtype=torch.float32)
         if self.into:  # registered rather than allocated as pinned memory: that would be rounded up to a power of two
             code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
             if code:
-                raise InputError(f"{host.nbytes / 2**30:.0f} GiB of host memory could not be pinned for the optimizer (CUDA error {code}); "
-                                 "more memory or a larger --optimizer-memory-gb may do")
+                raise InputError(
+                    f"{host.nbytes / 2**30:.0f} GiB of host memory could not be pinned for the optimizer (CUDA error {code}); "
+                    "more memory or a larger --optimizer-memory-gb may do"
+                )
         for part, flat in zip(parts, host.split([part.numbers for part in parts])):
             part.host = flat
         self.host = host
-        self.buffers = [torch.empty(max(part.numbers for part in parts), dtype=torch.float32, device=self.device) for _ in range(BUFFERS)]
-        self.loaded, self.stored = [None] * BUFFERS, [None] * BUFFERS  # of each buffer, the event after which it is filled, and copied back
+        self.buffers = [
+            torch.empty(
+                max(part.numbers for part in parts), dtype=torch.float32, device=self.device
+            )
+            for _ in range(BUFFERS)
+        ]
+        self.loaded, self.stored = (
+            [None] * BUFFERS,
+            [None] * BUFFERS,
+        )  # of each buffer, the event after which it is filled, and copied back
 
     def gradients(self):
         """Float32 gradients, in the order of the parameters; those that this process owns."""
-        return [self.parts[i].master.grad for i in self.mine if self.parts[i].master.grad is not None]
+        return [
+            self.parts[i].master.grad for i in self.mine if self.parts[i].master.grad is not None
+        ]
 
     def sum_gradients(self):
         """Send the gradients to the processes that own their parameters, in sum; a process that had none to add adds zero."""
@@ -144,7 +199,11 @@ class Offload:
         for i, anywhere in enumerate(map(any, found)):
             if anywhere:
                 master = self.parts[i].master
-                total = torch.zeros(master.shape, device=self.device) if master.grad is None else master.grad
+                total = (
+                    torch.zeros(master.shape, device=self.device)
+                    if master.grad is None
+                    else master.grad
+                )
                 dist.reduce(total, self.owners[i])
                 master.grad = total if self.owners[i] == parallel.rank() else None
 
@@ -157,7 +216,9 @@ class Offload:
         """One step of all parameters with the gradients so far, summed over processes, which are then forgotten."""
         for group in self.groups:
             group["lr"] = lr
-        calls = 1 if self.calls else 2  # the library's first call only initialises the preconditioners; the second uses this gradient
+        calls = (
+            1 if self.calls else 2
+        )  # the library's first call only initialises the preconditioners; the second uses this gradient
         self.calls += calls
         turns = len(self.paged)
         if turns:
@@ -165,7 +226,9 @@ class Offload:
         for turn in range(max(1, turns)):
             if turn + 1 < turns:
                 self._load(turn + 1)
-            self._call(self.resident[turn :: turns or 1], calls)  # a share of the residents each turn: work for while copies run
+            self._call(
+                self.resident[turn :: turns or 1], calls
+            )  # a share of the residents each turn: work for while copies run
             if turns:
                 self._step_paged(turn, calls)
         with torch.no_grad():
@@ -178,7 +241,9 @@ class Offload:
 
     def _call(self, which, calls):
         self.optimizer.param_groups = [self.groups[i] for i in which]
-        torch.backends.cuda.matmul.allow_tf32 = True  # a GPU's float32 products at eight times the rate; of their factors 11 bits count
+        torch.backends.cuda.matmul.allow_tf32 = (
+            True  # a GPU's float32 products at eight times the rate; of their factors 11 bits count
+        )
         for _ in range(calls if which else 0):
             self.optimizer.step()
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -208,7 +273,9 @@ class Offload:
         self._call([i], calls)
         found = _tensors(state.get(part.master))
         # Most state is changed in place; the first call's and every new basis are tensors of the library's own, and are copied in.
-        part.strides[part.twin :] = [tensor.stride() for tensor in found] or part.strides[part.twin :]
+        part.strides[part.twin :] = [tensor.stride() for tensor in found] or part.strides[
+            part.twin :
+        ]
         for tensor, was, view in zip(found, views[part.twin :], part.views(flat)[part.twin :]):
             if tensor is not was:
                 view.copy_(tensor)
@@ -242,9 +309,17 @@ class Offload:
                 tensors = _tensors(self.optimizer.state.get(part.master))
             else:
                 tensors = part.views(part.host)[part.twin :] if part.strides[-1] else []
-            flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]  # as it lies in memory
-            named = {"master": part.value().contiguous()} | {f"state {k}": tensor for k, tensor in enumerate(flat)}
-            save_file(named, directory / f"{i:04d}.safetensors", {"strides": json.dumps([tensor.stride() for tensor in tensors])})
+            flat = [
+                tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors
+            ]  # as it lies in memory
+            named = {"master": part.value().contiguous()} | {
+                f"state {k}": tensor for k, tensor in enumerate(flat)
+            }
+            save_file(
+                named,
+                directory / f"{i:04d}.safetensors",
+                {"strides": json.dumps([tensor.stride() for tensor in tensors])},
+            )
         return {"calls": self.calls}
 
     @torch.no_grad()
@@ -256,9 +331,14 @@ class Offload:
             group["step"] = self.calls
             with safe_open(directory / f"{i:04d}.safetensors", "pt") as file:
                 strides = json.loads(file.metadata()["strides"])
-                part.strides[part.twin :] = map(tuple, strides) if strides else part.strides[part.twin :]
+                part.strides[part.twin :] = (
+                    map(tuple, strides) if strides else part.strides[part.twin :]
+                )
                 if part.host is None:
-                    views = [torch.empty_strided(shape, stride, device=self.device) for shape, stride in zip(part.shapes[part.twin :], strides)]
+                    views = [
+                        torch.empty_strided(shape, stride, device=self.device)
+                        for shape, stride in zip(part.shapes[part.twin :], strides)
+                    ]
                 else:
                     views = part.views(part.host)[part.twin :]
                 part.value().copy_(file.get_tensor("master"))
@@ -266,7 +346,9 @@ class Offload:
                 for k, view in enumerate(views if strides else []):
                     view.as_strided((view.numel(),), (1,)).copy_(file.get_tensor(f"state {k}"))
             if strides:
-                self.optimizer.state[part.master] = PAGED if part.host is not None else _state(group, views)
+                self.optimizer.state[part.master] = (
+                    PAGED if part.host is not None else _state(group, views)
+                )
         self._send()
 
 
@@ -282,7 +364,15 @@ def _add_gradient(master, p):
 
 def _tensors(state):
     """The tensors of the library's state of a parameter, in state_shapes' order; none before its first step."""
-    return [state["exp_avg"], state["exp_avg_sq"], *(m for name in ("GG", "Q") for m in state[name] if len(m))] if state else []
+    return (
+        [
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            *(m for name in ("GG", "Q") for m in state[name] if len(m)),
+        ]
+        if state
+        else []
+    )
 
 
 def _state(group, tensors):
@@ -290,7 +380,12 @@ def _state(group, tensors):
     tensors, (p,) = iter(tensors), group["params"]
     keep = [d <= group["max_precondition_dim"] for d in p.shape] if p.ndim > 1 else [False]
     beta = group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
-    state = {"exp_avg": next(tensors), "exp_avg_sq": next(tensors), "precondition_frequency": group["precondition_frequency"], "shampoo_beta": beta}
+    state = {
+        "exp_avg": next(tensors),
+        "exp_avg_sq": next(tensors),
+        "precondition_frequency": group["precondition_frequency"],
+        "shampoo_beta": beta,
+    }
     return state | {name: [next(tensors) if kept else [] for kept in keep] for name in ("GG", "Q")}
 
 
@@ -303,7 +398,9 @@ def recompute_activations(model, on=True):
     transformers does so in layers that are in training mode; only they are put in it, not the dropout inside them. A model without such layers is
     left as it is.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     if layers and on:
         model.activation_checkpointing_enable({"use_reentrant": False})
     elif layers:
@@ -314,15 +411,26 @@ def recompute_activations(model, on=True):
 
 def names_memory_flags(main):
     """Decorator of main(args): where memory runs out, an InputError that names the flags to lower."""
+
     @functools.wraps(main)
     def told(args):
         try:
             return main(args)
-        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU's allocator raises
+        except (
+            MemoryError,
+            RuntimeError,
+        ) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU's allocator raises
             said = re.search("not enough memory|can't allocate memory|out of memory", str(error))
             if not said and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
                 raise
-            gb = "as much as was free" if args.optimizer_memory_gb is None else f"{args.optimizer_memory_gb:g}"
-            raise InputError(f"out of memory; lower --micro-batch-tokens (now {args.micro_batch_tokens}) or --optimizer-memory-gb (now {gb}); "
-                             f"--plan says what fits ({first_line(error)[:150]})") from None
+            gb = (
+                "as much as was free"
+                if args.optimizer_memory_gb is None
+                else f"{args.optimizer_memory_gb:g}"
+            )
+            raise InputError(
+                f"out of memory; lower --micro-batch-tokens (now {args.micro_batch_tokens}) or --optimizer-memory-gb (now {gb}); "
+                f"--plan says what fits ({first_line(error)[:150]})"
+            ) from None
+
     return told

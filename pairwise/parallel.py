@@ -29,7 +29,9 @@ def deal(items, sizes):
     for i in sorted(range(len(items)), key=lambda i: -sizes[i]):
         taken[i] = loads.index(min(loads))
         loads[taken[i]] += sizes[i]
-    return [[item for i, item in enumerate(items) if taken[i] == process] for process in range(count())]
+    return [
+        [item for i, item in enumerate(items) if taken[i] == process] for process in range(count())
+    ]
 
 
 def gathered(value):
@@ -51,21 +53,31 @@ def together(main):
 
     When one fails the others do too, for the same reason or because it has gone: only the first to fail says why.
     """
+
     @functools.wraps(main)
     def joined(args):
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return main(args)
-        store, number, size = next(dist.rendezvous("env://"))  # torchrun's own, so it outlives each of them
+        store, number, size = next(
+            dist.rendezvous("env://")
+        )  # torchrun's own, so it outlives each of them
         try:
             cuda = args.device.startswith("cuda")
             if cuda:
                 place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
                 if place >= gpus:
-                    raise InputError(f"{size} processes found, at most one for each of the {gpus} GPUs expected")
+                    raise InputError(
+                        f"{size} processes found, at most one for each of the {gpus} GPUs expected"
+                    )
                 args.device = f"cuda:{place}"
                 torch.cuda.set_device(place)
-            dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=number, world_size=size,
-                                    timeout=datetime.timedelta(hours=6))  # the first may write for long; torchrun sees those that have died
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                store=dist.PrefixStore("group", store),
+                rank=number,
+                world_size=size,
+                timeout=datetime.timedelta(hours=6),
+            )  # the first may write for long; torchrun sees those that have died
             if number:
                 sys.stdout = open(os.devnull, "w")
             main(args)
@@ -75,4 +87,5 @@ def together(main):
                 sys.exit(2)
             raise
         dist.destroy_process_group()
+
     return joined

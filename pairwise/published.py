@@ -41,9 +41,17 @@ def parser(doc):
 
 
 def add_source_arguments(made):
-    made.add_argument("--source", type=Path, metavar="PATH", help="a local copy instead of the hub: a .parquet, .json or .jsonl file, also .gz, or a "
-                      "directory, of which the files (or folders) named train*, validation* and test* are the splits")
-    made.add_argument("--revision", help="commit, branch or tag on the hub (default: the newest; the commit that was read is recorded)")
+    made.add_argument(
+        "--source",
+        type=Path,
+        metavar="PATH",
+        help="a local copy instead of the hub: a .parquet, .json or .jsonl file, also .gz, or a "
+        "directory, of which the files (or folders) named train*, validation* and test* are the splits",
+    )
+    made.add_argument(
+        "--revision",
+        help="commit, branch or tag on the hub (default: the newest; the commit that was read is recorded)",
+    )
 
 
 # ---- files
@@ -57,15 +65,30 @@ def local_files(path):
     for file in sorted(path.rglob("*")):
         parts = file.relative_to(path).parts
         if file.is_file() and readable(file) and not any(part.startswith(".") for part in parts):
-            for split in (split for part in reversed(parts) for split in THEIR_SPLITS if part.lower().startswith(split)):
+            for split in (
+                split
+                for part in reversed(parts)
+                for split in THEIR_SPLITS
+                if part.lower().startswith(split)
+            ):
                 found.setdefault(split, []).append(file)
                 break
     for split, files in found.items():
-        twice = [name for name, count in Counter(file.parent / file.name.split(".")[0] for file in files).items() if count > 1]
+        twice = [
+            name
+            for name, count in Counter(
+                file.parent / file.name.split(".")[0] for file in files
+            ).items()
+            if count > 1
+        ]
         if twice:
-            raise InputError(f"{twice[0]}.*: one file expected, found in several forms, of which each would count")
+            raise InputError(
+                f"{twice[0]}.*: one file expected, found in several forms, of which each would count"
+            )
     if not found:
-        raise InputError(f"{path}: no file named train*, validation* or test* found, with an ending .parquet, .json or .jsonl, also .gz")
+        raise InputError(
+            f"{path}: no file named train*, validation* or test* found, with an ending .parquet, .json or .jsonl, also .gz"
+        )
     return found
 
 
@@ -89,12 +112,18 @@ def hub_files(data, revision, flag):
     print(f"data: asking the hub for {data.hub}")
     try:
         found = datasets.load_dataset_builder(data.hub, **options).config.data_files
-        files = datasets.DownloadManager().download({split: list(urls) for split, urls in found.items()})
+        files = datasets.DownloadManager().download(
+            {split: list(urls) for split, urls in found.items()}
+        )
     except Exception as error:  # of half a dozen libraries, down to the socket's
-        raise InputError(f"{data.hub} could not be read from the hub ({type(error).__name__}: {first_line(error).rstrip('.')}); download {data.files} from "
-                         f"https://huggingface.co/datasets/{data.hub} and run: {command_with(flag, 'PATH')}") from None
+        raise InputError(
+            f"{data.hub} could not be read from the hub ({type(error).__name__}: {first_line(error).rstrip('.')}); download {data.files} from "
+            f"https://huggingface.co/datasets/{data.hub} and run: {command_with(flag, 'PATH')}"
+        ) from None
     commits = {url.split("@", 1)[1].split("/", 1)[0] for urls in found.values() for url in urls}
-    return {str(split): [Path(file) for file in paths] for split, paths in files.items()}, ", ".join(sorted(commits))
+    return {
+        str(split): [Path(file) for file in paths] for split, paths in files.items()
+    }, ", ".join(sorted(commits))
 
 
 def read(files, fields):
@@ -103,7 +132,9 @@ def read(files, fields):
     for split, paths in files.items():
         for path in paths:
             if path.is_file() and not readable(path):
-                raise InputError(f"{path}: a file that ends in .parquet, .json or .jsonl, also with .gz, expected")
+                raise InputError(
+                    f"{path}: a file that ends in .parquet, .json or .jsonl, also with .gz, expected"
+                )
             name = path.name if names[path.name] == 1 else f"{path.parent.name}/{path.name}"
             for where, row in read_rows(path, dict.fromkeys(fields, "text"), name):
                 yield split, where, row
@@ -124,7 +155,11 @@ def our_splits(files):
 def hash_source(path, files):
     """One hash of all files of a local copy: of a file its bytes, of a directory its files' names and bytes."""
     try:
-        hashes = {str(file.relative_to(path)): hash_file(file) for paths in files.values() for file in paths}
+        hashes = {
+            str(file.relative_to(path)): hash_file(file)
+            for paths in files.values()
+            for file in paths
+        }
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
@@ -135,10 +170,16 @@ class Source:
 
     def __init__(self, args, data, flag="--source"):
         if args.source and args.revision:
-            raise InputError(f"--revision {args.revision}: a revision is the hub's, and {flag} is given")
+            raise InputError(
+                f"--revision {args.revision}: a revision is the hub's, and {flag} is given"
+            )
         self.args, self.data, self.flag = args, data, flag
         self.files = local_files(args.source) if args.source else None
-        self.inputs = {"source": hash_source(args.source, self.files) if args.source else f"{data.hub}@{args.revision or 'newest'}"}
+        self.inputs = {
+            "source": hash_source(args.source, self.files)
+            if args.source
+            else f"{data.hub}@{args.revision or 'newest'}"
+        }
         self.facts = {"hub": data.hub, "commit": None, "rows": {}}  # for stats.json
 
     def rows(self):
@@ -146,18 +187,29 @@ class Source:
         if self.files is None:
             self.files, self.facts["commit"] = hub_files(self.data, self.args.revision, self.flag)
         names, counts = our_splits(self.files), dict.fromkeys(self.files, 0)
-        for split, where, row in tqdm(read(self.files, self.data.fields), "data", sum(self.data.rows.values()), leave=False, unit="row",
-                                      mininterval=1, disable=None):  # none where stderr is a file
+        for split, where, row in tqdm(
+            read(self.files, self.data.fields),
+            "data",
+            sum(self.data.rows.values()),
+            leave=False,
+            unit="row",
+            mininterval=1,
+            disable=None,
+        ):  # none where stderr is a file
             counts[split] += 1
             yield names[split], where, row
         if not any(counts.values()):
             raise InputError(f"{self.args.source or self.data.hub}: no row found")
         if not self.facts["rows"]:
             self.facts["rows"] = {split or "all": count for split, count in counts.items()}
-            published = self.data.rows if None not in counts else {None: sum(self.data.rows.values())}
+            published = (
+                self.data.rows if None not in counts else {None: sum(self.data.rows.values())}
+            )
             for split in counts | published:
                 if counts.get(split, 0) != published.get(split, 0):
-                    print(f"data: warning: {counts.get(split, 0):,} rows found{f' in {split}' if split else ''}, {published.get(split, 0):,} published")
+                    print(
+                        f"data: warning: {counts.get(split, 0):,} rows found{f' in {split}' if split else ''}, {published.get(split, 0):,} published"
+                    )
 
 
 def prepare_published(args, data, comparisons, votes, paper, choices):
@@ -172,7 +224,21 @@ def prepare_published(args, data, comparisons, votes, paper, choices):
     def reading(**changed):
         return lambda: comparisons(source.rows(), Namespace(**(vars(args) | changed)))
 
-    readings = {f"--{flag} {value}": (reading(**{flag: value}), value if flag == "ties" else args.ties)
-                for flag, values in choices.items() for value in values if value != getattr(args, flag)}
+    readings = {
+        f"--{flag} {value}": (reading(**{flag: value}), value if flag == "ties" else args.ties)
+        for flag, values in choices.items()
+        for value in values
+        if value != getattr(args, flag)
+    }
     settings = {flag: getattr(args, flag) for flag in choices}
-    prepare(args, data.name, reading(), votes, source.inputs, settings, paper, readings, {"source": source.facts})
+    prepare(
+        args,
+        data.name,
+        reading(),
+        votes,
+        source.inputs,
+        settings,
+        paper,
+        readings,
+        {"source": source.facts},
+    )

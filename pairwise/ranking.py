@@ -23,7 +23,10 @@ ATTRIBUTES = {
 
 def attribute_counts(texts, patterns):
     """float32 (attributes, prompts, n): how often each pattern, {name: regular expression}, is found in each text; texts: lists of n str."""
-    found = [[[len(re.findall(pattern, text, re.IGNORECASE)) for text in row] for row in texts] for pattern in patterns.values()]
+    found = [
+        [[len(re.findall(pattern, text, re.IGNORECASE)) for text in row] for row in texts]
+        for pattern in patterns.values()
+    ]
     return np.array(found, np.float32).reshape(len(patterns), len(texts), -1)
 
 
@@ -47,7 +50,9 @@ def win_shares(scores):
     counting half: 1 where it is j's only favourite too, 1/2 where it is any to j. scores float32 (K, prompts, n), n >= 2."""
     k, prompts, n = scores.shape
     rank, best = ranks(scores), favourites(scores)
-    return (n - rank[:, np.arange(prompts)[:, None], best.T].transpose(1, 2, 0)) / (n - 1)  # from (j, x, i) to (x, i, j)
+    return (n - rank[:, np.arange(prompts)[:, None], best.T].transpose(1, 2, 0)) / (
+        n - 1
+    )  # from (j, x, i) to (x, i, j)
 
 
 def reward_mixture(scores, alpha):

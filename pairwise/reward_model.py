@@ -14,7 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 from pairwise import adapter, packed, parallel
@@ -23,7 +28,15 @@ from pairwise.run_dir import InputError, first_line, hash_file, natural, read_js
 transformers_logging.disable_progress_bar()  # ours say more, and what is missing from a checkpoint is checked here, not told
 transformers_logging.set_verbosity_error()
 
-PAD_NAMES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
+PAD_NAMES = (
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<|pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|endoftext|>",
+    "<unk>",
+)
 
 
 # ---- tokens
@@ -38,20 +51,30 @@ def load_tokenizer(base, chat_template=None, named="--base"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise InputError(f"{named} {base}: no tokenizer could be loaded: a directory made by save_pretrained, or a hub id that can be "
-                         f"reached (gated models: accept the licence on the hub, then log in), expected ({first_line(error)})") from None
+        raise InputError(
+            f"{named} {base}: no tokenizer could be loaded: a directory made by save_pretrained, or a hub id that can be "
+            f"reached (gated models: accept the licence on the hub, then log in), expected ({first_line(error)})"
+        ) from None
     if chat_template:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--chat-template {chat_template}: {error}") from None
     if not tokenizer.chat_template:
-        raise InputError(f"{named} {base} has no chat template; name a Jinja file with --chat-template FILE")
+        raise InputError(
+            f"{named} {base} has no chat template; name a Jinja file with --chat-template FILE"
+        )
     taken = {tokenizer.eos_token, tokenizer.bos_token, None}
     vocabulary = tokenizer.get_vocab()
-    spare = [name for name in (tokenizer.pad_token, *PAD_NAMES) if name not in taken and name in vocabulary]
+    spare = [
+        name
+        for name in (tokenizer.pad_token, *PAD_NAMES)
+        if name not in taken and name in vocabulary
+    ]
     if not spare:
-        raise InputError(f"{named} {base}: its pad token is its eos token, and no spare one was found among {', '.join(PAD_NAMES)}")
+        raise InputError(
+            f"{named} {base}: its pad token is its eos token, and no spare one was found among {', '.join(PAD_NAMES)}"
+        )
     tokenizer.pad_token = spare[0]
     tokenizer.padding_side = "right"
     try:
@@ -70,9 +93,13 @@ def encode(tokenizer, messages, response=None, max_length=None):
     """
     chat = messages if response is None else [*messages, {"role": "assistant", "content": response}]
     try:
-        ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=response is None)["input_ids"]
+        ids = tokenizer.apply_chat_template(
+            chat, tokenize=True, return_dict=True, add_generation_prompt=response is None
+        )["input_ids"]
     except jinja2.TemplateError as error:
-        raise InputError(f"the chat template fails ({first_line(error)}) on turns of {', '.join(message['role'] for message in chat)}") from None
+        raise InputError(
+            f"the chat template fails ({first_line(error)}) on turns of {', '.join(message['role'] for message in chat)}"
+        ) from None
     bos = [tokenizer.bos_token_id]
     lead = next(i for i in range(len(ids) + 1) if ids[i : i + 1] != bos)
     if not lead and tokenizer("").input_ids[:1] != bos:
@@ -88,7 +115,11 @@ def encode_split(tokenizer, messages, responses, max_length):
 
     messages (P,): the prompts; responses (P,): lists of str.
     """
-    return [encode(tokenizer, context, text, max_length) for context, texts in zip(messages, responses) for text in texts]
+    return [
+        encode(tokenizer, context, text, max_length)
+        for context, texts in zip(messages, responses)
+        for text in texts
+    ]
 
 
 def batches(sequences, tokens):
@@ -116,7 +147,9 @@ def device(name=None):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = name.split(":")[0]
     if kind not in ("cpu", "cuda") or kind == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"{name} found, {'cpu or cuda' if torch.cuda.is_available() else 'cpu, as there is no cuda here,'} expected")
+        raise argparse.ArgumentTypeError(
+            f"{name} found, {'cpu or cuda' if torch.cuda.is_available() else 'cpu, as there is no cuda here,'} expected"
+        )
     return name
 
 
@@ -124,9 +157,18 @@ def add_flags(parser):
     """The flags of every script that runs a model."""
     add = parser.add_argument
     add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
-    add("--threads", type=natural, default=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), help="CPU threads (default: all; of "
-        "several processes, of each its share)")
-    add("--device", type=device, default=device(), help="cpu or cuda (default: cuda where there is one)")
+    add(
+        "--threads",
+        type=natural,
+        default=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        help="CPU threads (default: all; of several processes, of each its share)",
+    )
+    add(
+        "--device",
+        type=device,
+        default=device(),
+        help="cpu or cuda (default: cuda where there is one)",
+    )
 
 
 def load_base(base, tokenizer, dtype, device, heads=1):
@@ -136,17 +178,37 @@ def load_base(base, tokenizer, dtype, device, heads=1):
     """
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=heads, dtype=dtype, pad_token_id=tokenizer.pad_token_id, ignore_mismatched_sizes=True, output_loading_info=True)
-    except (OSError, ValueError, AssertionError) as error:  # AssertionError: a pad token outside the embedding
-        raise InputError(f"--base {base}: the model could not be loaded ({first_line(error)})") from None
+            base,
+            num_labels=heads,
+            dtype=dtype,
+            pad_token_id=tokenizer.pad_token_id,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (
+        OSError,
+        ValueError,
+        AssertionError,
+    ) as error:  # AssertionError: a pad token outside the embedding
+        raise InputError(
+            f"--base {base}: the model could not be loaded ({first_line(error)})"
+        ) from None
     if head(model) is None:
-        raise InputError(f"--base {base}: {type(model).__name__} has no linear head called score or classifier; a decoder such as Llama, Mistral, Qwen or Gemma "
-                         "expected, or an encoder such as DeBERTa")
-    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])} - {"score.weight"}  # a head of another shape is dropped too
-    if not hasattr(model, "score"):  # an encoder's head is two layers: its pooler's are drawn by transformers
+        raise InputError(
+            f"--base {base}: {type(model).__name__} has no linear head called score or classifier; a decoder such as Llama, Mistral, Qwen or Gemma "
+            "expected, or an encoder such as DeBERTa"
+        )
+    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])} - {
+        "score.weight"
+    }  # a head of another shape is dropped too
+    if not hasattr(
+        model, "score"
+    ):  # an encoder's head is two layers: its pooler's are drawn by transformers
         missing = {name for name in missing if not {"classifier", "pooler"} & set(name.split("."))}
     if missing:
-        raise InputError(f"--base {base}: weights are missing: {', '.join(sorted(missing)[:5])}; a checkpoint with all weights but the reward head's expected")
+        raise InputError(
+            f"--base {base}: weights are missing: {', '.join(sorted(missing)[:5])}; a checkpoint with all weights but the reward head's expected"
+        )
     if head(model).bias is not None:  # it cancels in every comparison
         head(model).bias.data.zero_()
         head(model).bias.requires_grad_(False)
@@ -161,28 +223,55 @@ def load_reward_model(name, tokenizer, dtype, device, named="--from"):
     try:
         own = AutoConfig.from_pretrained(name).get_text_config().pad_token_id
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=dtype, pad_token_id=tokenizer.pad_token_id, ignore_mismatched_sizes=True, output_loading_info=True)
+            name,
+            dtype=dtype,
+            pad_token_id=tokenizer.pad_token_id,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     except (OSError, ValueError, AssertionError) as error:
-        raise InputError(f"{named} {name}: the model could not be loaded ({first_line(error)})") from None
+        raise InputError(
+            f"{named} {name}: the model could not be loaded ({first_line(error)})"
+        ) from None
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if missing:
-        raise InputError(f"{named} {name}: weights are missing: {', '.join(missing[:5])}; a trained reward model expected, head and all")
+        raise InputError(
+            f"{named} {name}: weights are missing: {', '.join(missing[:5])}; a trained reward model expected, head and all"
+        )
     if head(model) is None or head(model).out_features != 1:
-        found = f"a head with {head(model).out_features} outputs" if head(model) else f"{type(model).__name__} without a linear head"
-        raise InputError(f"{named} {name}: {found} found, a linear head with one output expected, called score or classifier")
+        found = (
+            f"a head with {head(model).out_features} outputs"
+            if head(model)
+            else f"{type(model).__name__} without a linear head"
+        )
+        raise InputError(
+            f"{named} {name}: {found} found, a linear head with one output expected, called score or classifier"
+        )
     model = ready(model, device)
-    model.skips = own if hasattr(model, "score") else None  # transformers reads a decoder before the last tokens that its config calls padding
+    model.skips = (
+        own if hasattr(model, "score") else None
+    )  # transformers reads a decoder before the last tokens that its config calls padding
     return model
 
 
 def load_language_model(base, device):
     """The base as it is, to sample text from: in BF16 on a GPU, in float32 on a CPU."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32 if device == "cpu" else torch.bfloat16, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=torch.float32 if device == "cpu" else torch.bfloat16,
+            output_loading_info=True,
+        )
     except (OSError, ValueError) as error:
-        raise InputError(f"--base {base}: no causal language model could be loaded ({first_line(error)})") from None
-    if info["missing_keys"]:  # a reward model has no head for tokens, and would be given a random one
-        raise InputError(f"--base {base}: no causal language model: weights are missing: {', '.join(sorted(info['missing_keys'])[:5])}")
+        raise InputError(
+            f"--base {base}: no causal language model could be loaded ({first_line(error)})"
+        ) from None
+    if info[
+        "missing_keys"
+    ]:  # a reward model has no head for tokens, and would be given a random one
+        raise InputError(
+            f"--base {base}: no causal language model: weights are missing: {', '.join(sorted(info['missing_keys'])[:5])}"
+        )
     return model.eval().to(device)
 
 
@@ -206,7 +295,10 @@ def load_member(run, j, base, tokenizer, dtype, device):
     """Reward model j of a run: its directory, or the base with the head or the adapters that were trained on it, or the base itself (--from)."""
     directory = run / f"member_{j:02d}"
     if (run / "joint").is_dir() and not (directory / "config.json").exists():
-        model, weight = load_joint(run, base, tokenizer, dtype, device), load_head(run / "joint")[j - 1 : j]
+        model, weight = (
+            load_joint(run, base, tokenizer, dtype, device),
+            load_head(run / "joint")[j - 1 : j],
+        )
         model.config.num_labels = model.num_labels = 1
         head(model).weight, head(model).out_features = torch.nn.Parameter(weight.to(device)), 1
         return model
@@ -222,10 +314,16 @@ def load_member(run, j, base, tokenizer, dtype, device):
         return model
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory")
-    model, info = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=dtype, output_loading_info=True)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        directory, num_labels=1, dtype=dtype, output_loading_info=True
+    )
     if info["missing_keys"] or info["unexpected_keys"]:
-        raise InputError(f"{directory}: weights missing {info['missing_keys']}, unexpected {info['unexpected_keys']}")
-    head(model).float().weight.data.copy_(load_head(directory))  # the loader has rounded it to dtype
+        raise InputError(
+            f"{directory}: weights missing {info['missing_keys']}, unexpected {info['unexpected_keys']}"
+        )
+    head(model).float().weight.data.copy_(
+        load_head(directory)
+    )  # the loader has rounded it to dtype
     return ready(model, device)
 
 
@@ -235,7 +333,9 @@ def load_joint(run, base, tokenizer, dtype, device):
     if (directory / "head.safetensors").exists():
         model = load_base(base, tokenizer, dtype, device, len(weight))
     else:
-        model = ready(AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype), device)
+        model = ready(
+            AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype), device
+        )
     head(model).weight.data.copy_(weight)
     return model
 
@@ -243,14 +343,18 @@ def load_joint(run, base, tokenizer, dtype, device):
 def draw_head(weight, config, seed):
     """Draw a reward head's weight (1, d), or several (K, d), anew, normal with the base's own initial standard deviation."""
     generator = torch.Generator().manual_seed(seed)
-    weight.data.copy_(torch.randn(weight.shape, generator=generator) * getattr(config, "initializer_range", 0.02))
+    weight.data.copy_(
+        torch.randn(weight.shape, generator=generator) * getattr(config, "initializer_range", 0.02)
+    )
 
 
 def last_hidden(model, ids, mask):
     """Hidden state of each sequence's last real token, float32 (batch, d); padding is on the right. Of an encoder, what its head sees."""
     if not hasattr(model, "score"):
         seen = []  # an encoder pools in its own way before its head
-        with head(model).register_forward_pre_hook(lambda module, args: seen.append(args[0].float()) or (args[0].float(),)):
+        with head(model).register_forward_pre_hook(
+            lambda module, args: seen.append(args[0].float()) or (args[0].float(),)
+        ):
             model(input_ids=ids, attention_mask=mask)
         return seen[0]
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -266,7 +370,9 @@ def hidden_of_batch(model, sequences):
     """What the head sees, float32 (n, d), with gradient: packed where the base allows it, else padded. sequences: n lists of token ids."""
     if model.packs:
         return packed.last_hidden(model, sequences)
-    return last_hidden(model, *pad(sequences, model.config.pad_token_id, next(model.parameters()).device))
+    return last_hidden(
+        model, *pad(sequences, model.config.pad_token_id, next(model.parameters()).device)
+    )
 
 
 def rewards_of_batch(model, sequences, tokens=None):
@@ -276,7 +382,9 @@ def rewards_of_batch(model, sequences, tokens=None):
     """
     if tokens is None or count_tokens(model, sequences) <= tokens:
         return head(model)(hidden_of_batch(model, sequences)).squeeze(-1)
-    anchor = torch.empty(0, device=next(model.parameters()).device, requires_grad=torch.is_grad_enabled())
+    anchor = torch.empty(
+        0, device=next(model.parameters()).device, requires_grad=torch.is_grad_enabled()
+    )
     return InParts.apply(anchor, model, sequences, list(batches_of(model, sequences, tokens)))
 
 
@@ -287,7 +395,9 @@ class InParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, model, sequences, parts):
         ctx.model, ctx.sequences, ctx.parts = model, sequences, parts
-        return torch.cat([rewards_of_batch(model, [sequences[i] for i in part]) for part in parts])[np.argsort(np.concatenate(parts))]
+        return torch.cat([rewards_of_batch(model, [sequences[i] for i in part]) for part in parts])[
+            np.argsort(np.concatenate(parts))
+        ]
 
     @staticmethod
     def backward(ctx, grad):
@@ -299,15 +409,21 @@ class InParts(torch.autograd.Function):
 
 def count_tokens(model, sequences):
     """Tokens that one forward pass over these sequences runs, padding included."""
-    return packed.count_tokens(sequences) if model.packs else len(sequences) * max(map(len, sequences))
+    return (
+        packed.count_tokens(sequences) if model.packs else len(sequences) * max(map(len, sequences))
+    )
 
 
 def check_positions(model, sequences):
     """Raise InputError where a sequence is longer than the model has positions for."""
     config, longest = model.config.get_text_config(), max(map(len, sequences))
     most = getattr(config, "max_position_embeddings", None)
-    if most and longest > most and not getattr(config, "relative_attention", False):  # DeBERTa's distances have no end
-        raise InputError(f"a prompt with its response has {longest} tokens, and the base has positions for {most}; --max-length {most} or less expected")
+    if (
+        most and longest > most and not getattr(config, "relative_attention", False)
+    ):  # DeBERTa's distances have no end
+        raise InputError(
+            f"a prompt with its response has {longest} tokens, and the base has positions for {most}; --max-length {most} or less expected"
+        )
 
 
 def batches_of(model, sequences, tokens):
@@ -327,9 +443,18 @@ def over_sequences(model, function, sequences, tokens, label):
     sequences = [list(ids) for ids in numbers]
     check_positions(model, sequences)
     parts = list(batches_of(model, sequences, tokens))
-    mine = parallel.deal(parts, [sum(len(sequences[i]) for i in part) for part in parts])[parallel.rank()]
+    mine = parallel.deal(parts, [sum(len(sequences[i]) for i in part) for part in parts])[
+        parallel.rank()
+    ]
     found, started, done = [], time.time(), 0
-    with tqdm(total=sum(map(len, mine)), desc=label, unit="response", leave=False, mininterval=1, disable=parallel.rank() > 0) as bar:
+    with tqdm(
+        total=sum(map(len, mine)),
+        desc=label,
+        unit="response",
+        leave=False,
+        mininterval=1,
+        disable=parallel.rank() > 0,
+    ) as bar:
         for batch in mine:
             found.append((batch, function(model, [sequences[i] for i in batch]).cpu().numpy()))
             done += sum(len(sequences[i]) for i in batch)
@@ -344,14 +469,19 @@ def over_sequences(model, function, sequences, tokens, label):
 
 def score_sequences(model, sequences, tokens, label="score"):
     """Rewards float32 (sequences,), each sequence scored once."""
-    sequences = [ids[: max((i + 1 for i, token in enumerate(ids) if token != model.skips), default=len(ids))] for ids in sequences]
+    sequences = [
+        ids[: max((i + 1 for i, token in enumerate(ids) if token != model.skips), default=len(ids))]
+        for ids in sequences
+    ]
     return over_sequences(model, rewards_of_batch, sequences, tokens, label)
 
 
 def features_of(model, sequences, tokens, label="features"):
     """Last-token hidden states float32 (sequences, d): what a reward head on the frozen base sees."""
     if not hasattr(model, "score"):
-        raise InputError(f"--train head: {type(model).__name__} pools with weights of its own, which have to be trained; --train full, or a decoder, expected")
+        raise InputError(
+            f"--train head: {type(model).__name__} pools with weights of its own, which have to be trained; --train full, or a decoder, expected"
+        )
     return over_sequences(model, hidden_of_batch, sequences, tokens, label)
 
 
@@ -368,11 +498,18 @@ def save_member(model, tokenizer, directory):
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-        config["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
-    config["torch_dtype"] = config["dtype"] = str(next(model.base_model.parameters()).dtype).removeprefix("torch.")
+        config["rope_scaling"] = (
+            scaling if scaling.get("rope_type", "default") != "default" else None
+        )
+    config["torch_dtype"] = config["dtype"] = str(
+        next(model.base_model.parameters()).dtype
+    ).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     path = directory / "tokenizer_config.json"
-    described = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    described = json.loads(path.read_text()) | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     path.write_text(json.dumps(described, indent=2) + "\n")
 
 
@@ -393,7 +530,9 @@ def load_head(directory):
 
 def score_features(features, weight):
     """Rewards float32 (R,) of features float32 (R, d) under a head's weight float32 (1, d)."""
-    return (features * weight).sum(1).numpy()  # not a matrix product, which can give equal rows unequal rewards
+    return (
+        (features * weight).sum(1).numpy()
+    )  # not a matrix product, which can give equal rows unequal rewards
 
 
 def fingerprint(base):
@@ -416,7 +555,9 @@ def fingerprint(base):
 
 def base_hashes(base, chat_template):
     """{name: hash} of the base model and, where one is given, the chat template: what a stage that runs the base was made from."""
-    return {"base model": fingerprint(base)} | ({"chat template": hash_file(chat_template)} if chat_template else {})
+    return {"base model": fingerprint(base)} | (
+        {"chat template": hash_file(chat_template)} if chat_template else {}
+    )
 
 
 def read_source(directory):
@@ -429,9 +570,13 @@ def read_source(directory):
     try:
         found = fingerprint(source["model"])
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {source['model']} cannot be read any more; a changed path belongs there ({first_line(error)})") from None
+        raise InputError(
+            f"{path}: {source['model']} cannot be read any more; a changed path belongs there ({first_line(error)})"
+        ) from None
     if found != source["fingerprint"]:
-        raise InputError(f"{path}: {source['model']} is another model than the one that scored the data")
+        raise InputError(
+            f"{path}: {source['model']} is another model than the one that scored the data"
+        )
     return source | {"template": template if template.exists() else None}
 
 
@@ -445,4 +590,6 @@ def check_base(entry, base, chat_template):
         raise InputError(f"--base {base}: another base model than the run was made from")
     template = hash_file(chat_template) if chat_template else None
     if template != entry["inputs"].get("chat template"):
-        raise InputError(f"--chat-template {chat_template or 'is missing'}: the run was made with {'another' if 'chat template' in entry['inputs'] else 'none'}")
+        raise InputError(
+            f"--chat-template {chat_template or 'is missing'}: the run was made with {'another' if 'chat template' in entry['inputs'] else 'none'}"
+        )

@@ -36,22 +36,38 @@ def read_csv(file, name, fields):
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise wrong(f"{name} line 1", "header", header, "distinct names")
-        start = reader.line_num + 1  # a quoted cell may hold line breaks: a row is named by its first line
+        start = (
+            reader.line_num + 1
+        )  # a quoted cell may hold line breaks: a row is named by its first line
         for cells in reader:
             where, start = f"{name} line {start}", reader.line_num + 1
             if cells and len(cells) != len(header):
-                raise InputError(f"{where}: {len(cells)} cells found, {len(header)} expected, as in the header")
+                raise InputError(
+                    f"{where}: {len(cells)} cells found, {len(header)} expected, as in the header"
+                )
             if cells:
-                yield where, {field: from_cell(field, cell, fields.get(field)) for field, cell in zip(header, cells) if cell}
+                yield (
+                    where,
+                    {
+                        field: from_cell(field, cell, fields.get(field))
+                        for field, cell in zip(header, cells)
+                        if cell
+                    },
+                )
     except csv.Error as error:
         raise InputError(f"{name} line {reader.line_num}: not CSV ({error})") from None
 
 
 def read_parquet(file, name, fields):
-    data, row = pa.BufferReader(file.read()) if isinstance(file, gzip.GzipFile) else file, 0  # parquet is not read from front to end
+    data, row = (
+        pa.BufferReader(file.read()) if isinstance(file, gzip.GzipFile) else file,
+        0,
+    )  # parquet is not read from front to end
     try:
         table = pq.ParquetFile(data)
-        for batch in table.iter_batches(4096, columns=[field for field in table.schema_arrow.names if field in fields]):
+        for batch in table.iter_batches(
+            4096, columns=[field for field in table.schema_arrow.names if field in fields]
+        ):
             for row, value in enumerate(batch.to_pylist(), row + 1):
                 yield f"{name} row {row}", value
     except UnicodeDecodeError:
@@ -69,7 +85,9 @@ def decoded_lines(file, name):
         try:
             text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"{name} line {line}: not UTF-8 (byte {raw[error.start]:#x})") from None
+            raise InputError(
+                f"{name} line {line}: not UTF-8 (byte {raw[error.start]:#x})"
+            ) from None
         yield line, text
 
 
@@ -77,8 +95,13 @@ def parse_json(text, name, line=1):
     """The value of a JSON text that begins in this line. NaN and Infinity come through, and no field accepts them."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # besides JSONDecodeError: a number of thousands of digits, thousands of brackets
-        raise InputError(f"{name} line {line + getattr(error, 'lineno', 1) - 1}: not JSON ({getattr(error, 'msg', error)})") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # besides JSONDecodeError: a number of thousands of digits, thousands of brackets
+        raise InputError(
+            f"{name} line {line + getattr(error, 'lineno', 1) - 1}: not JSON ({getattr(error, 'msg', error)})"
+        ) from None
 
 
 def from_cell(field, cell, form):
@@ -90,7 +113,12 @@ def from_cell(field, cell, form):
             return json.loads(cell)
         if form == "messages" and cell.startswith("["):
             value = json.loads(cell)
-            return value if value and all(isinstance(message, dict) and "role" in message for message in value) else cell
+            return (
+                value
+                if value
+                and all(isinstance(message, dict) and "role" in message for message in value)
+                else cell
+            )
     except (ValueError, RecursionError):
         pass
     return cell
@@ -106,9 +134,13 @@ def kind(path):
     if not path.exists():
         raise InputError(f"{path}: no such file")
     if not path.is_file():
-        raise InputError(f"{path}: {'a directory' if path.is_dir() else 'a device or pipe'} found, a file expected")
+        raise InputError(
+            f"{path}: {'a directory' if path.is_dir() else 'a device or pipe'} found, a file expected"
+        )
     if inner.suffix.lower() not in READERS:
-        raise InputError(f"{path}: ending {inner.suffix or 'none'} found, one of {', '.join(READERS)} expected, or one of them with .gz")
+        raise InputError(
+            f"{path}: ending {inner.suffix or 'none'} found, one of {', '.join(READERS)} expected, or one of them with .gz"
+        )
     return inner.stem, inner.suffix.lower(), zipped
 
 
@@ -133,7 +165,9 @@ def read_rows(path, fields, name=None):
 
 
 def wrong(where, field, found, expected):
-    return InputError(f"{where}: {field}: {'nothing' if found is None else reprlib.repr(found)} found, {expected} expected")
+    return InputError(
+        f"{where}: {field}: {'nothing' if found is None else reprlib.repr(found)} found, {expected} expected"
+    )
 
 
 def string(where, field, value):
@@ -141,7 +175,9 @@ def string(where, field, value):
         raise wrong(where, field, value, "text")
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can escape half a surrogate pair, which no UTF-8 file can hold
+    except (
+        UnicodeEncodeError
+    ):  # JSON can escape half a surrogate pair, which no UTF-8 file can hold
         raise wrong(where, field, value, "whole characters") from None
     return value
 
@@ -160,7 +196,9 @@ def one_of(where, field, value, vocabulary):
 
 def list_of(where, field, value, kind):
     """A list of which every element is of the given type: str, int, dict."""
-    if not isinstance(value, list) or not all(isinstance(each, kind) and not isinstance(each, bool) for each in value):
+    if not isinstance(value, list) or not all(
+        isinstance(each, kind) and not isinstance(each, bool) for each in value
+    ):
         raise wrong(where, field, value, f"a list of {kind.__name__}")
     return value
 
@@ -170,8 +208,25 @@ def messages(where, prompt):
     if not isinstance(prompt, list):
         return [{"role": "user", "content": text(where, "prompt", prompt)}]
     for message in prompt:
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-            raise wrong(where, "prompt", message, "a message {role, content} with the role system, user or assistant")
+        if not isinstance(message, dict) or message.get("role") not in (
+            "system",
+            "user",
+            "assistant",
+        ):
+            raise wrong(
+                where,
+                "prompt",
+                message,
+                "a message {role, content} with the role system, user or assistant",
+            )
     if not prompt or prompt[-1]["role"] != "user":
-        raise wrong(where, "prompt", prompt[-1]["role"] if prompt else prompt, "messages that end with a user turn")
-    return [{"role": message["role"], "content": text(where, "prompt message", message.get("content"))} for message in prompt]
+        raise wrong(
+            where,
+            "prompt",
+            prompt[-1]["role"] if prompt else prompt,
+            "messages that end with a user turn",
+        )
+    return [
+        {"role": message["role"], "content": text(where, "prompt message", message.get("content"))}
+        for message in prompt
+    ]

@@ -61,7 +61,12 @@ class Parser(argparse.ArgumentParser):
     """argparse, with an error of one line instead of the whole usage."""
 
     def __init__(self, doc, **kwargs):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **kwargs,
+        )
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help explains)\n")
@@ -136,7 +141,10 @@ def import_evaluator():
     try:
         from pairwise import evaluator
     except ImportError:
-        print(f"{Path(sys.argv[0]).name}: error: the C++ evaluator is not built for this Python; build it with: {BUILD_COMMAND}", file=sys.stderr)
+        print(
+            f"{Path(sys.argv[0]).name}: error: the C++ evaluator is not built for this Python; build it with: {BUILD_COMMAND}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     return evaluator
 
@@ -196,12 +204,21 @@ def remembered_rows(path, key, count, make, label, write=write_lines):
 
     kept, rows = path.with_name(f".kept-{path.name}"), []
     if kept.exists():
-        lines = [json.loads(line) for line in kept.read_bytes().split(b"\n")[:-1]]  # a line without its end is not whole
+        lines = [
+            json.loads(line) for line in kept.read_bytes().split(b"\n")[:-1]
+        ]  # a line without its end is not whole
         rows = lines[1:] if lines[:1] == [key] else []
     with replacing(kept) as whole:
         write_lines(whole, [key, *rows])
     with open(kept, "a", encoding="utf-8") as file:
-        for number in tqdm(range(len(rows), count), initial=len(rows), total=count, desc=label, unit="prompt", leave=False):
+        for number in tqdm(
+            range(len(rows), count),
+            initial=len(rows),
+            total=count,
+            desc=label,
+            unit="prompt",
+            leave=False,
+        ):
             rows.append(make(number))
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
@@ -243,7 +260,9 @@ def stage_done(run, stage, settings, inputs, outputs):
     if entry is None:
         strange = [path for path in outputs if path.exists()]
         if strange:
-            raise InputError(f"{strange[0]} exists but was not made by this stage ({stage}); choose another --run")
+            raise InputError(
+                f"{strange[0]} exists but was not made by this stage ({stage}); choose another --run"
+            )
         return False
     if not entry["done"]:  # begun and broken off: done again, from the start
         return False
@@ -256,18 +275,24 @@ def must_agree(run, stage, settings, inputs):
     entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get(stage)
     if not entry or not entry["done"]:
         return
-    for name in sorted(entry["settings"].keys() | settings.keys(), key=lambda name: (name != "train", name)):  # the kind of training decides others
+    for name in sorted(
+        entry["settings"].keys() | settings.keys(), key=lambda name: (name != "train", name)
+    ):  # the kind of training decides others
         was, now = (found.get(name, LATER.get(name)) for found in (entry["settings"], settings))
         if was != now:
-            raise InputError(f"{run} was made with other arguments (stage {stage}): {name.replace('_', '-')} was {was}, is {now}; "
-                             f"to have both, run: {_command_elsewhere(run)}")
+            raise InputError(
+                f"{run} was made with other arguments (stage {stage}): {name.replace('_', '-')} was {was}, is {now}; "
+                f"to have both, run: {_command_elsewhere(run)}"
+            )
     for name in sorted(entry["inputs"].keys() | inputs.keys()):
         if entry["inputs"].get(name) != inputs.get(name):
-            raise InputError(f"{run} was made from another {name} than it is given now (stage {stage}); to have both, run: {_command_elsewhere(run)}")
+            raise InputError(
+                f"{run} was made from another {name} than it is given now (stage {stage}); to have both, run: {_command_elsewhere(run)}"
+            )
 
 
 def made_otherwise(run):
-    """"joint", "hardened" or "pruned": where the members or weights of `run` are not train_rm.py's and fit_weights.py's; else None."""
+    """ "joint", "hardened" or "pruned": where the members or weights of `run` are not train_rm.py's and fit_weights.py's; else None."""
     stages = read_json(run / "manifest.json", {"stages": {}})["stages"]
     if "prune" in stages.get("weights", {}).get("settings", {}):
         return "pruned"
@@ -277,7 +302,12 @@ def made_otherwise(run):
 def unchanged(run, stage, settings, inputs, outputs):
     """True where a stage of seconds, with no flags that others depend on, is complete and up to date; where not, it is simply done again."""
     entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get(stage, {})
-    return bool(entry.get("done")) and entry["settings"] == settings and entry["inputs"] == inputs and all(path.exists() for path in outputs)
+    return (
+        bool(entry.get("done"))
+        and entry["settings"] == settings
+        and entry["inputs"] == inputs
+        and all(path.exists() for path in outputs)
+    )
 
 
 def begin_stage(run, stage, settings, inputs):
@@ -301,9 +331,18 @@ def end_stage(run, stage, settings, inputs, started, **facts):
     """Enter `stage` in the manifest as complete, after its outputs have been renamed into place."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     entry = {
-        "settings": settings, "inputs": inputs, "done": True, "command": _command(), "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
-        "seconds": round(time.time() - started, 1), "peak_memory_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10)),
-        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), "versions": _versions(), "git_commit": _git_commit(),
+        "settings": settings,
+        "inputs": inputs,
+        "done": True,
+        "command": _command(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
+        "seconds": round(time.time() - started, 1),
+        "peak_memory_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10)),
+        "threads": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "versions": _versions(),
+        "git_commit": _git_commit(),
     } | facts
     _update_manifest(run, stage, entry)
 
@@ -341,7 +380,15 @@ def _command_elsewhere(run):
 
 def _versions():
     versions = {"python": platform.python_version()}
-    for package in ("numpy", "scipy", "torch", "transformers", "peft", "pytorch_optimizer", "pyarrow"):
+    for package in (
+        "numpy",
+        "scipy",
+        "torch",
+        "transformers",
+        "peft",
+        "pytorch_optimizer",
+        "pyarrow",
+    ):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
@@ -349,10 +396,16 @@ def _versions():
 
 def _git_commit():
     """The commit of this repository, with '+' where files differ from it; null outside git."""
+
     def git(*words):
-        return subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -397,14 +450,33 @@ class Split:
 
 def write_split(path, prompts):
     """Write prompt rows (dicts with the contract's columns) as parquet; p_true and categories only where the first row has them."""
-    pair = pa.struct([("a", pa.int32()), ("b", pa.int32()), ("votes_a", pa.float64()), ("votes_b", pa.float64()), ("ties", pa.float64())])
+    pair = pa.struct(
+        [
+            ("a", pa.int32()),
+            ("b", pa.int32()),
+            ("votes_a", pa.float64()),
+            ("votes_b", pa.float64()),
+            ("ties", pa.float64()),
+        ]
+    )
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    columns = {"prompt_id": pa.string(), "messages": pa.list_(message), "responses": pa.list_(pa.string()), "pairs": pa.list_(pair)}
+    columns = {
+        "prompt_id": pa.string(),
+        "messages": pa.list_(message),
+        "responses": pa.list_(pa.string()),
+        "pairs": pa.list_(pair),
+    }
     if "p_true" in prompts[0]:
         columns["p_true"] = pa.list_(pa.float64())
     if "categories" in prompts[0]:
-        columns["categories"] = pa.struct([(name, pa.string()) for name in prompts[0]["categories"]])
-    pq.write_table(pa.Table.from_pylist(prompts, schema=pa.schema(list(columns.items()))), path, compression="zstd")
+        columns["categories"] = pa.struct(
+            [(name, pa.string()) for name in prompts[0]["categories"]]
+        )
+    pq.write_table(
+        pa.Table.from_pylist(prompts, schema=pa.schema(list(columns.items()))),
+        path,
+        compression="zstd",
+    )
 
 
 def read_split(run, split):
@@ -416,15 +488,33 @@ def read_split(run, split):
         table = pq.read_table(path).combine_chunks()
         pairs, responses = _list(table, "pairs"), _list(table, "responses")
         response_start, pair_start = _starts(responses), _starts(pairs)
-        field = {name: pairs.flatten().field(name).to_numpy(zero_copy_only=False) for name in ("a", "b", "votes_a", "votes_b", "ties")}
+        field = {
+            name: pairs.flatten().field(name).to_numpy(zero_copy_only=False)
+            for name in ("a", "b", "votes_a", "votes_b", "ties")
+        }
         shift = np.repeat(response_start[:-1], np.diff(pair_start))
         return Split(
-            prompt_id=table["prompt_id"].to_pylist(), messages=table["messages"].to_pylist(), responses=responses.to_pylist(),
-            response_start=response_start, pair_start=pair_start, a=field["a"] + shift, b=field["b"] + shift,
-            votes_a=field["votes_a"], votes_b=field["votes_b"], ties=field["ties"],
-            p_true=_list(table, "p_true").flatten().to_numpy() if "p_true" in table.column_names else None,
-            categories=table["categories"].to_pylist() if "categories" in table.column_names else None,
-            judgments=np.stack([_list(table, "judgments").flatten().field(side).to_numpy() for side in "ab"], 1) if "judgments" in table.column_names else None,
+            prompt_id=table["prompt_id"].to_pylist(),
+            messages=table["messages"].to_pylist(),
+            responses=responses.to_pylist(),
+            response_start=response_start,
+            pair_start=pair_start,
+            a=field["a"] + shift,
+            b=field["b"] + shift,
+            votes_a=field["votes_a"],
+            votes_b=field["votes_b"],
+            ties=field["ties"],
+            p_true=_list(table, "p_true").flatten().to_numpy()
+            if "p_true" in table.column_names
+            else None,
+            categories=table["categories"].to_pylist()
+            if "categories" in table.column_names
+            else None,
+            judgments=np.stack(
+                [_list(table, "judgments").flatten().field(side).to_numpy() for side in "ab"], 1
+            )
+            if "judgments" in table.column_names
+            else None,
         )
     except (pa.ArrowException, KeyError) as error:
         raise InputError(f"{path}: not prepared data ({str(error).splitlines()[0]})") from None
@@ -435,7 +525,9 @@ def _list(table, name):
 
 
 def _starts(lists):
-    return np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))]).astype(np.int64)
+    return np.concatenate(
+        [[0], np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))]
+    ).astype(np.int64)
 
 
 def counted_pairs(split):
@@ -446,15 +538,28 @@ def counted_pairs(split):
     """
     keep = split.n >= 2
     start = np.concatenate([[0], np.cumsum(keep)])[split.pair_start]
-    pairs = {name: getattr(split, name)[keep] for name in ("a", "b", "votes_a", "votes_b", "ties", "p_true", "judgments")
-             if getattr(split, name) is not None}
-    prompts = {name: list(itertools.compress(getattr(split, name), np.diff(start))) for name in ("prompt_id", "categories") if getattr(split, name)}
-    return dataclasses.replace(split, pair_start=np.unique(start), **prompts, **pairs) if keep.any() else None
+    pairs = {
+        name: getattr(split, name)[keep]
+        for name in ("a", "b", "votes_a", "votes_b", "ties", "p_true", "judgments")
+        if getattr(split, name) is not None
+    }
+    prompts = {
+        name: list(itertools.compress(getattr(split, name), np.diff(start)))
+        for name in ("prompt_id", "categories")
+        if getattr(split, name)
+    }
+    return (
+        dataclasses.replace(split, pair_start=np.unique(start), **prompts, **pairs)
+        if keep.any()
+        else None
+    )
 
 
 def read_splits(run):
     """{split: Split} of every split that `run` has, and stats.json. train and test must be there."""
-    names = [name for name in SPLITS if name != "valid" or (run / "data" / "valid.parquet").exists()]
+    names = [
+        name for name in SPLITS if name != "valid" or (run / "data" / "valid.parquet").exists()
+    ]
     return {name: read_split(run, name) for name in names}, read_json(run / "data" / "stats.json")
 
 
@@ -465,7 +570,9 @@ def must_share_test_data(first, run):
     if hash_file(paths[0]) != hash_file(paths[1]):  # other bytes can hold the same
         one, other = (pq.read_table(path).to_pylist() for path in paths)
         for number, (x, y) in enumerate(zip(one, other), 1):
-            names = [name for name in (x | y) if name != "categories" and x.get(name) != y.get(name)]
+            names = [
+                name for name in (x | y) if name != "categories" and x.get(name) != y.get(name)
+            ]
             if names:
                 raise InputError(f"{refused}: of prompt {number} the {', '.join(names)}")
         if len(one) != len(other):
@@ -486,12 +593,16 @@ def read_continuations(run):
         table = pq.read_table(path)
         found = {name: table[name].to_pylist() for name in ("prompt_id", "messages", "texts")}
     except (pa.ArrowException, KeyError) as error:
-        raise InputError(f"{path}: not continuations ({first_line(error)}); the columns prompt_id, messages and texts expected") from None
+        raise InputError(
+            f"{path}: not continuations ({first_line(error)}); the columns prompt_id, messages and texts expected"
+        ) from None
     found["logprob"] = table["logprob"].to_pylist() if "logprob" in table.column_names else None
     for name in ("texts", "logprob"):
         for number, row in enumerate(found[name] or (), 1):
             if not row or len(row) != len(found["texts"][0]):
-                raise InputError(f"{path}: prompt {number}: {len(row or ())} {name} found, {len(found['texts'][0] or ()) or 'at least 1'} expected")
+                raise InputError(
+                    f"{path}: prompt {number}: {len(row or ())} {name} found, {len(found['texts'][0] or ()) or 'at least 1'} expected"
+                )
     if not found["texts"]:
         raise InputError(f"{path}: no prompt found, at least 1 expected")
     return found
@@ -538,14 +649,18 @@ def read_rewards(run, split, k, shape):
             raise InputError(f"{path}: {found.dtype} {found.shape} found, float32 {shape} expected")
         if np.isnan(found).any():
             nan = np.isnan(found).ravel()
-            raise InputError(f"{path}: member {j}, split {split}: {nan.sum()} rewards are NaN, the first at index {nan.argmax()}")
+            raise InputError(
+                f"{path}: member {j}, split {split}: {nan.sum()} rewards are NaN, the first at index {nan.argmax()}"
+            )
         rewards[j - 1] = found
     return rewards
 
 
 def read_continuation_rewards(run, k):
     """Rewards of the continuations, float32 (K, prompts, n); None where there are none."""
-    if not (run / "continuations.parquet").exists() and not list((run / "rewards").glob("*_continuations.npy")):
+    if not (run / "continuations.parquet").exists() and not list(
+        (run / "rewards").glob("*_continuations.npy")
+    ):
         return None
     path = reward_path(run, 1, "continuations")
     try:
@@ -566,11 +681,19 @@ def read_weights(run, k):
     try:
         prefixes = {entry["k"]: np.array(entry["alpha"], np.float64) for entry in read_json(path)}
         alpha = prefixes.get(k)
-        broken = alpha is not None and (alpha.shape != (k,) or not (alpha >= 0).all() or not abs(alpha.sum() - 1) <= 1e-9)  # NaN fails both
+        broken = alpha is not None and (
+            alpha.shape != (k,) or not (alpha >= 0).all() or not abs(alpha.sum() - 1) <= 1e-9
+        )  # NaN fails both
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: a list of {{k, alpha, fit}} expected; fit_weights.py makes it") from None
+        raise InputError(
+            f"{path}: a list of {{k, alpha, fit}} expected; fit_weights.py makes it"
+        ) from None
     if broken:
-        raise InputError(f"{path}: k={k}: {alpha.tolist()} found, {k} weights that are at least 0 and sum to 1 expected")
+        raise InputError(
+            f"{path}: k={k}: {alpha.tolist()} found, {k} weights that are at least 0 and sum to 1 expected"
+        )
     if alpha is None:
-        raise InputError(f"{path}: weights for k = {', '.join(map(str, prefixes))} found, k = {k} expected; fit_weights.py makes them")
+        raise InputError(
+            f"{path}: weights for k = {', '.join(map(str, prefixes))} found, k = {k} expected; fit_weights.py makes them"
+        )
     return alpha

@@ -23,7 +23,12 @@ def add_flags(parser, nucleus, most):
     """The flags of sampling, with the defaults of --top-p and --max-tokens."""
     add = parser.add_argument
     add("--temperature", type=positive, default=1.0)
-    add("--top-p", type=top_p, default=nucleus, help=f"sample each token from the likeliest that together have this probability (default {nucleus})")
+    add(
+        "--top-p",
+        type=top_p,
+        default=nucleus,
+        help=f"sample each token from the likeliest that together have this probability (default {nucleus})",
+    )
     add("--max-tokens", type=natural, default=most, help=f"longest answer (default {most})")
     add("--seed", type=seed, default=0, help="of all that is drawn")
 
@@ -32,7 +37,9 @@ def room(model, prompt, max_tokens, where):
     """Tokens that an answer to a prompt (token ids) may have: max_tokens, or what the model's context leaves. Raises InputError where it leaves none."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**63
     if len(prompt) >= context:
-        raise InputError(f"{where}: {len(prompt)} tokens found, at most {context - 1} expected, as the model's context is {context}")
+        raise InputError(
+            f"{where}: {len(prompt)} tokens found, at most {context - 1} expected, as the model's context is {context}"
+        )
     return min(max_tokens, context - len(prompt))
 
 
@@ -44,22 +51,48 @@ def sample(model, tokenizer, prompt, count, temperature, top_p, max_tokens):
     """
     eos = model.generation_config.eos_token_id  # one, several or none
     config = GenerationConfig(  # not the base's own, which may bend the distribution
-        do_sample=True, temperature=temperature, top_k=0, top_p=top_p, max_new_tokens=max_tokens, eos_token_id=eos,
-        pad_token_id=tokenizer.pad_token_id, return_dict_in_generate=True, output_logits=True)
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=top_p,
+        max_new_tokens=max_tokens,
+        eos_token_id=eos,
+        pad_token_id=tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     ids = torch.tensor([prompt], device=model.device)
-    prefix = getattr(model.base_model(input_ids=ids[:, :-1], use_cache=True), "past_key_values", None) if len(prompt) > 1 else None
+    prefix = (
+        getattr(model.base_model(input_ids=ids[:, :-1], use_cache=True), "past_key_values", None)
+        if len(prompt) > 1
+        else None
+    )
     texts, logprob = [], []
     while len(texts) < count:
         rows = ids.repeat(min(AT_ONCE, count - len(texts)), 1)
         past = copy.deepcopy(prefix)
         if past is not None:
             past.batch_repeat_interleave(len(rows))
-        out = model.generate(rows, attention_mask=torch.ones_like(rows), past_key_values=past, generation_config=config)
+        out = model.generate(
+            rows,
+            attention_mask=torch.ones_like(rows),
+            past_key_values=past,
+            generation_config=config,
+        )
         answer = out.sequences[:, len(prompt) :]
-        ends = torch.isin(answer, torch.tensor(-1 if eos is None else eos, device=answer.device)).long()
-        real = ends.cumsum(1) - ends == 0  # up to the first end; a pad token before it was sampled like any other
-        each = torch.stack([  # the logits are the model's own, before temperature and top-p
-            logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0] for logits, token in zip(out.logits, answer.T)], 1)
+        ends = torch.isin(
+            answer, torch.tensor(-1 if eos is None else eos, device=answer.device)
+        ).long()
+        real = (
+            ends.cumsum(1) - ends == 0
+        )  # up to the first end; a pad token before it was sampled like any other
+        each = torch.stack(
+            [  # the logits are the model's own, before temperature and top-p
+                logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
+                for logits, token in zip(out.logits, answer.T)
+            ],
+            1,
+        )
         texts += tokenizer.batch_decode(answer, skip_special_tokens=True)
         logprob += (each * real).sum(1).tolist()
     return texts, logprob

@@ -8,7 +8,6 @@ from itertools import combinations, permutations
 import numpy as np
 from scipy.optimize import linprog
 
-
 # ---- Lemma 1 and theorem 2: what n sampled annotators leave unknown
 
 
@@ -52,7 +51,9 @@ def kept_members(votes, alpha, beta):
     distance = np.abs(votes - alpha @ votes).mean(1)
     order = np.argsort(distance, kind="stable")
     kept = np.empty(len(alpha), bool)
-    kept[order] = np.cumsum(alpha[order][::-1])[::-1] > 1 / (beta - 1)  # weight of the member and all that are farther
+    kept[order] = np.cumsum(alpha[order][::-1])[::-1] > 1 / (
+        beta - 1
+    )  # weight of the member and all that are farther
     return kept
 
 
@@ -74,7 +75,13 @@ def theorem4(pairs, k, d, delta):
     dimension = 20 * (d + 1) * k * log(2 * (d + 1) * k)  # d', a bound of the pseudo-dimension
     if pairs < dimension:
         return 1.0
-    return min(1.0, float(np.sqrt(2 * dimension * log(np.e * pairs / dimension) / pairs) + np.sqrt(log(1 / delta) / (2 * pairs))))
+    return min(
+        1.0,
+        float(
+            np.sqrt(2 * dimension * log(np.e * pairs / dimension) / pairs)
+            + np.sqrt(log(1 / delta) / (2 * pairs))
+        ),
+    )
 
 
 # ---- theorem 1's setting: one context, all pairs of m responses
@@ -95,17 +102,34 @@ def calibrated_ensemble(p):
     if p.shape != (m, m) or not 2 <= m <= 5:
         raise ValueError(f"p: shape {p.shape} found, (m, m) with m from 2 to 5 expected")
     i, j = np.array(list(combinations(range(m), 2))).T
-    if not (np.abs(p[i, j] + p[j, i] - 1) <= 1e-9).all() or not (np.abs(p[i, j] - 0.5) <= 0.5 + 1e-9).all():  # NaN fails too
+    if (
+        not (np.abs(p[i, j] + p[j, i] - 1) <= 1e-9).all()
+        or not (np.abs(p[i, j] - 0.5) <= 0.5 + 1e-9).all()
+    ):  # NaN fails too
         raise ValueError("p: shares in [0, 1] with p[i, j] + p[j, i] = 1 expected")
     orders = np.array(list(permutations(range(m))))
     place = np.argsort(orders, 1)
-    wins = (place[:, i] < place[:, j]).T.astype(np.float64)  # (pairs, m!): does the ranking have i before j
+    wins = (place[:, i] < place[:, j]).T.astype(
+        np.float64
+    )  # (pairs, m!): does the ranking have i before j
     pairs, count = wins.shape
     # least sum of over + under, where wins @ weights - over + under = p and the weights sum to one
-    rows = np.block([[wins, -np.eye(pairs), np.eye(pairs)], [np.ones((1, count)), np.zeros((1, 2 * pairs))]])
-    solved = linprog(np.append(np.zeros(count), np.ones(2 * pairs)), A_eq=rows, b_eq=np.append(p[i, j], 1), method="highs-ds")  # simplex: few rankings
+    rows = np.block(
+        [[wins, -np.eye(pairs), np.eye(pairs)], [np.ones((1, count)), np.zeros((1, 2 * pairs))]]
+    )
+    solved = linprog(
+        np.append(np.zeros(count), np.ones(2 * pairs)),
+        A_eq=rows,
+        b_eq=np.append(p[i, j], 1),
+        method="highs-ds",
+    )  # simplex: few rankings
     weights, distance = solved.x[:count], max(0.0, solved.fun)
     used = weights > 1e-12
     certificate = np.zeros((m, m))
     certificate[i, j] = solved.eqlin.marginals[:pairs]
-    return orders[used], weights[used] / weights[used].sum(), distance, certificate if distance > 1e-9 else None
+    return (
+        orders[used],
+        weights[used] / weights[used].sum(),
+        distance,
+        certificate if distance > 1e-9 else None,
+    )

@@ -16,7 +16,18 @@ from tqdm import tqdm
 from pairwise import parallel, plan
 from pairwise import reward_model as rm
 from pairwise.offload import Offload, recompute_activations
-from pairwise.run_dir import InputError, begin_stage, end_stage, natural, nonnegative, positive, seed, share, stage_done, write_array
+from pairwise.run_dir import (
+    InputError,
+    begin_stage,
+    end_stage,
+    natural,
+    nonnegative,
+    positive,
+    seed,
+    share,
+    stage_done,
+    write_array,
+)
 
 # ---- steps and batches
 
@@ -46,7 +57,11 @@ def steps_of_prompts(pair_start, keep, pairs_per_step, rng):
 def steps_of_pairs(keep, pairs_per_step, epochs, rng):
     """Shuffle single pairs, anew in every epoch: a list of steps, each a list of one array of pair indices."""
     pairs = np.flatnonzero(keep)
-    return [[order[at : at + pairs_per_step]] for order in (rng.permutation(pairs) for _ in range(epochs)) for at in range(0, len(order), pairs_per_step)]
+    return [
+        [order[at : at + pairs_per_step]]
+        for order in (rng.permutation(pairs) for _ in range(epochs))
+        for at in range(0, len(order), pairs_per_step)
+    ]
 
 
 def micro_batches(step, a, b, lengths, size, tokens):
@@ -56,7 +71,11 @@ def micro_batches(step, a, b, lengths, size, tokens):
     in one forward pass. Prompts stay whole, those of similar length go together; one that is too large alone is a micro-batch.
     """
     out = []
-    for part in sorted(step, key=lambda part: (max(lengths[a[part]].max(), lengths[b[part]].max()), part[0]), reverse=True):
+    for part in sorted(
+        step,
+        key=lambda part: (max(lengths[a[part]].max(), lengths[b[part]].max()), part[0]),
+        reverse=True,
+    ):
         together = np.concatenate([out[-1], part]) if out else part
         if out and size(np.union1d(a[together], b[together])) <= tokens:
             out[-1] = together
@@ -68,7 +87,11 @@ def micro_batches(step, a, b, lengths, size, tokens):
 def schedule(step, steps, warmup):
     """Learning-rate factor of a step: linear over the first `warmup` share of the steps (at least one), then cosine to zero."""
     rise = max(1, round(warmup * steps))
-    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    return (
+        (step + 1) / rise
+        if step < rise
+        else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    )
 
 
 # ---- training
@@ -83,12 +106,17 @@ def settle(args):
 
 def parameter_groups(model):
     """SOAP's groups of what is trained: the layers' matrices, or adapters, are preconditioned; for embedding, head and norms it is plain Adam."""
-    apart, trained = (rm.head(model).weight, model.get_input_embeddings().weight), [p for p in model.parameters() if p.requires_grad]
+    apart, trained = (
+        (rm.head(model).weight, model.get_input_embeddings().weight),
+        [p for p in model.parameters() if p.requires_grad],
+    )
     plain = [p for p in trained if p.ndim < 2 or any(p is other for other in apart)]
     return [[p for p in trained if not any(p is other for other in plain)], plain]
 
 
-def train(groups, rewards_at, steps, pairs, loss, args, log, prompts=None, checkpoints=None, budget=None):
+def train(
+    groups, rewards_at, steps, pairs, loss, args, log, prompts=None, checkpoints=None, budget=None
+):
     """Minimise the mean loss over `steps`, one optimizer step each; updates the parameters, appends a JSON line per step to `log`.
 
     groups: [matrices that SOAP preconditions, other parameters]; rewards_at(responses) -> (float32 rewards of these responses, with gradient;
@@ -98,13 +126,25 @@ def train(groups, rewards_at, steps, pairs, loss, args, log, prompts=None, check
     on, and where the loss or a gradient is not finite.
     """
     if not steps:
-        raise InputError(f"member {args.iteration}: no pair is left to train on: all are identical after encoding (a larger --max-length may help)" +
-                         " or have tied votes (--loss bt, margin)")
+        raise InputError(
+            f"member {args.iteration}: no pair is left to train on: all are identical after encoding (a larger --max-length may help)"
+            + " or have tied votes (--loss bt, margin)"
+        )
     a, b, *targets = pairs
     # The optimizer works on float32 masters: in BF16 alone most of a small update is lost to rounding. In float32 they are the parameters.
     optimizer = Offload(
-        [{"params": groups[0], "max_precondition_dim": args.max_precondition_dim}, {"params": groups[1], "max_precondition_dim": 1}],
-        lambda groups: SOAP(groups, lr=args.lr, weight_decay=args.weight_decay, precondition_frequency=args.precondition_frequency), budget)
+        [
+            {"params": groups[0], "max_precondition_dim": args.max_precondition_dim},
+            {"params": groups[1], "max_precondition_dim": 1},
+        ],
+        lambda groups: SOAP(
+            groups,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            precondition_frequency=args.precondition_frequency,
+        ),
+        budget,
+    )
     lines = []
     if checkpoints:
         checkpoints.check_disk(optimizer.nbytes, sum(p.nbytes for group in groups for p in group))
@@ -112,17 +152,36 @@ def train(groups, rewards_at, steps, pairs, loss, args, log, prompts=None, check
         log.write("".join(lines))
     before = json.loads(lines[-1])["seconds"] if lines else 0
     started, seen, pairs_seen = time.time(), 0, 0
-    with tqdm(total=len(steps), initial=len(lines), desc=f"member {args.iteration}", unit="step", mininterval=1, disable=parallel.rank() > 0) as bar:
+    with tqdm(
+        total=len(steps),
+        initial=len(lines),
+        desc=f"member {args.iteration}",
+        unit="step",
+        mininterval=1,
+        disable=parallel.rank() > 0,
+    ) as bar:
         for number in range(len(lines), len(steps)):
             step = steps[number]
-            whole = np.concatenate([micro for share in step for micro in share])  # the pairs of all processes
+            whole = np.concatenate(
+                [micro for share in step for micro in share]
+            )  # the pairs of all processes
             count, total, tokens = len(whole), 0.0, 0
             for micro in step[parallel.rank()]:
-                responses, index = np.unique(np.concatenate([a[micro], b[micro]]), return_inverse=True)  # each response once
+                responses, index = np.unique(
+                    np.concatenate([a[micro], b[micro]]), return_inverse=True
+                )  # each response once
                 rewards, used = rewards_at(responses)
                 index = torch.from_numpy(index).to(rewards.device)
                 goals = (torch.from_numpy(values[micro]).to(rewards) for values in targets)
-                error = loss(rewards[index[: len(micro)]], rewards[index[len(micro) :]], *goals, number / len(steps)) / count
+                error = (
+                    loss(
+                        rewards[index[: len(micro)]],
+                        rewards[index[len(micro) :]],
+                        *goals,
+                        number / len(steps),
+                    )
+                    / count
+                )
                 error.backward()
                 total += error.item()
                 tokens += used
@@ -131,25 +190,44 @@ def train(groups, rewards_at, steps, pairs, loss, args, log, prompts=None, check
             total, tokens, square = map(sum, zip(*parallel.gathered((total, tokens, norm**2))))
             norm = math.sqrt(square)
             if not math.isfinite(total) or not math.isfinite(norm):
-                named = list(dict.fromkeys(prompts[whole].tolist()))[:5] if prompts is not None else []
-                raise InputError(f"member {args.iteration}, step {number + 1}: loss {total}, gradient norm {norm}; a lower --lr may help" +
-                                 (f", or leaving out a prompt of this step ({', '.join(map(str, named))}, ..)" if named else ""))
+                named = (
+                    list(dict.fromkeys(prompts[whole].tolist()))[:5] if prompts is not None else []
+                )
+                raise InputError(
+                    f"member {args.iteration}, step {number + 1}: loss {total}, gradient norm {norm}; a lower --lr may help"
+                    + (
+                        f", or leaving out a prompt of this step ({', '.join(map(str, named))}, ..)"
+                        if named
+                        else ""
+                    )
+                )
             rate = args.lr * schedule(number, len(steps), args.warmup)
             optimizer.step(rate)
             seen, pairs_seen = seen + tokens, pairs_seen + count
-            line = {"step": number + 1, "loss": total, "lr": rate, "tokens": tokens, "pairs": count,
-                    "seconds": round(before + time.time() - started, 3), "grad_norm": norm}
+            line = {
+                "step": number + 1,
+                "loss": total,
+                "lr": rate,
+                "tokens": tokens,
+                "pairs": count,
+                "seconds": round(before + time.time() - started, 3),
+                "grad_norm": norm,
+            }
             lines.append(json.dumps(line) + "\n")
             log.write(lines[-1])
             if checkpoints and checkpoints.due():
                 checkpoints.write(optimizer, lines)
             bar.update()
             done, what = (seen, "tokens") if seen else (pairs_seen, "pairs")
-            bar.set_postfix_str(f"loss {total:.4f}, {done / (time.time() - started):,.0f} {what}/s", refresh=False)
+            bar.set_postfix_str(
+                f"loss {total:.4f}, {done / (time.time() - started):,.0f} {what}/s", refresh=False
+            )
     optimizer.close()
 
 
-def train_full(args, model, split, sequences, targets, loss, keep, rng, log, checkpoints=None, more=()):
+def train_full(
+    args, model, split, sequences, targets, loss, keep, rng, log, checkpoints=None, more=()
+):
     """All parameters, or adapters and head, on whole prompts, for args.epochs epochs.
 
     sequences: token ids of every distinct response; targets, loss: as for `train`; keep bool (N,): pairs to train on; more: parameters of the loss.
@@ -161,11 +239,28 @@ def train_full(args, model, split, sequences, targets, loss, keep, rng, log, che
         return rm.count_tokens(model, [sequences[i] for i in responses])
 
     def rewards_at(responses):
-        return rm.rewards_of_batch(model, [sequences[i] for i in responses], args.micro_batch_tokens), int(lengths[responses].sum())
+        return rm.rewards_of_batch(
+            model, [sequences[i] for i in responses], args.micro_batch_tokens
+        ), int(lengths[responses].sum())
 
-    steps = [step for _ in range(args.epochs) for step in steps_of_prompts(split.pair_start, keep, args.pairs_per_step, rng)]
-    steps = [parallel.deal(step, [lengths[np.union1d(split.a[part], split.b[part])].sum() for part in step]) for step in steps]
-    steps = [[micro_batches(part, split.a, split.b, lengths, size, args.micro_batch_tokens) for part in step] for step in steps]
+    steps = [
+        step
+        for _ in range(args.epochs)
+        for step in steps_of_prompts(split.pair_start, keep, args.pairs_per_step, rng)
+    ]
+    steps = [
+        parallel.deal(
+            step, [lengths[np.union1d(split.a[part], split.b[part])].sum() for part in step]
+        )
+        for step in steps
+    ]
+    steps = [
+        [
+            micro_batches(part, split.a, split.b, lengths, size, args.micro_batch_tokens)
+            for part in step
+        ]
+        for step in steps
+    ]
     device = next(model.parameters()).device
     groups = parameter_groups(model)
     groups[1].extend(more)
@@ -173,7 +268,18 @@ def train_full(args, model, split, sequences, targets, loss, keep, rng, log, che
     if device.type == "cuda" and budget is None:
         budget = plan.optimizer_budget(torch.cuda.mem_get_info(device)[0], model, groups, args)
     recompute_activations(model, device.type == "cuda")  # memory is what a card has least of
-    train(groups, rewards_at, steps, (split.a, split.b, *targets), loss, args, log, prompts_of(split), checkpoints, budget)
+    train(
+        groups,
+        rewards_at,
+        steps,
+        (split.a, split.b, *targets),
+        loss,
+        args,
+        log,
+        prompts_of(split),
+        checkpoints,
+        budget,
+    )
     recompute_activations(model, False)
 
 
@@ -184,11 +290,21 @@ def prompts_of(split):
 
 def train_head(args, weight, split, features, targets, loss, keep, rng, log, more=()):
     """Heads (K, d) alone, on stored features float32 (R, d) and shuffled pairs: section 4's frozen backbone. Rewards are (n,), of several heads (n, K)."""
-    scale = torch.from_numpy(features.std(0) + 1e-6).to(weight.device)  # one learning rate for all features: train on unit scale, fold it in after
+    scale = torch.from_numpy(features.std(0) + 1e-6).to(
+        weight.device
+    )  # one learning rate for all features: train on unit scale, fold it in after
     scaled = torch.from_numpy(features).to(weight.device) / scale
     steps = [[step] for step in steps_of_pairs(keep, args.pairs_per_step, args.epochs, rng)]
-    train([[], [weight, *more]], lambda responses: (scaled[responses] @ (weight[0] if len(weight) == 1 else weight.T), 0), steps,
-          (split.a, split.b, *targets), loss, args, log, prompts_of(split))
+    train(
+        [[], [weight, *more]],
+        lambda responses: (scaled[responses] @ (weight[0] if len(weight) == 1 else weight.T), 0),
+        steps,
+        (split.a, split.b, *targets),
+        loss,
+        args,
+        log,
+        prompts_of(split),
+    )
     weight.data.div_(scale)
 
 
@@ -207,40 +323,110 @@ def ask_features(args, stage, texts, tokenizer, inputs):
         model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
         for name, (messages, responses) in texts.items():
             sequences = rm.encode_split(tokenizer, messages, responses, args.max_length)
-            features = rm.features_of(model, sequences, args.micro_batch_tokens, f"features, {name}")
+            features = rm.features_of(
+                model, sequences, args.micro_batch_tokens, f"features, {name}"
+            )
             write_array(paths[name], features)
-        end_stage(args.run, stage, settings, inputs, started, threads=args.threads, device=args.device)
+        end_stage(
+            args.run, stage, settings, inputs, started, threads=args.threads, device=args.device
+        )
     return {name: np.load(path) for name, path in paths.items()}
 
 
 # ---- flags
 
 # Those that change the result.
-SETTINGS = ("seed", "lr", "epochs", "pairs_per_step", "weight_decay", "warmup", "precondition_frequency", "max_precondition_dim", "dtype", "max_length")
+SETTINGS = (
+    "seed",
+    "lr",
+    "epochs",
+    "pairs_per_step",
+    "weight_decay",
+    "warmup",
+    "precondition_frequency",
+    "max_precondition_dim",
+    "dtype",
+    "max_length",
+)
 
 
 def add_flags(parser):
     """The flags that all training scripts have."""
     add = parser.add_argument
     rm.add_flags(parser)
-    add("--seed", type=seed, default=0, help="of head and order; with J, so every member draws its own")
+    add(
+        "--seed",
+        type=seed,
+        default=0,
+        help="of head and order; with J, so every member draws its own",
+    )
     # optimizer (SOAP)
-    add("--lr", type=positive, help="peak learning rate (default 2e-5; head: 1e-3; lora: 2e-4, ours: adapters begin at zero and have few steps)")
+    add(
+        "--lr",
+        type=positive,
+        help="peak learning rate (default 2e-5; head: 1e-3; lora: 2e-4, ours: adapters begin at zero and have few steps)",
+    )
     add("--epochs", type=natural, help="passes over the train pairs (default 1; head: 10)")
-    add("--pairs-per-step", type=natural, default=64, help="pairs in an optimizer step, whole prompts (the paper: up to 512)")
-    add("--weight-decay", type=nonnegative, help="decoupled (default 0.1; head: 5, the regularisation of a linear fit to convergence)")
-    add("--warmup", type=share, default=0.03, help="share of the steps, at least one step, then cosine to zero")
-    add("--precondition-frequency", type=natural, default=5, help="steps between updates of SOAP's eigenbases")
-    add("--max-precondition-dim", type=natural, help="larger dimensions are not preconditioned (default 4096; lora: the rank, as the other side of an "
-        "adapter is as long as the base's layer, and its preconditioner would be larger than the layer)")
+    add(
+        "--pairs-per-step",
+        type=natural,
+        default=64,
+        help="pairs in an optimizer step, whole prompts (the paper: up to 512)",
+    )
+    add(
+        "--weight-decay",
+        type=nonnegative,
+        help="decoupled (default 0.1; head: 5, the regularisation of a linear fit to convergence)",
+    )
+    add(
+        "--warmup",
+        type=share,
+        default=0.03,
+        help="share of the steps, at least one step, then cosine to zero",
+    )
+    add(
+        "--precondition-frequency",
+        type=natural,
+        default=5,
+        help="steps between updates of SOAP's eigenbases",
+    )
+    add(
+        "--max-precondition-dim",
+        type=natural,
+        help="larger dimensions are not preconditioned (default 4096; lora: the rank, as the other side of an "
+        "adapter is as long as the base's layer, and its preconditioner would be larger than the layer)",
+    )
     # size and speed
-    add("--max-length", type=natural, default=2048, help="tokens of prompt and response; longer ones lose the prompt's beginning")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the parameters (default bfloat16 on a GPU, float32 on a CPU)")
-    add("--micro-batch-tokens", type=natural, help="tokens run in one forward pass (default 8192; lora: 4096; on a CPU 1024)")
-    add("--optimizer-memory-gb", type=nonnegative, metavar="GB", help="GiB of the device for float32 masters, SOAP's state and copy buffers; the rest is paged "
-        "through host memory (default: what is free; on a CPU all)")
-    add("--checkpoint-minutes", type=nonnegative, default=30, help="between checkpoints from which a killed full or lora training of "
-        "train_rm.py continues; 0: none (default 30)")
+    add(
+        "--max-length",
+        type=natural,
+        default=2048,
+        help="tokens of prompt and response; longer ones lose the prompt's beginning",
+    )
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of the parameters (default bfloat16 on a GPU, float32 on a CPU)",
+    )
+    add(
+        "--micro-batch-tokens",
+        type=natural,
+        help="tokens run in one forward pass (default 8192; lora: 4096; on a CPU 1024)",
+    )
+    add(
+        "--optimizer-memory-gb",
+        type=nonnegative,
+        metavar="GB",
+        help="GiB of the device for float32 masters, SOAP's state and copy buffers; the rest is paged "
+        "through host memory (default: what is free; on a CPU all)",
+    )
+    add(
+        "--checkpoint-minutes",
+        type=nonnegative,
+        default=30,
+        help="between checkpoints from which a killed full or lora training of "
+        "train_rm.py continues; 0: none (default 30)",
+    )
 
 
 def fill_in(args, **defaults):

@@ -55,7 +55,9 @@ def nonnegative_least_squares(a, b):
         if wanted[j] <= 0:  # the largest gain was rounding
             break
         free = grown
-        while (wanted[free] <= 0).any():  # go towards the wanted point as far as all stay positive, and drop who reaches zero
+        while (
+            wanted[free] <= 0
+        ).any():  # go towards the wanted point as far as all stay positive, and drop who reaches zero
             low = np.flatnonzero(free & (wanted <= 0))
             steps = u[low] / (u[low] - wanted[low])
             u = u + steps.min() * (wanted - u)

@@ -14,7 +14,14 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # the scripts of the top level, wherever pytest is started
 os.environ.pop("PAIRWISE_COMMAND", None)
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 FLAGS = ("--threads", "1", "--device", "cpu")
 FULL = ("--lr", "3e-3", "--pairs-per-step", "16")
 HEAD = ("--train", "head", "--lr", "1e-2", "--epochs", "5")
@@ -34,7 +41,9 @@ def train(run, base, *flags, iteration=1):
     import train_rm
 
     task = () if "--export" in flags else ("--iteration", str(iteration))
-    train_rm.main(train_rm.parse_args(["--run", str(run), "--base", str(base), *task, *FLAGS, *flags]))
+    train_rm.main(
+        train_rm.parse_args(["--run", str(run), "--base", str(base), *task, *FLAGS, *flags])
+    )
 
 
 def squared(reward_a, reward_b, t, done):
@@ -93,7 +102,9 @@ def tokenizer(demo, data):
     from pairwise.run_dir import read_split
 
     split = read_split(data, "train")
-    texts = [m["content"] for messages in split.messages for m in messages] + [text for texts in split.responses for text in texts]
+    texts = [m["content"] for messages in split.messages for m in messages] + [
+        text for texts in split.responses for text in texts
+    ]
     return demo.train_tokenizer(texts, 400)
 
 
@@ -122,9 +133,21 @@ def make_base(tokenizer, directory, seed, **changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**TINY | {
-        "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": True, "initializer_range": 0.1, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}} | changes))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **TINY
+            | {
+                "vocab_size": len(tokenizer),
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+                "tie_word_embeddings": True,
+                "initializer_range": 0.1,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+            }
+            | changes
+        )
+    )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -139,7 +162,24 @@ def continuations():
 def full_run(data, base, continuations, tmp_path_factory):
     """Two members, all parameters, float32, weights after each, with continuations. Read only: copy it before you change it."""
     run = fresh(data, tmp_path_factory.mktemp("full"))
-    continuations.main(continuations.parse_args(["--run", str(run), "--base", str(base), "--prompts", "2", "--count", "5", "--max-tokens", "20", "--threads", "1"]))
+    continuations.main(
+        continuations.parse_args(
+            [
+                "--run",
+                str(run),
+                "--base",
+                str(base),
+                "--prompts",
+                "2",
+                "--count",
+                "5",
+                "--max-tokens",
+                "20",
+                "--threads",
+                "1",
+            ]
+        )
+    )
     for j in (1, 2):
         train(run, base, *FULL, iteration=j)
         fit(run)

@@ -4,12 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from test_evaluate import draw_rewards, files_of, make, read_pairs
 
+import evaluate
 from pairwise.run_dir import InputError, write_split
 
 RESAMPLES = 400
@@ -35,13 +35,30 @@ def evaluate_weights(run, fixed):
 
     (run / "weights.json").unlink()
     if fixed:
-        (run / "weights.json").write_text(json.dumps([{"k": len(alpha), "alpha": alpha, "fit": "fixed", "train_mse": None, "kkt": None} for alpha in fixed]))
+        (run / "weights.json").write_text(
+            json.dumps(
+                [
+                    {
+                        "k": len(alpha),
+                        "alpha": alpha,
+                        "fit": "fixed",
+                        "train_mse": None,
+                        "kkt": None,
+                    }
+                    for alpha in fixed
+                ]
+            )
+        )
     else:
         fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
 
 
 def compared(out, *settings):
-    evaluate.main(evaluate.parse_args(["--compare", *map(str, settings), "--out", str(out), "--resamples", str(RESAMPLES)]))
+    evaluate.main(
+        evaluate.parse_args(
+            ["--compare", *map(str, settings), "--out", str(out), "--resamples", str(RESAMPLES)]
+        )
+    )
     return json.loads((out / "compare.json").read_text())
 
 
@@ -55,26 +72,40 @@ def brier_terms(run):
 
 def test_every_number_and_interval_from_the_files(runs, tmp_path):
     before = files_of(runs)
-    found = compared(tmp_path / "out", runs / "first", f"{runs / 'seed_1'},{runs / 'seed_2'}", runs / "fixed")
+    found = compared(
+        tmp_path / "out", runs / "first", f"{runs / 'seed_1'},{runs / 'seed_2'}", runs / "fixed"
+    )
     assert files_of(runs) == before
     prompt, first = brier_terms(runs / "first")
-    (_, one), (_, two), (_, fixed) = (brier_terms(runs / name) for name in ("seed_1", "seed_2", "fixed"))
+    (_, one), (_, two), (_, fixed) = (
+        brier_terms(runs / name) for name in ("seed_1", "seed_2", "fixed")
+    )
     seeds = {k: (one[k] + two[k]) / 2 for k in one}
     terms = {"first": first, "seed": seeds, "fixed": fixed}
-    counts = evaluate.evaluator.bootstrap_counts(prompt.max() + 1, RESAMPLES, 0)[:, prompt]  # the same resampled prompts for all
+    counts = evaluate.evaluator.bootstrap_counts(prompt.max() + 1, RESAMPLES, 0)[
+        :, prompt
+    ]  # the same resampled prompts for all
 
     def check(entry, errors):
         assert entry["brier"] == pytest.approx(errors.mean(), abs=1e-12)
-        assert entry["brier_ci"] == pytest.approx(np.percentile(counts @ errors / counts.sum(1), [2.5, 97.5]), abs=1e-12)
+        assert entry["brier_ci"] == pytest.approx(
+            np.percentile(counts @ errors / counts.sum(1), [2.5, 97.5]), abs=1e-12
+        )
 
-    assert [s["name"] for s in found["settings"]] == list(terms) and [s["k"] for s in found["settings"]] == [[3], [3, 3], [2]]
+    assert [s["name"] for s in found["settings"]] == list(terms) and [
+        s["k"] for s in found["settings"]
+    ] == [[3], [3, 3], [2]]
     for s in found["settings"]:
         check(s, terms[s["name"]][max(terms[s["name"]])])
         assert [e["k"] for e in s["ensemble"]] == sorted(terms[s["name"]])
         for e in s["ensemble"]:
             check(e, terms[s["name"]][e["k"]])
     assert found["settings"][1]["brier_of_runs"] == pytest.approx([one[3].mean(), two[3].mean()])
-    assert [(d["a"], d["b"]) for d in found["differences"]] == [("first", "seed"), ("first", "fixed"), ("seed", "fixed")]
+    assert [(d["a"], d["b"]) for d in found["differences"]] == [
+        ("first", "seed"),
+        ("first", "fixed"),
+        ("seed", "fixed"),
+    ]
     for d in found["differences"]:
         a, b = terms[d["a"]], terms[d["b"]]
         check(d, a[max(a)] - b[max(b)])  # each at its own largest k
@@ -86,28 +117,59 @@ def test_every_number_and_interval_from_the_files(runs, tmp_path):
 def test_settings_agree_with_the_metrics_of_their_runs(runs, tmp_path):
     found = compared(tmp_path / "out", runs / "first", runs / "fixed")
     for s in found["settings"]:
-        evaluate.main(evaluate.parse_args(["--run", s["runs"][0], "--out", str(tmp_path / s["name"]), "--resamples", str(RESAMPLES)]))
+        evaluate.main(
+            evaluate.parse_args(
+                [
+                    "--run",
+                    s["runs"][0],
+                    "--out",
+                    str(tmp_path / s["name"]),
+                    "--resamples",
+                    str(RESAMPLES),
+                ]
+            )
+        )
         test = json.loads((tmp_path / s["name"] / "metrics.json").read_text())["splits"]["test"]
-        names = [f"{name}{ci}" for name in ("brier", "brier_soft", "excess", "true_error") for ci in ("", "_ci")]
-        assert {name: s[name] for name in names} == {name: pytest.approx(test["ensemble"][-1][name], abs=1e-12) for name in names}
+        names = [
+            f"{name}{ci}"
+            for name in ("brier", "brier_soft", "excess", "true_error")
+            for ci in ("", "_ci")
+        ]
+        assert {name: s[name] for name in names} == {
+            name: pytest.approx(test["ensemble"][-1][name], abs=1e-12) for name in names
+        }
         assert s["soft_single"] == test["soft_single"]
-        assert found["lines"] == {name: pytest.approx(test[name], abs=1e-12) for name in found["lines"]}
+        assert found["lines"] == {
+            name: pytest.approx(test[name], abs=1e-12) for name in found["lines"]
+        }
 
 
 def test_a_copy_differs_by_nothing_and_the_order_turns_the_sign(runs, tmp_path):
     """Prompts that are resampled together: apart from each other, two copies would differ."""
     copy = shutil.copytree(runs / "first", tmp_path / "copy")
     (d,) = compared(tmp_path / "out", runs / "first", copy)["differences"]
-    assert d["brier"] == 0 and d["brier_ci"] == [0, 0] and all(e["brier_ci"] == [0, 0] for e in d["by_k"])
-    one, other = (compared(tmp_path / "out", *(runs / name for name in names))["differences"][0] for names in (("first", "fixed"), ("fixed", "first")))
-    assert other["brier"] == -one["brier"] and other["brier_ci"] == pytest.approx([-x for x in one["brier_ci"][::-1]], abs=1e-15)
+    assert (
+        d["brier"] == 0
+        and d["brier_ci"] == [0, 0]
+        and all(e["brier_ci"] == [0, 0] for e in d["by_k"])
+    )
+    one, other = (
+        compared(tmp_path / "out", *(runs / name for name in names))["differences"][0]
+        for names in (("first", "fixed"), ("fixed", "first"))
+    )
+    assert other["brier"] == -one["brier"] and other["brier_ci"] == pytest.approx(
+        [-x for x in one["brier_ci"][::-1]], abs=1e-15
+    )
 
 
 def test_what_is_written_and_printed(runs, tmp_path, capsys):
     compared(tmp_path / "out", runs / "first", runs / "seed_1", runs / "fixed")
     printed = capsys.readouterr().out
-    assert {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()} == {
-        "compare.json", "compare.html", "figures/compare.png", "figures/compare.pdf"}
+    assert {
+        str(path.relative_to(tmp_path / "out"))
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    } == {"compare.json", "compare.html", "figures/compare.png", "figures/compare.pdf"}
     page = (tmp_path / "out" / "compare.html").read_text()
     assert "http" not in page.replace("http://www.w3.org", "") and "<script" not in page
     for name in ("first", "seed_1", "fixed"):
@@ -135,20 +197,43 @@ def swap(rows):
     rows[0]["pairs"][0] |= {"a": rows[0]["pairs"][0]["b"], "b": rows[0]["pairs"][0]["a"]}
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda run: rewritten(run, more_votes), "of prompt 3 the pairs"), (lambda run: rewritten(run, other_text), "of prompt 2 the responses"),
-    (lambda run: rewritten(run, swap), "of prompt 1 the pairs"),
-    (lambda run: rewritten(run, lambda rows: [row | {"prompt_id": "x"} for row in rows]), "of prompt 1 the prompt_id"),
-    (lambda run: rewritten(run, lambda rows: [{x: y for x, y in row.items() if x != "p_true"} for row in rows]), "of prompt 1 the p_true"),
-    (lambda run: (run / "data" / "stats.json").write_text((run / "data" / "stats.json").read_text().replace('"sampled"', '"population"')), "votes 'population' found"),
-    (lambda run: shutil.rmtree(run / "data"), "no such file"), (lambda run: shutil.rmtree(run / "rewards"), "no rewards"),
-    (lambda run: (run / "data" / "test.parquet").write_text("x"), "not prepared data")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda run: rewritten(run, more_votes), "of prompt 3 the pairs"),
+        (lambda run: rewritten(run, other_text), "of prompt 2 the responses"),
+        (lambda run: rewritten(run, swap), "of prompt 1 the pairs"),
+        (
+            lambda run: rewritten(run, lambda rows: [row | {"prompt_id": "x"} for row in rows]),
+            "of prompt 1 the prompt_id",
+        ),
+        (
+            lambda run: rewritten(
+                run, lambda rows: [{x: y for x, y in row.items() if x != "p_true"} for row in rows]
+            ),
+            "of prompt 1 the p_true",
+        ),
+        (
+            lambda run: (run / "data" / "stats.json").write_text(
+                (run / "data" / "stats.json").read_text().replace('"sampled"', '"population"')
+            ),
+            "votes 'population' found",
+        ),
+        (lambda run: shutil.rmtree(run / "data"), "no such file"),
+        (lambda run: shutil.rmtree(run / "rewards"), "no rewards"),
+        (lambda run: (run / "data" / "test.parquet").write_text("x"), "not prepared data"),
+    ],
+)
 def test_runs_on_other_test_data_are_refused(runs, tmp_path, change, message):
     other = Path(shutil.copytree(runs / "first", tmp_path / "other"))
     change(other)
     with pytest.raises(InputError, match=message) as error:
         compared(tmp_path / "out", runs / "seed_1", other)
-    assert len(str(error.value).splitlines()) == 1 and str(other) in str(error.value) and not (tmp_path / "out").exists()
+    assert (
+        len(str(error.value).splitlines()) == 1
+        and str(other) in str(error.value)
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_fewer_prompts_are_refused(runs, tmp_path):
@@ -171,17 +256,29 @@ def test_names_are_short_and_distinct(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "with,comma").mkdir()
     for words, names in [
-            (["runs/a", "runs/b"], ["a", "b"]), (["x/a_s0,x/a_s1", "x/b_s0,x/b_s1"], ["a_s", "b_s"]), (["a/run", "b/run"], ["a/run", "b/run"]),
-            (["fsam/0,fsam/1", "joint/0,joint/1"], ["fsam", "joint"]), (["with,comma", "b"], ["with,comma", "b"]), (["r-1,r-2", "r-3,r-4"], ["r-1+r-2", "r-3+r-4"])]:
+        (["runs/a", "runs/b"], ["a", "b"]),
+        (["x/a_s0,x/a_s1", "x/b_s0,x/b_s1"], ["a_s", "b_s"]),
+        (["a/run", "b/run"], ["a/run", "b/run"]),
+        (["fsam/0,fsam/1", "joint/0,joint/1"], ["fsam", "joint"]),
+        (["with,comma", "b"], ["with,comma", "b"]),
+        (["r-1,r-2", "r-3,r-4"], ["r-1+r-2", "r-3+r-4"]),
+    ]:
         assert [name for name, _ in evaluate.named_settings(words)] == names
     for words in (["a", "a"], ["a,b", "./b"]):
         with pytest.raises(InputError, match="is given twice"):
             evaluate.named_settings(words)
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--compare", "a", "b", "--run", "c", "--out", "o"], "not allowed with"), (["--compare", "a", "b"], "needs --out"), ([], "--run --compare is required"),
-    (["--compare", "--out", "o"], "--compare"), (["--compare", "a", "b", "--out", "o", "--refit"], "no --refit")])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--compare", "a", "b", "--run", "c", "--out", "o"], "not allowed with"),
+        (["--compare", "a", "b"], "needs --out"),
+        ([], "--run --compare is required"),
+        (["--compare", "--out", "o"], "--compare"),
+        (["--compare", "a", "b", "--out", "o", "--refit"], "no --refit"),
+    ],
+)
 def test_flags_that_exclude_each_other(flags, said, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.parse_args(flags)

@@ -57,7 +57,9 @@ def test_votes_follow_the_population():
     assert all(c.votes_a + c.votes_b == demo.ANNOTATORS for c in made)
     z = (votes - 4 * p).sum() / np.sqrt((4 * p * (1 - p)).sum())
     assert abs(z) < 4
-    assert np.mean((votes / 4 - p) ** 2) == pytest.approx(np.mean(p * (1 - p) / 4), rel=0.05)  # Lemma 1's C, by its variance
+    assert np.mean((votes / 4 - p) ** 2) == pytest.approx(
+        np.mean(p * (1 - p) / 4), rel=0.05
+    )  # Lemma 1's C, by its variance
 
 
 def test_same_seed_same_data_other_seed_other_data():
@@ -77,13 +79,17 @@ def test_text_shows_the_attribute(attribute):
     for base in itertools.product((0, 1), repeat=len(demo.ATTRIBUTES)):
         row = dict(zip(demo.ATTRIBUTES, base))
         tips = (0, 1, 2, 3)
-        assert demo.write_response("get fit", row | {attribute: 0}, tips) != demo.write_response("get fit", row | {attribute: 1}, tips)
+        assert demo.write_response("get fit", row | {attribute: 0}, tips) != demo.write_response(
+            "get fit", row | {attribute: 1}, tips
+        )
 
 
 def test_prepared_data_holds_the_truth_and_no_prompt_twice(tmp_path):
     from pairwise.prompts import prepare
 
-    args = demo.parse_args(["--run", str(tmp_path), "--seed", "4", "--prompts", "40", "--responses", "4"])
+    args = demo.parse_args(
+        ["--run", str(tmp_path), "--seed", "4", "--prompts", "40", "--responses", "4"]
+    )
     prepare(args, "demo", lambda: demo.comparisons(40, 4, 4), "sampled", {}, {})
     truth = {}
     for c in demo.comparisons(40, 4, 4):
@@ -94,12 +100,16 @@ def test_prepared_data_holds_the_truth_and_no_prompt_twice(tmp_path):
         for row in pq.read_table(tmp_path / "data" / f"{split}.parquet").to_pylist():
             seen.append(row["messages"][0]["content"])
             for pair, p_true in zip(row["pairs"], row["p_true"]):
-                votes, p = truth[row["prompt_id"], row["responses"][pair["a"]], row["responses"][pair["b"]]]
+                votes, p = truth[
+                    row["prompt_id"], row["responses"][pair["a"]], row["responses"][pair["b"]]
+                ]
                 assert (pair["votes_a"], pair["votes_a"] + pair["votes_b"]) == (votes, 4)
                 assert p_true == pytest.approx(p, abs=1e-12)
                 first, pairs = first + (pair["a"] < pair["b"]), pairs + 1
     assert len(seen) == len(set(seen)) == 40
-    assert abs(first - pairs / 2) < 4 * math.sqrt(pairs) / 2  # which response stands first carries no information
+    assert (
+        abs(first - pairs / 2) < 4 * math.sqrt(pairs) / 2
+    )  # which response stands first carries no information
 
 
 def test_pretraining_reads_train_prompts_only_and_no_votes(tmp_path):
@@ -110,12 +120,26 @@ def test_pretraining_reads_train_prompts_only_and_no_votes(tmp_path):
     prepare(args, "demo", lambda: demo.comparisons(40, 3, 0), "sampled", {}, {})
     train = read_split(tmp_path, "train")
     chats = list(demo.pretraining_chats(train, 200, np.random.default_rng(0)))
-    assert {prompt for prompt, _ in chats} <= {messages[-1]["content"] for messages in train.messages}
+    assert {prompt for prompt, _ in chats} <= {
+        messages[-1]["content"] for messages in train.messages
+    }
     topics = {topic: [tip for tip in tips] for topic, tips in demo.TOPICS.items()}
-    assert all(any(tip in text for topic, tips in topics.items() if f" {topic} " in prompt for tip in tips) for prompt, text in chats)
+    assert all(
+        any(tip in text for topic, tips in topics.items() if f" {topic} " in prompt for tip in tips)
+        for prompt, text in chats
+    )
 
 
-@pytest.mark.parametrize("flags", [["--prompts", "100000"], ["--responses", "1"], ["--prompts", "0"], ["--test-share", "1"], ["--nonsense", "1"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--prompts", "100000"],
+        ["--responses", "1"],
+        ["--prompts", "0"],
+        ["--test-share", "1"],
+        ["--nonsense", "1"],
+    ],
+)
 def test_wrong_flags_exit_with_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         demo.parse_args(["--run", "x", *flags])
@@ -128,4 +152,9 @@ def test_every_attribute_shows_by_its_pattern():
     rng = np.random.default_rng(0)
     for topic in demo.TOPICS:
         rows = demo.draw_attributes(rng, 200)
-        np.testing.assert_array_equal(attribute_counts([[demo.respond(rng, topic, row) for row in rows]], demo.PATTERNS)[:, 0].T, rows)
+        np.testing.assert_array_equal(
+            attribute_counts([[demo.respond(rng, topic, row) for row in rows]], demo.PATTERNS)[
+                :, 0
+            ].T,
+            rows,
+        )

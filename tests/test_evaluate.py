@@ -13,8 +13,6 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-import evaluate
-import fit_weights
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +20,8 @@ import pytest
 from scipy.special import expit
 from scipy.stats import binom, kendalltau, multinomial
 
+import evaluate
+import fit_weights
 from pairwise import prompts
 from pairwise.ranking import ATTRIBUTES
 from pairwise.run_dir import BUILD_COMMAND, InputError, hash_file, read_split, write_split
@@ -29,13 +29,52 @@ from pairwise.weights import simplex_weights
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOP = {"dataset", "k", "k_valid", "votes", "splits", "diversity", "plurality"}
-FIGURES = {"annotators_mean", "majority_mean", "tie_rate", "floor_single", "coin_flip", "soft_single", "irreducible", "floor_true", "coin_true", "soft_true", "pairwise_disagreement"}
-ERRORS, OF_MEMBER = {"brier", "brier_soft", "excess", "true_error", "l1", "l1_soft", "pearson", "pearson_soft"}, {"brier", "disagreement", "regret", "accuracy"}
-CI = {f"{name}_ci" for name in FIGURES | ERRORS | OF_MEMBER | {"kendall_tau", "win", "tau", "distance"}}  # every figure has an interval
-SPLIT = {"prompts", "pairs", "ensemble", "members", "agreement", "categories", *FIGURES, *(f"{name}_ci" for name in FIGURES)}
+FIGURES = {
+    "annotators_mean",
+    "majority_mean",
+    "tie_rate",
+    "floor_single",
+    "coin_flip",
+    "soft_single",
+    "irreducible",
+    "floor_true",
+    "coin_true",
+    "soft_true",
+    "pairwise_disagreement",
+}
+ERRORS, OF_MEMBER = (
+    {"brier", "brier_soft", "excess", "true_error", "l1", "l1_soft", "pearson", "pearson_soft"},
+    {"brier", "disagreement", "regret", "accuracy"},
+)
+CI = {
+    f"{name}_ci"
+    for name in FIGURES | ERRORS | OF_MEMBER | {"kendall_tau", "win", "tau", "distance"}
+}  # every figure has an interval
+SPLIT = {
+    "prompts",
+    "pairs",
+    "ensemble",
+    "members",
+    "agreement",
+    "categories",
+    *FIGURES,
+    *(f"{name}_ci" for name in FIGURES),
+}
 ENSEMBLE = {"k", "alpha", "fit", *ERRORS, *(f"{name}_ci" for name in ERRORS)}
 MEMBER = {"j", "outlier_below", *OF_MEMBER, *(f"{name}_ci" for name in OF_MEMBER)}
-DIVERSITY = {"prompts", "continuations", "repeated", "kendall_tau", "kendall_tau_ci", "constant_rankings", "win", "win_ci", "character", "policy", "favourites"}
+DIVERSITY = {
+    "prompts",
+    "continuations",
+    "repeated",
+    "kendall_tau",
+    "kendall_tau_ci",
+    "constant_rankings",
+    "win",
+    "win_ci",
+    "character",
+    "policy",
+    "favourites",
+}
 
 
 # ---- runs made by hand
@@ -43,7 +82,11 @@ DIVERSITY = {"prompts", "continuations", "repeated", "kendall_tau", "kendall_tau
 
 def labels(i, kind):
     """Of prompt i: nine of one name, more of the other, and prompts without one."""
-    return {"topic": f"topic {i % 9}", "asker": None if i % 4 == 1 else f"asker {i * i % 17:02d}"} if kind else None
+    return (
+        {"topic": f"topic {i % 9}", "asker": None if i % 4 == 1 else f"asker {i * i % 17:02d}"}
+        if kind
+        else None
+    )
 
 
 def comparisons(rng, count, ties, truth, single, categories=False):
@@ -51,25 +94,47 @@ def comparisons(rng, count, ties, truth, single, categories=False):
     for i in range(count):
         responses = int(rng.integers(2, 7))
         pairs = list(itertools.combinations(range(responses), 2))
-        for a, b in [pairs[x] for x in sorted(rng.permutation(len(pairs))[: rng.integers(1, len(pairs) + 1)])]:
+        for a, b in [
+            pairs[x] for x in sorted(rng.permutation(len(pairs))[: rng.integers(1, len(pairs) + 1)])
+        ]:
             n = 1 if single and (i == 0 or rng.random() < 0.3) else int(rng.integers(2, 9))
             votes = int(rng.binomial(n, rng.choice([0.1, 0.5, 0.8])))
             yield prompts.Comparison(
-                f"prompt {i}", [{"role": "user", "content": f"Question {i}?"}], f"Answer {a}.", f"Answer {b}.", votes, n - votes,
-                int(rng.integers(0, 4)) if ties else 0, float(rng.random()) if truth else None, labels(i, categories), ("test" if i % 3 == 1 else "train") if single else None)
+                f"prompt {i}",
+                [{"role": "user", "content": f"Question {i}?"}],
+                f"Answer {a}.",
+                f"Answer {b}.",
+                votes,
+                n - votes,
+                int(rng.integers(0, 4)) if ties else 0,
+                float(rng.random()) if truth else None,
+                labels(i, categories),
+                ("test" if i % 3 == 1 else "train") if single else None,
+            )
 
 
 def draw_rewards(rng, j, size):
     """Odd members on a coarse grid, with exact ties; even ones without."""
-    return (rng.integers(0, 5, size) / 4 - 0.5 if j % 2 else rng.normal(size=size)).astype(np.float32)
+    return (rng.integers(0, 5, size) / 4 - 0.5 if j % 2 else rng.normal(size=size)).astype(
+        np.float32
+    )
 
 
 def write_texts(run, seed, logprob):
     """continuations.parquet of 5 prompts and 12 texts, some of them twice; the third attribute of a text without lines is constant."""
     rng = np.random.default_rng([seed, 9])
     words = ["perhaps", "Maybe", "yes!", "why?", "12", "go", "I think", "then"]
-    rows = [{"prompt_id": f"c{x}", "messages": [{"role": "user", "content": f"First {x}"}, {"role": "user", "content": f"Last {x}"}],
-             "texts": [" ".join(rng.choice(words, rng.integers(1, 4))) for _ in range(12)]} for x in range(5)]
+    rows = [
+        {
+            "prompt_id": f"c{x}",
+            "messages": [
+                {"role": "user", "content": f"First {x}"},
+                {"role": "user", "content": f"Last {x}"},
+            ],
+            "texts": [" ".join(rng.choice(words, rng.integers(1, 4))) for _ in range(12)],
+        }
+        for x in range(5)
+    ]
     for row in rows:
         row["texts"][7] = row["texts"][2]
         if logprob:
@@ -77,23 +142,68 @@ def write_texts(run, seed, logprob):
     pq.write_table(pa.Table.from_pylist(rows), run / "continuations.parquet")
 
 
-def make(run, *, votes="sampled", ties="drop", truth=True, valid=0.2, continuations=True, k=3, count=24, single=False, categories=False, seed=0):
+def make(
+    run,
+    *,
+    votes="sampled",
+    ties="drop",
+    truth=True,
+    valid=0.2,
+    continuations=True,
+    k=3,
+    count=24,
+    single=False,
+    categories=False,
+    seed=0,
+):
     """A run directory as the stages before evaluate.py leave it, without a model."""
     rng = np.random.default_rng(seed)
-    args = argparse.Namespace(run=run, seed=seed, ties=ties, min_votes=1 if single else 2, test_share=0.4, valid_share=valid)
-    prompts.prepare(args, "made", lambda: comparisons(rng, count, ties == "half" or not truth, truth, single, categories), votes, {}, {})
+    args = argparse.Namespace(
+        run=run,
+        seed=seed,
+        ties=ties,
+        min_votes=1 if single else 2,
+        test_share=0.4,
+        valid_share=valid,
+    )
+    prompts.prepare(
+        args,
+        "made",
+        lambda: comparisons(rng, count, ties == "half" or not truth, truth, single, categories),
+        votes,
+        {},
+        {},
+    )
     (run / "rewards").mkdir()
     (run / "logs").mkdir()
     for j in range(1, k + 1):
         for path in (run / "data").glob("*.parquet"):
-            np.save(run / "rewards" / f"{j:02d}_{path.stem}.npy", draw_rewards(rng, j, sum(map(len, pq.read_table(path)["responses"].to_pylist()))))
+            np.save(
+                run / "rewards" / f"{j:02d}_{path.stem}.npy",
+                draw_rewards(rng, j, sum(map(len, pq.read_table(path)["responses"].to_pylist()))),
+            )
         if continuations:
             scores = draw_rewards(rng, j, (5, 12))
             if j > 1:
-                scores[: 5 if j == k > 2 else 2] = 0.25  # a constant ranking on two prompts; the last member is constant on all
+                scores[: 5 if j == k > 2 else 2] = (
+                    0.25  # a constant ranking on two prompts; the last member is constant on all
+                )
             np.save(run / "rewards" / f"{j:02d}_continuations.npy", scores)
-        steps = [{"step": n, "loss": 0.3 / n + 0.01 * j, "lr": 1e-3, "tokens": 100, "pairs": 8, "seconds": 1.0, "grad_norm": 1.0} for n in range(1, 6)]
-        (run / "logs" / f"{j:02d}.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+        steps = [
+            {
+                "step": n,
+                "loss": 0.3 / n + 0.01 * j,
+                "lr": 1e-3,
+                "tokens": 100,
+                "pairs": 8,
+                "seconds": 1.0,
+                "grad_norm": 1.0,
+            }
+            for n in range(1, 6)
+        ]
+        (run / "logs" / f"{j:02d}.jsonl").write_text(
+            "".join(json.dumps(step) + "\n" for step in steps)
+        )
     if continuations and votes != "population":
         write_texts(run, seed, logprob=truth)
     fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
@@ -103,11 +213,13 @@ def make(run, *, votes="sampled", ties="drop", truth=True, valid=0.2, continuati
 @pytest.fixture
 def no_figures(monkeypatch):
     """The report is tested elsewhere and takes longer than all numbers."""
+
     def write(out, *_):
         (out / "figures").mkdir(exist_ok=True)
         for name in ("calibration", "votes", "reliability", "weights"):
             (out / "figures" / f"{name}.png").write_text("figure")
         (out / "report.html").write_text("report")
+
     monkeypatch.setattr(evaluate.report, "write", write)
 
 
@@ -141,24 +253,37 @@ def evaluated(run, *flags):
 
 
 def files_of(directory):
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_best_size_is_the_smallest_of_those_equal_but_for_rounding():
     def best(*briers):
         return evaluate.best_size([{"k": k, "brier": brier} for k, brier in enumerate(briers, 1)])
 
-    assert best(0.2, 0.1, 0.1 - 1e-16) == 2 and best(0.2, 0.1, 0.1 - 1e-8) == 3 and best(0.1 + 1e-16, 0.1, 0.3) == 1
+    assert (
+        best(0.2, 0.1, 0.1 - 1e-16) == 2
+        and best(0.2, 0.1, 0.1 - 1e-8) == 3
+        and best(0.1 + 1e-16, 0.1, 0.3) == 1
+    )
 
 
 def test_plurality_gain_where_it_was_measured(tmp_path):
     run = tmp_path / "run"
     make(run, continuations=False)
-    assert evaluated(run)["plurality"] is None and "Plurality" not in (run / "report.html").read_text()
+    assert (
+        evaluated(run)["plurality"] is None and "Plurality" not in (run / "report.html").read_text()
+    )
     found = {"single": 0.05, "mixture": 0.03, "components": 3, "gain": 0.02, "ci": [0.015, 0.025]}
     (run / "plurality.json").write_text(json.dumps(found))
     assert evaluated(run)["plurality"] == found
-    assert "a mixture of 3 rewards .0300: a gain of .0200, 95 % interval [.0150, .0250]" in (run / "report.html").read_text()
+    assert (
+        "a mixture of 3 rewards .0300: a gain of .0200, 95 % interval [.0150, .0250]"
+        in (run / "report.html").read_text()
+    )
 
 
 # ---- the second computation: parquet, .npy and weights.json, pair by pair
@@ -171,12 +296,30 @@ def read_pairs(run, split):
         for i, pair in enumerate(row["pairs"]):
             n = pair["votes_a"] + pair["votes_b"]
             if n >= 2:
-                pairs.append((number, start + pair["a"], start + pair["b"], pair["votes_a"] / n, n, pair["ties"], row["p_true"][i] if "p_true" in row else np.nan))
+                pairs.append(
+                    (
+                        number,
+                        start + pair["a"],
+                        start + pair["b"],
+                        pair["votes_a"] / n,
+                        n,
+                        pair["ties"],
+                        row["p_true"][i] if "p_true" in row else np.nan,
+                    )
+                )
         start += len(row["responses"])
     prompt, a, b, p, n, ties, truth = np.array(pairs).T
     rewards = np.stack([np.load(path) for path in sorted((run / "rewards").glob(f"*_{split}.npy"))])
     assert rewards.dtype == np.float32 and rewards.shape[1] == start
-    return prompt.astype(int), rewards[:, a.astype(int)], rewards[:, b.astype(int)], p, n, ties, truth
+    return (
+        prompt.astype(int),
+        rewards[:, a.astype(int)],
+        rewards[:, b.astype(int)],
+        p,
+        n,
+        ties,
+        truth,
+    )
 
 
 def both_orders(p_hat, p):
@@ -187,13 +330,26 @@ def both_orders(p_hat, p):
 
 def part(prompt, p_hat, p, here):
     """A row of agreement and categories without its head."""
-    return {"prompts": len(set(prompt[here])), "pairs": int(here.sum()), "brier": np.mean((p_hat - p)[here] ** 2), "l1": np.mean(np.abs(p_hat - p)[here]),
-            "pearson": both_orders(p_hat[here], p[here])}
+    return {
+        "prompts": len(set(prompt[here])),
+        "pairs": int(here.sum()),
+        "brier": np.mean((p_hat - p)[here] ** 2),
+        "l1": np.mean(np.abs(p_hat - p)[here]),
+        "pearson": both_orders(p_hat[here], p[here]),
+    }
 
 
 def expected_groups(run, split, prompt, p_hat, p):
-    level = np.select([np.abs(2 * p - 1) > 1 - 1e-9, np.abs(p - 0.5) >= 0.25 - 1e-9, np.abs(p - 0.5) > 1e-9], ["unanimous", "at least 3/4", "above 1/2"], "even")
-    agreement = [{"level": name} | part(prompt, p_hat, p, level == name) for name in ("unanimous", "at least 3/4", "above 1/2", "even") if (level == name).any()]
+    level = np.select(
+        [np.abs(2 * p - 1) > 1 - 1e-9, np.abs(p - 0.5) >= 0.25 - 1e-9, np.abs(p - 0.5) > 1e-9],
+        ["unanimous", "at least 3/4", "above 1/2"],
+        "even",
+    )
+    agreement = [
+        {"level": name} | part(prompt, p_hat, p, level == name)
+        for name in ("unanimous", "at least 3/4", "above 1/2", "even")
+        if (level == name).any()
+    ]
     rows = pq.read_table(run / "data" / f"{split}.parquet").to_pylist()
     if "categories" not in rows[0]:
         return {"agreement": agreement, "categories": None}
@@ -204,16 +360,32 @@ def expected_groups(run, split, prompt, p_hat, p):
         order = sorted(set(label.values()), key=lambda x: (-list(label.values()).count(x), str(x)))
         of_pair = np.array([order.index(label[i]) for i in prompt])
         shown = order if len(order) <= 9 else order[:8]
-        categories[name] = [{"label": x, "labels": 1} | part(prompt, p_hat, p, of_pair == i) for i, x in enumerate(shown)]
+        categories[name] = [
+            {"label": x, "labels": 1} | part(prompt, p_hat, p, of_pair == i)
+            for i, x in enumerate(shown)
+        ]
         if len(order) > 9:
-            categories[name].append({"label": None, "labels": len(order) - 8} | part(prompt, p_hat, p, of_pair >= 8))
+            categories[name].append(
+                {"label": None, "labels": len(order) - 8} | part(prompt, p_hat, p, of_pair >= 8)
+            )
     return {"agreement": agreement, "categories": categories}
 
 
 def expected(run):
-    weights, stats = json.loads((run / "weights.json").read_text()), json.loads((run / "data" / "stats.json").read_text())
+    weights, stats = (
+        json.loads((run / "weights.json").read_text()),
+        json.loads((run / "data" / "stats.json").read_text()),
+    )
     k = max(entry["k"] for entry in weights)
-    result = {"dataset": "made", "k": k, "k_valid": None, "votes": stats["votes"], "splits": {}, "diversity": None, "plurality": None}
+    result = {
+        "dataset": "made",
+        "k": k,
+        "k_valid": None,
+        "votes": stats["votes"],
+        "splits": {},
+        "diversity": None,
+        "plurality": None,
+    }
     for path in (run / "data").glob("*.parquet"):
         prompt, first, second, p, n, ties, truth = read_pairs(run, path.stem)
         known = not np.isnan(truth).any()
@@ -221,42 +393,94 @@ def expected(run):
         votes = np.where(first > second, 1, np.where(first < second, 0, 0.5))
         soft = 1 / (1 + np.exp(-(first - second).astype(float)))
         h = ties if stats["ties"] == "half" else 0 * ties
-        c = {"sampled": np.mean((p * (1 - p) - h / (4 * n)) / (n - 1)), "population": 0, "dependent": None}[stats["votes"]]
+        c = {
+            "sampled": np.mean((p * (1 - p) - h / (4 * n)) / (n - 1)),
+            "population": 0,
+            "dependent": None,
+        }[stats["votes"]]
         ensemble, members = [], []
         for entry in weights:
             alpha = np.array(entry["alpha"])
             p_hat, p_soft = alpha @ votes[: len(alpha)], alpha @ soft[: len(alpha)]
             brier = np.mean((p_hat - p) ** 2)
-            ensemble.append({"k": entry["k"], "alpha": entry["alpha"], "fit": entry["fit"], "brier": brier, "brier_soft": np.mean((p_soft - p) ** 2),
-                             "excess": None if c is None else brier - c, "true_error": mean_true((p_hat - truth) ** 2), "l1": np.mean(np.abs(p_hat - p)), "l1_soft": np.mean(np.abs(p_soft - p)),
-                             "pearson": both_orders(p_hat, p), "pearson_soft": both_orders(p_soft, p)})
+            ensemble.append(
+                {
+                    "k": entry["k"],
+                    "alpha": entry["alpha"],
+                    "fit": entry["fit"],
+                    "brier": brier,
+                    "brier_soft": np.mean((p_soft - p) ** 2),
+                    "excess": None if c is None else brier - c,
+                    "true_error": mean_true((p_hat - truth) ** 2),
+                    "l1": np.mean(np.abs(p_hat - p)),
+                    "l1_soft": np.mean(np.abs(p_soft - p)),
+                    "pearson": both_orders(p_hat, p),
+                    "pearson_soft": both_orders(p_soft, p),
+                }
+            )
         for j, vote in enumerate(votes):
             regret = np.select([vote > 0.5, vote < 0.5], [1 - p, p], 0.5) - np.minimum(p, 1 - p)
             right = np.where(vote == 0.5, 0.5, (vote > 0.5) == (p > 0.5))[p != 0.5]
-            members.append({"j": j + 1, "brier": np.mean((vote - p) ** 2), "disagreement": np.mean(vote * (1 - p) + (1 - vote) * p), "regret": np.mean(regret),
-                            "accuracy": right.mean() if len(right) else None})
+            members.append(
+                {
+                    "j": j + 1,
+                    "brier": np.mean((vote - p) ** 2),
+                    "disagreement": np.mean(vote * (1 - p) + (1 - vote) * p),
+                    "regret": np.mean(regret),
+                    "accuracy": right.mean() if len(right) else None,
+                }
+            )
         epsilon, phi = c is not None and max(0, brier - c), [m["disagreement"] for m in members]
         for m in members:
-            m["outlier_below"] = None if c is None else [(m["disagreement"] - epsilon**0.5) / (least + epsilon**0.5)
-                                                         for least in (min(phi), np.mean(np.minimum(p, 1 - p)))]
+            m["outlier_below"] = (
+                None
+                if c is None
+                else [
+                    (m["disagreement"] - epsilon**0.5) / (least + epsilon**0.5)
+                    for least in (min(phi), np.mean(np.minimum(p, 1 - p)))
+                ]
+            )
         if path.stem == "valid":
             result["k_valid"] = weights[int(np.argmin([e["brier"] for e in ensemble]))]["k"]
         result["splits"][path.stem] = expected_groups(run, path.stem, prompt, p_hat, p) | {
-            "prompts": len(set(prompt)), "pairs": len(p), "annotators_mean": n.mean(), "majority_mean": np.mean(np.maximum(p, 1 - p)), "tie_rate": np.mean(first == second),
-            "floor_single": np.mean(np.minimum(p, 1 - p) ** 2), "coin_flip": np.mean((p - 0.5) ** 2), "soft_single": np.mean((soft[0] - p) ** 2), "irreducible": c,
-            "floor_true": mean_true(np.minimum(truth, 1 - truth) ** 2), "coin_true": mean_true((truth - 0.5) ** 2), "soft_true": mean_true((soft[0] - truth) ** 2),
-            "ensemble": ensemble, "members": members, "pairwise_disagreement": [[np.mean(np.abs(x - y)) for y in votes] for x in votes]}
+            "prompts": len(set(prompt)),
+            "pairs": len(p),
+            "annotators_mean": n.mean(),
+            "majority_mean": np.mean(np.maximum(p, 1 - p)),
+            "tie_rate": np.mean(first == second),
+            "floor_single": np.mean(np.minimum(p, 1 - p) ** 2),
+            "coin_flip": np.mean((p - 0.5) ** 2),
+            "soft_single": np.mean((soft[0] - p) ** 2),
+            "irreducible": c,
+            "floor_true": mean_true(np.minimum(truth, 1 - truth) ** 2),
+            "coin_true": mean_true((truth - 0.5) ** 2),
+            "soft_true": mean_true((soft[0] - truth) ** 2),
+            "ensemble": ensemble,
+            "members": members,
+            "pairwise_disagreement": [[np.mean(np.abs(x - y)) for y in votes] for x in votes],
+        }
     if (run / "rewards" / "01_continuations.npy").exists():
-        scores = np.stack([np.load(run / "rewards" / f"{j:02d}_continuations.npy") for j in range(1, k + 1)])
+        scores = np.stack(
+            [np.load(run / "rewards" / f"{j:02d}_continuations.npy") for j in range(1, k + 1)]
+        )
         tau = np.full((k, k, scores.shape[1]), np.nan)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for i, j, x in np.ndindex(tau.shape):
                 tau[i, j, x] = kendalltau(scores[i, x], scores[j, x]).statistic
         mean = [[None if np.isnan(cell).all() else np.nanmean(cell) for cell in row] for row in tau]
-        constant = [int(sum(len(set(ranking)) < 2 for ranking in rankings)) for rankings in scores.tolist()]
-        result["diversity"] = {"prompts": scores.shape[1], "continuations": scores.shape[2], "kendall_tau": mean, "constant_rankings": constant}
-        result["diversity"] |= expected_of_texts(run, scores.astype(float), np.array(weights[-1]["alpha"]))
+        constant = [
+            int(sum(len(set(ranking)) < 2 for ranking in rankings)) for rankings in scores.tolist()
+        ]
+        result["diversity"] = {
+            "prompts": scores.shape[1],
+            "continuations": scores.shape[2],
+            "kendall_tau": mean,
+            "constant_rankings": constant,
+        }
+        result["diversity"] |= expected_of_texts(
+            run, scores.astype(float), np.array(weights[-1]["alpha"])
+        )
     return result
 
 
@@ -267,17 +491,35 @@ def expected_of_texts(run, scores, alpha):
     wins = np.zeros((size, k, k))
     for x, i, j in np.ndindex(wins.shape):
         chosen = best[i][x]
-        wins[x, i, j] = np.mean([(scores[j, x, y] < scores[j, x, chosen]) + (scores[j, x, y] == scores[j, x, chosen]) / 2 for y in range(n) if y != chosen])
+        wins[x, i, j] = np.mean(
+            [
+                (scores[j, x, y] < scores[j, x, chosen])
+                + (scores[j, x, y] == scores[j, x, chosen]) / 2
+                for y in range(n)
+                if y != chosen
+            ]
+        )
     path = run / "continuations.parquet"
     if not path.exists():
-        return {"win": wins.mean(0).tolist(), "repeated": None, "character": None, "policy": None, "favourites": None}
+        return {
+            "win": wins.mean(0).tolist(),
+            "repeated": None,
+            "character": None,
+            "policy": None,
+            "favourites": None,
+        }
     rows = pq.read_table(path).to_pylist()
     tau = {name: [[] for _ in range(k)] for name in ATTRIBUTES}
-    for (name, pattern), j, (x, row) in itertools.product(ATTRIBUTES.items(), range(k), enumerate(rows)):
+    for (name, pattern), j, (x, row) in itertools.product(
+        ATTRIBUTES.items(), range(k), enumerate(rows)
+    ):
         counts = [len(re.findall(pattern, text, re.IGNORECASE)) for text in row["texts"]]
         if len(set(counts)) > 1 and len(set(scores[j, x])) > 1:
             tau[name][j].append(kendalltau(scores[j, x], counts).statistic)
-    apart = [np.mean([1 - wins[x, i, j] for i, j in itertools.permutations(range(k), 2)] or [0]) for x in range(size)]
+    apart = [
+        np.mean([1 - wins[x, i, j] for i, j in itertools.permutations(range(k), 2)] or [0])
+        for x in range(size)
+    ]
     order = sorted(range(size), key=lambda x: (-round(apart[x], 12), x))[:3]
     policy = None
     if "logprob" in rows[0]:
@@ -285,14 +527,31 @@ def expected_of_texts(run, scores, alpha):
         distance = [[] for _ in betas]
         for x, row in enumerate(rows):
             kept = [y for y in range(n) if row["texts"][y] not in row["texts"][:y]]
-            for (a, b), (beta, terms) in itertools.product(itertools.combinations(kept, 2), zip(betas, distance)):
+            for (a, b), (beta, terms) in itertools.product(
+                itertools.combinations(kept, 2), zip(betas, distance)
+            ):
                 d = scores[:, x, a] - scores[:, x, b]
                 p_bar = alpha @ expit(d / beta + row["logprob"][a] - row["logprob"][b])
                 terms.append(abs(p_bar - alpha @ ((np.sign(d) + 1) / 2)))
         policy = {"beta": betas, "distance": [np.mean(terms) for terms in distance]}
-    return {"win": wins.mean(0).tolist(), "repeated": sum(n - len(set(row["texts"])) for row in rows), "policy": policy,
-            "character": {"attributes": list(ATTRIBUTES), "tau": [[np.mean(x) if x else None for x in of] for of in tau.values()]},
-            "favourites": [{"prompt_id": f"c{x}", "prompt": f"Last {x}", "disagreement": apart[x], "texts": [rows[x]["texts"][best[j][x]] for j in range(k)]} for x in order]}
+    return {
+        "win": wins.mean(0).tolist(),
+        "repeated": sum(n - len(set(row["texts"])) for row in rows),
+        "policy": policy,
+        "character": {
+            "attributes": list(ATTRIBUTES),
+            "tau": [[np.mean(x) if x else None for x in of] for of in tau.values()],
+        },
+        "favourites": [
+            {
+                "prompt_id": f"c{x}",
+                "prompt": f"Last {x}",
+                "disagreement": apart[x],
+                "texts": [rows[x]["texts"][best[j][x]] for j in range(k)],
+            }
+            for x in order
+        ],
+    }
 
 
 def compare(found, wanted, tolerance, skip=(), where="metrics"):
@@ -308,7 +567,9 @@ def compare(found, wanted, tolerance, skip=(), where="metrics"):
     elif wanted is None or isinstance(wanted, str | int):
         assert found == wanted and not isinstance(found, bool), f"{where}: {found} and {wanted}"
     else:
-        assert isinstance(found, float | int) and abs(found - wanted) <= tolerance, f"{where}: {found} and {wanted}"
+        assert isinstance(found, float | int) and abs(found - wanted) <= tolerance, (
+            f"{where}: {found} and {wanted}"
+        )
 
 
 def no_constant(name):
@@ -316,10 +577,20 @@ def no_constant(name):
 
 
 KINDS = {
-    "truth": {}, "no truth": {"truth": False}, "population": {"votes": "population"}, "dependent": {"votes": "dependent", "truth": False},
-    "ties half": {"ties": "half", "truth": False}, "ties half, truth": {"ties": "half", "votes": "dependent"}, "no valid": {"valid": 0.0, "continuations": False},
-    "categories": {"categories": True, "count": 60, "truth": False}, "categories, one vote": {"categories": True, "single": True},
-    "one member": {"k": 1}, "seven members": {"k": 7, "count": 12}, "few prompts": {"count": 4, "valid": 0.0}, "one vote": {"single": True, "truth": True, "ties": "half"}}
+    "truth": {},
+    "no truth": {"truth": False},
+    "population": {"votes": "population"},
+    "dependent": {"votes": "dependent", "truth": False},
+    "ties half": {"ties": "half", "truth": False},
+    "ties half, truth": {"ties": "half", "votes": "dependent"},
+    "no valid": {"valid": 0.0, "continuations": False},
+    "categories": {"categories": True, "count": 60, "truth": False},
+    "categories, one vote": {"categories": True, "single": True},
+    "one member": {"k": 1},
+    "seven members": {"k": 7, "count": 12},
+    "few prompts": {"count": 4, "valid": 0.0},
+    "one vote": {"single": True, "truth": True, "ties": "half"},
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -328,12 +599,23 @@ def test_every_number_again_from_the_files(kind, tmp_path, no_figures):
     metrics = evaluated(run, "--resamples", "50")
     json.loads((run / "metrics.json").read_text(), parse_constant=no_constant)
     compare(metrics, expected(run), 1e-9, skip=CI)
-    assert set(metrics) == TOP and set(metrics["splits"]) == {path.stem for path in (run / "data").glob("*.parquet")}
+    assert set(metrics) == TOP and set(metrics["splits"]) == {
+        path.stem for path in (run / "data").glob("*.parquet")
+    }
     assert metrics["diversity"] is None or set(metrics["diversity"]) == DIVERSITY
-    assert ("valid" in metrics["splits"]) == (KINDS[kind].get("valid", 1) > 0) and (metrics["diversity"] is None) == (kind == "no valid")
+    assert ("valid" in metrics["splits"]) == (KINDS[kind].get("valid", 1) > 0) and (
+        metrics["diversity"] is None
+    ) == (kind == "no valid")
     for s in metrics["splits"].values():
-        assert set(s) == SPLIT and all(set(e) == ENSEMBLE for e in s["ensemble"]) and all(set(m) == MEMBER for m in s["members"])
-        assert all(len(e["brier_ci"]) == 2 and 0 <= e["brier_ci"][0] <= e["brier_ci"][1] <= 1 for e in s["ensemble"])
+        assert (
+            set(s) == SPLIT
+            and all(set(e) == ENSEMBLE for e in s["ensemble"])
+            and all(set(m) == MEMBER for m in s["members"])
+        )
+        assert all(
+            len(e["brier_ci"]) == 2 and 0 <= e["brier_ci"][0] <= e["brier_ci"][1] <= 1
+            for e in s["ensemble"]
+        )
     test = metrics["splits"]["test"]
     assert test["tie_rate"] > 0 or kind == "few prompts"
     assert (test["ensemble"][0]["true_error"] is None) == (not KINDS[kind].get("truth", True))
@@ -347,15 +629,26 @@ def test_pairs_of_one_vote_count_in_no_number(tmp_path, no_figures):
     run = make(tmp_path / "run", single=True, valid=0.0)
     before = evaluated(run, "--resamples", "200")["splits"]["train"]
     split = read_split(run, "train")
-    assert before["pairs"] == (split.n >= 2).sum() < len(split.n) and before["prompts"] < len(split.prompt_id)
-    rows, rewards = pq.read_table(run / "data" / "train.parquet").to_pylist(), [np.load(run / "rewards" / f"{j:02d}_train.npy") for j in (1, 2, 3)]
+    assert before["pairs"] == (split.n >= 2).sum() < len(split.n) and before["prompts"] < len(
+        split.prompt_id
+    )
+    rows, rewards = (
+        pq.read_table(run / "data" / "train.parquet").to_pylist(),
+        [np.load(run / "rewards" / f"{j:02d}_train.npy") for j in (1, 2, 3)],
+    )
     for row in rows:
         keep = [i for i, pair in enumerate(row["pairs"]) if pair["votes_a"] + pair["votes_b"] >= 2]
-        row["pairs"], row["p_true"] = [row["pairs"][i] for i in keep], [row["p_true"][i] for i in keep]
+        row["pairs"], row["p_true"] = (
+            [row["pairs"][i] for i in keep],
+            [row["p_true"][i] for i in keep],
+        )
     kept = [bool(row["pairs"]) for row in rows]
     write_split(run / "data" / "train.parquet", [row for row in rows if row["pairs"]])
     for j in (1, 2, 3):
-        np.save(run / "rewards" / f"{j:02d}_train.npy", rewards[j - 1][np.repeat(kept, [len(row["responses"]) for row in rows])])
+        np.save(
+            run / "rewards" / f"{j:02d}_train.npy",
+            rewards[j - 1][np.repeat(kept, [len(row["responses"]) for row in rows])],
+        )
     compare(evaluated(run, "--resamples", "200")["splits"]["train"], before, 1e-12)
     for pair in (pair for row in rows for pair in row["pairs"]):
         pair["votes_a"], pair["votes_b"] = 1.0, 0.0
@@ -364,7 +657,11 @@ def test_pairs_of_one_vote_count_in_no_number(tmp_path, no_figures):
 
 
 def test_weights_from_elsewhere_have_one_entry(run, no_figures):
-    (run / "weights.json").write_text(json.dumps([{"k": 3, "alpha": [0.5, 0.25, 0.25], "fit": "fixed", "train_mse": 0.1, "kkt": None}]))
+    (run / "weights.json").write_text(
+        json.dumps(
+            [{"k": 3, "alpha": [0.5, 0.25, 0.25], "fit": "fixed", "train_mse": 0.1, "kkt": None}]
+        )
+    )
     metrics = evaluated(run, "--resamples", "50")
     compare(metrics, expected(run), 1e-9, skip=CI)
     assert [(e["k"], e["fit"]) for e in metrics["splits"]["test"]["ensemble"]] == [(3, "fixed")]
@@ -406,7 +703,10 @@ def clustered(prompt_count=60):
 
 def resample(prompt, errors, seed, counts=1.0):
     """sum(errors) / sum(counts) of 10,000 resamples, by numpy's own generator."""
-    sums, pairs = np.bincount(prompt, errors * counts), np.bincount(prompt, np.broadcast_to(counts, len(prompt)))
+    sums, pairs = (
+        np.bincount(prompt, errors * counts),
+        np.bincount(prompt, np.broadcast_to(counts, len(prompt))),
+    )
     drawn = np.random.default_rng(seed).integers(0, len(sums), (10_000, len(sums)))
     with np.errstate(invalid="ignore"):
         return sums[drawn].sum(1) / pairs[drawn].sum(1)
@@ -414,7 +714,10 @@ def resample(prompt, errors, seed, counts=1.0):
 
 def agrees(limits, resampled):
     """Within sampling error of both bootstraps: the standard error of a 2.5 % quantile of 10,000 is .16 % in probability, of the difference .22 %."""
-    return all(np.quantile(resampled, q - 0.008) < limit < np.quantile(resampled, q + 0.008) for limit, q in zip(limits, (0.025, 0.975)))
+    return all(
+        np.quantile(resampled, q - 0.008) < limit < np.quantile(resampled, q + 0.008)
+        for limit, q in zip(limits, (0.025, 0.975))
+    )
 
 
 def test_estimate_is_that_of_an_independent_bootstrap_over_prompts():
@@ -422,22 +725,35 @@ def test_estimate_is_that_of_an_independent_bootstrap_over_prompts():
     sums, pairs = np.bincount(prompt, errors), np.bincount(prompt).astype(float)
     draw = partial(evaluate.resampled, resamples=10_000, seed=0)
     value, limits = evaluate.estimate({"x": (np.column_stack([sums, 2 * sums]), pairs)}, draw)["x"]
-    assert np.allclose(value, [errors.mean(), 2 * errors.mean()]) and np.allclose(limits[1], 2 * np.array(limits[0]), rtol=1e-12)
+    assert np.allclose(value, [errors.mean(), 2 * errors.mean()]) and np.allclose(
+        limits[1], 2 * np.array(limits[0]), rtol=1e-12
+    )
     assert agrees(limits[0], resample(prompt, errors, 1))
-    assert not agrees(limits[0], resample(np.arange(len(errors)), errors, 1))  # pairs drawn one by one: too narrow
+    assert not agrees(
+        limits[0], resample(np.arange(len(errors)), errors, 1)
+    )  # pairs drawn one by one: too narrow
     mean_of_prompts = resample(np.arange(len(sums)), sums / pairs, 1)
-    assert not agrees(limits[0], mean_of_prompts) and not agrees(np.quantile(resample(prompt, errors, 2), [0.05, 0.95]), resample(prompt, errors, 1))
+    assert not agrees(limits[0], mean_of_prompts) and not agrees(
+        np.quantile(resample(prompt, errors, 2), [0.05, 0.95]), resample(prompt, errors, 1)
+    )
     many = evaluate.evaluator.bootstrap_counts(2100, 10_000, 5)  # more than are multiplied at once
     x, y = np.random.default_rng(0).random((2, 2100)) + 0.5
-    found = evaluate.estimate({"x": (x, y)}, partial(evaluate.resampled, resamples=10_000, seed=5))["x"]
+    found = evaluate.estimate({"x": (x, y)}, partial(evaluate.resampled, resamples=10_000, seed=5))[
+        "x"
+    ]
     assert found[0] == pytest.approx(x.sum() / y.sum(), rel=1e-14)
-    np.testing.assert_allclose(found[1], np.percentile(many @ x / (many @ y), [2.5, 97.5]), rtol=1e-12)
+    np.testing.assert_allclose(
+        found[1], np.percentile(many @ x / (many @ y), [2.5, 97.5]), rtol=1e-12
+    )
 
 
 def test_estimate_where_nothing_is_to_be_counted():
     """Resamples without any pair that counts are left out; where there is none at all, the figure does not exist."""
     draw = partial(evaluate.resampled, resamples=2000, seed=0)
-    top, bottom = np.array([[1.0, 0, 3], [0, 0, 0], [0, 0, 0]]), np.array([[2.0, 0, 4], [0, 0, 0], [0, 0, 0]])
+    top, bottom = (
+        np.array([[1.0, 0, 3], [0, 0, 0], [0, 0, 0]]),
+        np.array([[2.0, 0, 4], [0, 0, 0], [0, 0, 0]]),
+    )
     value, limits = evaluate.estimate({"x": (top, bottom)}, draw)["x"]
     assert value == [0.5, None, 0.75] and limits == [[0.5, 0.5], [None, None], [0.75, 0.75]]
 
@@ -447,62 +763,165 @@ def test_every_interval_of_a_run_is_that_of_an_independent_bootstrap(tmp_path, n
     metrics = evaluated(run)
     for split, s in metrics["splits"].items():
         prompt, first, second, p, n, _, truth = read_pairs(run, split)
-        votes, soft, c = (np.sign(first - second) + 1) / 2, 1 / (1 + np.exp(-(first - second).astype(float))), p * (1 - p) / (n - 1)
-        terms = {"annotators_mean": n, "majority_mean": np.maximum(p, 1 - p), "tie_rate": (votes == 0.5).mean(0), "floor_single": np.minimum(p, 1 - p) ** 2, "coin_flip": (p - 0.5) ** 2, "soft_single": (soft[0] - p) ** 2,
-                 "irreducible": c, "floor_true": np.minimum(truth, 1 - truth) ** 2, "coin_true": (truth - 0.5) ** 2, "soft_true": (soft[0] - truth) ** 2}
+        votes, soft, c = (
+            (np.sign(first - second) + 1) / 2,
+            1 / (1 + np.exp(-(first - second).astype(float))),
+            p * (1 - p) / (n - 1),
+        )
+        terms = {
+            "annotators_mean": n,
+            "majority_mean": np.maximum(p, 1 - p),
+            "tie_rate": (votes == 0.5).mean(0),
+            "floor_single": np.minimum(p, 1 - p) ** 2,
+            "coin_flip": (p - 0.5) ** 2,
+            "soft_single": (soft[0] - p) ** 2,
+            "irreducible": c,
+            "floor_true": np.minimum(truth, 1 - truth) ** 2,
+            "coin_true": (truth - 0.5) ** 2,
+            "soft_true": (soft[0] - truth) ** 2,
+        }
         checks = [(s[f"{name}_ci"], term, 1.0) for name, term in terms.items()]
         for e in s["ensemble"]:
-            hard, mixed = np.array(e["alpha"]) @ votes[: e["k"]], np.array(e["alpha"]) @ soft[: e["k"]]
-            checks += [(e["brier_ci"], (hard - p) ** 2, 1.0), (e["brier_soft_ci"], (mixed - p) ** 2, 1.0), (e["excess_ci"], (hard - p) ** 2 - c, 1.0),
-                       (e["true_error_ci"], (hard - truth) ** 2, 1.0), (e["l1_ci"], np.abs(hard - p), 1.0), (e["l1_soft_ci"], np.abs(mixed - p), 1.0)]
-            for name, p_hat in (("pearson_ci", hard), ("pearson_soft_ci", mixed)):  # of the counts of prompts, over both orders
-                xy, xx, yy = (np.bincount(prompt, x) for x in ((p_hat - 0.5) * (p - 0.5), (p_hat - 0.5) ** 2, (p - 0.5) ** 2))
+            hard, mixed = (
+                np.array(e["alpha"]) @ votes[: e["k"]],
+                np.array(e["alpha"]) @ soft[: e["k"]],
+            )
+            checks += [
+                (e["brier_ci"], (hard - p) ** 2, 1.0),
+                (e["brier_soft_ci"], (mixed - p) ** 2, 1.0),
+                (e["excess_ci"], (hard - p) ** 2 - c, 1.0),
+                (e["true_error_ci"], (hard - truth) ** 2, 1.0),
+                (e["l1_ci"], np.abs(hard - p), 1.0),
+                (e["l1_soft_ci"], np.abs(mixed - p), 1.0),
+            ]
+            for name, p_hat in (
+                ("pearson_ci", hard),
+                ("pearson_soft_ci", mixed),
+            ):  # of the counts of prompts, over both orders
+                xy, xx, yy = (
+                    np.bincount(prompt, x)
+                    for x in ((p_hat - 0.5) * (p - 0.5), (p_hat - 0.5) ** 2, (p - 0.5) ** 2)
+                )
                 drawn = np.random.default_rng(e["k"]).integers(0, len(xy), (10_000, len(xy)))
-                assert agrees(e[name], xy[drawn].sum(1) / np.sqrt(xx[drawn].sum(1) * yy[drawn].sum(1))), (split, name)
+                assert agrees(
+                    e[name], xy[drawn].sum(1) / np.sqrt(xx[drawn].sum(1) * yy[drawn].sum(1))
+                ), (split, name)
         for row in s["agreement"]:
             share = np.maximum(p, 1 - p)
-            low, high = {"unanimous": (1, 2), "at least 3/4": (0.75, 1), "above 1/2": (0.501, 0.75), "even": (0.5, 0.501)}[row["level"]]
+            low, high = {
+                "unanimous": (1, 2),
+                "at least 3/4": (0.75, 1),
+                "above 1/2": (0.501, 0.75),
+                "even": (0.5, 0.501),
+            }[row["level"]]
             here = (share >= low) & (share < high)
-            checks += [(row["brier_ci"], np.where(here, (hard - p) ** 2, 0), here), (row["l1_ci"], np.where(here, np.abs(hard - p), 0), here)]
+            checks += [
+                (row["brier_ci"], np.where(here, (hard - p) ** 2, 0), here),
+                (row["l1_ci"], np.where(here, np.abs(hard - p), 0), here),
+            ]
         for m, v in zip(s["members"], votes):
-            phi, majority = v * (1 - p) + (1 - v) * p, np.where(v == 0.5, 0.5, (v > 0.5) == (p > 0.5))
-            checks += [(m["brier_ci"], (v - p) ** 2, 1.0), (m["disagreement_ci"], phi, 1.0), (m["regret_ci"], phi - np.minimum(p, 1 - p), 1.0),
-                       (m["accuracy_ci"], majority, p != 0.5)]
-        checks += [(s["pairwise_disagreement_ci"][i][j], np.abs(votes[i] - votes[j]), 1.0) for i, j in ((0, 1), (2, 1))]
+            phi, majority = (
+                v * (1 - p) + (1 - v) * p,
+                np.where(v == 0.5, 0.5, (v > 0.5) == (p > 0.5)),
+            )
+            checks += [
+                (m["brier_ci"], (v - p) ** 2, 1.0),
+                (m["disagreement_ci"], phi, 1.0),
+                (m["regret_ci"], phi - np.minimum(p, 1 - p), 1.0),
+                (m["accuracy_ci"], majority, p != 0.5),
+            ]
+        checks += [
+            (s["pairwise_disagreement_ci"][i][j], np.abs(votes[i] - votes[j]), 1.0)
+            for i, j in ((0, 1), (2, 1))
+        ]
         assert len(checks) == len(FIGURES) - 1 + 3 * 6 + 4 * 2 + 3 * 4 + 2
         for number, (limits, term, counts) in enumerate(checks):
             drawn = resample(prompt, term, number, counts)
             drawn = drawn[~np.isnan(drawn)]  # a resample can lack all pairs of a level
-            assert agrees(limits, drawn), (split, number, limits, np.quantile(drawn, [0.025, 0.975]))
+            assert agrees(limits, drawn), (
+                split,
+                number,
+                limits,
+                np.quantile(drawn, [0.025, 0.975]),
+            )
     scores = np.stack([np.load(run / "rewards" / f"{j:02d}_continuations.npy") for j in (1, 2, 3)])
-    tau = np.array([np.nan, np.nan, *(kendalltau(x, y).statistic for x, y in zip(scores[1, 2:], scores[0, 2:]))])  # member 2 is constant on two prompts
-    limits, drawn = metrics["diversity"]["kendall_tau_ci"], resample(np.arange(5), np.nan_to_num(tau), 0, 1.0 - np.isnan(tau))
-    assert np.allclose(limits[1][0], np.nanquantile(drawn, [0.025, 0.975]), atol=0.1 * np.ptp(limits[1][0]))
+    tau = np.array(
+        [
+            np.nan,
+            np.nan,
+            *(kendalltau(x, y).statistic for x, y in zip(scores[1, 2:], scores[0, 2:])),
+        ]
+    )  # member 2 is constant on two prompts
+    limits, drawn = (
+        metrics["diversity"]["kendall_tau_ci"],
+        resample(np.arange(5), np.nan_to_num(tau), 0, 1.0 - np.isnan(tau)),
+    )
+    assert np.allclose(
+        limits[1][0], np.nanquantile(drawn, [0.025, 0.975]), atol=0.1 * np.ptp(limits[1][0])
+    )
     d = metrics["diversity"]
-    stands = [np.mean([(y < row[best]) + (y == row[best]) / 2 for i, y in enumerate(row) if i != best])
-              for row, best in zip(scores[1].astype(float), scores[0].argmax(1))]
-    words = [[len(re.findall(ATTRIBUTES["words"], text)) for text in row["texts"]] for row in pq.read_table(run / "continuations.parquet").to_pylist()]
+    stands = [
+        np.mean([(y < row[best]) + (y == row[best]) / 2 for i, y in enumerate(row) if i != best])
+        for row, best in zip(scores[1].astype(float), scores[0].argmax(1))
+    ]
+    words = [
+        [len(re.findall(ATTRIBUTES["words"], text)) for text in row["texts"]]
+        for row in pq.read_table(run / "continuations.parquet").to_pylist()
+    ]
     taus = np.array([kendalltau(x, y).statistic for x, y in zip(scores[0], words)])
-    for limits_of, terms in ((d["win_ci"][0][1], np.array(stands)), (d["character"]["tau_ci"][0][0], taus)):
-        assert np.allclose(limits_of, np.quantile(resample(np.arange(5), terms, 0, 1.0), [0.025, 0.975]), atol=0.1 * np.ptp(limits_of))
-    assert all(low <= x <= high for x, (low, high) in zip(d["policy"]["distance"], d["policy"]["distance_ci"]))
-    assert limits[2] == [[None, None]] * 3 and limits[0][0] == [1, 1] and metrics["diversity"]["constant_rankings"] == [0, 2, 5]
+    for limits_of, terms in (
+        (d["win_ci"][0][1], np.array(stands)),
+        (d["character"]["tau_ci"][0][0], taus),
+    ):
+        assert np.allclose(
+            limits_of,
+            np.quantile(resample(np.arange(5), terms, 0, 1.0), [0.025, 0.975]),
+            atol=0.1 * np.ptp(limits_of),
+        )
+    assert all(
+        low <= x <= high
+        for x, (low, high) in zip(d["policy"]["distance"], d["policy"]["distance_ci"])
+    )
+    assert (
+        limits[2] == [[None, None]] * 3
+        and limits[0][0] == [1, 1]
+        and metrics["diversity"]["constant_rankings"] == [0, 2, 5]
+    )
 
 
 def test_refitted_intervals_are_those_of_weights_fitted_to_each_resample(tmp_path, no_figures):
     run = make(tmp_path / "run", count=40)
-    plain, metrics = evaluated(run, "--resamples", "60"), evaluated(run, "--resamples", "60", "--refit")
-    (prompt, first, second, p, *_), (at, one, two, q, n, _, truth) = read_pairs(run, "train"), read_pairs(run, "test")
+    plain, metrics = (
+        evaluated(run, "--resamples", "60"),
+        evaluated(run, "--resamples", "60", "--refit"),
+    )
+    (prompt, first, second, p, *_), (at, one, two, q, n, _, truth) = (
+        read_pairs(run, "train"),
+        read_pairs(run, "test"),
+    )
     votes, test_votes = (np.sign(first - second) + 1) / 2, (np.sign(one - two) + 1) / 2
     soft, c = 1 / (1 + np.exp(-(one - two).astype(float))), q * (1 - q) / (n - 1)
-    counts = [evaluate.evaluator.bootstrap_counts(int(x.max()) + 1, 60, seed)[:, x] for x, seed in ((prompt, 1), (at, 0))]
+    counts = [
+        evaluate.evaluator.bootstrap_counts(int(x.max()) + 1, 60, seed)[:, x]
+        for x, seed in ((prompt, 1), (at, 0))
+    ]
     for e in metrics["splits"]["test"]["ensemble"]:
         size, drawn = e["k"], []
         for train, test in zip(*counts):
             off = np.sqrt(train) * (votes[:size] - p)
             alpha = simplex_weights(off @ off.T / train.sum())
             hard, mixed = alpha @ test_votes[:size], alpha @ soft[:size]
-            drawn.append([np.average(x, weights=test) for x in ((hard - q) ** 2, (mixed - q) ** 2, (hard - q) ** 2 - c, (hard - truth) ** 2)])
+            drawn.append(
+                [
+                    np.average(x, weights=test)
+                    for x in (
+                        (hard - q) ** 2,
+                        (mixed - q) ** 2,
+                        (hard - q) ** 2 - c,
+                        (hard - truth) ** 2,
+                    )
+                ]
+            )
         limits = [e[f"{name}_refit_ci"] for name in ("brier", "brier_soft", "excess", "true_error")]
         np.testing.assert_allclose(limits, np.percentile(drawn, [2.5, 97.5], axis=0).T, atol=1e-9)
     for split in metrics["splits"]:
@@ -517,7 +936,11 @@ def test_refitted_intervals_are_those_of_weights_fitted_to_each_resample(tmp_pat
 def test_refitted_weights_are_those_of_all_train_pairs(tmp_path, no_figures, monkeypatch):
     """Where train has pairs of one vote, they count in the weights, so also in those fitted anew."""
     run = make(tmp_path / "run", single=True, valid=0.0)
-    monkeypatch.setattr(evaluate.evaluator, "bootstrap_counts", lambda prompts, resamples, seed: np.ones((resamples, prompts), np.int32))
+    monkeypatch.setattr(
+        evaluate.evaluator,
+        "bootstrap_counts",
+        lambda prompts, resamples, seed: np.ones((resamples, prompts), np.int32),
+    )
     for e in evaluated(run, "--resamples", "3", "--refit")["splits"]["test"]["ensemble"]:
         assert e["brier_refit_ci"] == pytest.approx([e["brier"]] * 2, abs=1e-9)
 
@@ -539,7 +962,10 @@ def test_seed_and_resamples_change_the_intervals_only(run, no_figures):
     for flags in (("--resamples", "301"), ("--resamples", "300", "--seed", "1")):
         other = evaluated(run, *flags)
         compare(other, first, 1e-15, skip=CI)
-        assert other["splits"]["test"]["ensemble"][-1]["brier_ci"] != first["splits"]["test"]["ensemble"][-1]["brier_ci"]
+        assert (
+            other["splits"]["test"]["ensemble"][-1]["brier_ci"]
+            != first["splits"]["test"]["ensemble"][-1]["brier_ci"]
+        )
 
 
 # ---- the irreducible error, exactly: all outcomes with their probabilities
@@ -548,7 +974,9 @@ SHARES = [0, 0.1, 0.25, 1 / 3, 0.5, 0.77, 0.9, 1]
 
 
 def estimate(p, n, halves=0.0):
-    return float(evaluate.irreducible(np.array([p]), np.array([float(n)]), np.array([float(halves)])).item())
+    return float(
+        evaluate.irreducible(np.array([p]), np.array([float(n)]), np.array([float(halves)])).item()
+    )
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 7, 20])
@@ -560,7 +988,10 @@ def test_irreducible_is_unbiased(n, truth):
     assert abs(chance @ [estimate(x / n, n) for x in outcomes] - variance) < 1e-12
     assert abs(variance - truth * (1 - truth) / n) < 1e-12
     for predicted in (0, 0.3, 0.5, 1):  # Lemma 1: the expected Brier score is the true error and C
-        assert abs(chance @ (predicted - outcomes / n) ** 2 - (predicted - truth) ** 2 - variance) < 1e-12
+        assert (
+            abs(chance @ (predicted - outcomes / n) ** 2 - (predicted - truth) ** 2 - variance)
+            < 1e-12
+        )
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 7])
@@ -577,21 +1008,42 @@ def test_irreducible_is_unbiased_with_ties_as_halves(n, a, tie):
     variance = chance @ (value - a - tie / 2) ** 2
     assert abs(chance @ estimates - variance) < 1e-12
     for predicted in (0, 0.3, 1):
-        assert abs(chance @ (predicted - value) ** 2 - (predicted - a - tie / 2) ** 2 - variance) < 1e-12
+        assert (
+            abs(chance @ (predicted - value) ** 2 - (predicted - a - tie / 2) ** 2 - variance)
+            < 1e-12
+        )
 
 
 def test_irreducible_with_ties_dropped_is_unbiased_given_the_votes_that_remain():
     n, a, b = 5, 0.3, 0.4
-    for left in range(2, n + 1):  # given that `left` votes are no ties they are binomial, with the share of a among the decided
+    for left in range(
+        2, n + 1
+    ):  # given that `left` votes are no ties they are binomial, with the share of a among the decided
         chance = binom.pmf(np.arange(left + 1), left, a / (a + b))
-        assert abs(chance @ [estimate(x / left, left) for x in range(left + 1)] - a * b / (a + b) ** 2 / left) < 1e-12
+        assert (
+            abs(
+                chance @ [estimate(x / left, left) for x in range(left + 1)]
+                - a * b / (a + b) ** 2 / left
+            )
+            < 1e-12
+        )
 
 
 def test_reference_lines_by_hand():
     p = np.array([0, 0.25, 0.5, 0.75, 1])
-    assert evaluate.floor_single(p).tolist() == [0, 0.25**2, 0.25, 0.25**2, 0] and evaluate.coin_flip(p).tolist() == [0.25, 0.0625, 0, 0.0625, 0.25]
-    assert evaluate.irreducible(p[1:3], np.array([4.0, 2.0]), np.array([0.0, 0.0])) == pytest.approx([0.25 * 0.75 / 3, 0.25])
-    assert evaluate.irreducible(p[2:3], np.array([2.0]), np.array([2.0])) == 0  # both votes were ties, and always would be
+    assert evaluate.floor_single(p).tolist() == [
+        0,
+        0.25**2,
+        0.25,
+        0.25**2,
+        0,
+    ] and evaluate.coin_flip(p).tolist() == [0.25, 0.0625, 0, 0.0625, 0.25]
+    assert evaluate.irreducible(
+        p[1:3], np.array([4.0, 2.0]), np.array([0.0, 0.0])
+    ) == pytest.approx([0.25 * 0.75 / 3, 0.25])
+    assert (
+        evaluate.irreducible(p[2:3], np.array([2.0]), np.array([2.0])) == 0
+    )  # both votes were ties, and always would be
 
 
 # ---- what changes no number
@@ -617,11 +1069,23 @@ def test_swapping_the_sides_of_every_pair_changes_no_number(ties, tmp_path, no_f
 
     def swap(rows, rewards):
         for row in rows:
-            row["pairs"] = [{"a": x["b"], "b": x["a"], "votes_a": x["votes_b"], "votes_b": x["votes_a"], "ties": x["ties"]} for x in row["pairs"]]
+            row["pairs"] = [
+                {
+                    "a": x["b"],
+                    "b": x["a"],
+                    "votes_a": x["votes_b"],
+                    "votes_b": x["votes_a"],
+                    "ties": x["ties"],
+                }
+                for x in row["pairs"]
+            ]
             row["p_true"] = [1 - x for x in row["p_true"]]
         return rows, rewards
 
-    before, weights = evaluated(run, "--resamples", "300"), json.loads((run / "weights.json").read_text())
+    before, weights = (
+        evaluated(run, "--resamples", "300"),
+        json.loads((run / "weights.json").read_text()),
+    )
     rewrite(run, swap)
     compare(evaluated(run, "--resamples", "300"), before, 1e-12)
     compare(json.loads((run / "weights.json").read_text()), weights, 1e-12)
@@ -632,7 +1096,10 @@ def test_order_of_prompts_and_of_pairs_changes_intervals_only(run, no_figures):
         rng = np.random.default_rng(len(rows))
         for row in rows:
             order = rng.permutation(len(row["pairs"]))
-            row["pairs"], row["p_true"] = [row["pairs"][i] for i in order], [row["p_true"][i] for i in order]
+            row["pairs"], row["p_true"] = (
+                [row["pairs"][i] for i in order],
+                [row["p_true"][i] for i in order],
+            )
         order = rng.permutation(len(rows))
         return [rows[i] for i in order], [[parts[i] for i in order] for parts in rewards]
 
@@ -651,11 +1118,21 @@ def test_monotone_transforms_of_rewards_change_no_hard_number(run, no_figures):
         ranks = np.unique(old, return_inverse=True)[1].reshape(old.shape).astype(np.float32)
         np.save(path, {1: ranks**2, 2: ranks - 1000, 3: np.exp(ranks / 50)}[int(path.name[:2])])
     fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
-    soft = {f"{name}{ci}" for name in ("brier_soft", "l1_soft", "pearson_soft", "soft_single", "soft_true") for ci in ("", "_ci")}
+    soft = {
+        f"{name}{ci}"
+        for name in ("brier_soft", "l1_soft", "pearson_soft", "soft_single", "soft_true")
+        for ci in ("", "_ci")
+    }
     after = evaluated(run)
-    assert after["diversity"].pop("policy")["distance"] != before["diversity"].pop("policy")["distance"]  # a policy knows how much better
+    assert (
+        after["diversity"].pop("policy")["distance"]
+        != before["diversity"].pop("policy")["distance"]
+    )  # a policy knows how much better
     compare(after, before, 0, skip=soft)
-    assert all(after["splits"]["test"][name] != before["splits"]["test"][name] for name in ("soft_single", "soft_true"))
+    assert all(
+        after["splits"]["test"][name] != before["splits"]["test"][name]
+        for name in ("soft_single", "soft_true")
+    )
 
 
 # ---- the stage
@@ -666,8 +1143,23 @@ def test_two_evaluations_give_the_same_bytes_and_out_leaves_the_run_alone(whole,
     run_evaluate(whole, "--out", str(tmp_path / "new" / "out"))
     assert files_of(whole) == before
     out = files_of(tmp_path / "new" / "out")
-    figures = {name for name in before if name.startswith("figures/")} - {"figures/data_votes.png", "figures/data_votes.pdf"}  # data preparation's
-    assert {f"figures/{name}.png" for name in ("calibration", "votes", "reliability", "kendall", "wins", "policies", "weights", "training")} <= figures
+    figures = {name for name in before if name.startswith("figures/")} - {
+        "figures/data_votes.png",
+        "figures/data_votes.pdf",
+    }  # data preparation's
+    assert {
+        f"figures/{name}.png"
+        for name in (
+            "calibration",
+            "votes",
+            "reliability",
+            "kendall",
+            "wins",
+            "policies",
+            "weights",
+            "training",
+        )
+    } <= figures
     assert set(out) == {"metrics.json", "report.html"} | figures
     assert all(out[name] == before[name] for name in {"metrics.json"} | figures)
 
@@ -677,15 +1169,27 @@ def test_finished_stage_is_skipped_and_says_so(whole, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     run_evaluate(run)
     out = capsys.readouterr().out
-    assert "evaluate: nothing has changed, skipped" in out and "floor of any single" in out and str(run / "report.html") in out
+    assert (
+        "evaluate: nothing has changed, skipped" in out
+        and "floor of any single" in out
+        and str(run / "report.html") in out
+    )
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("change", [
-    lambda run: np.save(run / "rewards/01_train.npy", np.load(run / "rewards/01_train.npy")[::-1]),
-    lambda run: np.save(run / "rewards/02_continuations.npy", np.zeros((5, 12), np.float32)),
-    lambda run: (run / "metrics.json").unlink(),
-    lambda run: (run / "weights.json").write_text((run / "weights.json").read_text().replace("qp", "fixed"))])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda run: np.save(
+            run / "rewards/01_train.npy", np.load(run / "rewards/01_train.npy")[::-1]
+        ),
+        lambda run: np.save(run / "rewards/02_continuations.npy", np.zeros((5, 12), np.float32)),
+        lambda run: (run / "metrics.json").unlink(),
+        lambda run: (run / "weights.json").write_text(
+            (run / "weights.json").read_text().replace("qp", "fixed")
+        ),
+    ],
+)
 def test_whatever_changes_is_evaluated_again(run, change, no_figures, capsys):
     run_evaluate(run, "--resamples", "50")
     run_evaluate(run, "--resamples", "50")
@@ -700,7 +1204,9 @@ def test_whatever_changes_is_evaluated_again(run, change, no_figures, capsys):
 
 def texts_of(run, change):
     path = run / "continuations.parquet"
-    pq.write_table(pa.Table.from_pylist([change(row) for row in pq.read_table(path).to_pylist()]), path)
+    pq.write_table(
+        pa.Table.from_pylist([change(row) for row in pq.read_table(path).to_pylist()]), path
+    )
 
 
 def put(name, array):
@@ -712,6 +1218,7 @@ def poke(name, value):
         rewards = np.load(run / "rewards" / name)
         rewards.flat[3] = value
         np.save(run / "rewards" / name, rewards)
+
     return spoil
 
 
@@ -724,56 +1231,145 @@ def text(name, content):
 
 
 def weights(*alphas, **more):
-    return text("weights.json", json.dumps([{"k": len(alpha), "alpha": alpha, "fit": "qp"} | more for alpha in alphas]))
+    return text(
+        "weights.json",
+        json.dumps([{"k": len(alpha), "alpha": alpha, "fit": "qp"} | more for alpha in alphas]),
+    )
 
 
 W3 = [0.5, 0.25, 0.25]
 BAD = {
-    "NaN in test": (poke("02_test.npy", np.nan), r"02_test.npy: member 2, split test: 1 rewards are NaN, the first at index 3"),
+    "NaN in test": (
+        poke("02_test.npy", np.nan),
+        r"02_test.npy: member 2, split test: 1 rewards are NaN, the first at index 3",
+    ),
     "NaN in train": (poke("03_train.npy", np.nan), r"member 3, split train: .* NaN"),
     "NaN in valid": (poke("01_valid.npy", np.nan), r"member 1, split valid: .* NaN"),
-    "NaN in continuations": (poke("02_continuations.npy", np.nan), r"member 2, split continuations: .* NaN"),
-    "no test rewards of the last": (delete("rewards/03_test.npy"), r"weights for K = 3 found, rewards of K = 2"),
+    "NaN in continuations": (
+        poke("02_continuations.npy", np.nan),
+        r"member 2, split continuations: .* NaN",
+    ),
+    "no test rewards of the last": (
+        delete("rewards/03_test.npy"),
+        r"weights for K = 3 found, rewards of K = 2",
+    ),
     "no train rewards": (delete("rewards/02_train.npy"), r"02_train.npy: no such file"),
     "no valid rewards": (delete("rewards/01_valid.npy"), r"01_valid.npy: no such file"),
-    "no continuations of one": (delete("rewards/02_continuations.npy"), r"02_continuations.npy: no such file"),
-    "no continuations of the first": (delete("rewards/01_continuations.npy"), r"01_continuations.npy: no such file"),
-    "no continuations' rewards": (lambda run: (delete("rewards/*_continuations.npy")(run), text("continuations.parquet", "PAR1")(run)), r"01_continuations.npy: no such file"),
+    "no continuations of one": (
+        delete("rewards/02_continuations.npy"),
+        r"02_continuations.npy: no such file",
+    ),
+    "no continuations of the first": (
+        delete("rewards/01_continuations.npy"),
+        r"01_continuations.npy: no such file",
+    ),
+    "no continuations' rewards": (
+        lambda run: (
+            delete("rewards/*_continuations.npy")(run),
+            text("continuations.parquet", "PAR1")(run),
+        ),
+        r"01_continuations.npy: no such file",
+    ),
     "gap": (delete("rewards/02_*"), r"members \[1, 3\] found, 1 to 2 expected"),
     "no rewards": (delete("rewards/*"), "no rewards; train_rm.py makes them"),
-    "too short": (put("02_test.npy", np.zeros(3, np.float32)), r"02_test.npy: float32 \(3,\) found, float32 \(\d+,\) expected"),
+    "too short": (
+        put("02_test.npy", np.zeros(3, np.float32)),
+        r"02_test.npy: float32 \(3,\) found, float32 \(\d+,\) expected",
+    ),
     "two columns": (put("02_test.npy", np.zeros((3, 2), np.float32)), r"float32 \(3, 2\) found"),
-    "float64": (lambda run: np.save(run / "rewards/02_test.npy", np.load(run / "rewards/02_test.npy").astype(float)), r"02_test.npy: float64 \(\d+,\) found, float32"),
-    "other continuations": (put("02_continuations.npy", np.zeros((5, 11), np.float32)), r"02_continuations.npy: float32 \(5, 11\) found, float32 \(5, 12\) expected"),
-    "flat continuations": (put("01_continuations.npy", np.zeros(60, np.float32)), r"01_continuations.npy: shape \(60,\) found, \(prompts, n\) expected"),
-    "texts of other continuations": (lambda run: texts_of(run, lambda row: row | {"texts": row["texts"][:11], "logprob": row["logprob"][:11]}), r"shape \(5, 12\) found, \(5, 11\) expected"),
-    "uneven texts": (lambda run: texts_of(run, lambda row: row | {"texts": row["texts"][: 12 - int(row["prompt_id"] == "c3")]}), r"continuations.parquet: prompt 4: 11 texts found, 12 expected"),
-    "uneven logprob": (lambda run: texts_of(run, lambda row: row | {"logprob": row["logprob"][:3]}), r"continuations.parquet: prompt 1: 3 logprob found, 12 expected"),
-    "no texts": (lambda run: texts_of(run, lambda row: {"prompt_id": row["prompt_id"], "messages": row["messages"]}), r"continuations.parquet: not continuations .*texts"),
-    "continuations no array": (text("rewards/01_continuations.npy", "reward"), "01_continuations.npy: not a .npy array"),
+    "float64": (
+        lambda run: np.save(
+            run / "rewards/02_test.npy", np.load(run / "rewards/02_test.npy").astype(float)
+        ),
+        r"02_test.npy: float64 \(\d+,\) found, float32",
+    ),
+    "other continuations": (
+        put("02_continuations.npy", np.zeros((5, 11), np.float32)),
+        r"02_continuations.npy: float32 \(5, 11\) found, float32 \(5, 12\) expected",
+    ),
+    "flat continuations": (
+        put("01_continuations.npy", np.zeros(60, np.float32)),
+        r"01_continuations.npy: shape \(60,\) found, \(prompts, n\) expected",
+    ),
+    "texts of other continuations": (
+        lambda run: texts_of(
+            run, lambda row: row | {"texts": row["texts"][:11], "logprob": row["logprob"][:11]}
+        ),
+        r"shape \(5, 12\) found, \(5, 11\) expected",
+    ),
+    "uneven texts": (
+        lambda run: texts_of(
+            run, lambda row: row | {"texts": row["texts"][: 12 - int(row["prompt_id"] == "c3")]}
+        ),
+        r"continuations.parquet: prompt 4: 11 texts found, 12 expected",
+    ),
+    "uneven logprob": (
+        lambda run: texts_of(run, lambda row: row | {"logprob": row["logprob"][:3]}),
+        r"continuations.parquet: prompt 1: 3 logprob found, 12 expected",
+    ),
+    "no texts": (
+        lambda run: texts_of(
+            run, lambda row: {"prompt_id": row["prompt_id"], "messages": row["messages"]}
+        ),
+        r"continuations.parquet: not continuations .*texts",
+    ),
+    "continuations no array": (
+        text("rewards/01_continuations.npy", "reward"),
+        "01_continuations.npy: not a .npy array",
+    ),
     "no array": (text("rewards/01_train.npy", "reward"), "01_train.npy: not a .npy array"),
     "empty file": (text("rewards/01_train.npy", ""), "01_train.npy: not a .npy array"),
-    "pickle": (lambda run: np.save(run / "rewards/01_train.npy", np.array([None]), allow_pickle=True), "01_train.npy: not a .npy array"),
-    "weights for fewer": (weights([1.0], [0.5, 0.5]), r"weights.json: weights for K = 2 found, rewards of K = 3 members; fit_weights.py fits them anew"),
+    "pickle": (
+        lambda run: np.save(run / "rewards/01_train.npy", np.array([None]), allow_pickle=True),
+        "01_train.npy: not a .npy array",
+    ),
+    "weights for fewer": (
+        weights([1.0], [0.5, 0.5]),
+        r"weights.json: weights for K = 2 found, rewards of K = 3 members; fit_weights.py fits them anew",
+    ),
     "weights for more": (weights([0.25] * 4), r"weights for K = 4 found, rewards of K = 3"),
     "no weights": (delete("weights.json"), "weights.json: no such file"),
-    "weights no JSON": (text("weights.json", '[{"k": 1, '), r"weights.json: not JSON \(.*line 1 column"),
-    "weights {}": (text("weights.json", "{}"), "weights.json: "), "weights []": (text("weights.json", "[]"), "weights.json: "),
-    "weights null": (text("weights.json", "null"), "weights.json: "), "weights of numbers": (text("weights.json", "[0.5, 0.5]"), "weights.json: "),
-    "weights without k": (text("weights.json", '[{"alpha": [1.0], "fit": "qp"}]'), "weights.json: "),
+    "weights no JSON": (
+        text("weights.json", '[{"k": 1, '),
+        r"weights.json: not JSON \(.*line 1 column",
+    ),
+    "weights {}": (text("weights.json", "{}"), "weights.json: "),
+    "weights []": (text("weights.json", "[]"), "weights.json: "),
+    "weights null": (text("weights.json", "null"), "weights.json: "),
+    "weights of numbers": (text("weights.json", "[0.5, 0.5]"), "weights.json: "),
+    "weights without k": (
+        text("weights.json", '[{"alpha": [1.0], "fit": "qp"}]'),
+        "weights.json: ",
+    ),
     "weights without alpha": (text("weights.json", '[{"k": 3, "fit": "qp"}]'), "weights.json: "),
-    "weights without fit": (text("weights.json", '[{"k": 3, "alpha": [0.5, 0.25, 0.25]}]'), "weights.json: "),
-    "k as text": (text("weights.json", '[{"k": "3", "alpha": [0.5, 0.25, 0.25], "fit": "qp"}]'), "weights.json: "),
+    "weights without fit": (
+        text("weights.json", '[{"k": 3, "alpha": [0.5, 0.25, 0.25]}]'),
+        "weights.json: ",
+    ),
+    "k as text": (
+        text("weights.json", '[{"k": "3", "alpha": [0.5, 0.25, 0.25], "fit": "qp"}]'),
+        "weights.json: ",
+    ),
     "weights as text": (weights(["a", "b", "c"]), "weights.json: "),
     "ragged weights": (weights([[0.5], 0.25, 0.25]), "weights.json: "),
-    "one weight too few": (weights([0.5, 0.5], k=3), r"k=3: \[0.5, 0.5\] found, 3 weights that are at least 0 and sum to 1"),
-    "negative weight": (weights([1.5, -0.25, -0.25]), "at least 0 and sum to 1"), "sum is .9": (weights([0.5, 0.25, 0.15]), "at least 0 and sum to 1"),
+    "one weight too few": (
+        weights([0.5, 0.5], k=3),
+        r"k=3: \[0.5, 0.5\] found, 3 weights that are at least 0 and sum to 1",
+    ),
+    "negative weight": (weights([1.5, -0.25, -0.25]), "at least 0 and sum to 1"),
+    "sum is .9": (weights([0.5, 0.25, 0.15]), "at least 0 and sum to 1"),
     "NaN weight": (weights([math.nan, 0.5, 0.5]), "at least 0 and sum to 1"),
-    "no test data": (delete("data/test.parquet"), r"test.parquet: no such file; data_prep/ makes it"),
-    "no train data": (delete("data/train.parquet"), "train.parquet: no such file"), "no stats": (delete("data/stats.json"), "stats.json: no such file"),
+    "no test data": (
+        delete("data/test.parquet"),
+        r"test.parquet: no such file; data_prep/ makes it",
+    ),
+    "no train data": (delete("data/train.parquet"), "train.parquet: no such file"),
+    "no stats": (delete("data/stats.json"), "stats.json: no such file"),
     "data no parquet": (text("data/test.parquet", "data"), "test.parquet: not prepared data"),
     "stats no JSON": (text("data/stats.json", "{"), "stats.json: not JSON"),
-    "no data": (lambda run: shutil.rmtree(run / "data"), "no such file"), "no run": (shutil.rmtree, "no such file")}
+    "no data": (lambda run: shutil.rmtree(run / "data"), "no such file"),
+    "no run": (shutil.rmtree, "no such file"),
+}
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -788,9 +1384,16 @@ def test_bad_input_is_one_line_before_anything_is_written(kind, run, no_figures)
     assert files_of(run) == before
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--resamples", "0"], "--resamples: 0 found, an integer of at least 1 expected"), (["--seed", "-1"], "--seed: -1 found, an integer from 0 to"),
-    (["--seed", "x"], "--seed"), (["--res", "5"], "unrecognized arguments"), ([], None)])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--resamples", "0"], "--resamples: 0 found, an integer of at least 1 expected"),
+        (["--seed", "-1"], "--seed: -1 found, an integer from 0 to"),
+        (["--seed", "x"], "--seed"),
+        (["--res", "5"], "unrecognized arguments"),
+        ([], None),
+    ],
+)
 def test_bad_flag_is_one_line(flags, message, capsys):
     if message is None:  # it is the flag that fails
         assert evaluate.parse_args(["--run", "r"]).resamples == 10_000
@@ -805,8 +1408,17 @@ def test_bad_flag_is_one_line(flags, message, capsys):
 
 
 def program(code, *words, cwd):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]), "OPENBLAS_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *(["-c", code] if code else []), *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *(["-c", code] if code else []), *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+    )
 
 
 HIDE = """
@@ -823,20 +1435,39 @@ for sys.argv in {commands!r}:
 
 def test_neither_stage_imports_torch(run):
     (run / "weights.json").unlink()
-    stages = [[str(REPOSITORY / name), "--run", str(run)] for name in ("fit_weights.py", "evaluate.py")]
-    done = program(HIDE.format(hidden=["torch", "transformers", "datasets"], error="RuntimeError", commands=stages), cwd=run.parent)
+    stages = [
+        [str(REPOSITORY / name), "--run", str(run)] for name in ("fit_weights.py", "evaluate.py")
+    ]
+    done = program(
+        HIDE.format(
+            hidden=["torch", "transformers", "datasets"], error="RuntimeError", commands=stages
+        ),
+        cwd=run.parent,
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     compare(json.loads((run / "metrics.json").read_text()), expected(run), 1e-9, skip=CI)
-    hook = program(HIDE.format(hidden=["torch"], error="RuntimeError", commands=[]) + "import torch", cwd=run.parent)
+    hook = program(
+        HIDE.format(hidden=["torch"], error="RuntimeError", commands=[]) + "import torch",
+        cwd=run.parent,
+    )
     assert "torch was imported" in hook.stderr  # the hook works
 
 
 @pytest.mark.parametrize("name", ["fit_weights.py", "evaluate.py"])
 def test_without_the_extension_the_command_that_builds_it_is_named(name, run):
     before = files_of(run)
-    code = HIDE.format(hidden=["pairwise.evaluator"], error="ModuleNotFoundError", commands=[[str(REPOSITORY / name), "--run", str(run)]])
+    code = HIDE.format(
+        hidden=["pairwise.evaluator"],
+        error="ModuleNotFoundError",
+        commands=[[str(REPOSITORY / name), "--run", str(run)]],
+    )
     done = program(code, cwd=run.parent)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{name}: error: ") and BUILD_COMMAND in done.stderr
+    assert (
+        done.returncode == 2
+        and len(done.stderr.splitlines()) == 1
+        and done.stderr.startswith(f"{name}: error: ")
+        and BUILD_COMMAND in done.stderr
+    )
     assert files_of(run) == before
 
 
@@ -846,5 +1477,8 @@ def test_bad_input_as_a_program_is_exit_code_2_and_one_line(whole, tmp_path):
     poke("02_test.npy", np.nan)(run)
     done = program("", REPOSITORY / "evaluate.py", "--run", run, cwd=tmp_path)
     assert done.returncode == 2 and not done.stdout
-    assert re.fullmatch(r"evaluate.py: error: .*02_test.npy: member 2, split test: 1 rewards are NaN, the first at index 3\n", done.stderr)
+    assert re.fullmatch(
+        r"evaluate.py: error: .*02_test.npy: member 2, split test: 1 rewards are NaN, the first at index 3\n",
+        done.stderr,
+    )
     assert hash_file(run / "metrics.json") == metrics

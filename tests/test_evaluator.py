@@ -16,7 +16,9 @@ from scipy.stats import chi2, kendalltau
 from pairwise import evaluator
 
 seeds = st.integers(0, 2**32 - 1)
-SHARE = float(os.environ.get("EVALUATOR_TESTS", 1))  # of the random cases; tests/sanitize.sh takes fewer
+SHARE = float(
+    os.environ.get("EVALUATOR_TESTS", 1)
+)  # of the random cases; tests/sanitize.sh takes fewer
 
 
 def cases(count):
@@ -32,8 +34,21 @@ def offers(path):
 
 
 PATHS = [path for path in ("portable", "avx2", "avx512") if offers(path)]
-STATISTICS = ["pairs", "decided", "ties", "vote", "majority", "vote_vote", "disagreement", "p", "p_p", "vote_p"]
-VALUES = np.array([-np.inf, -2, -1e-45, -0.0, 0.0, 1e-45, 1, 1 + 2**-23, np.inf], np.float32)  # +-1e-45: denormal
+STATISTICS = [
+    "pairs",
+    "decided",
+    "ties",
+    "vote",
+    "majority",
+    "vote_vote",
+    "disagreement",
+    "p",
+    "p_p",
+    "vote_p",
+]
+VALUES = np.array(
+    [-np.inf, -2, -1e-45, -0.0, 0.0, 1e-45, 1, 1 + 2**-23, np.inf], np.float32
+)  # +-1e-45: denormal
 
 
 def draw_pairs(seed):
@@ -48,14 +63,19 @@ def draw_pairs(seed):
 
 
 def brute_votes(rewards, a, b):
-    return np.where(rewards[:, a] > rewards[:, b], 1.0, np.where(rewards[:, a] < rewards[:, b], 0.0, 0.5))
+    return np.where(
+        rewards[:, a] > rewards[:, b], 1.0, np.where(rewards[:, a] < rewards[:, b], 0.0, 0.5)
+    )
 
 
 def added(values, less_half_of=0.0):
     """Sums over the last axis, in the documented order: one by one in pieces of 16,384, then piece by piece."""
     less = np.broadcast_to(less_half_of, values.shape)
-    pieces = [np.cumsum(values[..., part], axis=-1)[..., -1] - 0.5 * np.cumsum(less[..., part], axis=-1)[..., -1]
-              for part in (slice(i, i + 16384) for i in range(0, values.shape[-1], 16384))]
+    pieces = [
+        np.cumsum(values[..., part], axis=-1)[..., -1]
+        - 0.5 * np.cumsum(less[..., part], axis=-1)[..., -1]
+        for part in (slice(i, i + 16384) for i in range(0, values.shape[-1], 16384))
+    ]
     return np.cumsum(pieces, axis=0)[-1] if pieces else np.zeros(values.shape[:-1])
 
 
@@ -77,14 +97,23 @@ def check_statistics(*arguments, threads=(0, 1, 3)):
     """Every path and number of threads, to the last bit."""
     k, prompts = len(arguments[0]), len(arguments[4]) - 1
     want = brute_statistics(*arguments)
-    shapes = {"vote": (k,), "vote_p": (k,), "ties": (k,), "majority": (k,), "vote_vote": (k, k), "disagreement": (k, k)}
+    shapes = {
+        "vote": (k,),
+        "vote_p": (k,),
+        "ties": (k,),
+        "majority": (k,),
+        "vote_vote": (k, k),
+        "disagreement": (k, k),
+    }
     for path in PATHS:
         for number in threads:
             got = evaluator.pair_statistics(*arguments, path=path, threads=number)
             assert set(got) == set(STATISTICS)
             for name in got:
                 assert got[name].shape == (prompts, *shapes.get(name, ()))
-                assert got[name].dtype == (np.int64 if name in ("pairs", "decided", "ties") else np.float64)
+                assert got[name].dtype == (
+                    np.int64 if name in ("pairs", "decided", "ties") else np.float64
+                )
                 assert not prompts or np.array_equal(got[name], want[name]), (name, path, number)
 
 
@@ -98,20 +127,30 @@ def test_statistics_and_votes_equal_brute_force(seed):
 
 
 @pytest.mark.parametrize("rewards_type", [np.float32, np.float64])
-@pytest.mark.parametrize("a_type, b_type", [(x, y) for x in (np.int32, np.int64) for y in (np.int32, np.int64)])
+@pytest.mark.parametrize(
+    "a_type, b_type", [(x, y) for x in (np.int32, np.int64) for y in (np.int32, np.int64)]
+)
 @pytest.mark.parametrize("ties", [False, True])
 def test_statistics_at_the_borders_of_blocks(rewards_type, a_type, b_type, ties):
     """Pairs around 64 (a word), 256 (a chunk) and 16,384 (a piece), members around 8, responses near and far."""
     rng = np.random.default_rng(0)
     counts = (0, 1, 2, 3, 4, 5, 63, 64, 65, 127, 129, 255, 256, 257, 511, 513)
     for n in (*counts, *((16383, 16384, 16385, 33000) if ties else ())):
-        k, responses = rng.choice([1, 3, 7, 8, 9, 16, 17] if n < 1000 else [1, 9]), rng.choice([2, 2 * n + 1, 5000])
-        rewards = rng.permuted(np.tile(np.arange(responses), (k, 1)), axis=1) % (9 if ties else responses) - 4.0
+        k, responses = (
+            rng.choice([1, 3, 7, 8, 9, 16, 17] if n < 1000 else [1, 9]),
+            rng.choice([2, 2 * n + 1, 5000]),
+        )
+        rewards = (
+            rng.permuted(np.tile(np.arange(responses), (k, 1)), axis=1) % (9 if ties else responses)
+            - 4.0
+        )
         a, b = rng.integers(0, responses, (2, n))
         if not ties:
             b = np.where(a == b, (a + 1) % responses, b)
         a[:1], b[-1:] = responses - 1, 0
-        p = rng.choice([0, 1, 0.5, 0.3, 1 / 3, 5e-324, np.nextafter(0.5, 0), np.nextafter(0.5, 1)], n)
+        p = rng.choice(
+            [0, 1, 0.5, 0.3, 1 / 3, 5e-324, np.nextafter(0.5, 0), np.nextafter(0.5, 1)], n
+        )
         typed = rewards.astype(rewards_type), a.astype(a_type), b.astype(b_type)
         check_statistics(*typed, p, np.array([0, n]), threads=(0, 1, 2, 5))
 
@@ -119,7 +158,9 @@ def test_statistics_at_the_borders_of_blocks(rewards_type, a_type, b_type, ties)
 def test_statistics_of_long_and_short_prompts():
     """Prompts in pieces between prompts that share one, and more work than a thread takes alone."""
     rng = np.random.default_rng(0)
-    start = np.concatenate([[0], np.cumsum([0, 28, 20_000, 1, 0, 16_384, 16_385, 40_000, 5, 16_000, 300, 300, 0])])
+    start = np.concatenate(
+        [[0], np.cumsum([0, 28, 20_000, 1, 0, 16_384, 16_385, 40_000, 5, 16_000, 300, 300, 0])]
+    )
     rewards = rng.normal(size=(3, 4000)).astype(np.float32).round(2)
     a, b = rng.integers(0, 4000, (2, start[-1]))
     check_statistics(rewards, a, b, rng.integers(0, 8, start[-1]) / 7, start, threads=range(7))
@@ -131,7 +172,10 @@ def test_rewards_that_differ_only_in_float64():
     check_statistics(rewards, a, b, np.linspace(0, 1, 49), np.array([0, 20, 49]))
 
 
-@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer's own memory is in the count")
+@pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""),
+    reason="the sanitizer's own memory is in the count",
+)
 def test_neither_rewards_nor_pairs_are_copied():
     """The process doesn't grow by what it is given, 88 MB."""
     code = """
@@ -147,7 +191,9 @@ evaluator.pair_statistics(rewards, a, b, p, np.array([0, n]), threads=2)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < 4_000  # kB
 
 
@@ -157,7 +203,12 @@ def test_metrics_from_the_sums():
     rewards = rng.integers(0, 4, (3, 20)).astype(np.float32)
     a, b = rng.integers(0, 20, (2, 50))
     p, alpha = rng.integers(0, 5, 50) / 4, rng.dirichlet(np.ones(3))
-    s = {name: x.sum(0) for name, x in evaluator.pair_statistics(rewards, a, b, p, np.array([0, 20, 20, 50])).items()}
+    s = {
+        name: x.sum(0)
+        for name, x in evaluator.pair_statistics(
+            rewards, a, b, p, np.array([0, 20, 20, 50])
+        ).items()
+    }
     v = brute_votes(rewards, a, b)
     brier = (alpha @ s["vote_vote"] @ alpha - 2 * alpha @ s["vote_p"] + s["p_p"]) / s["pairs"]
     phi = (s["vote"] + s["p"] - 2 * s["vote_p"]) / s["pairs"]
@@ -188,7 +239,9 @@ def test_swapping_the_sides_of_every_pair(seed):
 def test_permuting_prompts_permutes_rows(seed):
     rewards, a, b, p, prompt_start = draw_pairs(seed)
     order = np.random.default_rng(seed).permutation(len(prompt_start) - 1)
-    pairs = np.concatenate([np.arange(prompt_start[i], prompt_start[i + 1]) for i in order] + [np.arange(0)])
+    pairs = np.concatenate(
+        [np.arange(prompt_start[i], prompt_start[i + 1]) for i in order] + [np.arange(0)]
+    )
     new_start = np.concatenate([[0], np.cumsum(np.diff(prompt_start)[order])])
     before = evaluator.pair_statistics(rewards, a, b, p, prompt_start)
     after = evaluator.pair_statistics(rewards, a[pairs], b[pairs], p[pairs], new_start)
@@ -216,7 +269,9 @@ def test_a_duplicated_member_votes_like_the_first(seed):
     for name in ["vote", "vote_p", "ties", "majority"]:
         assert np.array_equal(s[name][:, -1], s[name][:, 0]), name
     for name in ["vote_vote", "disagreement"]:
-        assert np.array_equal(s[name][:, -1], s[name][:, 0]) and np.array_equal(s[name], s[name].swapaxes(1, 2)), name
+        assert np.array_equal(s[name][:, -1], s[name][:, 0]) and np.array_equal(
+            s[name], s[name].swapaxes(1, 2)
+        ), name
     assert not s["disagreement"][:, 0, -1].any()
 
 
@@ -239,9 +294,16 @@ def draw_scores(seed, n):
     rng = np.random.default_rng(seed)
     dtype = rng.choice([np.float32, np.float64])
     tiny = np.finfo(dtype).smallest_subnormal
-    values = np.array([-np.inf, -1, -2 * tiny, -tiny, -0.0, 0.0, tiny, 2 * tiny, 1, 2, np.inf], dtype)
+    values = np.array(
+        [-np.inf, -1, -2 * tiny, -tiny, -0.0, 0.0, tiny, 2 * tiny, 1, 2, np.inf], dtype
+    )
     shape = (3, 2, n)
-    drawn = [rng.choice(values, shape), rng.choice(values[4:6], shape), rng.normal(size=shape), rng.integers(0, n + 1, shape)]
+    drawn = [
+        rng.choice(values, shape),
+        rng.choice(values[4:6], shape),
+        rng.normal(size=shape),
+        rng.integers(0, n + 1, shape),
+    ]
     source = rng.integers(0, len(drawn), (3, 2, 1))
     return np.choose(source, drawn).astype(dtype)
 
@@ -291,7 +353,9 @@ def test_threads_share_prompts(path):
     scores = draw_rankings(50, 301, np.float32)
     one = evaluator.kendall_tau(scores, path=path, threads=1)
     for threads in (0, 2, 3, 7):
-        assert np.array_equal(evaluator.kendall_tau(scores, path=path, threads=threads), one, equal_nan=True)
+        assert np.array_equal(
+            evaluator.kendall_tau(scores, path=path, threads=threads), one, equal_nan=True
+        )
 
 
 def test_a_path_for_what_the_cpu_has():
@@ -300,7 +364,18 @@ def test_a_path_for_what_the_cpu_has():
         if line.startswith("flags"):
             flags = set(line.split())
             assert ("avx2" in PATHS) == ({"avx2", "popcnt"} <= flags)
-            assert ("avx512" in PATHS) == ({"avx2", "popcnt", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vpopcntdq"} <= flags)
+            assert ("avx512" in PATHS) == (
+                {
+                    "avx2",
+                    "popcnt",
+                    "avx512f",
+                    "avx512bw",
+                    "avx512dq",
+                    "avx512vl",
+                    "avx512_vpopcntdq",
+                }
+                <= flags
+            )
 
 
 def test_kendall_by_hand():
@@ -325,7 +400,9 @@ def test_kendall_properties(seed, n):
     assert same(negated[:, 1:, 1:], taus[:, 1:, 1:]) and same(negated[:, 0, 1:], -taus[:, 0, 1:])
     duplicated = evaluator.kendall_tau(np.concatenate([scores, scores[:1]]))
     assert same(duplicated[:, 3, 1:3], taus[:, 0, 1:])
-    ranks = np.array([[np.unique(row, return_inverse=True)[1] for row in rows] for rows in scores], np.float32)
+    ranks = np.array(
+        [[np.unique(row, return_inverse=True)[1] for row in rows] for rows in scores], np.float32
+    )
     assert same(evaluator.kendall_tau(7 * ranks - 3), taus)
     constant = (scores == scores[:, :, :1]).all(2).T
     assert np.array_equal(np.isnan(taus), constant[:, :, None] | constant[:, None, :])
@@ -343,7 +420,9 @@ def reference_draws(prompts, resamples, seed):
         return z ^ z >> np.uint64(31)
 
     draws = np.zeros((resamples, prompts), int)
-    steps = np.arange(1, prompts + prompts // 100 + 50, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    steps = np.arange(1, prompts + prompts // 100 + 50, dtype=np.uint64) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
     for resample in range(resamples):
         state = mix(mix(np.array([seed], np.uint64)) + np.uint64(resample))
         product = (mix(state + steps) >> np.uint64(32)) * np.uint64(prompts)
@@ -355,7 +434,9 @@ def reference_draws(prompts, resamples, seed):
 
 def reference_counts(prompts, resamples, seed):
     draws = reference_draws(prompts, resamples, seed)
-    return np.array([np.bincount(row, minlength=prompts) for row in draws], np.int32).reshape(resamples, prompts)
+    return np.array([np.bincount(row, minlength=prompts) for row in draws], np.int32).reshape(
+        resamples, prompts
+    )
 
 
 def test_threads_share_resamples():
@@ -371,12 +452,16 @@ def test_counts_are_those_of_the_documented_generator(prompts, resamples, seed):
     assert counts.dtype == np.int32 and counts.shape == (resamples, prompts)
     assert np.array_equal(counts, reference_counts(prompts, resamples, seed))
     assert (counts.sum(1) == prompts).all()
-    assert np.array_equal(evaluator.bootstrap_counts(prompts, resamples + 3, seed)[:resamples], counts)
+    assert np.array_equal(
+        evaluator.bootstrap_counts(prompts, resamples + 3, seed)[:resamples], counts
+    )
 
 
 def test_outputs_that_would_bias_the_draw_are_rejected():
     prompts = 1_000_003  # 2^32 mod prompts is large, so that some 200 of a million outputs are
-    assert np.array_equal(evaluator.bootstrap_counts(prompts, 1, 5), reference_counts(prompts, 1, 5))
+    assert np.array_equal(
+        evaluator.bootstrap_counts(prompts, 1, 5), reference_counts(prompts, 1, 5)
+    )
 
 
 def test_seed_and_resample_matter():
@@ -396,7 +481,11 @@ def test_counts_are_multinomial(prompts):
     assert np.abs(mean_error).max() < 5
     # uniform draws: Pearson's statistic of all draws lies between the .001 % quantiles of chi2
     total = counts.sum(0)
-    assert chi2.ppf(1e-5, prompts - 1) < ((total - resamples) ** 2 / resamples).sum() < chi2.isf(1e-5, prompts - 1)
+    assert (
+        chi2.ppf(1e-5, prompts - 1)
+        < ((total - resamples) ** 2 / resamples).sum()
+        < chi2.isf(1e-5, prompts - 1)
+    )
     covariance = np.cov(counts.T)
     np.testing.assert_allclose(np.diag(covariance), variance, atol=0.06)
     np.testing.assert_allclose(covariance[~np.eye(prompts, dtype=bool)], -1 / prompts, atol=0.04)
@@ -437,8 +526,15 @@ def strided(array):
     return np.repeat(array, 2, axis=-1)[..., ::2]
 
 
-ARRAYS = [(f, name) for f in good() for name in good()[f] if isinstance(good()[f][name], np.ndarray)]
-INTEGERS = [(f, name) for f in good() for name in good()[f] if name in ("prompts", "resamples", "seed", "threads")]
+ARRAYS = [
+    (f, name) for f in good() for name in good()[f] if isinstance(good()[f][name], np.ndarray)
+]
+INTEGERS = [
+    (f, name)
+    for f in good()
+    for name in good()[f]
+    if name in ("prompts", "resamples", "seed", "threads")
+]
 R, P, S = (("pair_statistics", name) for name in ("rewards", "p", "prompt_start"))
 K = ("kendall_tau", "scores")
 MALFORMED = [
@@ -525,7 +621,10 @@ MUTATIONS = [
 def test_random_malformed_calls_raise_or_return():
     """Nothing but TypeError and ValueError, and what is accepted is right; run it under a sanitizer for more."""
     rng, raised, calls = np.random.default_rng(0), 0, int(15_000 * SHARE)
-    functions, scipys = {function: [name for f, name in ARRAYS if f == function] for function in good()}, {}
+    functions, scipys = (
+        {function: [name for f, name in ARRAYS if f == function] for function in good()},
+        {},
+    )
     functions.pop("bootstrap_counts")
     for _ in range(calls):
         function = rng.choice(list(functions))
@@ -564,9 +663,13 @@ def test_arguments_are_neither_copied_nor_changed():
 
 def test_empty_input():
     none = np.zeros(0, np.int64)
-    s = evaluator.pair_statistics(np.zeros((2, 0), np.float32), none, none, np.zeros(0), np.array([0, 0, 0]))
+    s = evaluator.pair_statistics(
+        np.zeros((2, 0), np.float32), none, none, np.zeros(0), np.array([0, 0, 0])
+    )
     assert all(len(x) == 2 and not x.any() for x in s.values())
-    s = evaluator.pair_statistics(np.zeros((2, 0), np.float32), none, none, np.zeros(0), np.array([0]))
+    s = evaluator.pair_statistics(
+        np.zeros((2, 0), np.float32), none, none, np.zeros(0), np.array([0])
+    )
     assert all(len(x) == 0 for x in s.values()) and s["vote_vote"].shape == (0, 2, 2)
     assert evaluator.votes(np.zeros((2, 3), np.float32), none, none).shape == (2, 0)
     assert evaluator.kendall_tau(np.zeros((2, 0, 5))).shape == (0, 2, 2)

@@ -4,13 +4,13 @@ import itertools
 import json
 import shutil
 
-import fit_weights
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+import fit_weights
 from pairwise.run_dir import InputError, write_json, write_split
 
 seeds = st.integers(0, 2**32 - 1)
@@ -36,11 +36,18 @@ def draw_votes(rng, k=None):
     for j in range(k):
         other = rng.integers(k)
         match rng.integers(7):
-            case 0: votes[j] = votes[other]
-            case 1: votes[j] = 1 - votes[other]
-            case 2: votes[j] = rng.choice([0.0, 0.5, 1.0])
-            case 3: votes[j] = np.round(2 * p) / 2  # perfect, where p has only halves: then Q has a row of zeros
-            case 4: votes[j] = p > rng.random()  # a level of p: such members are calibrated together
+            case 0:
+                votes[j] = votes[other]
+            case 1:
+                votes[j] = 1 - votes[other]
+            case 2:
+                votes[j] = rng.choice([0.0, 0.5, 1.0])
+            case 3:
+                votes[j] = (
+                    np.round(2 * p) / 2
+                )  # perfect, where p has only halves: then Q has a row of zeros
+            case 4:
+                votes[j] = p > rng.random()  # a level of p: such members are calibrated together
     if kind == 1:  # a mixture of the members is perfectly calibrated
         p = np.clip(rng.dirichlet(np.ones(k)) @ votes, 0, 1)
     return votes, p
@@ -71,7 +78,9 @@ def gram(rng, k, kind):
     rank = k if kind == "full" else int(rng.integers(1, k + 1))
     factor = rng.normal(size=(k, rank)) + rng.choice([0, 1, 3])
     if kind == "near":
-        factor = np.column_stack([factor, 10.0 ** rng.uniform(-7.5, -1.5) * rng.normal(size=(k, k))])
+        factor = np.column_stack(
+            [factor, 10.0 ** rng.uniform(-7.5, -1.5) * rng.normal(size=(k, k))]
+        )
     q = factor @ factor.T
     return q / np.abs(q).max()
 
@@ -100,15 +109,26 @@ def test_weights_are_as_good_as_slsqp(kind):
         k = int(rng.integers(2, 17))
         q = q_of(*draw_votes(rng, k)) if kind == "votes" else gram(rng, k, kind)
         alpha = fit_weights.simplex_weights(q)
-        found = minimize(lambda x: x @ q @ x, np.full(k, 1 / k), jac=lambda x: 2 * q @ x, method="SLSQP", bounds=[(0, 1)] * k,
-                         constraints={"type": "eq", "fun": lambda x: x.sum() - 1, "jac": np.ones_like}, options={"ftol": 1e-14, "maxiter": 1000}).x
+        found = minimize(
+            lambda x: x @ q @ x,
+            np.full(k, 1 / k),
+            jac=lambda x: 2 * q @ x,
+            method="SLSQP",
+            bounds=[(0, 1)] * k,
+            constraints={"type": "eq", "fun": lambda x: x.sum() - 1, "jac": np.ones_like},
+            options={"ftol": 1e-14, "maxiter": 1000},
+        ).x
         found = np.clip(found, 0, None) / np.clip(found, 0, None).sum()
         assert -1e-14 < found @ q @ found - alpha @ q @ alpha < 1e-7
 
 
 def test_weights_themselves_where_they_are_unique():
-    assert np.allclose(fit_weights.simplex_weights(np.diag([1.0, 2, 4])), np.array([4, 2, 1]) / 7, atol=1e-15)
-    assert np.allclose(fit_weights.simplex_weights(np.array([[1, 2], [2, 5.0]])), [1, 0], atol=1e-15)  # the unconstrained optimum is (1.5, -.5)
+    assert np.allclose(
+        fit_weights.simplex_weights(np.diag([1.0, 2, 4])), np.array([4, 2, 1]) / 7, atol=1e-15
+    )
+    assert np.allclose(
+        fit_weights.simplex_weights(np.array([[1, 2], [2, 5.0]])), [1, 0], atol=1e-15
+    )  # the unconstrained optimum is (1.5, -.5)
     rng = np.random.default_rng(1)
     for _ in range(20):  # rebuilt from its own support
         q = gram(rng, 6, "full")
@@ -127,7 +147,9 @@ def test_kkt_residual_of_every_prefix_is_within_the_promise(seed):
     for entry in fit_weights.fit_prefixes(q):
         k, alpha = entry["k"], np.array(entry["alpha"])
         assert entry["kkt"] <= 1e-10 and feasible(alpha) and len(alpha) == k
-        slopes = 2 * ((alpha @ votes[:k] - p) * (votes[:k] - p)).mean(1)  # of the error along each member, from the votes
+        slopes = 2 * ((alpha @ votes[:k] - p) * (votes[:k] - p)).mean(
+            1
+        )  # of the error along each member, from the votes
         assert alpha @ slopes - slopes.min() <= 1e-10
         direct = np.mean((alpha @ votes[:k] - p) ** 2)
         assert abs(entry["train_mse"] - direct) < 1e-14
@@ -135,12 +157,25 @@ def test_kkt_residual_of_every_prefix_is_within_the_promise(seed):
 
 def test_a_member_that_could_join_but_need_not():
     """Members 1 and 3 are copies, and member 2 is worth exactly as much in the mixture as out of it. scipy 1.17's nnls gives member 2 a weight of .05."""
-    votes = np.array([[1, 1, 0, 0, 0, 1, 1, 1, 0], [1, 2, 1, 2, 2, 2, 2, 0, 2], [1, 1, 0, 0, 0, 1, 1, 1, 0]]) / 2
+    votes = (
+        np.array(
+            [[1, 1, 0, 0, 0, 1, 1, 1, 0], [1, 2, 1, 2, 2, 2, 2, 0, 2], [1, 1, 0, 0, 0, 1, 1, 1, 0]]
+        )
+        / 2
+    )
     q = q_of(votes, np.array([1, 2, 0, 0, 0, 2, 1, 2, 0]) / 3)
     alpha = fit_weights.simplex_weights(q)
     assert alpha[1] < 1e-12 and fit_weights.kkt_residual(q, alpha) < 1e-14
     for seed in (8, 3203, 5386, 7857, 19463):  # more of the kind
-        assert max(entry["kkt"] for entry in fit_weights.fit_prefixes(q_of(*draw_votes(np.random.default_rng(seed))))) < 1e-12
+        assert (
+            max(
+                entry["kkt"]
+                for entry in fit_weights.fit_prefixes(
+                    q_of(*draw_votes(np.random.default_rng(seed)))
+                )
+            )
+            < 1e-12
+        )
 
 
 @settings(max_examples=200, deadline=None)
@@ -175,10 +210,14 @@ def test_residual_is_positive_away_from_the_optimum(seed):
 
 
 def test_residual_by_hand():
-    q = np.diag([1.0, 2.0])  # slopes at (1/2, 1/2): 1 and 2, so the gap is 1/2 and so is the slackness of member 2
+    q = np.diag(
+        [1.0, 2.0]
+    )  # slopes at (1/2, 1/2): 1 and 2, so the gap is 1/2 and so is the slackness of member 2
     assert fit_weights.kkt_residual(q, np.array([0.5, 0.5])) == 0.5
     assert fit_weights.kkt_residual(q, np.array([2 / 3, 1 / 3])) < 1e-15
-    assert fit_weights.kkt_residual(np.diag([1.0, 1.0, 0]), np.array([0.5, 0.5, 0])) == 1  # the gap of both, each alone has 1/2
+    assert (
+        fit_weights.kkt_residual(np.diag([1.0, 1.0, 0]), np.array([0.5, 0.5, 0])) == 1
+    )  # the gap of both, each alone has 1/2
 
 
 # ---- what it depends on
@@ -190,7 +229,9 @@ def test_members_that_vote_alike_share_the_weight_equally(k):
     vote, p = rng.choice([0.0, 0.5, 1.0], 50), rng.integers(0, 4, 50) / 3
     q = q_of(np.tile(vote, (k, 1)), p)
     assert np.array_equal(fit_weights.simplex_weights(q), np.full(k, 1 / k))
-    assert np.array_equal(fit_weights.simplex_weights(np.zeros((k, k))), np.full(k, 1 / k))  # all of them perfect
+    assert np.array_equal(
+        fit_weights.simplex_weights(np.zeros((k, k))), np.full(k, 1 / k)
+    )  # all of them perfect
 
 
 def test_a_perfect_member_takes_all_and_leaves_nothing():
@@ -216,8 +257,14 @@ def test_a_duplicate_changes_no_error_and_a_permutation_only_the_order(seed):
     order = rng.permutation(k)
     assert abs(fit_weights.fit_prefixes(q_of(votes[order], p))[-1]["train_mse"] - best) < 1e-14
     q = gram(rng, k, "full") + 0.1 * np.eye(k)  # a unique optimum moves with its members
-    np.testing.assert_allclose(fit_weights.simplex_weights(q[np.ix_(order, order)]), fit_weights.simplex_weights(q)[order], atol=1e-12)
-    np.testing.assert_allclose(fit_weights.simplex_weights(1e-6 * q), fit_weights.simplex_weights(q), atol=1e-12)  # nor does the scale matter
+    np.testing.assert_allclose(
+        fit_weights.simplex_weights(q[np.ix_(order, order)]),
+        fit_weights.simplex_weights(q)[order],
+        atol=1e-12,
+    )
+    np.testing.assert_allclose(
+        fit_weights.simplex_weights(1e-6 * q), fit_weights.simplex_weights(q), atol=1e-12
+    )  # nor does the scale matter
 
 
 @settings(max_examples=100, deadline=None)
@@ -228,7 +275,9 @@ def test_prefixes_do_not_depend_on_later_members_and_never_get_worse(seed):
     prefixes = fit_weights.fit_prefixes(q)
     assert [entry["k"] for entry in prefixes] == list(range(1, len(q) + 1))
     size = 1 + seed % len(q)
-    assert fit_weights.fit_prefixes(np.array(q[:size, :size])) == prefixes[:size]  # so is a second call: the same bits
+    assert (
+        fit_weights.fit_prefixes(np.array(q[:size, :size])) == prefixes[:size]
+    )  # so is a second call: the same bits
     errors = [entry["train_mse"] for entry in prefixes]
     assert all(after <= before + 1e-14 for before, after in itertools.pairwise(errors))
 
@@ -245,12 +294,31 @@ def run(tmp_path):
     for split in ("train", "test"):
         rows = []
         for i in range(6):
-            pairs = [{"a": int(a), "b": int(b), "votes_a": float(x), "votes_b": float(4 - x), "ties": 0.0}
-                     for (a, b), x in zip(itertools.combinations(range(2 + i % 3), 2), rng.integers(0, 5, 6))]
-            rows.append({"prompt_id": f"{split}{i}", "messages": [{"role": "user", "content": f"Question {i}?"}], "responses": [f"Answer {n}." for n in range(2 + i % 3)], "pairs": pairs})
+            pairs = [
+                {
+                    "a": int(a),
+                    "b": int(b),
+                    "votes_a": float(x),
+                    "votes_b": float(4 - x),
+                    "ties": 0.0,
+                }
+                for (a, b), x in zip(
+                    itertools.combinations(range(2 + i % 3), 2), rng.integers(0, 5, 6)
+                )
+            ]
+            rows.append(
+                {
+                    "prompt_id": f"{split}{i}",
+                    "messages": [{"role": "user", "content": f"Question {i}?"}],
+                    "responses": [f"Answer {n}." for n in range(2 + i % 3)],
+                    "pairs": pairs,
+                }
+            )
         write_split(run / "data" / f"{split}.parquet", rows)
         for j in (1, 2, 3):
-            np.save(run / "rewards" / f"{j:02d}_{split}.npy", rng.integers(0, 5, 18).astype(np.float32))
+            np.save(
+                run / "rewards" / f"{j:02d}_{split}.npy", rng.integers(0, 5, 18).astype(np.float32)
+            )
     return run
 
 
@@ -264,12 +332,19 @@ def test_weights_file_is_exact_and_says_how_exact(run, capsys):
 
     prefixes = fit(run)
     split = read_split(run, "train")
-    rewards = np.stack([np.load(run / "rewards" / f"{j:02d}_train.npy") for j in (1, 2, 3)]).astype(float)
+    rewards = np.stack([np.load(run / "rewards" / f"{j:02d}_train.npy") for j in (1, 2, 3)]).astype(
+        float
+    )
     votes = (np.sign(rewards[:, split.a] - rewards[:, split.b]) + 1) / 2
     assert (votes == 0.5).any() and [entry["k"] for entry in prefixes] == [1, 2, 3]
     for entry in prefixes:
         k = entry["k"]
-        assert set(entry) == {"k", "alpha", "fit", "train_mse", "kkt"} and entry["fit"] == "qp" and len(entry["alpha"]) == k and entry["kkt"] <= 1e-10
+        assert (
+            set(entry) == {"k", "alpha", "fit", "train_mse", "kkt"}
+            and entry["fit"] == "qp"
+            and len(entry["alpha"]) == k
+            and entry["kkt"] <= 1e-10
+        )
         d = votes[:k] - split.p
         assert abs(entry["train_mse"] - np.mean((entry["alpha"] @ d) ** 2)) < 1e-14
         assert abs(entry["train_mse"] - supports_minimum(d @ d.T / d.shape[1])) < 1e-12
@@ -282,7 +357,9 @@ def test_stage_is_skipped_repeatable_and_made_again_for_another_member(run, caps
     assert fit(run) == first and "up to date, skipped" in capsys.readouterr().out
     (run / "weights.json").unlink()
     fit(run)
-    assert (run / "weights.json").read_bytes() == content and "skipped" not in capsys.readouterr().out
+    assert (
+        run / "weights.json"
+    ).read_bytes() == content and "skipped" not in capsys.readouterr().out
     for split in ("train", "test"):
         np.save(run / "rewards" / f"04_{split}.npy", np.arange(18, dtype=np.float32))
     assert fit(run)[:3] == first and "k=4" in capsys.readouterr().out
@@ -296,17 +373,39 @@ def rewards_with(value):
     return rewards
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda run: np.save(run / "rewards/02_train.npy", rewards_with(np.nan)), r"02_train.npy: member 2, split train: 1 rewards are NaN, the first at index 7"),
-    (lambda run: (run / "rewards/02_train.npy").unlink(), r"02_train.npy: no such file"),
-    (lambda run: [path.unlink() for path in (run / "rewards").glob("02_*")], r"members \[1, 3\] found, 1 to 2 expected"),
-    (lambda run: shutil.rmtree(run / "rewards"), "no rewards; train_rm.py makes them"),
-    (lambda run: np.save(run / "rewards/03_train.npy", np.zeros(17, np.float32)), r"float32 \(17,\) found, float32 \(18,\) expected"),
-    (lambda run: np.save(run / "rewards/01_train.npy", np.zeros(18)), "float64 .* found, float32 .* expected"),
-    (lambda run: (run / "rewards/01_train.npy").write_bytes(b"reward"), "01_train.npy: not a .npy array"),
-    (lambda run: (run / "data/train.parquet").unlink(), "train.parquet: no such file"),
-    (lambda run: (run / "data/train.parquet").write_bytes(b"data"), "train.parquet: not prepared data"),
-    (shutil.rmtree, "no such file")])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda run: np.save(run / "rewards/02_train.npy", rewards_with(np.nan)),
+            r"02_train.npy: member 2, split train: 1 rewards are NaN, the first at index 7",
+        ),
+        (lambda run: (run / "rewards/02_train.npy").unlink(), r"02_train.npy: no such file"),
+        (
+            lambda run: [path.unlink() for path in (run / "rewards").glob("02_*")],
+            r"members \[1, 3\] found, 1 to 2 expected",
+        ),
+        (lambda run: shutil.rmtree(run / "rewards"), "no rewards; train_rm.py makes them"),
+        (
+            lambda run: np.save(run / "rewards/03_train.npy", np.zeros(17, np.float32)),
+            r"float32 \(17,\) found, float32 \(18,\) expected",
+        ),
+        (
+            lambda run: np.save(run / "rewards/01_train.npy", np.zeros(18)),
+            "float64 .* found, float32 .* expected",
+        ),
+        (
+            lambda run: (run / "rewards/01_train.npy").write_bytes(b"reward"),
+            "01_train.npy: not a .npy array",
+        ),
+        (lambda run: (run / "data/train.parquet").unlink(), "train.parquet: no such file"),
+        (
+            lambda run: (run / "data/train.parquet").write_bytes(b"data"),
+            "train.parquet: not prepared data",
+        ),
+        (shutil.rmtree, "no such file"),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_the_weights(run, spoil, message):
     write_json(run / "weights.json", ["before"])
     spoil(run)
@@ -314,18 +413,34 @@ def test_bad_input_is_one_line_and_leaves_the_weights(run, spoil, message):
         fit(run)
     assert len(str(error.value).splitlines()) == 1
     if run.exists():
-        assert json.loads((run / "weights.json").read_text()) == ["before"] and not (run / "manifest.json").exists()
+        assert (
+            json.loads((run / "weights.json").read_text()) == ["before"]
+            and not (run / "manifest.json").exists()
+        )
 
 
 # ---- --early-stop
 
 
-@pytest.mark.parametrize("errors, patience, k", [
-    ([0.3], 1, None), ([0.3, 0.2, 0.1], 1, None), ([0.3, 0.3], 1, 2), ([0.3, 0.2, 0.25, 0.1], 1, 3), ([0.3, 0.2, 0.25, 0.1], 2, None),
-    ([0.3, 0.2, 0.25, 0.2, 0.1], 2, 4), ([0.3, 0.2, 0.25, 0.19, 0.2, 0.2], 2, 6), ([0.3, 0.3 - 1e-12], 1, 2), ([0.3, 0.4, 0.2], 3, None)])
+@pytest.mark.parametrize(
+    "errors, patience, k",
+    [
+        ([0.3], 1, None),
+        ([0.3, 0.2, 0.1], 1, None),
+        ([0.3, 0.3], 1, 2),
+        ([0.3, 0.2, 0.25, 0.1], 1, 3),
+        ([0.3, 0.2, 0.25, 0.1], 2, None),
+        ([0.3, 0.2, 0.25, 0.2, 0.1], 2, 4),
+        ([0.3, 0.2, 0.25, 0.19, 0.2, 0.2], 2, 6),
+        ([0.3, 0.3 - 1e-12], 1, 2),
+        ([0.3, 0.4, 0.2], 3, None),
+    ],
+)
 def test_stops_at_the_first_size_without_a_gain(errors, patience, k):
     assert fit_weights.stops_at(errors, patience) == k
-    for size in range(1, len(errors) + 1):  # however many members there are already, and however often it is asked: the same answer
+    for size in range(
+        1, len(errors) + 1
+    ):  # however many members there are already, and however often it is asked: the same answer
         assert fit_weights.stops_at(errors[:size], patience) == (k if k and size >= k else None)
 
 
@@ -336,15 +451,21 @@ def early_stop(run, *patience):
 def test_early_stop_is_by_the_validation_prompts(run, capsys):
     from pairwise.run_dir import read_split
 
-    with pytest.raises(InputError, match="valid.parquet: no such file; --early-stop needs validation prompts"):
+    with pytest.raises(
+        InputError, match="valid.parquet: no such file; --early-stop needs validation prompts"
+    ):
         early_stop(run)
     shutil.copy(run / "data" / "test.parquet", run / "data" / "valid.parquet")
     p, data = read_split(run, "valid").p, read_split(run, "valid")
     for j in (1, 2, 3):
         shutil.copy(run / "rewards" / f"{j:02d}_test.npy", run / "rewards" / f"{j:02d}_valid.npy")
-    rewards = np.stack([np.load(run / "rewards" / f"{j:02d}_valid.npy") for j in (1, 2, 3)]).astype(float)
+    rewards = np.stack([np.load(run / "rewards" / f"{j:02d}_valid.npy") for j in (1, 2, 3)]).astype(
+        float
+    )
     votes = (np.sign(rewards[:, data.a] - rewards[:, data.b]) + 1) / 2
-    errors = [np.mean((np.array(entry["alpha"]) @ votes[: entry["k"]] - p) ** 2) for entry in fit(run)]
+    errors = [
+        np.mean((np.array(entry["alpha"]) @ votes[: entry["k"]] - p) ** 2) for entry in fit(run)
+    ]
     capsys.readouterr()
     stop = next((k for k in (2, 3) if errors[k - 1] >= min(errors[: k - 1])), None)
     if stop:
@@ -354,7 +475,9 @@ def test_early_stop_is_by_the_validation_prompts(run, capsys):
     early_stop(run, "3")  # no three members after the first
     printed = capsys.readouterr().out
     assert "goes on" in printed and " ".join(f"{error:.4f}" for error in errors) in printed
-    np.save(run / "rewards" / "02_valid.npy", np.load(run / "rewards" / "01_valid.npy"))  # a second member that votes like the first gains nothing
+    np.save(
+        run / "rewards" / "02_valid.npy", np.load(run / "rewards" / "01_valid.npy")
+    )  # a second member that votes like the first gains nothing
     with pytest.raises(SystemExit) as status:
         early_stop(run)
     assert status.value.code == 3 and "member 2 is the last" in capsys.readouterr().out
@@ -364,7 +487,9 @@ def test_early_stop_is_by_the_validation_prompts(run, capsys):
 
 
 def prune(run, beta, out):
-    fit_weights.main(fit_weights.parse_args(["--run", str(run), "--prune", str(beta), "--out", str(out)]))
+    fit_weights.main(
+        fit_weights.parse_args(["--run", str(run), "--prune", str(beta), "--out", str(out)])
+    )
 
 
 @pytest.mark.parametrize("votes", ["sampled", "population", "dependent"])
@@ -376,36 +501,75 @@ def test_pruned_run_is_a_run_of_its_own(run, votes, tmp_path, capsys):
     (run / "member_01").mkdir()
     (run / "member_01" / "model.safetensors").write_text("weights")
     alpha = np.array(fit(run)[-1]["alpha"])
-    before, out = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}, tmp_path / "pruned"
+    before, out = (
+        {path: path.read_bytes() for path in run.rglob("*") if path.is_file()},
+        tmp_path / "pruned",
+    )
     prune(run, 2.5, out)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
     split = read_split(run, "train")
-    rewards = np.stack([np.load(run / "rewards" / f"{j:02d}_train.npy") for j in (1, 2, 3)]).astype(float)
+    rewards = np.stack([np.load(run / "rewards" / f"{j:02d}_train.npy") for j in (1, 2, 3)]).astype(
+        float
+    )
     v = (np.sign(rewards[:, split.a] - rewards[:, split.b]) + 1) / 2
     p_hat, kept, removed = alpha @ v, {0, 1, 2}, 0.0
-    for j in sorted(range(3), key=lambda j: (np.mean(np.abs(v[j] - p_hat)), j), reverse=True):  # from the farthest
+    for j in sorted(
+        range(3), key=lambda j: (np.mean(np.abs(v[j] - p_hat)), j), reverse=True
+    ):  # from the farthest
         if removed + alpha[j] > 1 / 1.5:
             break
         kept, removed = kept - {j}, removed + alpha[j]
     (entry,) = json.loads((out / "weights.json").read_text())
     wanted = np.array([alpha[j] if j in kept else 0 for j in range(3)]) / (1 - removed)
-    assert entry["k"] == 3 and entry["fit"] == "fixed" and entry["alpha"] == pytest.approx(wanted) and entry["kkt"] is None
-    assert entry["train_mse"] == pytest.approx(np.mean((wanted @ v - split.p) ** 2)) and 0 < removed < 1
+    assert (
+        entry["k"] == 3
+        and entry["fit"] == "fixed"
+        and entry["alpha"] == pytest.approx(wanted)
+        and entry["kkt"] is None
+    )
+    assert (
+        entry["train_mse"] == pytest.approx(np.mean((wanted @ v - split.p) ** 2))
+        and 0 < removed < 1
+    )
     facts = json.loads((out / "manifest.json").read_text())["stages"]["weights"]["pruned"]
-    c = {"sampled": np.mean(split.p * (1 - split.p) / (split.n - 1)), "population": 0, "dependent": None}[votes]
-    assert facts["removed"] == sorted(j + 1 for j in {0, 1, 2} - kept) and facts["weight_removed"] == pytest.approx(removed)
+    c = {
+        "sampled": np.mean(split.p * (1 - split.p) / (split.n - 1)),
+        "population": 0,
+        "dependent": None,
+    }[votes]
+    assert facts["removed"] == sorted(j + 1 for j in {0, 1, 2} - kept) and facts[
+        "weight_removed"
+    ] == pytest.approx(removed)
     if c is None:
         assert facts["epsilon"] is facts["gamma"] is facts["bound"] is None
     else:
         epsilon = max(0, np.mean((p_hat - split.p) ** 2) - c)
-        assert [facts["epsilon"], facts["gamma"], facts["bound"], facts["bound_of_weight_removed"]] == pytest.approx(
-            [epsilon, 3.5 * epsilon**0.5, (epsilon**0.5 + 1 / 1.5) ** 2, (epsilon**0.5 + removed) ** 2])
-        assert facts["error"] == pytest.approx(entry["train_mse"] - c) and facts["error"] <= facts["bound"]
+        assert [
+            facts["epsilon"],
+            facts["gamma"],
+            facts["bound"],
+            facts["bound_of_weight_removed"],
+        ] == pytest.approx(
+            [
+                epsilon,
+                3.5 * epsilon**0.5,
+                (epsilon**0.5 + 1 / 1.5) ** 2,
+                (epsilon**0.5 + removed) ** 2,
+            ]
+        )
+        assert (
+            facts["error"] == pytest.approx(entry["train_mse"] - c)
+            and facts["error"] <= facts["bound"]
+        )
 
-    assert (out / "member_01" / "model.safetensors").read_text() == "weights" and (out / "member_01").is_symlink()
+    assert (out / "member_01" / "model.safetensors").read_text() == "weights" and (
+        out / "member_01"
+    ).is_symlink()
     evaluate.main(evaluate.parse_args(["--run", str(out), "--resamples", "20"]))
-    assert [e["k"] for e in json.loads((out / "metrics.json").read_text())["splits"]["test"]["ensemble"]] == [3]
+    assert [
+        e["k"] for e in json.loads((out / "metrics.json").read_text())["splits"]["test"]["ensemble"]
+    ] == [3]
     assert ">Pruned<" in (out / "report.html").read_text()
     capsys.readouterr()
     prune(run, 2.5, out)
@@ -418,9 +582,17 @@ def test_pruned_run_is_a_run_of_its_own(run, votes, tmp_path, capsys):
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == after
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--prune", "2", "--out", "x"], "2 found, a number above 2"), (["--prune", "nan", "--out", "x"], "above 2"), (["--prune", "3"], "expected together"),
-    (["--out", "x"], "expected together"), (["--prune", "3", "--out", "x", "--early-stop"], "without --early-stop"), (["--early-stop", "0"], "at least 1")])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--prune", "2", "--out", "x"], "2 found, a number above 2"),
+        (["--prune", "nan", "--out", "x"], "above 2"),
+        (["--prune", "3"], "expected together"),
+        (["--out", "x"], "expected together"),
+        (["--prune", "3", "--out", "x", "--early-stop"], "without --early-stop"),
+        (["--early-stop", "0"], "at least 1"),
+    ],
+)
 def test_bad_flags_are_one_line(flags, said, capsys):
     with pytest.raises(SystemExit) as stop:
         fit_weights.parse_args(["--run", "r", *flags])

@@ -3,22 +3,37 @@
 import json
 import shutil
 
-import evaluate
 import numpy as np
 import pytest
-import score
 import torch
 from conftest import FLAGS, HEAD, TINY, fit, fresh, leftovers, manifest, rewards, train
 from transformers import (
-    AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Config, DebertaV2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification)
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
+import evaluate
+import score
 from pairwise.run_dir import InputError, read_split
 
 
 def make_model(tokenizer, directory, seed, outputs=1, **changes):
     """A random reward model of its own size, with its tokenizer."""
     torch.manual_seed(seed)
-    config = LlamaConfig(**TINY | {"vocab_size": len(tokenizer), "num_labels": outputs, "pad_token_id": tokenizer.pad_token_id, "initializer_range": 0.1} | changes)
+    config = LlamaConfig(
+        **TINY
+        | {
+            "vocab_size": len(tokenizer),
+            "num_labels": outputs,
+            "pad_token_id": tokenizer.pad_token_id,
+            "initializer_range": 0.1,
+        }
+        | changes
+    )
     LlamaForSequenceClassification(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -29,33 +44,67 @@ def models(demo, data, tokenizer, tmp_path_factory):
     """Three models of different sizes, tokens and templates; of the second, padding is the token that ends its template; the third is an encoder."""
     folder, texts = tmp_path_factory.mktemp("models"), sum(read_split(data, "train").responses, [])
     other = demo.train_tokenizer(texts, 300)
-    other.chat_template = "{% for m in messages %}{{ m['role'] }} says {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    other.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} says {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    )
     torch.manual_seed(2)
-    encoder = DebertaV2ForSequenceClassification(DebertaV2Config(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=256,
-        relative_attention=True, position_buckets=16, pos_att_type=["p2c", "c2p"], num_labels=1, initializer_range=0.1, pad_token_id=tokenizer.pad_token_id))
+    encoder = DebertaV2ForSequenceClassification(
+        DebertaV2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=256,
+            relative_attention=True,
+            position_buckets=16,
+            pos_att_type=["p2c", "c2p"],
+            num_labels=1,
+            initializer_range=0.1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     encoder.classifier.bias.data.fill_(0.5)
     encoder.save_pretrained(folder / "encoder")
     tokenizer.save_pretrained(folder / "encoder")
-    return [make_model(tokenizer, folder / "one", 0), make_model(other, folder / "two", 1, hidden_size=16, intermediate_size=32, pad_token_id=other.eos_token_id),
-            folder / "encoder"]
+    return [
+        make_model(tokenizer, folder / "one", 0),
+        make_model(
+            other,
+            folder / "two",
+            1,
+            hidden_size=16,
+            intermediate_size=32,
+            pad_token_id=other.eos_token_id,
+        ),
+        folder / "encoder",
+    ]
 
 
 def adopt(run, model, j=1, *flags):
     import train_rm
 
-    train_rm.main(train_rm.parse_args(["--run", str(run), "--from", str(model), "--iteration", str(j), *FLAGS, *flags]))
+    train_rm.main(
+        train_rm.parse_args(
+            ["--run", str(run), "--from", str(model), "--iteration", str(j), *FLAGS, *flags]
+        )
+    )
 
 
 def by_transformers(model, messages, responses):
     """Rewards of every response by itself, with nothing of this project's."""
-    tokenizer, plain = AutoTokenizer.from_pretrained(model), AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer, plain = (
+        AutoTokenizer.from_pretrained(model),
+        AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval(),
+    )
     found = []
     with torch.no_grad():
         for context, texts in zip(messages, responses):
             for text in texts:
                 chat = [*context, {"role": "assistant", "content": text}]
-                ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"]
+                ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)[
+                    "input_ids"
+                ]
                 found.append(plain(input_ids=ids).logits.item())
     return np.array(found)
 
@@ -76,11 +125,21 @@ def test_rewards_are_the_models_own(ensemble, models):
         for name in ("train", "valid", "test"):
             if (ensemble / "data" / f"{name}.parquet").exists():
                 split = read_split(ensemble, name)
-                np.testing.assert_allclose(rewards(ensemble, j, name), by_transformers(model, split.messages, split.responses), atol=2e-5)
+                np.testing.assert_allclose(
+                    rewards(ensemble, j, name),
+                    by_transformers(model, split.messages, split.responses),
+                    atol=2e-5,
+                )
         entry = manifest(ensemble)[f"member_{j:02d}"]
-        assert entry["settings"] == {"train": "from", "dtype": "float32", "max_length": 200 if j == 3 else 2048} and entry["base"] == str(model)
+        assert entry["settings"] == {
+            "train": "from",
+            "dtype": "float32",
+            "max_length": 200 if j == 3 else 2048,
+        } and entry["base"] == str(model)
         source = json.loads((ensemble / f"member_{j:02d}" / "source.json").read_text())
-        assert source["model"] == str(model) and source["fingerprint"] == entry["inputs"]["base model"]
+        assert (
+            source["model"] == str(model) and source["fingerprint"] == entry["inputs"]["base model"]
+        )
         assert rewards(ensemble, j, "continuations").shape == (2, 5)
     assert not leftovers(ensemble) and not (ensemble / "logs").exists()
 
@@ -88,18 +147,37 @@ def test_rewards_are_the_models_own(ensemble, models):
 def test_weights_metrics_and_report(ensemble, tmp_path):
     run = fresh(ensemble, tmp_path)
     evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "10"]))
-    metrics, page = json.loads((run / "metrics.json").read_text()), (run / "report.html").read_text()
-    assert metrics["k"] == 3 and metrics["diversity"]["continuations"] == 5 and "existing reward models" in page
+    metrics, page = (
+        json.loads((run / "metrics.json").read_text()),
+        (run / "report.html").read_text(),
+    )
+    assert (
+        metrics["k"] == 3
+        and metrics["diversity"]["continuations"] == 5
+        and "existing reward models" in page
+    )
     test = metrics["splits"]["test"]
     assert test["soft_single"] is None and test["soft_true"] is None
-    split, alpha = read_split(run, "test"), np.array(json.loads((run / "weights.json").read_text())[2]["alpha"])
-    votes = np.stack([(np.sign(r[split.a] - r[split.b]) + 1) / 2 for r in (rewards(run, j) for j in (1, 2, 3))])
-    assert test["ensemble"][2]["brier"] == pytest.approx(((alpha @ votes - split.p) ** 2).mean(), abs=1e-9)
+    split, alpha = (
+        read_split(run, "test"),
+        np.array(json.loads((run / "weights.json").read_text())[2]["alpha"]),
+    )
+    votes = np.stack(
+        [(np.sign(r[split.a] - r[split.b]) + 1) / 2 for r in (rewards(run, j) for j in (1, 2, 3))]
+    )
+    assert test["ensemble"][2]["brier"] == pytest.approx(
+        ((alpha @ votes - split.p) ** 2).mean(), abs=1e-9
+    )
 
 
 def questions(run, path):
     split = read_split(run, "test")
-    path.write_text("".join(json.dumps({"prompt": m, "responses": texts}) + "\n" for m, texts in zip(split.messages, split.responses)))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": m, "responses": texts}) + "\n"
+            for m, texts in zip(split.messages, split.responses)
+        )
+    )
     return path
 
 
@@ -107,11 +185,18 @@ def test_score(ensemble, tmp_path):
     path = questions(ensemble, tmp_path / "mine.jsonl")
     score.main(score.parse_args([str(path), "--run", str(ensemble), *FLAGS]))
     rows = [json.loads(line) for line in (tmp_path / "mine-scores.jsonl").read_text().splitlines()]
-    np.testing.assert_allclose(np.concatenate([row["rewards"] for row in rows]), np.stack([rewards(ensemble, j) for j in (1, 2, 3)], 1), atol=1e-6)
+    np.testing.assert_allclose(
+        np.concatenate([row["rewards"] for row in rows]),
+        np.stack([rewards(ensemble, j) for j in (1, 2, 3)], 1),
+        atol=1e-6,
+    )
 
 
 def test_score_says_where_a_model_is_not(ensemble, models, tmp_path):
-    path, moved = questions(ensemble, tmp_path / "mine.jsonl"), shutil.copytree(models[1], tmp_path / "two")
+    path, moved = (
+        questions(ensemble, tmp_path / "mine.jsonl"),
+        shutil.copytree(models[1], tmp_path / "two"),
+    )
     run = fresh(ensemble, tmp_path)
     source = run / "member_02" / "source.json"
     facts = json.loads(source.read_text())
@@ -137,7 +222,11 @@ def test_score_says_where_a_model_is_not(ensemble, models, tmp_path):
 
 def test_a_template_of_ones_own_is_kept(data, models, tmp_path):
     """A model without a chat template takes one from a file, and score.py needs it no more."""
-    bare, template, run = shutil.copytree(models[0], tmp_path / "bare"), tmp_path / "mine.jinja", fresh(data, tmp_path)
+    bare, template, run = (
+        shutil.copytree(models[0], tmp_path / "bare"),
+        tmp_path / "mine.jinja",
+        fresh(data, tmp_path),
+    )
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match=f"--from {bare} has no chat template; name a Jinja file"):
         adopt(run, bare)
@@ -148,15 +237,25 @@ def test_a_template_of_ones_own_is_kept(data, models, tmp_path):
     path = questions(run, tmp_path / "mine.jsonl")
     score.main(score.parse_args([str(path), "--run", str(run), *FLAGS]))
     rows = [json.loads(line) for line in (tmp_path / "mine-scores.jsonl").read_text().splitlines()]
-    np.testing.assert_allclose(np.concatenate([row["rewards"] for row in rows])[:, 0], rewards(run), atol=1e-6)
+    np.testing.assert_allclose(
+        np.concatenate([row["rewards"] for row in rows])[:, 0], rewards(run), atol=1e-6
+    )
 
 
-def test_again_it_is_skipped_and_others_are_refused(ensemble, head_run, models, base, tmp_path, capsys):
+def test_again_it_is_skipped_and_others_are_refused(
+    ensemble, head_run, models, base, tmp_path, capsys
+):
     run = fresh(ensemble, tmp_path)
     before = (run / "manifest.json").read_bytes()
     adopt(run, models[0])
-    assert "is there, skipped" in capsys.readouterr().out and (run / "manifest.json").read_bytes() == before
-    for words, said in (((models[1], 1), "made from another base model"), ((models[0], 1, "--max-length", "64"), "max-length was 2048, is 64")):
+    assert (
+        "is there, skipped" in capsys.readouterr().out
+        and (run / "manifest.json").read_bytes() == before
+    )
+    for words, said in (
+        ((models[1], 1), "made from another base model"),
+        ((models[0], 1, "--max-length", "64"), "max-length was 2048, is 64"),
+    ):
         with pytest.raises(InputError, match=said):
             adopt(run, *words)
     for j in (1, 4):
@@ -172,13 +271,26 @@ def test_again_it_is_skipped_and_others_are_refused(ensemble, head_run, models, 
 
 def test_refused_models(data, tokenizer, base, models, tmp_path, capsys):
     run = fresh(data, tmp_path)
-    for model, said in ((make_model(tokenizer, tmp_path / "three", 0, outputs=3), "a head with 3 outputs found, a linear head with one output expected"),
-                        (base, "weights are missing: score.weight; a trained reward model expected"), (tmp_path / "none", "no tokenizer could be loaded")):
+    for model, said in (
+        (
+            make_model(tokenizer, tmp_path / "three", 0, outputs=3),
+            "a head with 3 outputs found, a linear head with one output expected",
+        ),
+        (base, "weights are missing: score.weight; a trained reward model expected"),
+        (tmp_path / "none", "no tokenizer could be loaded"),
+    ):
         with pytest.raises(InputError, match=said) as error:
             adopt(run, model)
         assert str(error.value).startswith(f"--from {model}: ") and "\n" not in str(error.value)
-    assert not list(run.glob("member_*")) and not (run / "rewards").exists() and "member_01" not in manifest(run)
-    for words, said in ((["--base", "x"], "not allowed with argument"), (["--plan"], "not allowed with argument")):
+    assert (
+        not list(run.glob("member_*"))
+        and not (run / "rewards").exists()
+        and "member_01" not in manifest(run)
+    )
+    for words, said in (
+        (["--base", "x"], "not allowed with argument"),
+        (["--plan"], "not allowed with argument"),
+    ):
         with pytest.raises(SystemExit):
             adopt(run, models[0], 1, *words)
         assert said in capsys.readouterr().err

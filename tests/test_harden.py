@@ -5,15 +5,15 @@ import shutil
 import subprocess
 import sys
 
-import evaluate
-import harden
 import numpy as np
 import pytest
-import score
 from conftest import FLAGS, REPOSITORY, leftovers
 from scipy.integrate import quad
 from scipy.special import expit
 
+import evaluate
+import harden
+import score
 from pairwise.levels import formula, hardened
 from pairwise.run_dir import InputError, Split, read_split
 
@@ -31,7 +31,9 @@ def p_hat(formulas, alpha, rewards, a, b):
 
 def separated(layout, u, a, b):
     """Share of a layout's levels that part the two responses of each pair, by hand."""
-    return np.mean([np.floor((u[a] + o) / w) != np.floor((u[b] + o) / w) for w, o in zip(*layout)], axis=0)
+    return np.mean(
+        [np.floor((u[a] + o) / w) != np.floor((u[b] + o) / w) for w, o in zip(*layout)], axis=0
+    )
 
 
 def simulated(n=4000, r=800, seed=0, heads=1):
@@ -42,7 +44,9 @@ def simulated(n=4000, r=800, seed=0, heads=1):
     p = expit(rewards[:, a].astype(float) - rewards[:, b]).mean(0)
     votes = rng.binomial(9, p).astype(float)
     start = lambda total: np.array([0, total])
-    return Split(["x"], [[]], [[]], start(r), start(len(a)), a, b, votes, 9 - votes, np.zeros(len(a)), p), rewards
+    return Split(
+        ["x"], [[]], [[]], start(r), start(len(a)), a, b, votes, 9 - votes, np.zeros(len(a)), p
+    ), rewards
 
 
 # ---- the formulas
@@ -55,11 +59,15 @@ def test_share_of_levels_whatever_the_taste(name, spread):
     layout, rng = LAYOUTS[name], np.random.default_rng(1)
     a, b = pairs(3000)
     for scale in (1, 30):
-        rewards = np.stack([rng.normal(size=500) * scale, rng.normal(size=500) * spread]).astype(np.float32)
+        rewards = np.stack([rng.normal(size=500) * scale, rng.normal(size=500) * spread]).astype(
+            np.float32
+        )
         u = 1.3 * rewards[0].astype(np.float64)
         formulas = harden.paired(1, 1.3, layout, 2, 1.0)
         expected = 0.5 + np.sign(u[a] - u[b]) * separated(layout, u, a, b) / 2
-        np.testing.assert_allclose(p_hat(formulas, np.full(8, 1 / 8), rewards, a, b), expected, atol=1e-12)
+        np.testing.assert_allclose(
+            p_hat(formulas, np.full(8, 1 / 8), rewards, a, b), expected, atol=1e-12
+        )
 
 
 def test_reversed_inside_a_level():
@@ -71,26 +79,40 @@ def test_reversed_inside_a_level():
     found = harden.votes_of(formulas, rewards, a, b)
     assert not (found == 0.5).any()
     alpha = np.array([0.5] + [0.5 / 7] * 7)
-    np.testing.assert_allclose(alpha @ found, 0.5 + np.sign(u[a] - u[b]) * separated((widths, offsets), u, a, b) / 2, atol=1e-12)
+    np.testing.assert_allclose(
+        alpha @ found,
+        0.5 + np.sign(u[a] - u[b]) * separated((widths, offsets), u, a, b) / 2,
+        atol=1e-12,
+    )
 
 
 def test_equal_rewards_tie_and_swapped_pairs_mirror():
     rewards = np.random.default_rng(3).normal(size=(2, 40)).astype(np.float32)
     rewards[:, 20:] = rewards[:, :20]
     a, b = np.arange(20), np.arange(20, 40)
-    formulas = [*harden.paired(1, 1.0, LAYOUTS["quantile"], 2, 1.0), formula(1, 1.0), formula(1, 1.0, 2.0, 0.3)]
+    formulas = [
+        *harden.paired(1, 1.0, LAYOUTS["quantile"], 2, 1.0),
+        formula(1, 1.0),
+        formula(1, 1.0, 2.0, 0.3),
+    ]
     assert (harden.votes_of(formulas, rewards, a, b) == 0.5).all()
     b = (a + 7) % 20
-    np.testing.assert_array_equal(harden.votes_of(formulas, rewards, a, b), 1 - harden.votes_of(formulas, rewards, b, a))
+    np.testing.assert_array_equal(
+        harden.votes_of(formulas, rewards, a, b), 1 - harden.votes_of(formulas, rewards, b, a)
+    )
 
 
 def test_random_levels_are_the_logistic_model():
     """A level of random offset and width w parts a distance d with probability min(d / w, 1); with F for the widths the mean is 2 sigmoid(d) - 1."""
+
     def density(w):
         return (harden.mixing(w + 1e-5) - harden.mixing(w - 1e-5)) / 2e-5
 
     for d in (0.1, 1.0, 3.0):
-        share = quad(lambda w: min(d / w, 1) * density(w), 1e-3, d)[0] + quad(lambda w: min(d / w, 1) * density(w), d, 80)[0]
+        share = (
+            quad(lambda w: min(d / w, 1) * density(w), 1e-3, d)[0]
+            + quad(lambda w: min(d / w, 1) * density(w), d, 80)[0]
+        )
         assert abs(0.5 + share / 2 - expit(d)) < 1e-5
 
 
@@ -100,7 +122,15 @@ def test_quantile_layout_comes_near_the_soft_model():
     errors = []
     for k in (8, 32, 128):
         formulas = harden.paired(1, 1.0, harden.quantile_layout(k // 2), 2, 1.0)
-        errors.append(np.mean((p_hat(formulas, np.full(k, 1 / k), u, a, b) - expit(u[0, a].astype(float) - u[0, b])) ** 2))
+        errors.append(
+            np.mean(
+                (
+                    p_hat(formulas, np.full(k, 1 / k), u, a, b)
+                    - expit(u[0, a].astype(float) - u[0, b])
+                )
+                ** 2
+            )
+        )
     assert errors[0] > 4 * errors[1] > 8 * errors[2] and errors[2] < 2e-4
 
 
@@ -110,7 +140,9 @@ def test_largest_remainder():
     for _ in range(20):
         weights = np.random.default_rng(_).dirichlet(np.ones(5))
         counts = harden.largest_remainder(weights, 20)
-        assert counts.sum() == 20 and not (counts % 2).any() and (abs(counts - 20 * weights) < 2).all()
+        assert (
+            counts.sum() == 20 and not (counts % 2).any() and (abs(counts - 20 * weights) < 2).all()
+        )
 
 
 def test_pick_beats_chance_and_keeps_to_the_simplex():
@@ -134,7 +166,9 @@ def test_fitted_layout_follows_the_soft_model_better(k):
     for formulas, alpha, misfit in found.values():
         assert len(formulas) == len(alpha) == k and abs(alpha.sum() - 1) < 1e-9
         soft = expit(rewards[0, split.a].astype(float) - rewards[0, split.b])
-        assert misfit == pytest.approx(np.mean((p_hat(formulas, alpha, rewards, split.a, split.b) - soft) ** 2), rel=1e-9)
+        assert misfit == pytest.approx(
+            np.mean((p_hat(formulas, alpha, rewards, split.a, split.b) - soft) ** 2), rel=1e-9
+        )
         assert misfit < 0.02
     assert min(found, key=lambda name: found[name][2]) == "fitted"
 
@@ -142,7 +176,17 @@ def test_fitted_layout_follows_the_soft_model_better(k):
 def test_many_components():
     """More formulas to pick from than the evaluator takes at once."""
     split, rewards = simulated(n=500, r=100, heads=8)
-    found = harden.layouts(rewards, split, list(range(1, 9)), np.full(8, 1 / 8), 1.0, 0.0, 16, dict.fromkeys(range(1, 9)), "fitted")
+    found = harden.layouts(
+        rewards,
+        split,
+        list(range(1, 9)),
+        np.full(8, 1 / 8),
+        1.0,
+        0.0,
+        16,
+        dict.fromkeys(range(1, 9)),
+        "fitted",
+    )
     assert found["fitted"][2] < 0.01
 
 
@@ -153,7 +197,10 @@ def test_several_components():
     soft = expit(rewards[:, split.a].astype(float) - rewards[:, split.b]).mean(0)
     votes = np.random.default_rng(0).binomial(9, soft).astype(float)
     split = Split(**{**vars(split), "votes_a": votes, "votes_b": 9 - votes, "p_true": soft})
-    one, both = (harden.harden((split, rewards), (split, rewards), 8, "equal", counts) for counts in ([1], None))
+    one, both = (
+        harden.harden((split, rewards), (split, rewards), 8, "equal", counts)
+        for counts in ([1], None)
+    )
     assert both["components"] == [1, 2] and both["brier"] < 0.7 * one["brier"]
     assert [f["member"] for f in both["formulas"]].count(1) == 4 and len(both["alpha"]) == 8
 
@@ -178,16 +225,23 @@ def test_run_of_its_own(full_run, tmp_path, layout, capsys):
     out = make(full_run, tmp_path / "hard", "--k", "4", "--layout", layout)
     assert "no validation" not in capsys.readouterr().out
     evaluate.main(evaluate.parse_args(["--run", str(out), "--resamples", "50"]))
-    weights, metrics = json.loads((out / "weights.json").read_text()), json.loads((out / "metrics.json").read_text())
+    weights, metrics = (
+        json.loads((out / "weights.json").read_text()),
+        json.loads((out / "metrics.json").read_text()),
+    )
     assert [(w["k"], w["fit"]) for w in weights] == [(4, "fixed")] and metrics["k"] == 4
     test = metrics["splits"]["test"]
     split = read_split(out, "test")
     rewards = np.stack([np.load(full_run / "rewards" / f"0{j}_test.npy") for j in (1, 2)])
     formulas = json.loads((out / "members.json").read_text())["members"]
     by_hand = p_hat(formulas, np.array(weights[0]["alpha"]), rewards, split.a, split.b)
-    assert test["ensemble"][0]["brier"] == pytest.approx(np.mean((by_hand - split.p) ** 2), abs=1e-9)
+    assert test["ensemble"][0]["brier"] == pytest.approx(
+        np.mean((by_hand - split.p) ** 2), abs=1e-9
+    )
     assert test["soft_single"] is None and metrics["diversity"] is not None and not leftovers(out)
-    np.testing.assert_array_equal(np.load(out / "rewards" / "03_test.npy"), hardened(formulas, rewards)[2])
+    np.testing.assert_array_equal(
+        np.load(out / "rewards" / "03_test.npy"), hardened(formulas, rewards)[2]
+    )
 
 
 def test_same_again_and_moved_together(full_run, tmp_path, capsys):
@@ -204,10 +258,20 @@ def test_same_again_and_moved_together(full_run, tmp_path, capsys):
     both.rename(tmp_path / "moved")
     questions = tmp_path / "q.jsonl"
     split = read_split(tmp_path / "moved" / "hard", "test")
-    questions.write_text("".join(json.dumps({"prompt": m[-1]["content"], "responses": r}) + "\n" for m, r in zip(split.messages, split.responses)))
-    score.main(score.parse_args([str(questions), "--run", str(tmp_path / "moved" / "hard"), *FLAGS]))
+    questions.write_text(
+        "".join(
+            json.dumps({"prompt": m[-1]["content"], "responses": r}) + "\n"
+            for m, r in zip(split.messages, split.responses)
+        )
+    )
+    score.main(
+        score.parse_args([str(questions), "--run", str(tmp_path / "moved" / "hard"), *FLAGS])
+    )
     rows = [json.loads(line) for line in (tmp_path / "q-scores.jsonl").read_text().splitlines()]
-    stored = np.stack([np.load(tmp_path / "moved" / "hard" / "rewards" / f"0{j}_test.npy") for j in range(1, 5)], axis=1)
+    stored = np.stack(
+        [np.load(tmp_path / "moved" / "hard" / "rewards" / f"0{j}_test.npy") for j in range(1, 5)],
+        axis=1,
+    )
     close = np.isclose(np.concatenate([row["rewards"] for row in rows]), stored, atol=1e-4)
     assert close.mean() > 0.98  # a reward at the edge of a level may fall on its other side
 

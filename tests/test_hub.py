@@ -18,8 +18,19 @@ from conftest import REPOSITORY
 from test_published import HELPSTEER2, MULTIPREF, PERSONALLLM, PREFERENCES, PRISM, TLDR
 from test_votes import save
 
-COMMITS = {name: digit * 40 for name, digit in (("multipref", "a"), ("older", "b"), ("personalllm", "c"), ("helpsteer2", "d"), ("prism", "e"),
-                                                ("tldr", "f"), ("main", "1"), ("plain", "2"))}
+COMMITS = {
+    name: digit * 40
+    for name, digit in (
+        ("multipref", "a"),
+        ("older", "b"),
+        ("personalllm", "c"),
+        ("helpsteer2", "d"),
+        ("prism", "e"),
+        ("tldr", "f"),
+        ("main", "1"),
+        ("plain", "2"),
+    )
+}
 RUNNER = """
 import contextlib, io, json, runpy, sys, time, traceback
 from pairwise import report
@@ -63,41 +74,86 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def refuse(self, status, code, **headers):
-        self.answer(status, {"error": code}, X_Error_Code=code, X_Error_Message=f"said the hub: {code}", **headers)
+        self.answer(
+            status,
+            {"error": code},
+            X_Error_Code=code,
+            X_Error_Message=f"said the hub: {code}",
+            **headers,
+        )
 
     def do_GET(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
         url = urlsplit(self.path)
         self.server.requests.append((self.command, unquote(url.path)))
-        words = unquote(url.path).strip("/").split("/")  # datasets/ID/resolve/REV/PATH, or api/datasets/ID[/(revision|tree|paths-info)/REV[/PATH]]
+        words = (
+            unquote(url.path).strip("/").split("/")
+        )  # datasets/ID/resolve/REV/PATH, or api/datasets/ID[/(revision|tree|paths-info)/REV[/PATH]]
         start = words.index("datasets") + 1 if "datasets" in words else len(words)
-        repo, (what, *rest) = "/".join(words[start : start + 2]), words[start + 2 :] or ["revision", "main"]
+        repo, (what, *rest) = (
+            "/".join(words[start : start + 2]),
+            words[start + 2 :] or ["revision", "main"],
+        )
         revisions = self.server.repos.get(repo, (401, "RepoNotFound"))
         if isinstance(revisions, tuple):
             return self.refuse(*revisions)
         rest = "/".join(rest)
         known = {commit: (commit, files) for commit, files in revisions.values()} | revisions
-        revision = next((name for name in known if rest == name or rest.startswith(f"{name}/")), None)
+        revision = next(
+            (name for name in known if rest == name or rest.startswith(f"{name}/")), None
+        )
         if revision is None:
             return self.refuse(404, "RevisionNotFound")
         (commit, files), path = known[revision], rest[len(revision) + 1 :]
         if what == "revision":
-            return self.answer(200, {"id": repo, "sha": commit, "private": False, "gated": False,
-                                     "siblings": [{"rfilename": name} for name in files]})
+            return self.answer(
+                200,
+                {
+                    "id": repo,
+                    "sha": commit,
+                    "private": False,
+                    "gated": False,
+                    "siblings": [{"rfilename": name} for name in files],
+                },
+            )
         if what == "resolve":
             if path not in files:
                 return self.refuse(404, "EntryNotFound", X_Repo_Commit=commit)
-            return self.answer(200, files[path], X_Repo_Commit=commit, ETag=f'"{hashlib.sha1(files[path]).hexdigest()}"')
+            return self.answer(
+                200,
+                files[path],
+                X_Repo_Commit=commit,
+                ETag=f'"{hashlib.sha1(files[path]).hexdigest()}"',
+            )
         folders = {name.rsplit("/", i)[0] for name in files for i in range(1, name.count("/") + 1)}
-        entries = {name: {"type": "directory", "oid": "0" * 40, "size": 0, "path": name} for name in folders}
-        entries |= {name: {"type": "file", "oid": hashlib.sha1(content).hexdigest(), "size": len(content), "path": name}
-                    for name, content in files.items()}
+        entries = {
+            name: {"type": "directory", "oid": "0" * 40, "size": 0, "path": name}
+            for name in folders
+        }
+        entries |= {
+            name: {
+                "type": "file",
+                "oid": hashlib.sha1(content).hexdigest(),
+                "size": len(content),
+                "path": name,
+            }
+            for name, content in files.items()
+        }
         if what == "paths-info":
-            return self.answer(200, [entries[name] for name in parse_qs(body).get("paths", []) if name in entries])
+            return self.answer(
+                200, [entries[name] for name in parse_qs(body).get("paths", []) if name in entries]
+            )
         if path and path not in folders:
             return self.refuse(404, "EntryNotFound")
         under, deep = f"{path}/" if path else "", parse_qs(url.query).get("recursive") == ["true"]
-        self.answer(200, [entry for name, entry in entries.items() if name.startswith(under) and (deep or "/" not in name[len(under) :])])
+        self.answer(
+            200,
+            [
+                entry
+                for name, entry in entries.items()
+                if name.startswith(under) and (deep or "/" not in name[len(under) :])
+            ],
+        )
 
     do_HEAD = do_POST = do_GET
 
@@ -117,19 +173,35 @@ def serving(repos):
 
 def environment(address, home):
     """Of a process that knows no other hub than this one, and no token."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE", "PAIRWISE_"))
-            and not name.lower().endswith("_proxy")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "HUGGING_FACE", "PAIRWISE_"))
+        and not name.lower().endswith("_proxy")
+    }
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return kept | {"PYTHONPATH": path, "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-                   "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return kept | {
+        "PYTHONPATH": path,
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(home),
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
 
 
 def run_all(address, home, jobs):
     """[(exit code, stdout, last line of stderr)] of the scripts with these words, one after the other in one process, for the imports' sake."""
-    jobs = [[str(REPOSITORY / "data_prep" / f"{name}.py"), *map(str, words)] for name, *words in jobs]
+    jobs = [
+        [str(REPOSITORY / "data_prep" / f"{name}.py"), *map(str, words)] for name, *words in jobs
+    ]
     home.mkdir(exist_ok=True)
-    ended = subprocess.run([sys.executable, "-c", RUNNER], input=json.dumps(jobs).encode(), capture_output=True, env=environment(address, home),
-                           cwd=home)
+    ended = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(jobs).encode(),
+        capture_output=True,
+        env=environment(address, home),
+        cwd=home,
+    )
     assert ended.returncode == 0, ended.stderr.decode()
     return [(code, out, err.rpartition("\r")[2]) for code, out, err in json.loads(ended.stdout)]
 
@@ -140,9 +212,22 @@ def packed(rows):
 
 def card(*configs):
     """README.md with these configurations: (name, {split: files})."""
-    lines = [line for name, files in configs for line in (
-        f"- config_name: {name}", "  data_files:", *(line for split, path in files.items() for line in (f"  - split: {split}", f"    path: {path}")))]
-    return "\n".join(["---", "license: cc-by-4.0", "configs:", *lines, "---", "# A data set", ""]).encode()
+    lines = [
+        line
+        for name, files in configs
+        for line in (
+            f"- config_name: {name}",
+            "  data_files:",
+            *(
+                line
+                for split, path in files.items()
+                for line in (f"  - split: {split}", f"    path: {path}")
+            ),
+        )
+    ]
+    return "\n".join(
+        ["---", "license: cc-by-4.0", "configs:", *lines, "---", "# A data set", ""]
+    ).encode()
 
 
 @pytest.fixture(scope="module")
@@ -154,27 +239,68 @@ def from_hub(tmp_path_factory):
         return save(tmp / name, rows).read_bytes()
 
     averaged = packed([{"prompt": "Q", "response": "A", "helpfulness": 3}])
-    multipref = {"README.md": card(("default", {"train": "data/original-*"}), ("binarized", {"train": "binarized/train-*"})),
-                 "data/original-00000-of-00001.parquet": parquet("multipref.parquet", MULTIPREF), "binarized/train-00000-of-00001.parquet": b"none"}
-    older = {"data/train-00000-of-00002.parquet": parquet("older.parquet", MULTIPREF[:9]),
-             "data/train-00001-of-00002.parquet": parquet("rest.parquet", MULTIPREF[10:])}
-    plain = {"README.md": b"no card", "data/train.parquet": multipref["data/original-00000-of-00001.parquet"]}
-    personalllm = {f"data/{split}-00000-of-00001.parquet": parquet(f"p_{split}.parquet", rows) for split, rows in PERSONALLLM.items()}
-    helpsteer2 = {"README.md": b"---\nlicense: cc-by-4.0\n---\n", "train.jsonl.gz": averaged, "validation.jsonl.gz": averaged,
-                  "disagreements/disagreements.jsonl.gz": packed(HELPSTEER2), "preference/preference.jsonl.gz": packed(PREFERENCES)}
+    multipref = {
+        "README.md": card(
+            ("default", {"train": "data/original-*"}), ("binarized", {"train": "binarized/train-*"})
+        ),
+        "data/original-00000-of-00001.parquet": parquet("multipref.parquet", MULTIPREF),
+        "binarized/train-00000-of-00001.parquet": b"none",
+    }
+    older = {
+        "data/train-00000-of-00002.parquet": parquet("older.parquet", MULTIPREF[:9]),
+        "data/train-00001-of-00002.parquet": parquet("rest.parquet", MULTIPREF[10:]),
+    }
+    plain = {
+        "README.md": b"no card",
+        "data/train.parquet": multipref["data/original-00000-of-00001.parquet"],
+    }
+    personalllm = {
+        f"data/{split}-00000-of-00001.parquet": parquet(f"p_{split}.parquet", rows)
+        for split, rows in PERSONALLLM.items()
+    }
+    helpsteer2 = {
+        "README.md": b"---\nlicense: cc-by-4.0\n---\n",
+        "train.jsonl.gz": averaged,
+        "validation.jsonl.gz": averaged,
+        "disagreements/disagreements.jsonl.gz": packed(HELPSTEER2),
+        "preference/preference.jsonl.gz": packed(PREFERENCES),
+    }
     names = ("survey", "conversations", "utterances", "metadata")
-    prism = {f"{name}.jsonl": save(tmp / f"{name}.jsonl", PRISM if name == "conversations" else [{"user_id": "u"}]).read_bytes() for name in names}
-    prism["README.md"] = "\n".join(["---", "configs:", *(f"- config_name: {name}\n  data_files: {name}.jsonl" for name in names), "---", ""]).encode()
-    converted = {f"comparisons/{split}/0000.parquet": parquet(f"t_{split}.parquet", rows) for split, rows in TLDR.items()}
+    prism = {
+        f"{name}.jsonl": save(
+            tmp / f"{name}.jsonl", PRISM if name == "conversations" else [{"user_id": "u"}]
+        ).read_bytes()
+        for name in names
+    }
+    prism["README.md"] = "\n".join(
+        [
+            "---",
+            "configs:",
+            *(f"- config_name: {name}\n  data_files: {name}.jsonl" for name in names),
+            "---",
+            "",
+        ]
+    ).encode()
+    converted = {
+        f"comparisons/{split}/0000.parquet": parquet(f"t_{split}.parquet", rows)
+        for split, rows in TLDR.items()
+    }
     converted |= {"axis/test/0000.parquet": b"none", "axis/validation/0000.parquet": b"none"}
     trap = f"open({str(tmp / 'executed')!r}, 'w').close()\n".encode()
     repos = {
-        "allenai/multipref": {"main": (COMMITS["multipref"], multipref), "older": (COMMITS["older"], older), "plain": (COMMITS["plain"], plain)},
+        "allenai/multipref": {
+            "main": (COMMITS["multipref"], multipref),
+            "older": (COMMITS["older"], older),
+            "plain": (COMMITS["plain"], plain),
+        },
         "namkoong-lab/PersonalLLM": {"main": (COMMITS["personalllm"], personalllm)},
         "nvidia/HelpSteer2": {"main": (COMMITS["helpsteer2"], helpsteer2)},
         "HannahRoseKirk/prism-alignment": {"main": (COMMITS["prism"], prism)},
-        "openai/summarize_from_feedback": {"refs/convert/parquet": (COMMITS["tldr"], converted),
-                                           "main": (COMMITS["main"], {"summarize_from_feedback.py": trap})}}
+        "openai/summarize_from_feedback": {
+            "refs/convert/parquet": (COMMITS["tldr"], converted),
+            "main": (COMMITS["main"], {"summarize_from_feedback.py": trap}),
+        },
+    }
 
     (tmp / "two").mkdir()
     (tmp / "helpsteer2.jsonl.gz").write_bytes(packed(HELPSTEER2))
@@ -185,23 +311,41 @@ def from_hub(tmp_path_factory):
         save(tmp / kind / f"{split}.parquet", rows)
     for i, rows in enumerate((MULTIPREF[:9], MULTIPREF[10:])):
         save(tmp / "two" / f"train-{i}.parquet", rows)
-    jobs = {"multipref": ("multipref", tmp / "multipref.parquet"), "older": ("multipref", tmp / "two", "--revision", "older"),
-            "plain": ("multipref", tmp / "multipref.parquet", "--revision", "plain"),
-            "commit": ("multipref", tmp / "two", "--revision", COMMITS["older"]), "personalllm": ("personalllm", tmp / "personalllm"),
-            "helpsteer2": ("helpsteer2", tmp / "helpsteer2.jsonl.gz"), "preference": ("helpsteer2", tmp / "preference.jsonl.gz", "--annotators",
-                                                                                      "preference"),
-            "tldr": ("tldr", tmp / "tldr", "--cnndm", "keep"), "prism": ("prism", tmp / "conversations.jsonl"), "again": ("multipref", None),
-            "unknown": ("multipref", None, "--revision", "nope")}
+    jobs = {
+        "multipref": ("multipref", tmp / "multipref.parquet"),
+        "older": ("multipref", tmp / "two", "--revision", "older"),
+        "plain": ("multipref", tmp / "multipref.parquet", "--revision", "plain"),
+        "commit": ("multipref", tmp / "two", "--revision", COMMITS["older"]),
+        "personalllm": ("personalllm", tmp / "personalllm"),
+        "helpsteer2": ("helpsteer2", tmp / "helpsteer2.jsonl.gz"),
+        "preference": ("helpsteer2", tmp / "preference.jsonl.gz", "--annotators", "preference"),
+        "tldr": ("tldr", tmp / "tldr", "--cnndm", "keep"),
+        "prism": ("prism", tmp / "conversations.jsonl"),
+        "again": ("multipref", None),
+        "unknown": ("multipref", None, "--revision", "nope"),
+    }
     words, place = [], {"prism": "multipref", "again": "multipref"}
     for name, (kind, source, *flags) in jobs.items():
         words.append([kind, "--run", tmp / "hub" / place.get(name, name), *flags])
         if source:
-            words.append([kind, "--run", tmp / "local" / place.get(name, name), "--source", source,
-                          *(flag for flag in flags if flags[0] != "--revision")])
+            words.append(
+                [
+                    kind,
+                    "--run",
+                    tmp / "local" / place.get(name, name),
+                    "--source",
+                    source,
+                    *(flag for flag in flags if flags[0] != "--revision"),
+                ]
+            )
     with serving(repos) as (address, requests):
         ended = run_all(address, tmp / "home", words)
-    ended = {(word[2].parent.name, name): end for word, name, end in zip(words, [n for n, job in jobs.items() for _ in range(2 if job[1] else 1)],
-                                                                         ended)}
+    ended = {
+        (word[2].parent.name, name): end
+        for word, name, end in zip(
+            words, [n for n, job in jobs.items() for _ in range(2 if job[1] else 1)], ended
+        )
+    }
     return ended, tmp, requests
 
 
@@ -209,18 +353,31 @@ def stats(run):
     return json.loads((run / "data" / "stats.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["multipref", "older", "plain", "commit", "personalllm", "helpsteer2", "preference", "tldr"])
+@pytest.mark.parametrize(
+    "name",
+    ["multipref", "older", "plain", "commit", "personalllm", "helpsteer2", "preference", "tldr"],
+)
 def test_data_from_the_hub_are_those_of_the_files(from_hub, name):
     ended, tmp, _ = from_hub
     (code, out, error), (local_code, _, _) = ended["hub", name], ended["local", name]
-    assert (code, error.strip(), local_code) == (0, "", 0) and out.startswith("data: asking the hub for ")
+    assert (code, error.strip(), local_code) == (0, "", 0) and out.startswith(
+        "data: asking the hub for "
+    )
     hub, local = stats(tmp / "hub" / name), stats(tmp / "local" / name)
-    commit = COMMITS["older" if name == "commit" else "helpsteer2" if name == "preference" else name]
+    commit = COMMITS[
+        "older" if name == "commit" else "helpsteer2" if name == "preference" else name
+    ]
     assert hub["source"]["commit"] == commit and local["source"]["commit"] is None
     names = {path.name for path in (tmp / "local" / name / "data").iterdir()}
-    assert names == {path.name for path in (tmp / "hub" / name / "data").iterdir()} >= {"train.parquet", "test.parquet"}
+    assert (
+        names
+        == {path.name for path in (tmp / "hub" / name / "data").iterdir()}
+        >= {"train.parquet", "test.parquet"}
+    )
     for file in names - {"stats.json"}:
-        assert pq.read_table(tmp / "hub" / name / "data" / file).equals(pq.read_table(tmp / "local" / name / "data" / file))
+        assert pq.read_table(tmp / "hub" / name / "data" / file).equals(
+            pq.read_table(tmp / "local" / name / "data" / file)
+        )
     assert hub | {"source": None} == local | {"source": None}
     assert sum(hub["source"]["rows"].values()) == sum(local["source"]["rows"].values()) > 0
 
@@ -228,35 +385,62 @@ def test_data_from_the_hub_are_those_of_the_files(from_hub, name):
 def test_prism_from_the_hub(from_hub):
     ended, tmp, requests = from_hub
     assert ended["hub", "prism"][0] == ended["local", "prism"][0] == 0
-    hub, local = (pq.read_table(tmp / place / "multipref" / "prompts.parquet") for place in ("hub", "local"))
+    hub, local = (
+        pq.read_table(tmp / place / "multipref" / "prompts.parquet") for place in ("hub", "local")
+    )
     assert hub.equals(local) and len(hub) == 10
-    entry = json.loads((tmp / "hub" / "multipref" / "manifest.json").read_text())["stages"]["prompts"]
-    assert entry["source"]["commit"] == COMMITS["prism"] and entry["inputs"]["source"] == "HannahRoseKirk/prism-alignment@newest"
-    got = {path for command, path in requests if command == "GET" and "/resolve/" in path and "prism" in path}
-    assert any(path.endswith("/conversations.jsonl") for path in got) and not any("survey" in path or "utterances" in path for path in got)
+    entry = json.loads((tmp / "hub" / "multipref" / "manifest.json").read_text())["stages"][
+        "prompts"
+    ]
+    assert (
+        entry["source"]["commit"] == COMMITS["prism"]
+        and entry["inputs"]["source"] == "HannahRoseKirk/prism-alignment@newest"
+    )
+    got = {
+        path
+        for command, path in requests
+        if command == "GET" and "/resolve/" in path and "prism" in path
+    }
+    assert any(path.endswith("/conversations.jsonl") for path in got) and not any(
+        "survey" in path or "utterances" in path for path in got
+    )
 
 
 def test_only_the_files_that_are_wanted_are_fetched_and_no_script_is_run(from_hub):
     _, tmp, requests = from_hub
     assert not (tmp / "executed").exists()
     of_tldr = [path for _, path in requests if "summarize_from_feedback" in path]
-    assert of_tldr and not any(f"/{revision}/" in f"{path}/" for path in of_tldr for revision in ("main", COMMITS["main"]))
+    assert of_tldr and not any(
+        f"/{revision}/" in f"{path}/" for path in of_tldr for revision in ("main", COMMITS["main"])
+    )
     fetched = {path for command, path in requests if command == "GET" and "/resolve/" in path}
-    assert not any(path.endswith(".py") or "axis" in path or "binarized" in path for path in fetched)
+    assert not any(
+        path.endswith(".py") or "axis" in path or "binarized" in path for path in fetched
+    )
     assert {path for path in fetched if "HelpSteer2" in path and path.endswith(".gz")} == {
         f"/datasets/nvidia/HelpSteer2/resolve/{COMMITS['helpsteer2']}/{name}.jsonl.gz"
-        for name in ("disagreements/disagreements", "preference/preference")}
+        for name in ("disagreements/disagreements", "preference/preference")
+    }
 
 
 def test_a_finished_run_asks_the_hub_nothing(from_hub):
     ended, tmp, _ = from_hub
-    assert ended["hub", "again"] == (0, f"data: {tmp / 'hub' / 'multipref' / 'data'} is there, skipped\n", "")
+    assert ended["hub", "again"] == (
+        0,
+        f"data: {tmp / 'hub' / 'multipref' / 'data'} is there, skipped\n",
+        "",
+    )
 
 
 def test_unknown_revision(from_hub):
     ended, tmp, _ = from_hub
     code, _, line = ended["hub", "unknown"]
-    assert code == 2 and line.count("\n") == 1 and "Revision 'nope' doesn't exist" in line and not (tmp / "hub" / "unknown").exists()
+    assert (
+        code == 2
+        and line.count("\n") == 1
+        and "Revision 'nope' doesn't exist" in line
+        and not (tmp / "hub" / "unknown").exists()
+    )
 
 
 # ---- a hub that gives nothing
@@ -265,46 +449,85 @@ def test_unknown_revision(from_hub):
 def check(tmp_path, ended, name, hub, reason):
     """One line that says what to do, exit code 2, nothing left."""
     code, out, line = ended
-    assert code == 2 and out == f"data: asking the hub for {hub}\n" and line.count("\n") == 1 and line.endswith("\n")
-    assert line.startswith(f"{name}.py: error: {hub} could not be read from the hub (") and reason in line
+    assert (
+        code == 2
+        and out == f"data: asking the hub for {hub}\n"
+        and line.count("\n") == 1
+        and line.endswith("\n")
+    )
+    assert (
+        line.startswith(f"{name}.py: error: {hub} could not be read from the hub (")
+        and reason in line
+    )
     assert f" from https://huggingface.co/datasets/{hub} and run: python " in line
     assert line.endswith(f"{name}.py --run {tmp_path / name} --source PATH\n")
     assert not (tmp_path / name).exists()
 
 
-HUBS = {"multipref": "allenai/multipref", "personalllm": "namkoong-lab/PersonalLLM", "helpsteer2": "nvidia/HelpSteer2",
-        "tldr": "openai/summarize_from_feedback"}
+HUBS = {
+    "multipref": "allenai/multipref",
+    "personalllm": "namkoong-lab/PersonalLLM",
+    "helpsteer2": "nvidia/HelpSteer2",
+    "tldr": "openai/summarize_from_feedback",
+}
 
 
 def test_hub_that_refuses(tmp_path):
-    script = {"main": (COMMITS["main"], {"helpsteer2.py": b"", "HelpSteer2.py": b"raise SystemExit(0)"})}
-    repos = {HUBS["multipref"]: (404, "RepoNotFound"), HUBS["personalllm"]: (401, "GatedRepo"), HUBS["tldr"]: (403, "GatedRepo"),
-             HUBS["helpsteer2"]: script}
+    script = {
+        "main": (COMMITS["main"], {"helpsteer2.py": b"", "HelpSteer2.py": b"raise SystemExit(0)"})
+    }
+    repos = {
+        HUBS["multipref"]: (404, "RepoNotFound"),
+        HUBS["personalllm"]: (401, "GatedRepo"),
+        HUBS["tldr"]: (403, "GatedRepo"),
+        HUBS["helpsteer2"]: script,
+    }
     with serving(repos) as (address, _):
-        ended = run_all(address, tmp_path / "home", [[name, "--run", tmp_path / name] for name in HUBS])
-    reasons = ("'allenai/multipref' doesn't exist on the Hub or cannot be accessed", "'namkoong-lab/PersonalLLM' is a gated dataset",
-               "Dataset scripts are no longer supported", "'openai/summarize_from_feedback' is a gated dataset")
+        ended = run_all(
+            address, tmp_path / "home", [[name, "--run", tmp_path / name] for name in HUBS]
+        )
+    reasons = (
+        "'allenai/multipref' doesn't exist on the Hub or cannot be accessed",
+        "'namkoong-lab/PersonalLLM' is a gated dataset",
+        "Dataset scripts are no longer supported",
+        "'openai/summarize_from_feedback' is a gated dataset",
+    )
     for (name, hub), end, reason in zip(HUBS.items(), ended, reasons):
         check(tmp_path, end, name, hub, reason)
 
 
 def test_hub_without_the_files(tmp_path):
     files = {"README.md": b"no card", "notes.txt": b"x"}
-    repos = {hub: {"main": (COMMITS["main"], files), "refs/convert/parquet": (COMMITS["tldr"], files)} for hub in HUBS.values()}
+    repos = {
+        hub: {"main": (COMMITS["main"], files), "refs/convert/parquet": (COMMITS["tldr"], files)}
+        for hub in HUBS.values()
+    }
     repos[HUBS["multipref"]]["main"] = (COMMITS["main"], {"data/train.parquet": b"PAR1 cut"})
     with serving(repos) as (address, _):
-        ended = run_all(address, tmp_path / "home", [[name, "--run", tmp_path / name] for name in HUBS])
-    assert ended[0][0] == 2 and ended[0][2].startswith("multipref.py: error: train.parquet: not parquet (") and not (tmp_path / "multipref").exists()
+        ended = run_all(
+            address, tmp_path / "home", [[name, "--run", tmp_path / name] for name in HUBS]
+        )
+    assert (
+        ended[0][0] == 2
+        and ended[0][2].startswith("multipref.py: error: train.parquet: not parquet (")
+        and not (tmp_path / "multipref").exists()
+    )
     for (name, hub), end in list(zip(HUBS.items(), ended))[2:]:
         check(tmp_path, end, name, hub, "")
-    assert ended[1][0] == 2 and ended[1][2].count("\n") == 1 and not (tmp_path / "personalllm").exists()  # datasets takes notes.txt
+    assert (
+        ended[1][0] == 2
+        and ended[1][2].count("\n") == 1
+        and not (tmp_path / "personalllm").exists()
+    )  # datasets takes notes.txt
 
 
 def test_hub_that_is_not_there(tmp_path):
     with socket.socket() as taken:  # bound and not listening: a connection is refused
         taken.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        [ended] = run_all(address, tmp_path / "home", [["multipref", "--run", tmp_path / "multipref"]])
+        [ended] = run_all(
+            address, tmp_path / "home", [["multipref", "--run", tmp_path / "multipref"]]
+        )
     check(tmp_path, ended, "multipref", HUBS["multipref"], "Couldn't reach")
 
 
@@ -313,15 +536,34 @@ def test_script_itself_and_prism_within_run_all(tmp_path):
     run = tmp_path / "run"
     (run / "data").mkdir(parents=True)
     (run / "data" / "stats.json").write_text("{}")
-    save(run / "data" / "train.parquet", [{"prompt_id": "p", "messages": [{"role": "user", "content": "Q"}], "responses": ["a", "b"],
-                                          "pairs": [{"a": 0, "b": 1, "votes_a": 2.0, "votes_b": 1.0, "ties": 0.0}]}])
+    save(
+        run / "data" / "train.parquet",
+        [
+            {
+                "prompt_id": "p",
+                "messages": [{"role": "user", "content": "Q"}],
+                "responses": ["a", "b"],
+                "pairs": [{"a": 0, "b": 1, "votes_a": 2.0, "votes_b": 1.0, "ties": 0.0}],
+            }
+        ],
+    )
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with serving({}) as (address, _):
-        env = environment(address, tmp_path / "home") | {"PAIRWISE_COMMAND": "bash run_all.sh multipref 4"}
-        ended = subprocess.run([sys.executable, str(REPOSITORY / "data_prep" / "prism.py"), "--run", str(run)], capture_output=True, env=env,
-                               cwd=tmp_path)
+        env = environment(address, tmp_path / "home") | {
+            "PAIRWISE_COMMAND": "bash run_all.sh multipref 4"
+        }
+        ended = subprocess.run(
+            [sys.executable, str(REPOSITORY / "data_prep" / "prism.py"), "--run", str(run)],
+            capture_output=True,
+            env=env,
+            cwd=tmp_path,
+        )
     line = ended.stderr.decode().rpartition("\r")[2]
     assert ended.returncode == 2 and line.count("\n") == 1
-    assert line.startswith("prism.py: error: HannahRoseKirk/prism-alignment could not be read from the hub (")
-    assert line.endswith("datasets/HannahRoseKirk/prism-alignment and run: bash run_all.sh multipref 4 --prism-source PATH\n")
+    assert line.startswith(
+        "prism.py: error: HannahRoseKirk/prism-alignment could not be read from the hub ("
+    )
+    assert line.endswith(
+        "datasets/HannahRoseKirk/prism-alignment and run: bash run_all.sh multipref 4 --prism-source PATH\n"
+    )
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

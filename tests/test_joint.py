@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-import score
 import torch
-import train_joint
 from conftest import FLAGS, FULL, fit, fresh, leftovers, manifest, rewards, train
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
+import score
+import train_joint
 from pairwise import reward_model as rm
 from pairwise import training
 from pairwise.run_dir import InputError, Split, read_split
@@ -19,7 +19,9 @@ KINDS = {"full": FULL, "head": ("--train", "head", "--epochs", "5")}
 
 
 def train_all(run, base, *flags):
-    train_joint.main(train_joint.parse_args(["--run", str(run), "--base", str(base), *FLAGS, *flags]))
+    train_joint.main(
+        train_joint.parse_args(["--run", str(run), "--base", str(base), *FLAGS, *flags])
+    )
     return run
 
 
@@ -43,7 +45,10 @@ def run(request, runs):
 def brute_force(a, b, p, logits, s):
     """The same in plain Python."""
     alpha = [np.exp(x) / sum(np.exp(y) for y in logits) for x in logits]
-    return sum((sum(w / (1 + np.exp(-s * (x - y))) for w, x, y in zip(alpha, row, other)) - t) ** 2 for row, other, t in zip(a, b, p))
+    return sum(
+        (sum(w / (1 + np.exp(-s * (x - y))) for w, x, y in zip(alpha, row, other)) - t) ** 2
+        for row, other, t in zip(a, b, p)
+    )
 
 
 def test_loss_and_gradient_against_differences():
@@ -57,7 +62,9 @@ def test_loss_and_gradient_against_differences():
         for index in np.ndindex(values[which].shape):
             shifted = [np.array(v) for v in values]
             shifted[which][index] += 1e-6
-            assert (brute_force(*shifted, 2.5) - loss.item()) / 1e-6 == pytest.approx(tensor.grad[index].item(), abs=1e-4)
+            assert (brute_force(*shifted, 2.5) - loss.item()) / 1e-6 == pytest.approx(
+                tensor.grad[index].item(), abs=1e-4
+            )
 
 
 def test_loss_of_one_head_swap_and_order():
@@ -65,7 +72,9 @@ def test_loss_of_one_head_swap_and_order():
     loss = train_joint.mixture_error(a, b, p, logits, 3.0)
     torch.testing.assert_close(loss, train_joint.mixture_error(b, a, 1 - p, logits, 3.0))
     order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(loss, train_joint.mixture_error(a[:, order], b[:, order], p, logits[order], 3.0))
+    torch.testing.assert_close(
+        loss, train_joint.mixture_error(a[:, order], b[:, order], p, logits[order], 3.0)
+    )
     one = train_joint.mixture_error(a[:, :1], b[:, :1], p, logits[:1], 1.0)
     torch.testing.assert_close(one, (torch.sigmoid(a[:, 0] - b[:, 0]) - p).square().sum())
 
@@ -73,16 +82,44 @@ def test_loss_of_one_head_swap_and_order():
 def test_finds_two_opposed_viewpoints():
     """Half of the voters follow a direction, half another: K = 2 heads recover them, which no single reward can."""
     rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(400, 6)).astype(np.float32), np.linalg.qr(rng.normal(size=(6, 2)))[0].T.astype(np.float32)
+    x, w = (
+        rng.normal(size=(400, 6)).astype(np.float32),
+        np.linalg.qr(rng.normal(size=(6, 2)))[0].T.astype(np.float32),
+    )
     a, b = rng.integers(0, 400, (2, 3000))
     p = ((x[a] - x[b]) @ w.T > 0).mean(1)
-    split = Split(["x"], [[]], [[]], np.array([0, 400]), np.array([0, len(a)]), a, b, 2 * p, 2 - 2 * p, 0 * p, None)
+    split = Split(
+        ["x"],
+        [[]],
+        [[]],
+        np.array([0, 400]),
+        np.array([0, len(a)]),
+        a,
+        b,
+        2 * p,
+        2 - 2 * p,
+        0 * p,
+        None,
+    )
     args = train_joint.parse_args(["--run", "x", "--base", "x", "--k", "2", "--train", "head"])
     weight, logits = torch.nn.Parameter(torch.empty(2, 6)), torch.nn.Parameter(torch.zeros(2))
     train_joint.draw_heads(weight, 0)
-    loss = lambda first, second, target, done: train_joint.mixture_error(first, second, target, logits, 4.0**done)
+    loss = lambda first, second, target, done: train_joint.mixture_error(
+        first, second, target, logits, 4.0**done
+    )
     with open("/dev/null", "w") as log:
-        training.train_head(args, weight, split, x, (split.p,), loss, a != b, np.random.default_rng(0), log, [logits])
+        training.train_head(
+            args,
+            weight,
+            split,
+            x,
+            (split.p,),
+            loss,
+            a != b,
+            np.random.default_rng(0),
+            log,
+            [logits],
+        )
     cosine = abs(torch.nn.functional.normalize(weight.detach(), dim=1) @ torch.from_numpy(w).T)
     assert cosine.max(0).values.min() > 0.98
 
@@ -92,11 +129,21 @@ def test_finds_two_opposed_viewpoints():
 
 def test_writes_what_the_others_read(run, data, base):
     entry = manifest(run)["joint"]
-    assert entry["done"] and entry["settings"]["k"] == 3 and "target" not in entry["settings"] and not leftovers(run)
-    assert entry["learned_weights"] == sorted(entry["learned_weights"], reverse=True) and abs(sum(entry["learned_weights"]) - 1) < 1e-5
+    assert (
+        entry["done"]
+        and entry["settings"]["k"] == 3
+        and "target" not in entry["settings"]
+        and not leftovers(run)
+    )
+    assert (
+        entry["learned_weights"] == sorted(entry["learned_weights"], reverse=True)
+        and abs(sum(entry["learned_weights"]) - 1) < 1e-5
+    )
     for split in ("train", "valid", "test"):
         for j in (1, 2, 3):
-            assert rewards(run, j, split).dtype == np.float32 and rewards(run, j, split).shape == (read_split(run, split).response_start[-1],)
+            assert rewards(run, j, split).dtype == np.float32 and rewards(run, j, split).shape == (
+                read_split(run, split).response_start[-1],
+            )
     assert [entry["k"] for entry in json.loads((run / "weights.json").read_text())] == [1, 2, 3]
     lines = [json.loads(line) for line in (run / "logs" / "joint.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
@@ -104,7 +151,9 @@ def test_writes_what_the_others_read(run, data, base):
 
 def test_one_model_gives_all_rewards(runs, base, tokenizer):
     """joint/ of a full run is a plain num_labels=3 model, whose outputs in a padded batch are the stored rewards."""
-    model, info = AutoModelForSequenceClassification.from_pretrained(runs["full"] / "joint", dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        runs["full"] / "joint", dtype=torch.float32, output_loading_info=True
+    )
     assert model.config.num_labels == 3 and not info["missing_keys"]
     tokenizer = rm.load_tokenizer(runs["full"] / "joint")
     split = read_split(runs["full"], "test")
@@ -112,32 +161,67 @@ def test_one_model_gives_all_rewards(runs, base, tokenizer):
     with torch.no_grad():
         ids, mask = rm.pad(sequences, tokenizer.pad_token_id, "cpu")
         found = model(input_ids=ids, attention_mask=mask).logits.numpy()
-    np.testing.assert_allclose(found, np.stack([rewards(runs["full"], j) for j in (1, 2, 3)], axis=1), atol=2e-5)
+    np.testing.assert_allclose(
+        found, np.stack([rewards(runs["full"], j) for j in (1, 2, 3)], axis=1), atol=2e-5
+    )
     with safe_open(runs["head"] / "joint" / "head.safetensors", "pt") as file:
         weight = file.get_tensor("score.weight")
     features = np.load(runs["head"] / "features" / "test.npy")
-    np.testing.assert_allclose(features @ weight.numpy().T, np.stack([rewards(runs["head"], j) for j in (1, 2, 3)], axis=1), atol=1e-4)
+    np.testing.assert_allclose(
+        features @ weight.numpy().T,
+        np.stack([rewards(runs["head"], j) for j in (1, 2, 3)], axis=1),
+        atol=1e-4,
+    )
 
 
 def test_export_and_score(runs, base, tmp_path):
     for kind, source in runs.items():
         run = fresh(source, tmp_path, kind)
-        train_joint.main(train_joint.parse_args(["--run", str(run), "--base", str(base), "--export", "2", *FLAGS]))
-        member, info = AutoModelForSequenceClassification.from_pretrained(run / "member_02", dtype=torch.float32, output_loading_info=True)
-        assert member.config.num_labels == 1 and member.score.weight.shape[0] == 1 and not info["missing_keys"] and not info["mismatched_keys"]
+        train_joint.main(
+            train_joint.parse_args(
+                ["--run", str(run), "--base", str(base), "--export", "2", *FLAGS]
+            )
+        )
+        member, info = AutoModelForSequenceClassification.from_pretrained(
+            run / "member_02", dtype=torch.float32, output_loading_info=True
+        )
+        assert (
+            member.config.num_labels == 1
+            and member.score.weight.shape[0] == 1
+            and not info["missing_keys"]
+            and not info["mismatched_keys"]
+        )
         split = read_split(run, "test")
-        sequences = rm.encode_split(rm.load_tokenizer(run / "member_02"), split.messages, split.responses, 2048)
+        sequences = rm.encode_split(
+            rm.load_tokenizer(run / "member_02"), split.messages, split.responses, 2048
+        )
         with torch.no_grad():
             found = member(input_ids=torch.tensor([sequences[0]])).logits.item()
         assert found == pytest.approx(float(rewards(run, 2)[0]), abs=2e-5)
         with pytest.raises(InputError, match="already there"):
-            train_joint.main(train_joint.parse_args(["--run", str(run), "--base", str(base), "--export", "2", *FLAGS]))
+            train_joint.main(
+                train_joint.parse_args(
+                    ["--run", str(run), "--base", str(base), "--export", "2", *FLAGS]
+                )
+            )
         questions = tmp_path / f"{kind}.jsonl"
-        questions.write_text("".join(json.dumps({"prompt": m[-1]["content"], "responses": r}) + "\n" for m, r in zip(split.messages, split.responses)))
-        score.main(score.parse_args([str(questions), "--run", str(run), "--base", str(base), *FLAGS]))
-        rows = [json.loads(line) for line in (tmp_path / f"{kind}-scores.jsonl").read_text().splitlines()]
+        questions.write_text(
+            "".join(
+                json.dumps({"prompt": m[-1]["content"], "responses": r}) + "\n"
+                for m, r in zip(split.messages, split.responses)
+            )
+        )
+        score.main(
+            score.parse_args([str(questions), "--run", str(run), "--base", str(base), *FLAGS])
+        )
+        rows = [
+            json.loads(line)
+            for line in (tmp_path / f"{kind}-scores.jsonl").read_text().splitlines()
+        ]
         stored = np.stack([rewards(run, j) for j in (1, 2, 3)], axis=1)
-        np.testing.assert_allclose(np.concatenate([row["rewards"] for row in rows]), stored, atol=1e-5)
+        np.testing.assert_allclose(
+            np.concatenate([row["rewards"] for row in rows]), stored, atol=1e-5
+        )
 
 
 def test_same_again_skipped_and_refused(runs, data, base, tmp_path, capsys, full_run):
@@ -148,7 +232,9 @@ def test_same_again_skipped_and_refused(runs, data, base, tmp_path, capsys, full
     assert "skipped" in capsys.readouterr().out
     with pytest.raises(InputError, match="sharpen was 4.0, is 2.0"):
         train_all(again, base, "--k", "3", *KINDS["full"], "--sharpen", "2")
-    other = train_all(fresh(data, tmp_path, "other"), base, "--k", "3", *KINDS["full"], "--seed", "1")
+    other = train_all(
+        fresh(data, tmp_path, "other"), base, "--k", "3", *KINDS["full"], "--seed", "1"
+    )
     assert (rewards(other) != rewards(again)).any()
     with pytest.raises(InputError, match="another --run"):
         train_all(fresh(full_run, tmp_path, "members"), base, *KINDS["full"])
@@ -163,8 +249,20 @@ def test_learned_weights(data, base, tmp_path):
 def test_costs_no_more_passes_than_one_member(data, base, tmp_path, monkeypatch):
     """Eight heads on one backbone: training runs the tokens of one member, in as many passes."""
     forward, seen = rm.hidden_of_batch, []
-    monkeypatch.setattr(rm, "hidden_of_batch", lambda model, sequences: seen.append(rm.count_tokens(model, sequences)) or forward(model, sequences))
-    monkeypatch.setattr(rm, "score_sequences", lambda model, sequences, *args: np.zeros((len(sequences), model.num_labels), np.float32).squeeze())
+    monkeypatch.setattr(
+        rm,
+        "hidden_of_batch",
+        lambda model, sequences: (
+            seen.append(rm.count_tokens(model, sequences)) or forward(model, sequences)
+        ),
+    )
+    monkeypatch.setattr(
+        rm,
+        "score_sequences",
+        lambda model, sequences, *args: np.zeros(
+            (len(sequences), model.num_labels), np.float32
+        ).squeeze(),
+    )
     train(fresh(data, tmp_path, "one"), base, *FULL, "--seed", "3")
     one, seen[:] = seen[:], []
     train_all(fresh(data, tmp_path, "joint"), base, *FULL, "--seed", "3", "--k", "8")

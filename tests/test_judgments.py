@@ -12,9 +12,22 @@ from pairwise.run_dir import InputError, read_split, remembered_rows
 judgments = script("synthetic_judgments")
 
 
-@pytest.mark.parametrize("answer, expected", [
-    ("Choice: A", "A"), ("choice: b.", "B"), ("**Choice: B**", "B"), ("Choice: (A)\n", "A"), ("Choice:A and again Choice: A", "A"),
-    ("Choice: A or Choice: B", None), ("A", None), ("Choice: Apple", None), ("Choice: C", None), ("", None), ("My choice: both", None)])
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ("Choice: A", "A"),
+        ("choice: b.", "B"),
+        ("**Choice: B**", "B"),
+        ("Choice: (A)\n", "A"),
+        ("Choice:A and again Choice: A", "A"),
+        ("Choice: A or Choice: B", None),
+        ("A", None),
+        ("Choice: Apple", None),
+        ("Choice: C", None),
+        ("", None),
+        ("My choice: both", None),
+    ],
+)
 def test_choice(answer, expected):
     assert judgments.choice(answer) == expected
 
@@ -29,15 +42,21 @@ def test_a_liking_for_the_first_or_for_a_letter_cancels():
 
 
 def judge(run, base, *flags):
-    judgments.main(judgments.parse_args(["--run", str(run), "--base", str(base), "--device", "cpu", "--threads", "1", *flags]))
+    judgments.main(
+        judgments.parse_args(
+            ["--run", str(run), "--base", str(base), "--device", "cpu", "--threads", "1", *flags]
+        )
+    )
 
 
 def by_length(asked):
     """In place of a language model: prefers the longer answer, and calls every fifth time something else than A or B."""
+
     def ask(model, tokenizer, chat, times, args):
         asked.append(chat[0]["content"])
         first, second = chat[0]["content"].split("Answer A:\n")[1].split("\n\nAnswer B:\n")
         return [f"Choice: {'A' if len(first) >= len(second) else 'B'}"] * (times - 1) + ["neither"]
+
     return ask
 
 
@@ -50,12 +69,23 @@ def test_counts_are_beside_the_votes(data, base, tmp_path, monkeypatch, capsys):
     assert after.drop_columns("judgments").equals(before) and len(asked) == 2 * len(split.a)
     texts = [text for responses in split.responses for text in responses]
     for a, b, found in zip(split.a, split.b, split.judgments):
-        expected = [4, 4] if len(texts[a]) == len(texts[b]) else [8, 0] if len(texts[a]) > len(texts[b]) else [0, 8]
+        expected = (
+            [4, 4]
+            if len(texts[a]) == len(texts[b])
+            else [8, 0]
+            if len(texts[a]) > len(texts[b])
+            else [0, 8]
+        )
         assert found.tolist() == expected
     said = capsys.readouterr().out
-    assert f"10 for each of {len(split.a)} pairs" in said and f"{2 * len(split.a)} of {10 * len(split.a)} answers name no choice" in said
+    assert (
+        f"10 for each of {len(split.a)} pairs" in said
+        and f"{2 * len(split.a)} of {10 * len(split.a)} answers name no choice" in said
+    )
     raw = [json.loads(line) for line in (run / "judgments.jsonl").read_text().splitlines()]
-    assert sum(len(answers) for row in raw for pair in row["pairs"] for answers in pair.values()) == 10 * len(split.a)
+    assert sum(
+        len(answers) for row in raw for pair in row["pairs"] for answers in pair.values()
+    ) == 10 * len(split.a)
     judge(run, base)
     assert "skipped" in capsys.readouterr().out and len(asked) == 2 * len(split.a)
     assert all(message["content"] in asked[0] for message in split.messages[0])
@@ -82,7 +112,18 @@ def test_a_kill_loses_at_most_one_prompt(data, base, tmp_path, monkeypatch):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
     assert not leftovers(broken) and not list(broken.glob(".kept-*"))
     raw = [json.loads(line) for line in (whole / "judgments.jsonl").read_text().splitlines()]
-    assert len({answer for row in raw for pair in row["pairs"] for answers in pair.values() for answer in answers}) > 100  # drawn, not repeated
+    assert (
+        len(
+            {
+                answer
+                for row in raw
+                for pair in row["pairs"]
+                for answers in pair.values()
+                for answer in answers
+            }
+        )
+        > 100
+    )  # drawn, not repeated
 
 
 def test_not_after_training_and_not_by_odd_counts(data, base, tmp_path, capsys):
@@ -109,8 +150,15 @@ def test_remembered_rows(tmp_path):
         remembered_rows(path, {"seed": 0}, 5, make, "rows")
     with open(tmp_path / ".kept-rows.jsonl", "a") as file:
         file.write('{"n": 3')  # cut off in the middle of a line
-    assert remembered_rows(path, {"seed": 0}, 5, make, "rows") == [{"n": n} for n in range(5)] and made == [0, 1, 2, 3, 3, 4]
-    assert [path.name] == [file.name for file in tmp_path.iterdir()] and path.read_text().count("\n") == 5
+    assert remembered_rows(path, {"seed": 0}, 5, make, "rows") == [
+        {"n": n} for n in range(5)
+    ] and made == [0, 1, 2, 3, 3, 4]
+    assert [path.name] == [file.name for file in tmp_path.iterdir()] and path.read_text().count(
+        "\n"
+    ) == 5
     made[:] = [3]
     (tmp_path / ".kept-rows.jsonl").write_text('{"seed": 1}\n{"n": 7}\n')
-    assert remembered_rows(path, {"seed": 0}, 2, make, "rows") == [{"n": 0}, {"n": 1}]  # of another key: made anew
+    assert remembered_rows(path, {"seed": 0}, 2, make, "rows") == [
+        {"n": 0},
+        {"n": 1},
+    ]  # of another key: made anew

@@ -5,9 +5,7 @@ import json
 
 import numpy as np
 import pytest
-import score
 import torch
-import train_rm
 from conftest import FLAGS, FULL, LORA, fit, fresh, leftovers, manifest, rewards, squared, train
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
@@ -16,6 +14,8 @@ from test_offload import killed_after, outputs
 from test_training import Record
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Config
 
+import score
+import train_rm
 from pairwise import adapter, training
 from pairwise import reward_model as rm
 from pairwise.offload import recompute_activations
@@ -23,12 +23,16 @@ from pairwise.run_dir import InputError, read_split
 
 
 def arguments(*flags):
-    return train_rm.parse_args(["--run", "run", "--base", "base", "--iteration", "1", *FLAGS, *LORA, *flags])
+    return train_rm.parse_args(
+        ["--run", "run", "--base", "base", "--iteration", "1", *FLAGS, *LORA, *flags]
+    )
 
 
 def plain_peft(base, directory):
     """As a user of PEFT would load a member."""
-    return PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), directory).eval()
+    return PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), directory
+    ).eval()
 
 
 def plain_rewards(model, sequences):
@@ -63,10 +67,25 @@ def test_what_is_trained(base, tokenizer, sequences, dtype):
     """Adapters on every linear layer and the head, in float32; a run begins with the base's own rewards, packed."""
     model = adapted(base, tokenizer, dtype)
     names = {name.removeprefix("base_model.model.") for name in adapter.trained(model)}
-    parts = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    parts = (
+        "self_attn.q",
+        "self_attn.k",
+        "self_attn.v",
+        "self_attn.o",
+        "mlp.gate",
+        "mlp.up",
+        "mlp.down",
+    )
     linear = [f"model.layers.{i}.{part}_proj" for i in range(2) for part in parts]
-    assert names == {"score.weight", *(f"{name}.lora_{side}.weight" for name in linear for side in "AB")}
-    assert {p.dtype for p in adapter.trained(model).values()} == {torch.float32} and model.packs == "segments" and not model.training
+    assert names == {
+        "score.weight",
+        *(f"{name}.lora_{side}.weight" for name in linear for side in "AB"),
+    }
+    assert (
+        {p.dtype for p in adapter.trained(model).values()} == {torch.float32}
+        and model.packs == "segments"
+        and not model.training
+    )
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
     for name, p in adapter.trained(model).items():
         if ".lora_A." in name:
@@ -74,18 +93,33 @@ def test_what_is_trained(base, tokenizer, sequences, dtype):
         assert ".lora_B." not in name or not p.any() and p.shape[1] == 4
     plain = rm.load_base(base, tokenizer, dtype, "cpu")
     rm.draw_head(plain.score.weight, plain.config, 1)
-    np.testing.assert_array_equal(rm.score_sequences(model, sequences[:8], 1000), rm.score_sequences(plain, sequences[:8], 1000))
+    np.testing.assert_array_equal(
+        rm.score_sequences(model, sequences[:8], 1000),
+        rm.score_sequences(plain, sequences[:8], 1000),
+    )
 
 
 def test_only_adapters_and_head_change(model, split, sequences):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    training.train_full(arguments(), model, split, sequences, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+    training.train_full(
+        arguments(),
+        model,
+        split,
+        sequences,
+        (split.p,),
+        squared,
+        np.ones(72, bool),
+        np.random.default_rng(0),
+        io.StringIO(),
+    )
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (not p.requires_grad), name
     assert sum(p.requires_grad for p in model.parameters()) == 2 * 14 + 1
 
 
-def test_gradient_is_that_of_peft_s_own_padded_forward(model, base, tokenizer, split, sequences, tmp_path, monkeypatch):
+def test_gradient_is_that_of_peft_s_own_padded_forward(
+    model, base, tokenizer, split, sequences, tmp_path, monkeypatch
+):
     """Packed, in several micro-batches, with and without recomputation, against PEFT's model run pair by pair."""
     with torch.no_grad():
         for name, p in adapter.trained(model).items():  # B = 0 would leave A without a gradient
@@ -97,34 +131,85 @@ def test_gradient_is_that_of_peft_s_own_padded_forward(model, base, tokenizer, s
     model.model.layers[0].self_attn.register_forward_hook(lambda *call: runs.append(len(found)))
     for recompute in (False, True):
         recompute_activations(model, recompute)
-        training.train_full(args, model, split, sequences, (split.p,), squared, np.arange(72) < 18, np.random.default_rng(0), io.StringIO())
+        training.train_full(
+            args,
+            model,
+            split,
+            sequences,
+            (split.p,),
+            squared,
+            np.arange(72) < 18,
+            np.random.default_rng(0),
+            io.StringIO(),
+        )
         found.append(Record.last.grads)
     assert runs.count(1) > runs.count(0) > 2
-    plain = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=tokenizer.pad_token_id),
-                                      tmp_path / "adapter", is_trainable=True).eval()
+    plain = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=1, pad_token_id=tokenizer.pad_token_id
+        ),
+        tmp_path / "adapter",
+        is_trainable=True,
+    ).eval()
     for a, b, t in zip(split.a[:18], split.b[:18], split.p):
         ids, mask = rm.pad([sequences[a], sequences[b]], tokenizer.pad_token_id, "cpu")
         first, second = plain(input_ids=ids, attention_mask=mask).logits[:, 0]
         ((t - torch.sigmoid(first - second)) ** 2 / 18).backward()
-    expected = {name.replace(".default.", ".").replace("modules_to_save.", ""): p.grad for name, p in plain.named_parameters() if p.requires_grad}
-    expected["base_model.model.score.weight"] = next(grad for name, grad in expected.items() if "score" in name)
+    expected = {
+        name.replace(".default.", ".").replace("modules_to_save.", ""): p.grad
+        for name, p in plain.named_parameters()
+        if p.requires_grad
+    }
+    expected["base_model.model.score.weight"] = next(
+        grad for name, grad in expected.items() if "score" in name
+    )
     for name, p in adapter.trained(model).items():
         assert expected[name].abs().max() > 1e-6, name
         for grads in found:
-            torch.testing.assert_close(grads[id(p)], expected[name], atol=2e-6, rtol=0, msg=lambda said: f"{name}: {said}")
+            torch.testing.assert_close(
+                grads[id(p)], expected[name], atol=2e-6, rtol=0, msg=lambda said: f"{name}: {said}"
+            )
 
 
 def test_preconditioners_are_bounded_by_the_rank(model, split, sequences, monkeypatch):
     kept = []
-    monkeypatch.setattr(training, "SOAP", lambda *args, f=training.SOAP, **settings: kept.append(f(*args, **settings)) or kept[-1])
-    training.train_full(arguments(), model, split, sequences, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
-    shapes = {tuple(p.shape): {tuple(m.shape) for name in ("GG", "Q") for m in state[name] if len(m)} for p, state in kept[0].state.items()}
-    assert shapes.pop((1, 32)) == {(1, 1)} and set(map(frozenset, shapes.values())) == {frozenset({(4, 4)})}
+    monkeypatch.setattr(
+        training,
+        "SOAP",
+        lambda *args, f=training.SOAP, **settings: kept.append(f(*args, **settings)) or kept[-1],
+    )
+    training.train_full(
+        arguments(),
+        model,
+        split,
+        sequences,
+        (split.p,),
+        squared,
+        np.ones(72, bool),
+        np.random.default_rng(0),
+        io.StringIO(),
+    )
+    shapes = {
+        tuple(p.shape): {tuple(m.shape) for name in ("GG", "Q") for m in state[name] if len(m)}
+        for p, state in kept[0].state.items()
+    }
+    assert shapes.pop((1, 32)) == {(1, 1)} and set(map(frozenset, shapes.values())) == {
+        frozenset({(4, 4)})
+    }
 
 
 def test_an_encoder_is_refused():
-    config = DebertaV2Config(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1)
-    with pytest.raises(InputError, match="--train lora: DebertaV2.*--train full, or a decoder, expected"):
+    config = DebertaV2Config(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=1,
+    )
+    with pytest.raises(
+        InputError, match="--train lora: DebertaV2.*--train full, or a decoder, expected"
+    ):
         adapter.add(AutoModelForSequenceClassification.from_config(config), 4, 8)
 
 
@@ -135,25 +220,52 @@ def test_a_member_is_a_small_adapter_with_its_head(lora_run):
     for j in (1, 2):
         directory = lora_run / f"member_{j:02d}"
         assert [path.name for path in directory.iterdir()] == ["adapter"]
-        assert sorted(path.name for path in (directory / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        assert sorted(path.name for path in (directory / "adapter").iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
     config = json.loads((lora_run / "member_01" / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["task_type"], config["modules_to_save"], config["lora_dropout"]) == (4, 8, "SEQ_CLS", ["score"], 0)
-    first, second = (load_file(lora_run / f"member_{j:02d}" / "adapter" / "adapter_model.safetensors") for j in (1, 2))
-    assert {tensor.dtype for tensor in first.values()} == {torch.float32} and first.keys() == second.keys()
-    assert all(tensor.any() and not torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert (
+        config["r"],
+        config["lora_alpha"],
+        config["task_type"],
+        config["modules_to_save"],
+        config["lora_dropout"],
+    ) == (4, 8, "SEQ_CLS", ["score"], 0)
+    first, second = (
+        load_file(lora_run / f"member_{j:02d}" / "adapter" / "adapter_model.safetensors")
+        for j in (1, 2)
+    )
+    assert {tensor.dtype for tensor in first.values()} == {
+        torch.float32
+    } and first.keys() == second.keys()
+    assert all(
+        tensor.any() and not torch.equal(tensor, second[name]) for name, tensor in first.items()
+    )
 
 
 def test_peft_and_load_member_give_the_stored_rewards(lora_run, base, tokenizer, test_sequences):
     for j in (1, 2):
         directory = lora_run / f"member_{j:02d}" / "adapter"
-        plain, stored = plain_peft(base, directory), load_file(directory / "adapter_model.safetensors")
-        np.testing.assert_allclose(plain_rewards(plain, test_sequences), rewards(lora_run, j), atol=1e-5)
+        plain, stored = (
+            plain_peft(base, directory),
+            load_file(directory / "adapter_model.safetensors"),
+        )
+        np.testing.assert_allclose(
+            plain_rewards(plain, test_sequences), rewards(lora_run, j), atol=1e-5
+        )
         theirs = get_peft_model_state_dict(plain)
-        assert theirs.keys() == stored.keys() and all(torch.equal(theirs[name], stored[name]) for name in stored)
+        assert theirs.keys() == stored.keys() and all(
+            torch.equal(theirs[name], stored[name]) for name in stored
+        )
         ours = rm.load_member(lora_run, j, base, tokenizer, torch.float32, "cpu")
-        np.testing.assert_array_equal(rm.score_sequences(ours, test_sequences, 1000), rewards(lora_run, j))
+        np.testing.assert_array_equal(
+            rm.score_sequences(ours, test_sequences, 1000), rewards(lora_run, j)
+        )
         assert torch.equal(ours.score.weight, stored["base_model.model.score.weight"])
-    assert abs(rewards(lora_run, 1) - rewards(lora_run, 2)).max() > 0.1 and rewards(lora_run, 1, "continuations").shape == (2, 5)
+    assert abs(rewards(lora_run, 1) - rewards(lora_run, 2)).max() > 0.1 and rewards(
+        lora_run, 1, "continuations"
+    ).shape == (2, 5)
 
 
 def test_continuations_that_come_later_are_scored_by_the_stored_adapter(lora_run, base, tmp_path):
@@ -163,12 +275,18 @@ def test_continuations_that_come_later_are_scored_by_the_stored_adapter(lora_run
     (run / "manifest.json").write_text(json.dumps(whole))
     (run / "rewards" / "02_continuations.npy").unlink()
     train(run, base, *LORA, iteration=2)
-    np.testing.assert_array_equal(rewards(run, 2, "continuations"), rewards(lora_run, 2, "continuations"))
+    np.testing.assert_array_equal(
+        rewards(run, 2, "continuations"), rewards(lora_run, 2, "continuations")
+    )
 
 
-def test_the_same_bits_again_and_other_adapters_for_another_seed_or_member(lora_run, data, base, tmp_path, monkeypatch):
+def test_the_same_bits_again_and_other_adapters_for_another_seed_or_member(
+    lora_run, data, base, tmp_path, monkeypatch
+):
     drawn = []
-    monkeypatch.setattr(adapter, "draw", lambda model, seed, f=adapter.draw: drawn.append(seed) or f(model, seed))
+    monkeypatch.setattr(
+        adapter, "draw", lambda model, seed, f=adapter.draw: drawn.append(seed) or f(model, seed)
+    )
     again, other = fresh(data, tmp_path), fresh(data, tmp_path, "other")
     torch.manual_seed(9)
     train(again, base, *LORA)
@@ -190,7 +308,11 @@ def test_killed_and_continued(data, base, tmp_path, monkeypatch, capsys, dtype):
     train(killed, base, *flags)
     assert "checkpoint_01/000004: continued after step 4" in capsys.readouterr().out
     expected, found = outputs(whole), outputs(killed)
-    assert found == expected and "member_01/adapter/adapter_model.safetensors" in found and not leftovers(killed)
+    assert (
+        found == expected
+        and "member_01/adapter/adapter_model.safetensors" in found
+        and not leftovers(killed)
+    )
 
 
 # ---- export
@@ -201,9 +323,17 @@ def test_export(lora_run, base, tmp_path, test_sequences, capsys):
     before = outputs(run)
     train(run, base, *LORA, "--export", "1")
     directory = run / "member_01"
-    merged, info = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not hasattr(merged, "peft_config")
-    np.testing.assert_allclose(plain_rewards(merged.eval(), test_sequences), rewards(run, 1), atol=1e-5)
+    merged, info = AutoModelForSequenceClassification.from_pretrained(
+        directory, output_loading_info=True
+    )
+    assert (
+        not info["missing_keys"]
+        and not info["unexpected_keys"]
+        and not hasattr(merged, "peft_config")
+    )
+    np.testing.assert_allclose(
+        plain_rewards(merged.eval(), test_sequences), rewards(run, 1), atol=1e-5
+    )
     assert AutoTokenizer.from_pretrained(directory).chat_template
     after = outputs(run)
     assert {name: after[name] for name in before} == before and not leftovers(run)
@@ -225,10 +355,16 @@ def test_a_merged_weight_is_the_sum_rounded_once(base, tokenizer, sequences):
                 p.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
     model = models[torch.bfloat16]
     layer = model.model.layers[1].mlp.down_proj
-    expected = (layer.base_layer.weight.double() + 2 * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()).bfloat16()
+    expected = (
+        layer.base_layer.weight.double()
+        + 2 * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    ).bfloat16()
     exact, apart = (rm.score_sequences(models[dtype], sequences, 1000) for dtype in models)
     adapter.merge(model)
-    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, expected) and type(model.model.layers[1].mlp.down_proj) is torch.nn.Linear
+    assert (
+        torch.equal(model.model.layers[1].mlp.down_proj.weight, expected)
+        and type(model.model.layers[1].mlp.down_proj) is torch.nn.Linear
+    )
     merged = rm.score_sequences(model, sequences, 1000)
     assert 0 < np.std(merged - exact) < 2 * np.std(apart - exact) < np.std(exact)
 
@@ -246,36 +382,81 @@ def damaged(lora_run, tmp_path, change):
     return run
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda tensors: tensors.pop("base_model.model.score.weight"), r"score.weight \(and 0 more\): no tensor found, \(1, 32\) expected"),
-    (lambda tensors: tensors.pop("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"), r"up_proj.lora_B.weight \(and 0 more\): no tensor found"),
-    (lambda tensors: tensors.update(more=torch.ones(2)), r"more \(and 0 more\): \(2,\) found, no tensor expected"),
-    (lambda tensors: tensors.update({"base_model.model.score.weight": torch.ones(2, 32)}), r"\(2, 32\) found, \(1, 32\) expected")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            lambda tensors: tensors.pop("base_model.model.score.weight"),
+            r"score.weight \(and 0 more\): no tensor found, \(1, 32\) expected",
+        ),
+        (
+            lambda tensors: tensors.pop(
+                "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+            ),
+            r"up_proj.lora_B.weight \(and 0 more\): no tensor found",
+        ),
+        (
+            lambda tensors: tensors.update(more=torch.ones(2)),
+            r"more \(and 0 more\): \(2,\) found, no tensor expected",
+        ),
+        (
+            lambda tensors: tensors.update({"base_model.model.score.weight": torch.ones(2, 32)}),
+            r"\(2, 32\) found, \(1, 32\) expected",
+        ),
+    ],
+)
 def test_a_tensor_that_is_missing_or_wrong(lora_run, base, tokenizer, tmp_path, change, said):
     with pytest.raises(InputError, match=f"member_01/adapter/adapter_model.safetensors: .*{said}"):
-        rm.load_member(damaged(lora_run, tmp_path, change), 1, base, tokenizer, torch.float32, "cpu")
+        rm.load_member(
+            damaged(lora_run, tmp_path, change), 1, base, tokenizer, torch.float32, "cpu"
+        )
 
 
 def test_files_that_are_missing_or_broken(lora_run, base, tmp_path):
     run = fresh(lora_run, tmp_path)
     directory = run / "member_02" / "adapter"
-    (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": "how ?", "responses": ["so ."]}) + "\n")
+    (tmp_path / "asked.jsonl").write_text(
+        json.dumps({"prompt": "how ?", "responses": ["so ."]}) + "\n"
+    )
     asked = score.parse_args([str(tmp_path / "asked.jsonl"), "--run", str(run), *FLAGS])
-    for name, content in (("adapter_model.safetensors", "broken"), ("adapter_model.safetensors", None), ("adapter_config.json", "{}"), ("adapter_config.json", None)):
+    for name, content in (
+        ("adapter_model.safetensors", "broken"),
+        ("adapter_model.safetensors", None),
+        ("adapter_config.json", "{}"),
+        ("adapter_config.json", None),
+    ):
         (directory / name).write_text(content) if content else (directory / name).unlink()
-        with pytest.raises(InputError, match=r"member_02/adapter/adapter_(model.safetensors: no adapter could be read|config.json: no such file)") as error:
+        with pytest.raises(
+            InputError,
+            match=r"member_02/adapter/adapter_(model.safetensors: no adapter could be read|config.json: no such file)",
+        ) as error:
             score.main(asked)
         assert "\n" not in str(error.value) and not (tmp_path / "asked-scores.jsonl").exists()
 
 
 def test_flags(lora_run, full_run, base, capsys):
-    assert (arguments().max_precondition_dim, arguments().lora_alpha, arguments("--lora-alpha", "3").lora_alpha) == (4, 8, 3)
+    assert (
+        arguments().max_precondition_dim,
+        arguments().lora_alpha,
+        arguments("--lora-alpha", "3").lora_alpha,
+    ) == (4, 8, 3)
     args = train_rm.parse_args(["--run", "r", "--base", "b", "--iteration", "1", "--train", "lora"])
-    assert (args.lora_rank, args.lora_alpha, args.lr, args.max_precondition_dim) == (16, 32, 2e-4, 16)
+    assert (args.lora_rank, args.lora_alpha, args.lr, args.max_precondition_dim) == (
+        16,
+        32,
+        2e-4,
+        16,
+    )
     with pytest.raises(SystemExit):
         train_rm.parse_args(["--run", "r", "--base", "b", "--iteration", "1", "--lora-rank", "4"])
     assert "--lora-rank and --lora-alpha are for --train lora" in capsys.readouterr().err
-    assert not {"lora_rank", "lora_alpha"} & manifest(full_run)["member_01"]["settings"].keys()  # so runs of before are continued
-    for flags, said in ((("--lora-rank", "5"), "lora-alpha was 8.0, is 10.0"), (("--lora-alpha", "9"), "lora-alpha was 8.0, is 9.0"), (FULL[:2], "lr was")):
+    assert (
+        not {"lora_rank", "lora_alpha"} & manifest(full_run)["member_01"]["settings"].keys()
+    )  # so runs of before are continued
+    for flags, said in (
+        (("--lora-rank", "5"), "lora-alpha was 8.0, is 10.0"),
+        (("--lora-alpha", "9"), "lora-alpha was 8.0, is 9.0"),
+        (FULL[:2], "lr was"),
+    ):
         with pytest.raises(InputError, match=said):
             train(lora_run, base, *LORA, *flags)

@@ -3,16 +3,16 @@
 import json
 from types import SimpleNamespace
 
-import evaluate
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import train_rm
 from conftest import FULL, HEAD, fit, fresh, manifest, rewards, train
 from scipy.special import expit, log_expit
 
+import evaluate
+import train_rm
 from pairwise.run_dir import JUDGMENTS, InputError, read_split
 
 ONE_STEP = ("--pairs-per-step", "1000", "--epochs", "1", "--lr", "1e-9", "--weight-decay", "0")
@@ -21,13 +21,22 @@ ONE_STEP = ("--pairs-per-step", "1000", "--epochs", "1", "--lr", "1e-9", "--weig
 def by_scipy(name, d, t, m):
     """The loss of each pair, float64, written out for winner and loser."""
     clipped, r = np.clip(t, 0, 1), np.where(t > 0.5, d, -d)
-    return {"mse": (t - expit(d)) ** 2, "bce": -clipped * log_expit(d) - (1 - clipped) * log_expit(-d), "bt": -log_expit(r), "margin": -log_expit(r - m)}[name]
+    return {
+        "mse": (t - expit(d)) ** 2,
+        "bce": -clipped * log_expit(d) - (1 - clipped) * log_expit(-d),
+        "bt": -log_expit(r),
+        "margin": -log_expit(r - m),
+    }[name]
 
 
 def draw(name, seed):
     """d, t, m of 50 pairs, no vote tied; targets outside [0, 1] where the loss can have them."""
     rng = np.random.default_rng(seed)
-    t = rng.uniform(-0.5, 1.5, 50) if name in ("mse", "bce") else rng.choice([0, 0.2, 0.4, 0.6, 0.75, 1], 50)
+    t = (
+        rng.uniform(-0.5, 1.5, 50)
+        if name in ("mse", "bce")
+        else rng.choice([0, 0.2, 0.4, 0.6, 0.75, 1], 50)
+    )
     return rng.normal(0, 3, 50), t, rng.random(50)
 
 
@@ -37,10 +46,14 @@ def test_loss_gradient_and_the_other_order(name):
     loss = train_rm.LOSSES[name][1]
     d.requires_grad_(True)
     values = loss(d, t, m)
-    np.testing.assert_allclose(values.detach(), by_scipy(name, d.detach().numpy(), t.numpy(), m.numpy()), atol=1e-12)
+    np.testing.assert_allclose(
+        values.detach(), by_scipy(name, d.detach().numpy(), t.numpy(), m.numpy()), atol=1e-12
+    )
     np.testing.assert_allclose(loss(-d, 1 - t, m).detach(), values.detach(), atol=1e-12)
     values.sum().backward()
-    up, down = (by_scipy(name, d.detach().numpy() + step, t.numpy(), m.numpy()) for step in (1e-6, -1e-6))
+    up, down = (
+        by_scipy(name, d.detach().numpy() + step, t.numpy(), m.numpy()) for step in (1e-6, -1e-6)
+    )
     np.testing.assert_allclose(d.grad, (up - down) / 2e-6, atol=1e-7)
 
 
@@ -49,13 +62,22 @@ def test_far_apart_in_float32(name):
     d = torch.tensor([-1e4, -200.0, 200.0, 1e4, -1e4, 1e4], requires_grad=True)
     t, m = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0]), torch.ones(6)
     values = train_rm.LOSSES[name][1](d, t, m)
-    np.testing.assert_allclose(values.detach(), by_scipy(name, d.detach().double().numpy(), t.numpy(), m.numpy()), rtol=1e-6, atol=1e-30)
+    np.testing.assert_allclose(
+        values.detach(),
+        by_scipy(name, d.detach().double().numpy(), t.numpy(), m.numpy()),
+        rtol=1e-6,
+        atol=1e-30,
+    )
     values.sum().backward()
     assert values.dtype == torch.float32 and torch.isfinite(d.grad).all()
 
 
 def test_margins_by_hand():
-    split = SimpleNamespace(votes_a=np.array([3.0, 2, 0, 1, 2.5]), n=np.array([4.0, 4, 3, 1, 5]), judgments=np.array([[10, 0], [4, 6], [5, 5], [0, 0], [1, 2]], np.int32))
+    split = SimpleNamespace(
+        votes_a=np.array([3.0, 2, 0, 1, 2.5]),
+        n=np.array([4.0, 4, 3, 1, 5]),
+        judgments=np.array([[10, 0], [4, 6], [5, 5], [0, 0], [1, 2]], np.int32),
+    )
     np.testing.assert_allclose(train_rm.margin_of(split, "votes"), [0.5, 0, 1, 1, 0])
     np.testing.assert_allclose(train_rm.margin_of(split, "judgments"), [1, 0.2, 0, 0, 1 / 3])
 
@@ -71,32 +93,65 @@ def judged(data, tmp_path_factory):
     table = pq.read_table(path)
     rows = table.to_pylist()
     for number, pair in enumerate(pair for row in rows for pair in row["pairs"]):
-        pair["votes_a"], pair["votes_b"] = ((2.0, 2.0), (1.0, 0.0), (1.0, 3.0), (4.0, 1.0))[number % 4]
-    judgments = [[{"a": int(a), "b": int(b)} for a, b in rng.integers(0, 3, (len(row["pairs"]), 2))] for row in rows]
+        pair["votes_a"], pair["votes_b"] = ((2.0, 2.0), (1.0, 0.0), (1.0, 3.0), (4.0, 1.0))[
+            number % 4
+        ]
+    judgments = [
+        [{"a": int(a), "b": int(b)} for a, b in rng.integers(0, 3, (len(row["pairs"]), 2))]
+        for row in rows
+    ]
     table = pa.Table.from_pylist(rows, schema=table.schema)
     pq.write_table(table.append_column("judgments", pa.array(judgments, JUDGMENTS)), path)
     return run
 
 
 @pytest.mark.parametrize("kind", [FULL, HEAD], ids=["full", "head"])
-@pytest.mark.parametrize("name, flags", [("mse", ()), ("bce", ()), ("bt", ()), ("margin", ()), ("margin", ("--margin-from", "judgments"))])
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("mse", ()),
+        ("bce", ()),
+        ("bt", ()),
+        ("margin", ()),
+        ("margin", ("--margin-from", "judgments")),
+    ],
+)
 def test_the_loss_that_is_logged(judged, base, tmp_path, capsys, kind, name, flags):
     """One step too small to change anything: its loss is the mean over the pairs, of the rewards that are stored then."""
     run = fresh(judged, tmp_path)
     train(run, base, *kind, *ONE_STEP, "--loss", name, *flags)
-    split, r, entry = read_split(run, "train"), rewards(run, 1, "train").astype(float), manifest(run)["member_01"]
+    split, r, entry = (
+        read_split(run, "train"),
+        rewards(run, 1, "train").astype(float),
+        manifest(run)["member_01"],
+    )
     hard = name in ("bt", "margin")
     kept = split.votes_a != split.votes_b if hard else np.ones(len(split.a), bool)
     source = split.judgments if flags else np.stack([split.votes_a, split.votes_b], 1)
     m = [abs(a - (a + b) / 2) / ((a + b) / 2) if a + b else 0 for a, b in source]
-    losses = by_scipy(name, r[split.a] - r[split.b], split.votes_a / (split.votes_a + split.votes_b), np.array(m))
+    losses = by_scipy(
+        name, r[split.a] - r[split.b], split.votes_a / (split.votes_a + split.votes_b), np.array(m)
+    )
     (line,) = map(json.loads, (run / "logs" / "01.jsonl").read_text().splitlines())
-    assert line["loss"] == pytest.approx(losses[kept].mean(), abs=1e-5) and line["pairs"] == kept.sum() and line["grad_norm"] > 0
-    assert entry["settings"]["loss"] == name and entry["settings"].get("margin_from") == (None if name != "margin" else "judgments" if flags else "votes")
+    assert (
+        line["loss"] == pytest.approx(losses[kept].mean(), abs=1e-5)
+        and line["pairs"] == kept.sum()
+        and line["grad_norm"] > 0
+    )
+    assert entry["settings"]["loss"] == name and entry["settings"].get("margin_from") == (
+        None if name != "margin" else "judgments" if flags else "votes"
+    )
     said = capsys.readouterr().out
-    assert entry.get("tied_pairs") == (18 if hard else None) and ("18 dropped, their votes tie" in said) == hard
+    assert (
+        entry.get("tied_pairs") == (18 if hard else None)
+        and ("18 dropped, their votes tie" in said) == hard
+    )
     silent = int((kept & (split.judgments.sum(1) == 0)).sum())
-    assert entry.get("pairs_without_judgment") == (silent if flags else None) and (f"{silent} trained on without a judgment" in said) == bool(flags) and silent
+    assert (
+        entry.get("pairs_without_judgment") == (silent if flags else None)
+        and (f"{silent} trained on without a judgment" in said) == bool(flags)
+        and silent
+    )
 
 
 @pytest.mark.parametrize("name, soft", [("bce", True), ("bt", False), ("margin", False)])
@@ -107,16 +162,29 @@ def test_a_baseline_from_training_to_metrics(judged, base, tmp_path, name, soft,
     monkeypatch.setattr(evaluate.report, "write", lambda *args: None)
     evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "10"]))
     split, r = read_split(run, "train"), rewards(run, 1, "train")
-    losses = [json.loads(line)["loss"] for line in (run / "logs" / "01.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (run / "logs" / "01.jsonl").read_text().splitlines()
+    ]
     assert np.mean(losses[-2:]) < np.mean(losses[:2])
     votes = (r[split.a] > r[split.b]) + (r[split.a] == r[split.b]) / 2
     counted = split.n >= 2
     assert 0 < counted.sum() < len(counted)  # one vote is trained on, and counts in no error
-    (weights,), metrics = json.loads((run / "weights.json").read_text()), json.loads((run / "metrics.json").read_text())["splits"]
-    assert weights["train_mse"] == pytest.approx(((votes - split.p) ** 2)[counted].mean(), abs=1e-12)
-    assert metrics["train"]["ensemble"][0]["brier"] == pytest.approx(weights["train_mse"], abs=1e-12)
+    (weights,), metrics = (
+        json.loads((run / "weights.json").read_text()),
+        json.loads((run / "metrics.json").read_text())["splits"],
+    )
+    assert weights["train_mse"] == pytest.approx(
+        ((votes - split.p) ** 2)[counted].mean(), abs=1e-12
+    )
+    assert metrics["train"]["ensemble"][0]["brier"] == pytest.approx(
+        weights["train_mse"], abs=1e-12
+    )
     for s in metrics.values():
-        assert ((s["soft_single"] is not None), (s["soft_true"] is not None), (s["soft_single_ci"] is not None)) == (soft,) * 3
+        assert (
+            (s["soft_single"] is not None),
+            (s["soft_true"] is not None),
+            (s["soft_single_ci"] is not None),
+        ) == (soft,) * 3
 
 
 def test_one_vote_a_pair_everywhere(head_run, tmp_path):
@@ -130,7 +198,9 @@ def test_one_vote_a_pair_everywhere(head_run, tmp_path):
     fit(run)
     split, r = read_split(run, "train"), rewards(run, 1, "train")
     wrong = ((r[split.a] < r[split.b]) + (r[split.a] == r[split.b]) / 4).mean()
-    assert json.loads((run / "weights.json").read_text())[0]["train_mse"] == pytest.approx(wrong, abs=1e-12)
+    assert json.loads((run / "weights.json").read_text())[0]["train_mse"] == pytest.approx(
+        wrong, abs=1e-12
+    )
 
 
 def test_majority_labels_have_no_residual(judged, base, tmp_path, capsys):
@@ -142,14 +212,19 @@ def test_majority_labels_have_no_residual(judged, base, tmp_path, capsys):
     for j in (1, 2):
         train(run, base, *HEAD, "--loss", "bt", "--target", "p", iteration=j)
         fit(run)
-    assert manifest(run)["member_02"]["tied_pairs"] == 18 and not np.array_equal(rewards(run, 1), rewards(run, 2))
+    assert manifest(run)["member_02"]["tied_pairs"] == 18 and not np.array_equal(
+        rewards(run, 1), rewards(run, 2)
+    )
 
 
 def test_a_run_refuses_another_loss(judged, head_run, base, tmp_path):
     run = fresh(judged, tmp_path)
     train(run, base, *HEAD, *ONE_STEP, "--loss", "margin")
-    for flags, said in ((("--loss", "bt"), "loss was margin, is bt"), ((), "loss was margin, is mse"),
-                        (("--loss", "margin", "--margin-from", "judgments"), "margin-from was votes, is judgments")):
+    for flags, said in (
+        (("--loss", "bt"), "loss was margin, is bt"),
+        ((), "loss was margin, is mse"),
+        (("--loss", "margin", "--margin-from", "judgments"), "margin-from was votes, is judgments"),
+    ):
         with pytest.raises(InputError, match=said):
             train(run, base, *HEAD, *ONE_STEP, *flags)
     older = fresh(head_run.run, tmp_path, "older")  # from before there were losses
@@ -166,7 +241,10 @@ def test_refused(data, judged, base, tmp_path, capsys):
         train(tmp_path, base, "--margin-from", "votes")
     assert "--margin-from is for --loss margin" in capsys.readouterr().err
     run = fresh(data, tmp_path)
-    with pytest.raises(InputError, match=r"train.parquet: no column judgments found for --margin-from; data_prep/synthetic_judgments.py makes it"):
+    with pytest.raises(
+        InputError,
+        match=r"train.parquet: no column judgments found for --margin-from; data_prep/synthetic_judgments.py makes it",
+    ):
         train(run, base, *HEAD, "--loss", "margin", "--margin-from", "judgments")
     assert not (run / "logs").exists() and "member_01" not in manifest(run)
     tied = fresh(judged, tmp_path, "tied")

@@ -11,21 +11,36 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import train_rm
 from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, manifest, train
 from pytorch_optimizer import SOAP
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+import train_rm
 from pairwise import training
 from pairwise.checkpoint import Checkpoints
-from pairwise.offload import BUFFERS, Offload, choose_resident, names_memory_flags, recompute_activations, state_shapes
+from pairwise.offload import (
+    BUFFERS,
+    Offload,
+    choose_resident,
+    names_memory_flags,
+    recompute_activations,
+    state_shapes,
+)
 from pairwise.run_dir import InputError
 
 
 def tiny(dtype, seed=0):
     torch.manual_seed(seed)
-    config = LlamaConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=200,
-                         num_labels=1, pad_token_id=0)
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=200,
+        num_labels=1,
+        pad_token_id=0,
+    )
     model = AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
     model.score.float()
     return model
@@ -33,7 +48,10 @@ def tiny(dtype, seed=0):
 
 def groups_of(model, dim=64):
     matrices, plain = training.parameter_groups(model)
-    return [{"params": matrices, "max_precondition_dim": dim}, {"params": plain, "max_precondition_dim": 1}]
+    return [
+        {"params": matrices, "max_precondition_dim": dim},
+        {"params": plain, "max_precondition_dim": 1},
+    ]
 
 
 def soap(groups):
@@ -42,22 +60,34 @@ def soap(groups):
 
 def loss_of(model, step, part):
     ids = torch.from_numpy(np.random.default_rng([step, part]).integers(1, 200, (3, 17)))
-    return model.score(model.model(input_ids=ids, use_cache=False).last_hidden_state[:, -1].float()).square().sum()
+    return (
+        model.score(model.model(input_ids=ids, use_cache=False).last_hidden_state[:, -1].float())
+        .square()
+        .sum()
+    )
 
 
 def run_plainly(dtype, steps, seed=0):
     """One library optimizer over all parameters and float32 masters: what offloading must equal. Returns the masters and the model."""
     model = tiny(dtype, seed)
     groups = groups_of(model)
-    twins = [(p, p if p.dtype == torch.float32 else p.detach().float()) for group in groups for p in group["params"]]
+    twins = [
+        (p, p if p.dtype == torch.float32 else p.detach().float())
+        for group in groups
+        for p in group["params"]
+    ]
     known = {id(p): master for p, master in twins}
-    optimizer = soap([group | {"params": [known[id(p)] for p in group["params"]]} for group in groups])
+    optimizer = soap(
+        [group | {"params": [known[id(p)] for p in group["params"]]} for group in groups]
+    )
     for step in range(steps):
         for part in range(2):
             loss_of(model, step, part).backward()
             for p, master in twins:
                 if p is not master:
-                    master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                    master.grad = (
+                        p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                    )
                     p.grad = None
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 / (step + 1)
@@ -83,7 +113,13 @@ def steps_of(offload, model, steps):
 
 def share_of_all(share, dtype):
     """Bytes of a share of all that the optimizer may move."""
-    return None if share is None else int(share * 4 * sum(part.numbers for part in Offload(groups_of(tiny(dtype)), soap).parts))
+    return (
+        None
+        if share is None
+        else int(
+            share * 4 * sum(part.numbers for part in Offload(groups_of(tiny(dtype)), soap).parts)
+        )
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,8 +159,14 @@ def test_state_shapes_are_the_library_s():
         optimizer.step()
         for p, shape in zip(params, shapes):
             state = optimizer.state[p]
-            found = [state["exp_avg"], state["exp_avg_sq"], *(m for name in ("GG", "Q") for m in state[name] if len(m))]
-            assert [tuple(t.shape) for t in found] == state_shapes(shape, dim) and {t.dtype for t in found} == {torch.float32}
+            found = [
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                *(m for name in ("GG", "Q") for m in state[name] if len(m)),
+            ]
+            assert [tuple(t.shape) for t in found] == state_shapes(shape, dim) and {
+                t.dtype for t in found
+            } == {torch.float32}
 
 
 @pytest.mark.parametrize("budget", [0, 10, 100, 250, 399, 400, 10**6])
@@ -150,8 +192,16 @@ def test_buffers_are_allocated_once_and_hold_the_largest():
     assert offload.buffers[0].nbytes == 4 * max(part.numbers for part in offload.parts)
     steps_of(offload, model, range(4))
     assert [offload.host.data_ptr(), *(buffer.data_ptr() for buffer in offload.buffers)] == places
-    assert all(places[0] <= part.host.data_ptr() < places[0] + offload.host.nbytes for part in offload.parts)
-    held = [t for state in offload.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    assert all(
+        places[0] <= part.host.data_ptr() < places[0] + offload.host.nbytes
+        for part in offload.parts
+    )
+    held = [
+        t
+        for state in offload.optimizer.state.values()
+        for t in state.values()
+        if torch.is_tensor(t)
+    ]
     assert not held, "the library still holds state of paged parameters"
 
 
@@ -198,12 +248,21 @@ def streams(monkeypatch):
         yield
         SideStream.inside = None
 
-    cudart = SimpleNamespace(cudaHostRegister=lambda *block: SideStream.pinned.append(block) or 0, cudaHostUnregister=lambda start: SideStream.pinned.pop())
+    cudart = SimpleNamespace(
+        cudaHostRegister=lambda *block: SideStream.pinned.append(block) or 0,
+        cudaHostUnregister=lambda start: SideStream.pinned.pop(),
+    )
     monkeypatch.setattr(torch.Tensor, "copy_", copied)
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_event=lambda event: event[0].run(event[1])))
-    monkeypatch.setattr("pairwise.offload._side_stream", lambda device: made.append(SideStream()) or made[-1])
+    monkeypatch.setattr(
+        torch.cuda,
+        "current_stream",
+        lambda device: SimpleNamespace(wait_event=lambda event: event[0].run(event[1])),
+    )
+    monkeypatch.setattr(
+        "pairwise.offload._side_stream", lambda device: made.append(SideStream()) or made[-1]
+    )
     return made
 
 
@@ -216,7 +275,9 @@ def test_copies_on_side_streams_are_waited_for(dtype, budget, streams, tmp_path)
     offload = Offload(groups_of(model), soap, nbytes)
     assert SideStream.pinned == [(offload.host.data_ptr(), offload.host.nbytes, 0)]
     steps_of(offload, model, range(5))
-    assert [stream.copies for stream in streams] == [5 * len(offload.paged)] * 2 and streams[1].done < len(streams[1].queue)
+    assert [stream.copies for stream in streams] == [5 * len(offload.paged)] * 2 and streams[
+        1
+    ].done < len(streams[1].queue)
     facts = offload.save(tmp_path)
     offload.close()
     assert not SideStream.pinned
@@ -225,13 +286,18 @@ def test_copies_on_side_streams_are_waited_for(dtype, budget, streams, tmp_path)
     offload.load(tmp_path, facts)
     steps_of(offload, model, range(5, 9))
     offload.close()
-    for found, value in zip([*masters_of(offload), *model.parameters()], [*expected, *plain.parameters()]):
+    for found, value in zip(
+        [*masters_of(offload), *model.parameters()], [*expected, *plain.parameters()]
+    ):
         assert torch.equal(found, value)
 
 
 def test_too_little_host_memory(monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 10)
-    with pytest.raises(InputError, match=r"GB of host memory needed for the optimizer, 0 GB are there; a larger --optimizer-memory-gb"):
+    with pytest.raises(
+        InputError,
+        match=r"GB of host memory needed for the optimizer, 0 GB are there; a larger --optimizer-memory-gb",
+    ):
         Offload(groups_of(tiny(torch.float32)), soap, 0)
 
 
@@ -263,8 +329,13 @@ def test_only_safetensors_and_json(tmp_path):
     offload = Offload(groups_of(model), soap, 0)
     steps_of(offload, model, range(1))
     Checkpoints(tmp_path, 1, {"a": 1}, {"b": "c"}, 1).write(offload, ["{}\n"])
-    assert {path.suffix for path in (tmp_path / "checkpoint_01" / "000001").iterdir()} == {".json", ".safetensors"}
-    size = sum(path.stat().st_size for path in (tmp_path / "checkpoint_01").rglob("[0-9]*.safetensors"))
+    assert {path.suffix for path in (tmp_path / "checkpoint_01" / "000001").iterdir()} == {
+        ".json",
+        ".safetensors",
+    }
+    size = sum(
+        path.stat().st_size for path in (tmp_path / "checkpoint_01").rglob("[0-9]*.safetensors")
+    )
     assert offload.nbytes * 0.98 < size < offload.nbytes + 500 * len(offload.parts)
 
 
@@ -324,13 +395,34 @@ Path(sys.argv[3]).write_text(json.dumps(resumed))
 
 def outputs(run):
     """Every byte of a run but its manifest, and the log without times."""
-    found = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "manifest.json"}
-    return found | {name: [{**json.loads(line), "seconds": None} for line in found[name].splitlines()] for name in found if name.startswith("logs/")}
+    found = {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
+    return found | {
+        name: [{**json.loads(line), "seconds": None} for line in found[name].splitlines()]
+        for name in found
+        if name.startswith("logs/")
+    }
 
 
-@pytest.mark.parametrize("dtype, deaths", [
-    ("float32", ("step 1, step 3, step 3", "file 1, file 30, file 22", "rename 4, rename 3, sync 40", "removal 2, random 3", "member 1, end 1")),
-    ("bfloat16", ("step 3, file 30",))])
+@pytest.mark.parametrize(
+    "dtype, deaths",
+    [
+        (
+            "float32",
+            (
+                "step 1, step 3, step 3",
+                "file 1, file 30, file 22",
+                "rename 4, rename 3, sync 40",
+                "removal 2, random 3",
+                "member 1, end 1",
+            ),
+        ),
+        ("bfloat16", ("step 3, file 30",)),
+    ],
+)
 def test_killed_and_continued(data, base, tmp_path, dtype, deaths):
     """SIGKILL, also while a checkpoint is written: the same command continues from the last one and ends in the same bits.
 
@@ -340,12 +432,25 @@ def test_killed_and_continued(data, base, tmp_path, dtype, deaths):
     flags = ["--base", str(base), *FLAGS, *FULL, "--dtype", dtype, "--precondition-frequency", "2"]
     flags += ["--optimizer-memory-gb", "0"] if dtype == "bfloat16" else []
     out = tmp_path / "resumed.json"
-    words = [json.dumps({name: str(run) for name, run in runs.items()}), json.dumps(flags), str(out)]
-    subprocess.run([sys.executable, "-c", HARNESS, *words], check=True, cwd=REPOSITORY,
-                   env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""})
+    words = [
+        json.dumps({name: str(run) for name, run in runs.items()}),
+        json.dumps(flags),
+        str(out),
+    ]
+    subprocess.run(
+        [sys.executable, "-c", HARNESS, *words],
+        check=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
+    )
     resumed, expected = json.loads(out.read_text()), outputs(runs["whole"])
     assert len(expected["logs/01.jsonl"]) == 6
-    known = {"step 1, step 3, step 3": [4], "file 1, file 30, file 22": [2], "member 1, end 1": [], "step 3, file 30": [3]}
+    known = {
+        "step 1, step 3, step 3": [4],
+        "file 1, file 30, file 22": [2],
+        "member 1, end 1": [],
+        "step 3, file 30": [3],
+    }
     for name, run in runs.items():
         assert name not in known or resumed[name] == known[name], (name, resumed[name])
         assert not leftovers(run) and not list(run.glob("checkpoint_*")), name
@@ -388,7 +493,9 @@ def test_killed_while_scoring_does_not_train_again(data, base, tmp_path, monkeyp
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_rm.rm, "score_sequences", killed)
         train(broken, base, *FULL, *kind)
-    assert [path.name for path in (broken / "checkpoint_01").iterdir()] == ["trained.json"] and not list(broken.glob("rewards/*"))
+    assert [path.name for path in (broken / "checkpoint_01").iterdir()] == [
+        "trained.json"
+    ] and not list(broken.glob("rewards/*"))
     for change in ("arguments", "member"):
         other = fresh(broken, tmp_path, change)
         if change == "member":
@@ -399,11 +506,22 @@ def test_killed_while_scoring_does_not_train_again(data, base, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(training, "train", killed)
         train(broken, base, *FULL, *kind)
-    assert not (broken / "checkpoint_01").exists() and not leftovers(broken) and manifest(broken)["member_01"]["done"]
-    names = ["logs/01.jsonl", "rewards/01_train.npy", "rewards/01_test.npy", *(str(path.relative_to(whole)) for path in whole.rglob("*.safetensors"))]
+    assert (
+        not (broken / "checkpoint_01").exists()
+        and not leftovers(broken)
+        and manifest(broken)["member_01"]["done"]
+    )
+    names = [
+        "logs/01.jsonl",
+        "rewards/01_train.npy",
+        "rewards/01_test.npy",
+        *(str(path.relative_to(whole)) for path in whole.rglob("*.safetensors")),
+    ]
     for name in names[1:]:
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
-    assert [json.loads(line)["loss"] for line in open(broken / names[0])] == [json.loads(line)["loss"] for line in open(whole / names[0])]
+    assert [json.loads(line)["loss"] for line in open(broken / names[0])] == [
+        json.loads(line)["loss"] for line in open(whole / names[0])
+    ]
 
 
 def test_a_checkpoint_of_other_arguments_is_not_used(data, base, tmp_path, monkeypatch, capsys):
@@ -412,11 +530,18 @@ def test_a_checkpoint_of_other_arguments_is_not_used(data, base, tmp_path, monke
     assert [path.name for path in run.glob("checkpoint_01/*")] == ["000002"]
     capsys.readouterr()
     killed_after(run, base, monkeypatch, 1, "--lr", "1e-4")
-    assert "checkpoint_01/000002: made with other arguments or inputs, not used" in capsys.readouterr().out
+    assert (
+        "checkpoint_01/000002: made with other arguments or inputs, not used"
+        in capsys.readouterr().out
+    )
     assert [path.name for path in run.glob("checkpoint_01/*")] == ["000001"]
-    train(run, base, *FULL, "--lr", "1e-4", "--micro-batch-tokens", "300", "--checkpoint-minutes", "0")
+    train(
+        run, base, *FULL, "--lr", "1e-4", "--micro-batch-tokens", "300", "--checkpoint-minutes", "0"
+    )
     assert "checkpoint_01/000001: continued after step 1" in capsys.readouterr().out
-    seconds = [json.loads(line)["seconds"] for line in (run / "logs" / "01.jsonl").read_text().splitlines()]
+    seconds = [
+        json.loads(line)["seconds"] for line in (run / "logs" / "01.jsonl").read_text().splitlines()
+    ]
     assert len(seconds) == 6 and seconds == sorted(seconds) and not list(run.glob("checkpoint_*"))
 
 
@@ -430,14 +555,19 @@ def test_no_checkpoint_without_need(data, base, tmp_path, monkeypatch):
 
 def test_a_disk_that_is_too_small(data, base, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 100_000}))
-    with pytest.raises(InputError, match=r"0.0 GB free, 0.\d GB needed for checkpoints and the member; --checkpoint-minutes 0"):
+    with pytest.raises(
+        InputError,
+        match=r"0.0 GB free, 0.\d GB needed for checkpoints and the member; --checkpoint-minutes 0",
+    ):
         train(fresh(data, tmp_path), base, *FULL)
 
 
 # ---- what stops training
 
 
-def test_not_finite_names_step_and_prompts_and_keeps_the_checkpoint(data, base, tmp_path, monkeypatch):
+def test_not_finite_names_step_and_prompts_and_keeps_the_checkpoint(
+    data, base, tmp_path, monkeypatch
+):
     run, count, error = fresh(data, tmp_path), [0], torch.sigmoid
 
     def broken(*args):
@@ -445,7 +575,10 @@ def test_not_finite_names_step_and_prompts_and_keeps_the_checkpoint(data, base, 
         return error(*args) * (float("nan") if count[0] > 4 else 1)
 
     monkeypatch.setattr(torch, "sigmoid", broken)  # the loss's own
-    with pytest.raises(InputError, match=r"member 1, step \d: loss nan, gradient norm nan; .*, or leaving out a prompt of this step \(demo"):
+    with pytest.raises(
+        InputError,
+        match=r"member 1, step \d: loss nan, gradient norm nan; .*, or leaving out a prompt of this step \(demo",
+    ):
         train(run, base, *FULL, "--checkpoint-minutes", "1e-9")
     (kept,) = run.glob("checkpoint_01/*")
     assert int(kept.name) >= 1 and not leftovers(run)
@@ -454,25 +587,48 @@ def test_not_finite_names_step_and_prompts_and_keeps_the_checkpoint(data, base, 
     assert manifest(run)["member_01"]["done"]
 
 
-@pytest.mark.parametrize("error, told", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True), (MemoryError(), True),
-    (RuntimeError("DefaultCPUAllocator: not enough memory"), True), (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
-    (RuntimeError("shapes differ"), False)])
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
+        (RuntimeError("shapes differ"), False),
+    ],
+)
 def test_out_of_memory_names_the_flags(error, told, monkeypatch):
     @names_memory_flags
     def main(args):
         raise error
 
-    args = train_rm.parse_args(["--run", "r", "--base", "b", "--iteration", "1", "--micro-batch-tokens", "777"])
-    expected = r"out of memory; lower --micro-batch-tokens \(now 777\) or --optimizer-memory-gb" if told else "shapes differ"
+    args = train_rm.parse_args(
+        ["--run", "r", "--base", "b", "--iteration", "1", "--micro-batch-tokens", "777"]
+    )
+    expected = (
+        r"out of memory; lower --micro-batch-tokens \(now 777\) or --optimizer-memory-gb"
+        if told
+        else "shapes differ"
+    )
     with pytest.raises(InputError if told else RuntimeError, match=expected):
         main(args)
 
 
 def test_the_cpu_runs_out_of_memory_for_real(data, base, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "sigmoid", lambda *args: torch.empty(2**46))
-    with pytest.raises(InputError, match=r"out of memory; lower --micro-batch-tokens \(now 5555\) or --optimizer-memory-gb \(now 0.5\)"):
-        train(fresh(data, tmp_path), base, *FULL, "--micro-batch-tokens", "5555", "--optimizer-memory-gb", "0.5")
+    with pytest.raises(
+        InputError,
+        match=r"out of memory; lower --micro-batch-tokens \(now 5555\) or --optimizer-memory-gb \(now 0.5\)",
+    ):
+        train(
+            fresh(data, tmp_path),
+            base,
+            *FULL,
+            "--micro-batch-tokens",
+            "5555",
+            "--optimizer-memory-gb",
+            "0.5",
+        )
 
 
 # ---- recomputation
@@ -489,7 +645,11 @@ def test_gradients_with_and_without_recomputation(dtype):
         hook.remove()
         assert len(seen) == 1 + on
         found.append([p.grad for p in model.parameters()])
-        assert all(not module.training for name, module in model.named_modules() if "attn" in name or "mlp" in name)
+        assert all(
+            not module.training
+            for name, module in model.named_modules()
+            if "attn" in name or "mlp" in name
+        )
         recompute_activations(model, False)
         assert not model.training and not any(module.training for module in model.modules())
         loss_of(model, 0, 0)

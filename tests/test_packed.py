@@ -7,18 +7,37 @@ import json
 import numpy as np
 import pytest
 import torch
-import train_rm
 from conftest import FLAGS, fit, fresh, manifest, rewards, squared, train
 from transformers import (
-    AutoModelForSequenceClassification, DebertaV2Config, DebertaV2ForMaskedLM, Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig,
-    Qwen2Config, Qwen3Config, Qwen3NextConfig)
+    AutoModelForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
 
+import train_rm
 from pairwise import packed, training
 from pairwise import reward_model as rm
 from pairwise.run_dir import InputError, read_split
 
-SHAPE = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "initializer_range": 0.1, "pad_token_id": 0, "num_labels": 1}
+SHAPE = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "num_labels": 1,
+}
 SLIDING = {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE),
@@ -27,9 +46,19 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SHAPE),
     "qwen2, window in some layers": Qwen2Config(**SHAPE | SLIDING),
     "qwen3": Qwen3Config(**SHAPE, head_dim=8),
-    "gemma2": Gemma2Config(**SHAPE, head_dim=8, sliding_window=11, attn_logit_softcapping=2.0),  # low enough to be seen
+    "gemma2": Gemma2Config(
+        **SHAPE, head_dim=8, sliding_window=11, attn_logit_softcapping=2.0
+    ),  # low enough to be seen
     "gemma3": Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=11),
-    "gpt2": GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, pad_token_id=0, num_labels=1, initializer_range=0.1),  # whole last layer
+    "gpt2": GPT2Config(
+        vocab_size=400,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        pad_token_id=0,
+        num_labels=1,
+        initializer_range=0.1,
+    ),  # whole last layer
 }
 
 
@@ -43,7 +72,10 @@ def build(config):
 
 def alone(model, sequences):
     """Rewards by transformers' plain path, one sequence at a time: what everything else is compared with."""
-    out = [model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1] for ids in sequences]
+    out = [
+        model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
+        for ids in sequences
+    ]
     return model.score(torch.stack(out)).squeeze(-1)
 
 
@@ -59,8 +91,19 @@ def mixed():
     rng = np.random.default_rng(0)
     token = lambda n: rng.integers(1, 400, n).tolist()
     prompts = [token(n) for n in (40, 25, 17)]
-    found = [prompt + token(n) for prompt, counts in zip(prompts, ((1, 7, 30), (12, 3, 3, 25), (2, 60))) for n in counts]
-    found += [token(1), token(2), token(33), prompts[0], prompts[0] + [5], found[4][:]]  # a prompt alone is the beginning of the others
+    found = [
+        prompt + token(n)
+        for prompt, counts in zip(prompts, ((1, 7, 30), (12, 3, 3, 25), (2, 60)))
+        for n in counts
+    ]
+    found += [
+        token(1),
+        token(2),
+        token(33),
+        prompts[0],
+        prompts[0] + [5],
+        found[4][:],
+    ]  # a prompt alone is the beginning of the others
     return [found[i] for i in rng.permutation(len(found))]
 
 
@@ -74,14 +117,25 @@ def model(request):
 
 def test_lay_out_by_hand():
     prompt, other = list(range(100, 130)), list(range(200, 220))
-    sequences = [other + [1, 2], prompt + [1], [5, 6], prompt + [2, 3], other + [1, 3], prompt + [4]]
+    sequences = [
+        other + [1, 2],
+        prompt + [1],
+        [5, 6],
+        prompt + [2, 3],
+        other + [1, 3],
+        prompt + [4],
+    ]
     assert packed.lay_out(sequences) == [(0, [2]), (30, [1, 3, 5]), (21, [0, 4])]
     assert packed.count_tokens(sequences) == 2 + (30 + 1 + 2 + 1) + (21 + 1 + 1)
 
 
 def test_a_system_prompt_in_common_does_not_hide_the_prompts():
     """All begin with the same 20 tokens, and each prompt adds 50: the groups are the prompts."""
-    sequences = [[*range(20), *range(100 * p, 100 * p + 50), 7, answer] for p in (3, 1, 2) for answer in (1, 2)]
+    sequences = [
+        [*range(20), *range(100 * p, 100 * p + 50), 7, answer]
+        for p in (3, 1, 2)
+        for answer in (1, 2)
+    ]
     assert packed.lay_out(sequences) == [(71, [2, 3]), (71, [4, 5]), (71, [0, 1])]
     assert packed.lay_out(sequences[::2]) == [(20, [1, 2, 0])], "what is left to share is shared"
 
@@ -90,7 +144,10 @@ def test_lay_out_leaves_each_sequence_a_token_of_its_own(mixed):
     groups = packed.lay_out(mixed)
     assert sorted(i for _, members in groups for i in members) == list(range(len(mixed)))
     for shared, members in groups:
-        assert all(mixed[i][:shared] == mixed[members[0]][:shared] and len(mixed[i]) > shared for i in members)
+        assert all(
+            mixed[i][:shared] == mixed[members[0]][:shared] and len(mixed[i]) > shared
+            for i in members
+        )
         assert (shared >= packed.LEAST_SHARED) == (len(members) > 1)
     assert packed.count_tokens(mixed) < 0.7 * sum(map(len, mixed))
     assert packed.lay_out([[1] * 30] * 3) == [(29, [0, 1, 2])] and packed.lay_out([]) == []
@@ -100,7 +157,9 @@ def test_lay_out_runs_the_fewest_tokens():
     """Against all cuts of the sorted sequences into runs."""
     rng = np.random.default_rng(1)
     for _ in range(30):
-        sequences = sorted([0] * 16 + rng.integers(0, 2, rng.integers(1, 9)).tolist() for _ in range(7))
+        sequences = sorted(
+            [0] * 16 + rng.integers(0, 2, rng.integers(1, 9)).tolist() for _ in range(7)
+        )
         best = 10**9
         for cuts in range(2**6):
             ends = [i + 1 for i in range(6) if cuts >> i & 1] + [7]
@@ -124,7 +183,9 @@ def test_batches_run_at_most_so_many_tokens(mixed, tokens):
 
 def test_many_sequences_with_one_beginning_are_laid_out_in_groups():
     groups = packed.lay_out([[*range(50), i] for i in range(1000)])
-    assert max(len(members) for _, members in groups) == packed.MOST_SHARING and len(groups) == -(-1000 // packed.MOST_SHARING)
+    assert max(len(members) for _, members in groups) == packed.MOST_SHARING and len(groups) == -(
+        -1000 // packed.MOST_SHARING
+    )
 
 
 # ---- equal rewards and gradients
@@ -136,7 +197,11 @@ def test_alone_is_packed_in_any_company(model, mixed):
         expected = alone(model, mixed)
         assert expected.std() > 0.02
         n = len(mixed)
-        for members in [list(range(n)), *([i] for i in range(n)), *([i, (i + 5) % n, (i + 3) % n] for i in range(n))]:
+        for members in [
+            list(range(n)),
+            *([i] for i in range(n)),
+            *([i, (i + 5) % n, (i + 3) % n] for i in range(n)),
+        ]:
             found = rm.rewards_of_batch(model, [mixed[i] for i in members])
             assert found.dtype == torch.float32
             torch.testing.assert_close(found, expected[members], atol=2e-6, rtol=0)
@@ -150,7 +215,9 @@ def test_gradients_are_those_of_one_at_a_time(model, mixed):
     found = gradient(model, rm.rewards_of_batch(model, mixed), weights)
     assert found.keys() == expected.keys() and len(expected) >= len(list(model.parameters())) - 1
     size = sum(grad.square().sum() for grad in expected.values()).sqrt()
-    assert sum((found[name] - expected[name]).square().sum() for name in expected).sqrt() / size < 1e-6
+    assert (
+        sum((found[name] - expected[name]).square().sum() for name in expected).sqrt() / size < 1e-6
+    )
     for name in expected:
         assert expected[name].abs().max() > 0, name
         assert (found[name] - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
@@ -161,7 +228,9 @@ def test_the_padded_path_still_works_beside_it(model, mixed):
     """transformers' own calls, with a mask, on the model that packs."""
     ids, mask = rm.pad(mixed, 0, "cpu")
     with torch.no_grad():
-        torch.testing.assert_close(rm.rewards_of(model, ids, mask), alone(model, mixed), atol=2e-6, rtol=0)
+        torch.testing.assert_close(
+            rm.rewards_of(model, ids, mask), alone(model, mixed), atol=2e-6, rtol=0
+        )
 
 
 def test_sharing_and_the_short_last_layer_change_nothing(mixed, monkeypatch):
@@ -170,7 +239,9 @@ def test_sharing_and_the_short_last_layer_change_nothing(mixed, monkeypatch):
     both = rm.rewards_of_batch(model, mixed)
     found = gradient(model, both, weights)
     seen = []
-    model.base_model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    model.base_model.norm.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].shape[1])
+    )
     for share, cut in ((False, True), (True, False), (False, False)):
         with monkeypatch.context() as patch:
             if not share:
@@ -180,10 +251,14 @@ def test_sharing_and_the_short_last_layer_change_nothing(mixed, monkeypatch):
             values = rm.rewards_of_batch(model, mixed)
             expected = gradient(model, values, weights)
             tokens = packed.count_tokens(mixed)
-        assert (tokens == sum(map(len, mixed))) == (not share) and seen.pop() == (len(mixed) if cut else tokens)
+        assert (tokens == sum(map(len, mixed))) == (not share) and seen.pop() == (
+            len(mixed) if cut else tokens
+        )
         torch.testing.assert_close(both, values, atol=1e-6, rtol=0)
         for name in found:
-            assert (found[name] - expected[name]).norm() <= 1e-6 * expected[name].norm() + 1e-9, name
+            assert (found[name] - expected[name]).norm() <= 1e-6 * expected[name].norm() + 1e-9, (
+                name
+            )
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral, window", "qwen2, window in some layers"])
@@ -191,18 +266,32 @@ def test_one_call_of_a_variable_length_kernel(name, mixed, monkeypatch):
     """The path of a GPU, with torch's kernel written out as its documentation has it: queries at the end of their keys, a window of (left, 0)."""
     seen = []
 
-    def written_out(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_q[-1] == len(query) and cu_seq_k[-1] == len(key) == len(value)
+    def written_out(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False
+    ):
+        assert (
+            cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+            and cu_seq_q[-1] == len(query)
+            and cu_seq_k[-1] == len(key) == len(value)
+        )
         assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max()
         assert enable_gqa == (query.shape[1] != key.shape[1]) and window_size[1] == 0
         seen.append(len(query))
         out = []
-        for q, k, v in zip(query.split(cu_seq_q.diff().tolist()), key.split(cu_seq_k.diff().tolist()), value.split(cu_seq_k.diff().tolist())):
+        for q, k, v in zip(
+            query.split(cu_seq_q.diff().tolist()),
+            key.split(cu_seq_k.diff().tolist()),
+            value.split(cu_seq_k.diff().tolist()),
+        ):
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
             ahead = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
             scores = torch.einsum("qhd,khd->hqk", q, k) * scale
             blind = (ahead < 0) | (ahead > window_size[0]) & (window_size[0] >= 0)
-            out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(blind, float("-inf")).softmax(-1), v))
+            out.append(
+                torch.einsum(
+                    "hqk,khd->qhd", scores.masked_fill(blind, float("-inf")).softmax(-1), v
+                )
+            )
         return torch.cat(out)
 
     monkeypatch.setattr(packed, "varlen_attn", written_out)
@@ -220,10 +309,18 @@ def test_one_call_of_a_variable_length_kernel(name, mixed, monkeypatch):
 def test_continuations_share_their_prompt(tokenizer):
     """What a member runs to score the continuations of two prompts: each prompt once, and of the answers the rest."""
     model, seen = build(CONFIGS["llama"]), []
-    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel()))
-    chats = [[{"role": "user", "content": text * 8}] for text in ("one way is to run twice a week . ", "how can i get fit ? ")]
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0].numel())
+    )
+    chats = [
+        [{"role": "user", "content": text * 8}]
+        for text in ("one way is to run twice a week . ", "how can i get fit ? ")
+    ]
     texts = [[f"{word} {i}" for i in range(30)] for word in ("drink no coffee", "dear reader")]
-    sequences, prompts = rm.encode_split(tokenizer, chats, texts, None), [rm.encode(tokenizer, chat) for chat in chats]
+    sequences, prompts = (
+        rm.encode_split(tokenizer, chats, texts, None),
+        [rm.encode(tokenizer, chat) for chat in chats],
+    )
     rm.score_sequences(model, sequences, 10**6)
     answers = sum(len(ids) for ids in sequences) - 30 * sum(map(len, prompts))
     assert sum(seen) <= sum(map(len, prompts)) + answers < sum(map(len, sequences)) / 3
@@ -233,11 +330,18 @@ def test_truncated_differently(tokenizer):
     """max_length leaves each response another piece of the prompt: little or nothing is shared, and it is right."""
     model = build(CONFIGS["llama"])
     ask = [{"role": "user", "content": "one way is to run twice a week . " * 6}]
-    texts = ["no .", "drink no coffee , sleep and " * 3, "drink no coffee , sleep or " * 3, "dear reader , " * 30]
+    texts = [
+        "no .",
+        "drink no coffee , sleep and " * 3,
+        "drink no coffee , sleep or " * 3,
+        "dear reader , " * 30,
+    ]
     for limit in (None, 90, 60, 20):
         sequences = rm.encode_split(tokenizer, [ask], [texts], limit)
         with torch.no_grad():
-            torch.testing.assert_close(rm.rewards_of_batch(model, sequences), alone(model, sequences), atol=2e-6, rtol=0)
+            torch.testing.assert_close(
+                rm.rewards_of_batch(model, sequences), alone(model, sequences), atol=2e-6, rtol=0
+            )
 
 
 @pytest.mark.parametrize("tokens", [1, 60, 200])
@@ -273,7 +377,10 @@ def test_bfloat16(mixed):
     model = rm.ready(build(CONFIGS["llama"]).bfloat16(), "cpu")
     assert model.packs == "segments"
     with torch.no_grad():
-        found, padded = rm.rewards_of_batch(model, mixed), rm.rewards_of(model, *rm.pad(mixed, 0, "cpu"))
+        found, padded = (
+            rm.rewards_of_batch(model, mixed),
+            rm.rewards_of(model, *rm.pad(mixed, 0, "cpu")),
+        )
     assert found.dtype == torch.float32
     assert (found - exact).abs().max() < 1.5 * (padded - exact).abs().max() + 0.005
 
@@ -298,11 +405,25 @@ def test_steps_and_losses_are_those_of_padded_batches(data, base, tokenizer, mon
         flags = [*FLAGS, "--pairs-per-step", "12", "--micro-batch-tokens", "200", "--lr", "1e-6"]
         args = train_rm.parse_args(["--run", "r", "--base", "b", "--iteration", "1", *flags])
         log = io.StringIO()
-        training.train_full(args, model, split, sequences, (split.p,), squared, np.ones(len(split.a), bool), np.random.default_rng(0), log)
+        training.train_full(
+            args,
+            model,
+            split,
+            sequences,
+            (split.p,),
+            squared,
+            np.ones(len(split.a), bool),
+            np.random.default_rng(0),
+            log,
+        )
         logs.append([json.loads(line) for line in log.getvalue().splitlines()])
     assert len(logs[0]) == len(logs[1]) >= 5
     for ours, padded in zip(*logs):
-        assert (ours["pairs"], ours["tokens"], ours["lr"]) == (padded["pairs"], padded["tokens"], padded["lr"])
+        assert (ours["pairs"], ours["tokens"], ours["lr"]) == (
+            padded["pairs"],
+            padded["tokens"],
+            padded["lr"],
+        )
         assert abs(ours["loss"] - padded["loss"]) < 2e-5
     assert abs(logs[0][0]["loss"] - logs[1][0]["loss"]) < 1e-7
 
@@ -311,18 +432,40 @@ def test_steps_and_losses_are_those_of_padded_batches(data, base, tokenizer, mon
 
 
 def test_a_base_with_other_layers_is_padded(capsys, mixed):
-    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
-    linear = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-    model = build(Qwen3NextConfig(**SHAPE | experts | linear | {"num_hidden_layers": 4}, head_dim=8))
+    experts = {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    }
+    linear = {
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    model = build(
+        Qwen3NextConfig(**SHAPE | experts | linear | {"num_hidden_layers": 4}, head_dim=8)
+    )
     said = capsys.readouterr().out
     assert model.packs is None and "padded, not packed" in said and said.count("\n") == 1
-    assert model.config._attn_implementation != "packed" and not model.base_model.layers[-1]._forward_pre_hooks
+    assert (
+        model.config._attn_implementation != "packed"
+        and not model.base_model.layers[-1]._forward_pre_hooks
+    )
     with torch.no_grad():
-        torch.testing.assert_close(rm.rewards_of_batch(model, mixed), alone(model, mixed), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            rm.rewards_of_batch(model, mixed), alone(model, mixed), atol=1e-5, rtol=0
+        )
 
 
 def test_positions_that_depend_on_the_longest_sequence_are_padded(capsys):
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 2048}
+    rope = {
+        "rope_type": "dynamic",
+        "factor": 2.0,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 2048,
+    }
     assert build(LlamaConfig(**SHAPE, rope_parameters=rope)).packs is None
     assert "padded, not packed (rotary positions" in capsys.readouterr().out
     assert build(LlamaConfig(**SHAPE, rope_parameters=rope | {"rope_type": "linear"})).packs
@@ -357,17 +500,45 @@ def test_an_encoder_is_trained_scored_and_saved_padded(data, tokenizer, tmp_path
     """DeBERTa-v3: attention in both directions, a pooler, a head called classifier."""
     torch.manual_seed(0)
     config = DebertaV2Config(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=128,
-        pad_token_id=tokenizer.pad_token_id, relative_attention=True, position_buckets=32, norm_rel_ebd="layer_norm", share_att_key=True,
-        pos_att_type="p2c|c2p", position_biased_input=False, type_vocab_size=0)  # the switches of microsoft/deberta-v3-base
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        relative_attention=True,
+        position_buckets=32,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type="p2c|c2p",
+        position_biased_input=False,
+        type_vocab_size=0,
+    )  # the switches of microsoft/deberta-v3-base
     DebertaV2ForMaskedLM(config).save_pretrained(tmp_path / "deberta")
     tokenizer.save_pretrained(tmp_path / "deberta")
     run = fresh(data, tmp_path)
     for j in (1, 2):
-        train(run, tmp_path / "deberta", "--lr", "1e-3", "--pairs-per-step", "16", "--micro-batch-tokens", "500", iteration=j)
+        train(
+            run,
+            tmp_path / "deberta",
+            "--lr",
+            "1e-3",
+            "--pairs-per-step",
+            "16",
+            "--micro-batch-tokens",
+            "500",
+            iteration=j,
+        )
         fit(run)
-    model, info = AutoModelForSequenceClassification.from_pretrained(run / "member_02", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and manifest(run)["member_02"]["settings"]["train"] == "full"
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        run / "member_02", output_loading_info=True
+    )
+    assert (
+        not info["missing_keys"]
+        and not info["unexpected_keys"]
+        and manifest(run)["member_02"]["settings"]["train"] == "full"
+    )
     assert model.classifier.bias.item() == 0
     split = read_split(run, "test")
     sequences = rm.encode_split(tokenizer, split.messages, split.responses, 2048)

@@ -16,7 +16,13 @@ from test_offload import outputs
 
 from pairwise import parallel
 
-SAME = (*FULL, "--micro-batch-tokens", "400", "--precondition-frequency", "2")  # a step is two prompts, each a micro-batch: no other order of sums
+SAME = (
+    *FULL,
+    "--micro-batch-tokens",
+    "400",
+    "--precondition-frequency",
+    "2",
+)  # a step is two prompts, each a micro-batch: no other order of sums
 HARNESS = """
 import json, os, signal, sys, threading
 from pathlib import Path
@@ -92,34 +98,73 @@ Path(sys.argv[3]).write_text(json.dumps(codes))
 """
 
 
-OFTEN, PAGED, PLAIN = ("--checkpoint-minutes", "1e-9"), ("--optimizer-memory-gb", "0"), ("--pairs-per-step", "40", "--lr", "0.1", "--warmup", "0")
+OFTEN, PAGED, PLAIN = (
+    ("--checkpoint-minutes", "1e-9"),
+    ("--optimizer-memory-gb", "0"),
+    ("--pairs-per-step", "40", "--lr", "0.1", "--warmup", "0"),
+)
 JOBS = [  # run, processes, flags, and what befalls one of them at a number of calls; the first runs alone in the harness itself
-    ("float32", 1, SAME, {}), ("bfloat16", 1, SAME, {}), ("plain", 1, PLAIN, {"plain": True}),
-    ("float32 two", 2, SAME, {}), ("float32 two", 2, SAME, {}), ("float32 three", 3, SAME, {}), ("bfloat16 two", 2, SAME, {"held": True}),
-    ("plain two", 2, PLAIN, {"plain": True}), ("plain three", 3, PLAIN, {"plain": True}),
+    ("float32", 1, SAME, {}),
+    ("bfloat16", 1, SAME, {}),
+    ("plain", 1, PLAIN, {"plain": True}),
+    ("float32 two", 2, SAME, {}),
+    ("float32 two", 2, SAME, {}),
+    ("float32 three", 3, SAME, {}),
+    ("bfloat16 two", 2, SAME, {"held": True}),
+    ("plain two", 2, PLAIN, {"plain": True}),
+    ("plain three", 3, PLAIN, {"plain": True}),
     ("float32 killed", 2, (*SAME, *OFTEN), {"rank": 1, "place": "step", "number": 3}),
     ("float32 killed", 2, (*SAME, *OFTEN), {"rank": 1, "place": "file", "number": 16}),
-    ("float32 killed", 2, (*SAME, *OFTEN), {"rank": 0, "place": "sync", "number": 25}), ("float32 killed", 2, SAME, {}),
-    ("float32 fewer", 2, (*SAME, *OFTEN), {"rank": 0, "place": "step", "number": 4}), ("float32 fewer", 1, SAME, {}),
-    ("float32 more", 1, (*SAME, *OFTEN), {"rank": 0, "place": "step", "number": 4}), ("float32 more", 2, SAME, {}),
-    ("bfloat16 paged", 2, (*SAME, *OFTEN, *PAGED), {"rank": 1, "place": "file", "number": 16}), ("bfloat16 paged", 2, (*SAME, *PAGED), {}),
-    ("nan", 2, SAME, {"rank": 1, "place": "error", "number": 3}), ("head", 2, ("--train", "head"), {})]
+    ("float32 killed", 2, (*SAME, *OFTEN), {"rank": 0, "place": "sync", "number": 25}),
+    ("float32 killed", 2, SAME, {}),
+    ("float32 fewer", 2, (*SAME, *OFTEN), {"rank": 0, "place": "step", "number": 4}),
+    ("float32 fewer", 1, SAME, {}),
+    ("float32 more", 1, (*SAME, *OFTEN), {"rank": 0, "place": "step", "number": 4}),
+    ("float32 more", 2, SAME, {}),
+    ("bfloat16 paged", 2, (*SAME, *OFTEN, *PAGED), {"rank": 1, "place": "file", "number": 16}),
+    ("bfloat16 paged", 2, (*SAME, *PAGED), {}),
+    ("nan", 2, SAME, {"rank": 1, "place": "error", "number": 3}),
+    ("head", 2, ("--train", "head"), {}),
+]
 
 
 @pytest.fixture(scope="module")
 def ran(data, base, tmp_path_factory):
     """The directory with a run for each name in JOBS, with continuations of two prompts to score, and the exit codes of every job's processes."""
     directory = tmp_path_factory.mktemp("parallel")
-    messages = [[{"role": "user", "content": text}] for text in ("how can i get fit ?", "what is for dinner ?")]
-    texts = pa.table({"prompt_id": ["1", "2"], "messages": messages, "texts": [["run .", "walk more .", "run .", "rest ."], ["soup .", "rice .", "soup .", "tea ."]]})
+    messages = [
+        [{"role": "user", "content": text}]
+        for text in ("how can i get fit ?", "what is for dinner ?")
+    ]
+    texts = pa.table(
+        {
+            "prompt_id": ["1", "2"],
+            "messages": messages,
+            "texts": [
+                ["run .", "walk more .", "run .", "rest ."],
+                ["soup .", "rice .", "soup .", "tea ."],
+            ],
+        }
+    )
     for name in {name for name, *_ in JOBS}:
         pq.write_table(texts, fresh(data, directory, name) / "continuations.parquet")
-    jobs = [{"run": str(directory / name), "processes": processes, "flags": flags} | more for name, processes, flags, more in JOBS]
+    jobs = [
+        {"run": str(directory / name), "processes": processes, "flags": flags} | more
+        for name, processes, flags, more in JOBS
+    ]
     for job in jobs:
         job["flags"] += ("--dtype", "bfloat16" if "bfloat16" in job["run"] else "float32")
-    words, changes = [json.dumps(jobs), json.dumps(["--base", str(base), *FLAGS])], {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run([sys.executable, "-c", HARNESS, *words, str(directory / "codes")], check=True, cwd=REPOSITORY, timeout=400,
-                   env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | changes)
+    words, changes = (
+        [json.dumps(jobs), json.dumps(["--base", str(base), *FLAGS])],
+        {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
+    )
+    subprocess.run(
+        [sys.executable, "-c", HARNESS, *words, str(directory / "codes")],
+        check=True,
+        cwd=REPOSITORY,
+        timeout=400,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | changes,
+    )
     return directory, json.loads((directory / "codes").read_text())
 
 
@@ -134,7 +179,9 @@ def test_all_end_together(ran):
             assert codes[more["rank"]] == -9 and 0 not in codes, name
 
 
-@pytest.mark.parametrize("name", sorted({name for name, *_ in JOBS if "32 " in name or "16 " in name}))
+@pytest.mark.parametrize(
+    "name", sorted({name for name, *_ in JOBS if "32 " in name or "16 " in name})
+)
 def test_any_number_of_processes_gives_the_same_bits(ran, name):
     """...as one, where the order of sums is the same: also with a process that has nothing to do, paged, killed, and continued by fewer or more."""
     one, run = ran[0] / name.split()[0], ran[0] / name
@@ -146,20 +193,31 @@ def test_any_number_of_processes_gives_the_same_bits(ran, name):
     assert found == expected and not leftovers(run)
     jobs = [(processes, more) for job, processes, _, more in JOBS if job == name]
     said = (ran[0] / f"{name}.stdout").read_text()
-    assert manifest(run)["member_01"]["processes"] == jobs[-1][0] and all(stage["done"] for stage in manifest(run).values())
-    assert said.count("trained on 72 pairs") == 1 and said.count("is there, skipped") == (name == "float32 two")
+    assert manifest(run)["member_01"]["processes"] == jobs[-1][0] and all(
+        stage["done"] for stage in manifest(run).values()
+    )
+    assert said.count("trained on 72 pairs") == 1 and said.count("is there, skipped") == (
+        name == "float32 two"
+    )
     assert said.count("continued after step") == len([more for _, more in jobs if "rank" in more])
 
 
 def test_the_first_alone_writes_and_equal_responses_tie(ran):
     rewards = np.load(ran[0] / "float32 two" / "rewards" / "01_continuations.npy")
-    assert rewards.shape == (2, 4) and (rewards[:, 0] == rewards[:, 2]).all() and len(np.unique(rewards)) == 6
+    assert (
+        rewards.shape == (2, 4)
+        and (rewards[:, 0] == rewards[:, 2]).all()
+        and len(np.unique(rewards)) == 6
+    )
 
 
 def test_each_holds_half_of_masters_and_state(ran):
     held = [int((ran[0] / f"bfloat16 two-held-{rank}").read_text()) for rank in (0, 1)]
-    whole = 4 * sum((2 + (p.dtype != torch.float32)) * p.numel() + (2 * sum(d * d for d in p.shape) if p.ndim > 1 and "layers" in name else 0)
-                    for name, p in load_file(ran[0] / "bfloat16" / "member_01" / "model.safetensors").items())
+    whole = 4 * sum(
+        (2 + (p.dtype != torch.float32)) * p.numel()
+        + (2 * sum(d * d for d in p.shape) if p.ndim > 1 and "layers" in name else 0)
+        for name, p in load_file(ran[0] / "bfloat16" / "member_01" / "model.safetensors").items()
+    )
     assert sum(held) == pytest.approx(whole, rel=0.01) and 0.45 < held[0] / whole < 0.55
 
 
@@ -167,22 +225,35 @@ def test_each_holds_half_of_masters_and_state(ran):
 def test_other_orders_of_sums_give_other_roundings_alone(ran, base, name):
     """Six prompts a step, with plain gradient descent: SOAP divides by the size of a gradient, and of zero only rounding is left."""
     one, run, before = ran[0] / "plain", ran[0] / name, load_file(base / "model.safetensors")
-    logs = [[json.loads(line) for line in (run / "logs" / "01.jsonl").read_text().splitlines()] for run in (one, run)]
+    logs = [
+        [json.loads(line) for line in (run / "logs" / "01.jsonl").read_text().splitlines()]
+        for run in (one, run)
+    ]
     for ours, theirs in zip(*logs, strict=True):
-        assert ours["pairs"] == 36 and all(ours[fact] == theirs[fact] for fact in ("step", "pairs", "lr"))
+        assert ours["pairs"] == 36 and all(
+            ours[fact] == theirs[fact] for fact in ("step", "pairs", "lr")
+        )
         assert all(abs(ours[fact] / theirs[fact] - 1) < 1e-5 for fact in ("loss", "grad_norm"))
     expected, found = (load_file(run / "member_01" / "model.safetensors") for run in (one, run))
     assert max((before[weight] - expected[weight]).abs().max() for weight in before) > 5e-3
     for weight in expected:
         torch.testing.assert_close(found[weight], expected[weight], atol=1e-6, rtol=0)
     for split in ("train", "valid", "test", "continuations"):
-        np.testing.assert_allclose(*(np.load(run / "rewards" / f"01_{split}.npy") for run in (run, one)), atol=1e-5)
+        np.testing.assert_allclose(
+            *(np.load(run / "rewards" / f"01_{split}.npy") for run in (run, one)), atol=1e-5
+        )
 
 
 def test_an_error_is_told_once(ran):
     """...by one of them: a loss that is not finite in the second alone, and what none can do."""
-    said = (ran[0] / "nan.stderr").read_text().split("train_rm.py: error: ")  # before it the progress bar, which may not have ended its line
-    assert len(said) == 2 and said[1].startswith("member 1, step 3: loss nan, gradient norm nan; ") and "a prompt of this step (demo-" in said[1]
+    said = (
+        (ran[0] / "nan.stderr").read_text().split("train_rm.py: error: ")
+    )  # before it the progress bar, which may not have ended its line
+    assert (
+        len(said) == 2
+        and said[1].startswith("member 1, step 3: loss nan, gradient norm nan; ")
+        and "a prompt of this step (demo-" in said[1]
+    )
     (line,) = (ran[0] / "head.stderr").read_text().splitlines()
     assert line.startswith("train_rm.py: error: 2 processes found, 1 expected: --train head, ")
     assert not leftovers(ran[0] / "nan") and not any((ran[0] / "nan").glob("[mlr]*/*01*"))
@@ -190,31 +261,93 @@ def test_an_error_is_told_once(ran):
 
 def test_torchrun_itself(data, base, tmp_path):
     """Two steps of a training that does not stay finite: a line, before torchrun's own report, and no success."""
-    words = ["--run", fresh(data, tmp_path), "--iteration", "1", "--base", base, *FLAGS, *SAME, "--lr", "1e30"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    done = subprocess.run([*torchrun, REPOSITORY / "train_rm.py", *words],
-                          capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})
-    assert done.returncode and done.stderr.count("error: member 1, step 2: loss nan") == done.stderr.count("train_rm.py: error:") == 1
+    words = [
+        "--run",
+        fresh(data, tmp_path),
+        "--iteration",
+        "1",
+        "--base",
+        base,
+        *FLAGS,
+        *SAME,
+        "--lr",
+        "1e30",
+    ]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--",
+    ]
+    done = subprocess.run(
+        [*torchrun, REPOSITORY / "train_rm.py", *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+    )
+    assert (
+        done.returncode
+        and done.stderr.count("error: member 1, step 2: loss nan")
+        == done.stderr.count("train_rm.py: error:")
+        == 1
+    )
 
 
-@pytest.mark.parametrize("flags, expected", [((), "train_rm.py"), (("--gpus", "1"), "train_rm.py"),
-                                             (("--gpus", "2"), "-m torch.distributed.run --standalone --nproc-per-node 2 -- train_rm.py")])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ((), "train_rm.py"),
+        (("--gpus", "1"), "train_rm.py"),
+        (
+            ("--gpus", "2"),
+            "-m torch.distributed.run --standalone --nproc-per-node 2 -- train_rm.py",
+        ),
+    ],
+)
 def test_run_all_starts_it(tmp_path, flags, expected):
     """With an interpreter that prints what it is given."""
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "python").chmod(0o755)
-    done = subprocess.run(["bash", REPOSITORY / "run_all.sh", "demo", "2", "--run", tmp_path / "run", *flags],
-                          capture_output=True, text=True, check=True, env=os.environ | {"PYTHON": str(tmp_path / "python")})
-    lines = [line for line in done.stdout.replace(f"{REPOSITORY}/", "").splitlines() if "--iteration" in line and not line.startswith("- ")]
+    done = subprocess.run(
+        ["bash", REPOSITORY / "run_all.sh", "demo", "2", "--run", tmp_path / "run", *flags],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHON": str(tmp_path / "python")},
+    )
+    lines = [
+        line
+        for line in done.stdout.replace(f"{REPOSITORY}/", "").splitlines()
+        if "--iteration" in line and not line.startswith("- ")
+    ]
     words = f"--base {tmp_path}/run/base --lr 3e-3 --threads 2 --dtype float32"
     assert lines == [f"{expected} --run {tmp_path}/run --iteration {j} {words}" for j in (1, 2)]
 
 
-@pytest.mark.parametrize("flags, said", [(("--gpus", "two"), "--gpus 'two' found"), (("--gpus", "0"), "--gpus '0' found"),
-                                         (("--gpus", "2", "--train", "head"), "--gpus is for all parameters")])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--gpus", "two"), "--gpus 'two' found"),
+        (("--gpus", "0"), "--gpus '0' found"),
+        (("--gpus", "2", "--train", "head"), "--gpus is for all parameters"),
+    ],
+)
 def test_run_all_refuses(tmp_path, flags, said):
-    done = subprocess.run(["bash", REPOSITORY / "run_all.sh", "demo", "--run", tmp_path / "run", *flags], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("run_all.sh: error: ") and said in done.stderr and not (tmp_path / "run").exists()
+    done = subprocess.run(
+        ["bash", REPOSITORY / "run_all.sh", "demo", "--run", tmp_path / "run", *flags],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("run_all.sh: error: ")
+        and said in done.stderr
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_dealt_evenly_and_in_order(monkeypatch):
@@ -224,6 +357,10 @@ def test_dealt_evenly_and_in_order(monkeypatch):
         for size in (0, 1, 2, 7, 50):
             sizes = rng.integers(1, 100, size).tolist()
             dealt = parallel.deal(list(range(size)), sizes)
-            assert len(dealt) == processes and sorted(sum(dealt, [])) == list(range(size)) and all(share == sorted(share) for share in dealt)
+            assert (
+                len(dealt) == processes
+                and sorted(sum(dealt, [])) == list(range(size))
+                and all(share == sorted(share) for share in dealt)
+            )
             loads = [sum(sizes[i] for i in share) for share in dealt]
             assert max(loads) - min(loads) <= max(sizes, default=0)

@@ -6,13 +6,13 @@ import weakref
 import numpy as np
 import pytest
 import torch
-import train_rm
 from conftest import fresh
 from pytorch_optimizer import SOAP
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
 
+import train_rm
 from pairwise import adapter, plan, training
 from pairwise import reward_model as rm
 from pairwise.offload import Offload, recompute_activations
@@ -26,21 +26,50 @@ def arguments(*flags):
 
 
 def config_of(kind, h=48, m=96, layers=2, heads=4, kv=2, vocab=200):
-    return kind(hidden_size=h, intermediate_size=m, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocab)
+    return kind(
+        hidden_size=h,
+        intermediate_size=m,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        vocab_size=vocab,
+    )
 
 
 def test_llama_3_8b():
     config, model = plan.describe("llama-3-8b", torch.bfloat16)
-    assert sum(p.numel() for p in model.parameters()) == 7_504_928_768 and {p.device.type for p in model.parameters()} == {"meta"}
+    assert sum(p.numel() for p in model.parameters()) == 7_504_928_768 and {
+        p.device.type for p in model.parameters()
+    } == {"meta"}
     args = arguments()
     groups = training.parameter_groups(model)
-    for dim, gib in ((4096, 36.6), (14335, 36.6), (14336, 184), (1024, 0.5)):  # computed by hand from the shapes
-        found = sum(plan.optimizer_bytes(p, d)["preconditioners"] for d, group in zip((dim, 1), groups) for p in group) / GIB
+    for dim, gib in (
+        (4096, 36.6),
+        (14335, 36.6),
+        (14336, 184),
+        (1024, 0.5),
+    ):  # computed by hand from the shapes
+        found = (
+            sum(
+                plan.optimizer_bytes(p, d)["preconditioners"]
+                for d, group in zip((dim, 1), groups)
+                for p in group
+            )
+            / GIB
+        )
         assert found == pytest.approx(gib, rel=0.01), dim
     rows, fits = plan.memory(model, groups, args, 80e9)
-    assert fits and 70e9 < sum(card for card, _ in rows.values()) <= 80e9 and 100e9 < sum(host for _, host in rows.values()) < 130e9
+    assert (
+        fits
+        and 70e9 < sum(card for card, _ in rows.values()) <= 80e9
+        and 100e9 < sum(host for _, host in rows.values()) < 130e9
+    )
     rows, fits = plan.memory(model, groups, args, 80e9, 0)
-    assert fits and sum(card for card, _ in rows.values()) < 76e9 and sum(host for _, host in rows.values()) == pytest.approx(129e9, rel=0.01)
+    assert (
+        fits
+        and sum(card for card, _ in rows.values()) < 76e9
+        and sum(host for _, host in rows.values()) == pytest.approx(129e9, rel=0.01)
+    )
     assert plan.memory(model, groups, args, 250e9)[0]["masters, float32"][1] == 0
     for card, optimizer_memory in ((24e9, None), (48e9, None), (80e9, 60 * GIB)):
         assert not plan.memory(model, groups, args, card, optimizer_memory)[1]
@@ -55,26 +84,62 @@ def test_tensor_bytes_are_those_of_a_real_step(kind, tied, dtype, dim, rank, tmp
     config.tie_word_embeddings = tied
     config.save_pretrained(tmp_path)
     config, model = plan.describe(str(tmp_path), getattr(torch, dtype), rank)
-    args = arguments("--dtype", dtype, *(("--train", "lora", "--lora-rank", str(rank)) if rank else ("--max-precondition-dim", str(dim))))
+    args = arguments(
+        "--dtype",
+        dtype,
+        *(
+            ("--train", "lora", "--lora-rank", str(rank))
+            if rank
+            else ("--max-precondition-dim", str(dim))
+        ),
+    )
     rows, _ = plan.memory(model, training.parameter_groups(model), args, 80e9)
     real = AutoModelForSequenceClassification.from_config(config, dtype=getattr(torch, dtype))
     real.score.float()
     if rank:
         adapter.add(real, rank, rank)
-    groups = [{"params": group, "max_precondition_dim": d} for group, d in zip(training.parameter_groups(real), (dim, 1))]
+    groups = [
+        {"params": group, "max_precondition_dim": d}
+        for group, d in zip(training.parameter_groups(real), (dim, 1))
+    ]
     offload = Offload(groups, lambda groups: SOAP(groups, precondition_frequency=1))
     gradients = 0
     for _ in range(3):
-        real.score(real.model(input_ids=torch.arange(1, 9)[None], use_cache=False).last_hidden_state[:, -1].float()).sum().backward()
+        real.score(
+            real.model(input_ids=torch.arange(1, 9)[None], use_cache=False)
+            .last_hidden_state[:, -1]
+            .float()
+        ).sum().backward()
         gradients = sum(g.nbytes for g in offload.gradients())
         offload.step(1e-3)
     adapters = sum(p.nbytes for name, p in real.named_parameters() if "lora_" in name)
-    found = {"weights": sum(p.nbytes for p in real.parameters()) - adapters, "gradients": gradients,
-             "masters": sum(part.master.nbytes for part in offload.parts if part.twin),
-             "moments": sum(state[name].nbytes for state in offload.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")),
-             "preconditioners": sum(t.nbytes for state in offload.optimizer.state.values() for name in ("GG", "Q") for t in state[name] if len(t))}
+    found = {
+        "weights": sum(p.nbytes for p in real.parameters()) - adapters,
+        "gradients": gradients,
+        "masters": sum(part.master.nbytes for part in offload.parts if part.twin),
+        "moments": sum(
+            state[name].nbytes
+            for state in offload.optimizer.state.values()
+            for name in ("exp_avg", "exp_avg_sq")
+        ),
+        "preconditioners": sum(
+            t.nbytes
+            for state in offload.optimizer.state.values()
+            for name in ("GG", "Q")
+            for t in state[name]
+            if len(t)
+        ),
+    }
     found |= {"adapters of rank 5": adapters} if rank else {}
-    assert found == {name.split(",")[0]: card for name, (card, _) in rows.items() if name.split(",")[0] in found} and found["preconditioners"]
+    assert (
+        found
+        == {
+            name.split(",")[0]: card
+            for name, (card, _) in rows.items()
+            if name.split(",")[0] in found
+        }
+        and found["preconditioners"]
+    )
     assert sum(host for _, host in rows.values()) == 0
 
 
@@ -83,7 +148,9 @@ class Peak(TorchDispatchMode):
 
     def __init__(self, model):
         super().__init__()
-        self.apart = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape[::-1]) for p in model.parameters()}
+        self.apart = {tuple(p.shape) for p in model.parameters()} | {
+            tuple(p.shape[::-1]) for p in model.parameters()
+        }
         self.alive, self.now, self.peak = {}, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -108,13 +175,19 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("rank", [None, 8])
 def test_activations(kind, dtype, width, shape, rank):
     """The estimate is within a tenth of what is alive at the peak of forward and backward."""
-    model = AutoModelForSequenceClassification.from_config(config_of(kind, *shape), dtype=dtype).eval()
+    model = AutoModelForSequenceClassification.from_config(
+        config_of(kind, *shape), dtype=dtype
+    ).eval()
     if rank:
         adapter.add(model, rank, rank)
     recompute_activations(model)
     with Peak(model) as memory:
-        model.model(input_ids=torch.randint(1, 200, (4, 200)), use_cache=False).last_hidden_state[:, -1].float().sum().backward()
-    assert plan.activation_bytes(model.config, 800, width, rank) == pytest.approx(memory.peak, rel=0.1)
+        model.model(input_ids=torch.randint(1, 200, (4, 200)), use_cache=False).last_hidden_state[
+            :, -1
+        ].float().sum().backward()
+    assert plan.activation_bytes(model.config, 800, width, rank) == pytest.approx(
+        memory.peak, rel=0.1
+    )
 
 
 def test_activations_of_llama_3_8b():
@@ -128,12 +201,26 @@ def test_the_step_s_temporary_tensors_fit():
     """What is set aside for a step of one parameter is not less than what the library takes."""
     for shape, dim in (((96, 160), 4096), ((96, 160), 96), ((128, 128), 4096), ((400, 64), 1)):
         p = torch.nn.Parameter(torch.randn(shape))
-        offload = Offload([{"params": [p], "max_precondition_dim": dim}], lambda groups: SOAP(groups, precondition_frequency=2))
+        offload = Offload(
+            [{"params": [p], "max_precondition_dim": dim}],
+            lambda groups: SOAP(groups, precondition_frequency=2),
+        )
         for step in range(4):
             p.grad = torch.randn(shape)
             with Peak(torch.nn.Linear(1, 1)) as memory:
-                kept = [p, p.grad, *(t for name in ("GG", "Q") for t in offload.optimizer.state.get(p, {}).get(name, ()) if len(t))]
-                kept += [offload.optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq") if step]
+                kept = [
+                    p,
+                    p.grad,
+                    *(
+                        t
+                        for name in ("GG", "Q")
+                        for t in offload.optimizer.state.get(p, {}).get(name, ())
+                        if len(t)
+                    ),
+                ]
+                kept += [
+                    offload.optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq") if step
+                ]
                 memory.alive = {t.untyped_storage()._cdata: 0 for t in kept}
                 offload.step(1e-3)
             if step:
@@ -143,29 +230,56 @@ def test_the_step_s_temporary_tensors_fit():
 def test_tokens_and_pairs_are_the_data_s(data, base, tokenizer, tmp_path, capsys):
     run = fresh(data, tmp_path)
     splits, _ = read_splits(run)
-    counts, source = plan.count_tokens(train_rm.parse_args(["--plan", "--run", str(run), "--base", str(base)]))
-    lengths = [len(ids) for s in splits.values() for ids in rm.encode_split(tokenizer, s.messages, s.responses, None)]
-    assert (counts["prompts"], counts["pairs"], counts["train"], counts["scored"]) == (12, 72, 48, 64)
+    counts, source = plan.count_tokens(
+        train_rm.parse_args(["--plan", "--run", str(run), "--base", str(base)])
+    )
+    lengths = [
+        len(ids)
+        for s in splits.values()
+        for ids in rm.encode_split(tokenizer, s.messages, s.responses, None)
+    ]
+    assert (counts["prompts"], counts["pairs"], counts["train"], counts["scored"]) == (
+        12,
+        72,
+        48,
+        64,
+    )
     assert counts["tokens"] == pytest.approx(np.mean(lengths)) and "its tokenizer" in source
     counts, source = plan.count_tokens(arguments("--run", str(run)))
     assert 5 < counts["tokens"] < 60 and "characters / 4" in source
     counts, source = plan.count_tokens(arguments("--run", "nowhere/personalllm"))
     assert counts["pairs"] == 263_256 and source.startswith("assumed: personalllm")
-    assert plan.count_steps(arguments(), counts) == 9402 / 2  # 28 pairs a prompt: two prompts in a step of 64
-    assert plan.count_steps(arguments("--pairs-per-step", "20", "--epochs", "2"), counts) == 2 * 13163
+    assert (
+        plan.count_steps(arguments(), counts) == 9402 / 2
+    )  # 28 pairs a prompt: two prompts in a step of 64
+    assert (
+        plan.count_steps(arguments("--pairs-per-step", "20", "--epochs", "2"), counts) == 2 * 13163
+    )
 
 
 def test_flops_by_hand():
     """Twice the weights per token forward, four times that in training, and attention; one member's steps."""
     config, model = plan.describe("llama-3-8b", torch.bfloat16)
     counts = {"tokens": 500, "train": 1000, "scored": 1100, "pairs": 500}
-    work, slow, products, refresh = plan.flops(config, model, training.parameter_groups(model), arguments(), counts)
+    work, slow, products, refresh = plan.flops(
+        config, model, training.parameter_groups(model), arguments(), counts
+    )
     dense = 7_504_928_768 - 128256 * 4096
-    assert work == pytest.approx((2 * dense + 2 * 500 * 4096 * 32) * 500 * (4 * 1000 + 1100)) and slow == 0
+    assert (
+        work == pytest.approx((2 * dense + 2 * 500 * 4096 * 32) * 500 * (4 * 1000 + 1100))
+        and slow == 0
+    )
     per_layer = 8 * (2 * 2 * 4096**3 + 2 * 1024 * 4096 * (1024 + 4096) + 3 * 14336 * 4096**2)
     cubes = (2 * 2 * 4096**3 + 2 * (1024**3 + 4096**3) + 3 * 4096**3) / 5
-    assert products == pytest.approx(32 * (per_layer + 2 * cubes)) and refresh == pytest.approx(32 * 8 / 3 * cubes)
-    assert plan.flops(config, model, training.parameter_groups(model), arguments("--train", "head"), counts)[0] < work / 4
+    assert products == pytest.approx(32 * (per_layer + 2 * cubes)) and refresh == pytest.approx(
+        32 * 8 / 3 * cubes
+    )
+    assert (
+        plan.flops(
+            config, model, training.parameter_groups(model), arguments("--train", "head"), counts
+        )[0]
+        < work / 4
+    )
 
 
 def test_flops_of_adapters_by_hand():
@@ -177,7 +291,9 @@ def test_flops_of_adapters_by_hand():
     assert sum(p.numel() for p in groups[0]) == adapters
     work, slow, products, refresh = plan.flops(config, model, groups, args, counts)
     dense, attention = 7_504_928_768 - 128256 * 4096, 2 * 500 * 4096 * 32
-    assert work == pytest.approx(500 * (1000 * (6 * dense + 4 * attention) + 1100 * (2 * dense + attention)))
+    assert work == pytest.approx(
+        500 * (1000 * (6 * dense + 4 * attention) + 1100 * (2 * dense + attention))
+    )
     assert slow == pytest.approx(500 * (1000 * 8 + 1100 * 2) * adapters)
     assert products + refresh == pytest.approx(adapters * 8 * 16, rel=0.05)
 
@@ -187,32 +303,54 @@ def test_adapters_of_llama_3_8b_fit_24_gb():
     groups = training.parameter_groups(model)
     rows, fits = plan.memory(model, groups, arguments("--train", "lora"), 24e9)
     assert fits and rows["adapters of rank 16, float32"] == (4 * 41_943_040, 0)
-    assert not plan.memory(model, groups, arguments("--train", "lora", "--micro-batch-tokens", "8192"), 24e9)[1]
+    assert not plan.memory(
+        model, groups, arguments("--train", "lora", "--micro-batch-tokens", "8192"), 24e9
+    )[1]
 
 
 def test_what_is_printed(capsys):
     train_rm.main(arguments("--gpu-gb", "80", "--members", "4"))
     said = capsys.readouterr().out
-    assert "7,504,928,768 parameters" in said and "assumed: multipref" in said and "4 members" in said
-    assert "a card of 80 GB: full fits, with " in said and "GB of host memory; lora fits; head fits" in said
+    assert (
+        "7,504,928,768 parameters" in said and "assumed: multipref" in said and "4 members" in said
+    )
+    assert (
+        "a card of 80 GB: full fits, with " in said
+        and "GB of host memory; lora fits; head fits" in said
+    )
     train_rm.main(arguments("--gpu-gb", "24"))
-    assert "a card of 24 GB: full does not fit; lora fits with --micro-batch-tokens 4096; head fits; a smaller" in capsys.readouterr().out
+    assert (
+        "a card of 24 GB: full does not fit; lora fits with --micro-batch-tokens 4096; head fits; a smaller"
+        in capsys.readouterr().out
+    )
     train_rm.main(arguments("--gpu-gb", "24", "--train", "lora"))
     said = capsys.readouterr().out
-    assert "a card of 24 GB: full does not fit; lora fits; head fits\n" in said and "8 members: " in said and "more in float32 in the adapters" in said
+    assert (
+        "a card of 24 GB: full does not fit; lora fits; head fits\n" in said
+        and "8 members: " in said
+        and "more in float32 in the adapters" in said
+    )
     train_rm.main(arguments("--gpu-gb", "8", "--train", "head"))
     assert "full does not fit; lora does not fit; head does not fit" in capsys.readouterr().out
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(InputError, match=f"--base {tmp_path}: no config could be read: llama-3-8b, a directory"):
+    with pytest.raises(
+        InputError, match=f"--base {tmp_path}: no config could be read: llama-3-8b, a directory"
+    ):
         train_rm.main(arguments("--base", str(tmp_path)))
     with pytest.raises(SystemExit):  # --run is optional for a plan alone
         train_rm.parse_args(["--iteration", "1", "--base", "b"])
 
 
 def test_a_base_without_a_head(tmp_path):
-    config = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = {
+        "model_type": "bert",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="no linear head called score"):
         plan.describe(str(tmp_path), torch.float32)

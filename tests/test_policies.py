@@ -21,10 +21,16 @@ def test_chosen_is_of_the_best_quarter_and_rejected_of_the_worst():
     scores[14:] = scores[:2]
     order = sorted(range(14), key=lambda i: -scores[i])
     allowed = {(a, b) for a in order[:3] for b in order[-3:]}
-    assert set(policy_pairs.pairs(texts, scores, 100, rng)) == allowed  # 14 distinct texts: quarters of 3
+    assert (
+        set(policy_pairs.pairs(texts, scores, 100, rng)) == allowed
+    )  # 14 distinct texts: quarters of 3
     some = policy_pairs.pairs(texts, scores, 4, rng)
     assert len(set(some)) == 4 and set(some) < allowed
-    assert policy_pairs.pairs(["a", "b", "c"], np.float32([1, 1, 1]), 8, rng) == [] == policy_pairs.pairs(["a", "a"], np.float32([1, 1]), 8, rng)
+    assert (
+        policy_pairs.pairs(["a", "b", "c"], np.float32([1, 1, 1]), 8, rng)
+        == []
+        == policy_pairs.pairs(["a", "a"], np.float32([1, 1]), 8, rng)
+    )
     assert policy_pairs.pairs(["a", "b"], np.float32([0, 1]), 8, rng) == [(1, 0)]
 
 
@@ -36,9 +42,14 @@ def test_rows_are_what_trl_reads(full_run, tmp_path, capsys):
     assert rows and f"{len(rows)} pairs of member 2 from 2 prompts" in capsys.readouterr().out
     for row in rows:
         assert set(row) == {"prompt", "chosen", "rejected"} and row["prompt"][-1]["role"] == "user"
-        assert [turn["role"] for name in ("chosen", "rejected") for turn in row[name]] == ["assistant"] * 2
+        assert [turn["role"] for name in ("chosen", "rejected") for turn in row[name]] == [
+            "assistant"
+        ] * 2
         x = texts["messages"].index(row["prompt"])
-        chosen, rejected = (scores[x, texts["texts"][x].index(row[name][0]["content"])] for name in ("chosen", "rejected"))
+        chosen, rejected = (
+            scores[x, texts["texts"][x].index(row[name][0]["content"])]
+            for name in ("chosen", "rejected")
+        )
         assert chosen > rejected
     before = out.read_bytes()
     export(full_run, "--member", 2, "--out", out, "--pairs", 3)

@@ -8,19 +8,31 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import respond
-import score
 from conftest import FLAGS, REPOSITORY, fresh, make_base
 from scipy import integrate, stats
 
+import respond
+import score
 from pairwise.ranking import favourites, ranks
 from pairwise.run_dir import InputError, read_rewards, read_split, read_weights
 
 FEW = ("--n", "6", "--max-tokens", "8")
 PROMPT = "how can i get fit ?"
-EXAMPLES = [{"prompt": PROMPT, "response_a": "run twice a week .", "response_b": "what a stupid question .", "choice": "a"},
-            {"prompt": [{"role": "user", "content": "hey"}], "response_a": "no .", "response_b": "yes , go to bed at ten .", "choice": "b"},
-            {"prompt": "how ?", "response_a": "so .", "response_b": "or so .", "choice": "tie"}]
+EXAMPLES = [
+    {
+        "prompt": PROMPT,
+        "response_a": "run twice a week .",
+        "response_b": "what a stupid question .",
+        "choice": "a",
+    },
+    {
+        "prompt": [{"role": "user", "content": "hey"}],
+        "response_a": "no .",
+        "response_b": "yes , go to bed at ten .",
+        "choice": "b",
+    },
+    {"prompt": "how ?", "response_a": "so .", "response_b": "or so .", "choice": "tie"},
+]
 
 
 def write(path, rows):
@@ -49,35 +61,82 @@ def run(request, full_run, head_run, lora_run):
 
 def test_modes(run, tmp_path, capsys):
     like = write(tmp_path / "like.jsonl", EXAMPLES)
-    modes = {mode: rows_of(capsys, run, "--mode", mode, PROMPT)[0] for mode in ("overton", "consensus")}
-    modes |= {"distributional": rows_of(capsys, run, "--mode", "distributional", "--draws", "50", PROMPT)[0], "table": rows_of(capsys, run, "--table", PROMPT)[0],
-              "steerable": rows_of(capsys, run, "--mode", "steerable", "--like", str(like), PROMPT)[0]}
+    modes = {
+        mode: rows_of(capsys, run, "--mode", mode, PROMPT)[0] for mode in ("overton", "consensus")
+    }
+    modes |= {
+        "distributional": rows_of(capsys, run, "--mode", "distributional", "--draws", "50", PROMPT)[
+            0
+        ],
+        "table": rows_of(capsys, run, "--table", PROMPT)[0],
+        "steerable": rows_of(capsys, run, "--mode", "steerable", "--like", str(like), PROMPT)[0],
+    }
     candidates = modes["table"]["candidates"]
     texts, alpha = [each["text"] for each in candidates], read_weights(run, 2)
-    path = write(tmp_path / "mine.jsonl", [{"prompt": PROMPT, "responses": [text or " " for text in texts]},
-                                           *({name: row[name] for name in ("prompt", "response_a", "response_b")} for row in EXAMPLES)])
+    path = write(
+        tmp_path / "mine.jsonl",
+        [
+            {"prompt": PROMPT, "responses": [text or " " for text in texts]},
+            *(
+                {name: row[name] for name in ("prompt", "response_a", "response_b")}
+                for row in EXAMPLES
+            ),
+        ],
+    )
     score.main(score.parse_args([str(path), "--run", str(run), *FLAGS]))
-    first, *examples = [np.array(json.loads(line)["rewards"]).T for line in (tmp_path / "mine-scores.jsonl").read_text().splitlines()]
-    rank = [[1 + sum(y > x for y in r) + (sum(y == x for y in r) - 1) / 2 for x in r] for r in first]
+    first, *examples = [
+        np.array(json.loads(line)["rewards"]).T
+        for line in (tmp_path / "mine-scores.jsonl").read_text().splitlines()
+    ]
+    rank = [
+        [1 + sum(y > x for y in r) + (sum(y == x for y in r) - 1) / 2 for x in r] for r in first
+    ]
     favourite = [int(np.argmax(r)) for r in first]
-    assert len(set(texts)) == len(texts) > 2 and sum(each["count"] for each in candidates) == 6 and texts == sorted(texts)
+    assert (
+        len(set(texts)) == len(texts) > 2
+        and sum(each["count"] for each in candidates) == 6
+        and texts == sorted(texts)
+    )
     for mode, row in modes.items():
-        assert row["prompt"] == PROMPT and row["mode"] == mode and row["candidates"] == candidates and row["weights"] == alpha.tolist()
+        assert (
+            row["prompt"] == PROMPT
+            and row["mode"] == mode
+            and row["candidates"] == candidates
+            and row["weights"] == alpha.tolist()
+        )
         assert [each["ranks"] for each in row["candidates"]] == np.transpose(rank).tolist()
         for answer in row["answers"]:
             assert answer["ranks"] == [r[texts.index(answer["text"])] for r in rank]
             if mode != "table":
-                assert answer["members"] == [j + 1 for j in (0, 1) if texts[favourite[j]] == answer["text"]]
+                assert answer["members"] == [
+                    j + 1 for j in (0, 1) if texts[favourite[j]] == answer["text"]
+                ]
             assert answer["weight"] == pytest.approx(sum(alpha[j - 1] for j in answer["members"]))
-    assert {answer["text"] for answer in modes["overton"]["answers"]} == {texts[i] for i in favourite}
-    assert [(answer["text"], answer["members"]) for answer in modes["table"]["answers"]] == [(texts[i], [j]) for j, i in enumerate(favourite, 1)]
+    assert {answer["text"] for answer in modes["overton"]["answers"]} == {
+        texts[i] for i in favourite
+    }
+    assert [(answer["text"], answer["members"]) for answer in modes["table"]["answers"]] == [
+        (texts[i], [j]) for j, i in enumerate(favourite, 1)
+    ]
     draws = modes["distributional"]["draws"]
-    assert {a["text"]: a["draws"] for a in modes["distributional"]["answers"]} == {text: sum(texts[favourite[j - 1]] == text for j in draws)
-                                                                                    for text in {texts[favourite[j - 1]] for j in draws}}
+    assert {a["text"]: a["draws"] for a in modes["distributional"]["answers"]} == {
+        text: sum(texts[favourite[j - 1]] == text for j in draws)
+        for text in {texts[favourite[j - 1]] for j in draws}
+    }
     steered = modes["steerable"]
-    assert steered["agreements"] == [int(examples[0][j, 0] > examples[0][j, 1]) + int(examples[1][j, 1] > examples[1][j, 0]) + 0.5 for j in (0, 1)]
-    assert steered["examples"] == 3 and steered["posterior"] == pytest.approx(by_quadrature(alpha, steered["agreements"], 3), abs=1e-5)
-    assert steered["member"] == 1 + int(np.argmax(steered["posterior"])) and steered["answers"][0]["text"] == texts[favourite[steered["member"] - 1]]
+    assert steered["agreements"] == [
+        int(examples[0][j, 0] > examples[0][j, 1])
+        + int(examples[1][j, 1] > examples[1][j, 0])
+        + 0.5
+        for j in (0, 1)
+    ]
+    assert steered["examples"] == 3 and steered["posterior"] == pytest.approx(
+        by_quadrature(alpha, steered["agreements"], 3), abs=1e-5
+    )
+    assert (
+        steered["member"] == 1 + int(np.argmax(steered["posterior"]))
+        and steered["answers"][0]["text"] == texts[favourite[steered["member"] - 1]]
+    )
 
 
 # ---- who answers
@@ -94,7 +153,10 @@ def small_cases(count, k=3, n=4):
 
 def test_ranks_and_favourites():
     for rewards, _ in small_cases(50):
-        assert ranks(rewards).tolist() == [[1 + sum(y > x for y in r) + (sum(y == x for y in r) - 1) / 2 for x in r] for r in rewards]
+        assert ranks(rewards).tolist() == [
+            [1 + sum(y > x for y in r) + (sum(y == x for y in r) - 1) / 2 for x in r]
+            for r in rewards
+        ]
         assert favourites(rewards).tolist() == [list(r).index(max(r)) for r in rewards]
 
 
@@ -102,8 +164,12 @@ def test_slate_merges_and_leaves_out_who_has_no_weight():
     for rewards, alpha in small_cases(200):
         favourite = favourites(rewards)
         found = respond.slate(favourite, alpha)
-        assert sorted(j for _, members in found for j in members) == [j for j in range(3) if alpha[j] > 0]
-        assert len({i for i, _ in found}) == len(found) and all(favourite[j] == i for i, members in found for j in members)
+        assert sorted(j for _, members in found for j in members) == [
+            j for j in range(3) if alpha[j] > 0
+        ]
+        assert len({i for i, _ in found}) == len(found) and all(
+            favourite[j] == i for i, members in found for j in members
+        )
         weights = [sum(alpha[j] for j in members) for _, members in found]
         assert weights == sorted(weights, reverse=True) and sum(weights) == pytest.approx(1)
 
@@ -117,35 +183,62 @@ def test_consensus_by_brute_force():
         least = [i for i in range(4) if worst[i] == min(worst)]
         best = [i for i in least if mean[i] <= min(mean[i] for i in least) + 1e-12]
         ties += len(least) > 1
-        assert respond.consensus(rank, alpha) == best[0] or len(best) > 1 and respond.consensus(rank, alpha) in best
+        assert (
+            respond.consensus(rank, alpha) == best[0]
+            or len(best) > 1
+            and respond.consensus(rank, alpha) in best
+        )
     assert ties > 50
 
 
 def by_quadrature(alpha, agreed, n):
-    likelihood = [2 * integrate.quad(lambda e: (1 - e) ** m * e ** (n - m), 0, 0.5)[0] for m in agreed]
+    likelihood = [
+        2 * integrate.quad(lambda e: (1 - e) ** m * e ** (n - m), 0, 0.5)[0] for m in agreed
+    ]
     return np.array(alpha) * likelihood / np.dot(alpha, likelihood)
 
 
 def test_posterior_by_hand():
     # one comparison: the mean of 1 - e is 3/4, that of e is 1/4
-    np.testing.assert_allclose(respond.posterior(np.array([0.4, 0.6]), np.array([1.0, 0.0]), 1), [0.3 / 0.45, 0.15 / 0.45], atol=1e-9)
-    np.testing.assert_allclose(respond.posterior(np.array([0.4, 0.6]), np.array([0.5, 0.5]), 1), [0.4, 0.6], atol=1e-9)
-    np.testing.assert_allclose(respond.posterior(np.array([0.2, 0.5, 0.3]), np.array([9.0, 7.5, 2.0]), 10), by_quadrature([0.2, 0.5, 0.3], [9, 7.5, 2], 10), atol=1e-5)
+    np.testing.assert_allclose(
+        respond.posterior(np.array([0.4, 0.6]), np.array([1.0, 0.0]), 1),
+        [0.3 / 0.45, 0.15 / 0.45],
+        atol=1e-9,
+    )
+    np.testing.assert_allclose(
+        respond.posterior(np.array([0.4, 0.6]), np.array([0.5, 0.5]), 1), [0.4, 0.6], atol=1e-9
+    )
+    np.testing.assert_allclose(
+        respond.posterior(np.array([0.2, 0.5, 0.3]), np.array([9.0, 7.5, 2.0]), 10),
+        by_quadrature([0.2, 0.5, 0.3], [9, 7.5, 2], 10),
+        atol=1e-5,
+    )
     assert respond.posterior(np.array([1.0, 0.0]), np.array([0.0, 3000.0]), 3000).tolist() == [1, 0]
 
 
 def test_agreements_by_hand():
-    rewards = np.array([[2, 1, 1, 1, 0, 3], [0, 5, 2, 1, 4, 3]], np.float32)  # a against b: member 1 prefers a, ties, prefers b; member 2 b, a, a
+    rewards = np.array(
+        [[2, 1, 1, 1, 0, 3], [0, 5, 2, 1, 4, 3]], np.float32
+    )  # a against b: member 1 prefers a, ties, prefers b; member 2 b, a, a
     assert respond.agreements(rewards, np.array([1.0, 1.0, 0.5])).tolist() == [2.0, 1.5]
     assert respond.agreements(rewards, np.array([0.0, 0.0, 0.0])).tolist() == [1.5, 1.0]
 
 
 def test_draws_follow_the_weights_and_run_no_model(full_run, capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr(respond, "rewards_of_run", lambda *args, f=respond.rewards_of_run: calls.append(1) or f(*args))
-    rows = rows_of(capsys, full_run, "--mode", "distributional", "--draws", "10000", "--seed", "3", PROMPT)
+    monkeypatch.setattr(
+        respond,
+        "rewards_of_run",
+        lambda *args, f=respond.rewards_of_run: calls.append(1) or f(*args),
+    )
+    rows = rows_of(
+        capsys, full_run, "--mode", "distributional", "--draws", "10000", "--seed", "3", PROMPT
+    )
     expected = read_weights(full_run, 2) * 10000
-    assert len(calls) == 1 and stats.chisquare(np.bincount(rows[0]["draws"], minlength=3)[1:], expected).pvalue > 0.01
+    assert (
+        len(calls) == 1
+        and stats.chisquare(np.bincount(rows[0]["draws"], minlength=3)[1:], expected).pvalue > 0.01
+    )
     assert sum(answer["draws"] for answer in rows[0]["answers"]) == 10000
 
 
@@ -153,33 +246,58 @@ def test_one_stream_of_draws_for_all_prompts(full_run, tmp_path, capsys):
     path = tmp_path / "same.txt"
     path.write_text("how ?\n" * 40)
     rows = rows_of(capsys, full_run, "--mode", "distributional", "--file", str(path))
-    assert {row["draws"][0] for row in rows} == {1, 2} and all(row["candidates"] == rows[0]["candidates"] for row in rows)
+    assert {row["draws"][0] for row in rows} == {1, 2} and all(
+        row["candidates"] == rows[0]["candidates"] for row in rows
+    )
 
 
 def test_seed_alone_decides(full_run, tmp_path, capsys):
-    words = ("--mode", "overton", "--file", str(write(tmp_path / "two.jsonl", [{"prompt": "why ?"}, {"prompt": PROMPT}])))
+    words = (
+        "--mode",
+        "overton",
+        "--file",
+        str(write(tmp_path / "two.jsonl", [{"prompt": "why ?"}, {"prompt": PROMPT}])),
+    )
     rows = rows_of(capsys, full_run, *words, "--seed", "1")
     assert rows == rows_of(capsys, full_run, *words, "--seed", "1")
     alone = rows_of(capsys, full_run, "--mode", "overton", "--seed", "1", PROMPT)[0]
-    assert [each["text"] for each in alone["candidates"]] == [each["text"] for each in rows[1]["candidates"]]
-    assert alone["candidates"] != rows_of(capsys, full_run, "--mode", "overton", "--seed", "2", PROMPT)[0]["candidates"]
+    assert [each["text"] for each in alone["candidates"]] == [
+        each["text"] for each in rows[1]["candidates"]
+    ]
+    assert (
+        alone["candidates"]
+        != rows_of(capsys, full_run, "--mode", "overton", "--seed", "2", PROMPT)[0]["candidates"]
+    )
 
 
 def test_order_and_copies_of_candidates_do_not_matter(full_run, tmp_path, capsys, monkeypatch):
-    texts, like = ["so .", "or so .", "go to bed at ten .", "no ."], write(tmp_path / "like.jsonl", EXAMPLES)
-    for words in (("--mode", "consensus"), ("--mode", "steerable", "--like", str(like)), ("--table",)):
+    texts, like = (
+        ["so .", "or so .", "go to bed at ten .", "no ."],
+        write(tmp_path / "like.jsonl", EXAMPLES),
+    )
+    for words in (
+        ("--mode", "consensus"),
+        ("--mode", "steerable", "--like", str(like)),
+        ("--table",),
+    ):
         seen = []
         for order in itertools.islice(itertools.permutations([*texts, texts[0]]), 0, 120, 37):
-            monkeypatch.setattr(respond, "sample", lambda *args, order=order: (list(order), [0.0] * 5))
+            monkeypatch.setattr(
+                respond, "sample", lambda *args, order=order: (list(order), [0.0] * 5)
+            )
             seen.append(rows_of(capsys, full_run, *words, PROMPT))
-        assert all(rows == seen[0] for rows in seen) and [each["count"] for each in seen[0][0]["candidates"]] == [1, 1, 1, 2]
+        assert all(rows == seen[0] for rows in seen) and [
+            each["count"] for each in seen[0][0]["candidates"]
+        ] == [1, 1, 1, 2]
 
 
 @pytest.fixture(scope="module")
 def steerable():
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("steerable", REPOSITORY / "experiments" / "steerable.py")
+    spec = importlib.util.spec_from_file_location(
+        "steerable", REPOSITORY / "experiments" / "steerable.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -187,11 +305,22 @@ def steerable():
 
 def test_a_viewpoint_of_the_demo_finds_its_member(steerable):
     """100 trials of 10 comparisons: at least as good on unseen pairs as a member drawn by weight is on average, in 80 of them."""
-    split, alpha = read_split(REPOSITORY / "results/demo", "test"), read_weights(REPOSITORY / "results/demo", 4)
+    split, alpha = (
+        read_split(REPOSITORY / "results/demo", "test"),
+        read_weights(REPOSITORY / "results/demo", 4),
+    )
     shares = steerable.choice_shares(split)
-    np.testing.assert_allclose(np.dot([weight for weight, _ in steerable.demo.VIEWPOINTS.values()], shares), split.p_true, atol=1e-12)
+    np.testing.assert_allclose(
+        np.dot([weight for weight, _ in steerable.demo.VIEWPOINTS.values()], shares),
+        split.p_true,
+        atol=1e-12,
+    )
     rewards = read_rewards(REPOSITORY / "results/demo", "test", 4, split.response_start[-1:])
-    found = list(steerable.trials(rewards, alpha, shares, split.a, split.b, 100, 10, np.random.default_rng(0)))
+    found = list(
+        steerable.trials(
+            rewards, alpha, shares, split.a, split.b, 100, 10, np.random.default_rng(0)
+        )
+    )
     assert sum(agreement[chosen] >= agreement @ alpha for _, chosen, _, agreement in found) >= 80
 
 
@@ -199,50 +328,97 @@ def test_a_viewpoint_of_the_demo_finds_its_member(steerable):
 
 
 def test_prompts_from_lines_rows_and_stdin(full_run, tmp_path, monkeypatch):
-    chat = [{"role": "user", "content": "hey"}, {"role": "assistant", "content": "yes ?"}, {"role": "user", "content": "how ?"}]
+    chat = [
+        {"role": "user", "content": "hey"},
+        {"role": "assistant", "content": "yes ?"},
+        {"role": "user", "content": "how ?"},
+    ]
     lines = f"why ?\n\n{json.dumps({'prompt': chat})}\n  so ?\n"
-    expected = [("why ?", [{"role": "user", "content": "why ?"}]), (chat, chat), ("so ?", [{"role": "user", "content": "so ?"}])]
+    expected = [
+        ("why ?", [{"role": "user", "content": "why ?"}]),
+        (chat, chat),
+        ("so ?", [{"role": "user", "content": "so ?"}]),
+    ]
     (tmp_path / "mine.txt").write_text("\ufeff" + lines, encoding="utf-8")
-    assert respond.read_prompts(SimpleNamespace(prompt=None, file=tmp_path / "mine.txt")) == expected
+    assert (
+        respond.read_prompts(SimpleNamespace(prompt=None, file=tmp_path / "mine.txt")) == expected
+    )
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     assert respond.read_prompts(SimpleNamespace(prompt=None, file=None)) == expected
     (tmp_path / "mine.csv").write_text("prompt,note\nwhy ?,1\n")
-    assert respond.read_prompts(SimpleNamespace(prompt=None, file=tmp_path / "mine.csv")) == expected[:1]
+    assert (
+        respond.read_prompts(SimpleNamespace(prompt=None, file=tmp_path / "mine.csv"))
+        == expected[:1]
+    )
 
 
 def test_text_is_wrapped_to_the_terminal(full_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "70")
-    monkeypatch.setattr(respond, "sample", lambda *args: (["a long answer " * 20, "one\n\ntwo", "red \x1b[31m end"], [0.0] * 3))
-    for words in (("--mode", "overton"), ("--mode", "consensus"), ("--mode", "distributional"), ("--table",),
-                  ("--mode", "steerable", "--like", str(write(tmp_path / "like.jsonl", EXAMPLES)))):
+    monkeypatch.setattr(
+        respond,
+        "sample",
+        lambda *args: (["a long answer " * 20, "one\n\ntwo", "red \x1b[31m end"], [0.0] * 3),
+    )
+    for words in (
+        ("--mode", "overton"),
+        ("--mode", "consensus"),
+        ("--mode", "distributional"),
+        ("--table",),
+        ("--mode", "steerable", "--like", str(write(tmp_path / "like.jsonl", EXAMPLES))),
+    ):
         capsys.readouterr()
         ask(full_run, *words, "why " * 30 + "?")
         lines = capsys.readouterr().out.splitlines()
-        assert max(map(len, lines)) <= 70 and any(line.startswith("3 candidates, 3 of them distinct") for line in lines) and "\x1b" not in "".join(lines)
+        assert (
+            max(map(len, lines)) <= 70
+            and any(line.startswith("3 candidates, 3 of them distinct") for line in lines)
+            and "\x1b" not in "".join(lines)
+        )
         assert any(all(name in line for name in ("weight", "rank", "answer")) for line in lines)
 
 
 # ---- bad input
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--mode", "overton", "--table", "how ?"], "not allowed with"), (["--mode", "loudest", "how ?"], "invalid choice: 'loudest'"), (["how ?"], "--mode --table is required"),
-    (["--mode", "steerable", "how ?"], "--mode steerable needs --like EXAMPLES"), (["--table", "--like", "x.jsonl", "how ?"], "only with --mode steerable"),
-    (["--table", "--draws", "5", "how ?"], "--draws: only with"), (["--table", "--file", "x", "how ?"], "one of them expected"), (["--table", "--top-p", "1.5", "how ?"], "1.5 found"),
-])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--mode", "overton", "--table", "how ?"], "not allowed with"),
+        (["--mode", "loudest", "how ?"], "invalid choice: 'loudest'"),
+        (["how ?"], "--mode --table is required"),
+        (["--mode", "steerable", "how ?"], "--mode steerable needs --like EXAMPLES"),
+        (["--table", "--like", "x.jsonl", "how ?"], "only with --mode steerable"),
+        (["--table", "--draws", "5", "how ?"], "--draws: only with"),
+        (["--table", "--file", "x", "how ?"], "one of them expected"),
+        (["--table", "--top-p", "1.5", "how ?"], "1.5 found"),
+    ],
+)
 def test_flags(words, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         respond.parse_args(["--run", "x", *words])
     assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rows, said", [
-    ([], "like.jsonl: no row found"), ([EXAMPLES[0] | {"choice": "c"}], "line 1: choice: 'c' found, one of a, tie, b"), ([EXAMPLES[0] | {"choice": 1}], "choice: 1 found"),
-    ([{"prompt": "how ?", "chosen": "so ."}], "line 1: response_a: nothing found"), ([EXAMPLES[0], {**EXAMPLES[0], "choice": None}], "line 2: choice: nothing found"),
-])
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        ([], "like.jsonl: no row found"),
+        ([EXAMPLES[0] | {"choice": "c"}], "line 1: choice: 'c' found, one of a, tie, b"),
+        ([EXAMPLES[0] | {"choice": 1}], "choice: 1 found"),
+        ([{"prompt": "how ?", "chosen": "so ."}], "line 1: response_a: nothing found"),
+        ([EXAMPLES[0], {**EXAMPLES[0], "choice": None}], "line 2: choice: nothing found"),
+    ],
+)
 def test_bad_examples(full_run, tmp_path, rows, said):
     with pytest.raises(InputError, match=said):
-        ask(full_run, "--mode", "steerable", "--like", str(write(tmp_path / "like.jsonl", rows)), PROMPT)
+        ask(
+            full_run,
+            "--mode",
+            "steerable",
+            "--like",
+            str(write(tmp_path / "like.jsonl", rows)),
+            PROMPT,
+        )
 
 
 def test_bad_prompts(full_run, tmp_path, monkeypatch):
@@ -280,7 +456,10 @@ def test_a_run_that_cannot_answer(full_run, base, tokenizer, tmp_path):
     shutil.copy(full_run / "weights.json", run)
     for j in (2, 1):
         shutil.rmtree(run / f"member_0{j}")
-        with pytest.raises(InputError, match="member_02: no such directory" if j == 2 else "no trained members found"):
+        with pytest.raises(
+            InputError,
+            match="member_02: no such directory" if j == 2 else "no trained members found",
+        ):
             ask(run, "--table", PROMPT)
 
 
@@ -288,7 +467,11 @@ def test_a_base_without_a_head_for_tokens(tokenizer, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
     made = make_base(tokenizer, tmp_path / "untied", seed=0, tie_word_embeddings=False)
-    AutoModelForSequenceClassification.from_pretrained(made, num_labels=1).save_pretrained(tmp_path / "judge")
+    AutoModelForSequenceClassification.from_pretrained(made, num_labels=1).save_pretrained(
+        tmp_path / "judge"
+    )
     respond.rm.load_language_model(made, "cpu")
-    with pytest.raises(InputError, match="judge: no causal language model: weights are missing: lm_head.weight"):
+    with pytest.raises(
+        InputError, match="judge: no causal language model: weights are missing: lm_head.weight"
+    ):
         respond.rm.load_language_model(tmp_path / "judge", "cpu")

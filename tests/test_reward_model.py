@@ -37,13 +37,22 @@ def model(base, tokenizer):
 @pytest.fixture(scope="module")
 def mixed(tokenizer):
     """Sequences of many lengths."""
-    return [rm.encode(tokenizer, [{"role": "user", "content": "please " * i + "help ?"}], "go on " * (7 * i % 5 + 1)) for i in range(12)]
+    return [
+        rm.encode(
+            tokenizer,
+            [{"role": "user", "content": "please " * i + "help ?"}],
+            "go on " * (7 * i % 5 + 1),
+        )
+        for i in range(12)
+    ]
 
 
 def add_bos(tokenizer):
     """Let the tokenizer itself put a BOS first, as Llama's does."""
     backend = tokenizer.backend_tokenizer
-    backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
+    )
     assert tokenizer("x").input_ids[0] == tokenizer.bos_token_id
 
 
@@ -51,7 +60,9 @@ def add_bos(tokenizer):
 
 
 @pytest.mark.parametrize("tokenizer_adds", [False, True])
-@pytest.mark.parametrize("template, expected", [("{{ bos_token }}", 1), ("{{ bos_token }}{{ bos_token }}", 1), ("", 0)])
+@pytest.mark.parametrize(
+    "template, expected", [("{{ bos_token }}", 1), ("{{ bos_token }}{{ bos_token }}", 1), ("", 0)]
+)
 def test_exactly_one_bos_where_the_model_has_one(own, template, expected, tokenizer_adds):
     own.chat_template = template + LOOP + OPEN
     if tokenizer_adds:
@@ -67,7 +78,10 @@ def test_tokenizer_without_bos(own):
     own.bos_token = None
     own.chat_template = LOOP + OPEN
     ids = rm.encode(own, ASK, ANSWER)
-    assert own.decode(ids) == f"<|user|>{ASK[0]['content']}<|assistant|>{ANSWER}<|eos|>" and None not in ids
+    assert (
+        own.decode(ids) == f"<|user|>{ASK[0]['content']}<|assistant|>{ANSWER}<|eos|>"
+        and None not in ids
+    )
     assert rm.encode(own, ASK, ANSWER, 5) == ids[-5:]
 
 
@@ -154,16 +168,28 @@ def test_base_without_chat_template(own, tmp_path):
         rm.load_tokenizer(directory, tmp_path / "nowhere")
     (tmp_path / "own.jinja").write_text(template)
     own.chat_template = template
-    assert rm.encode(rm.load_tokenizer(directory, tmp_path / "own.jinja"), ASK, ANSWER) == rm.encode(own, ASK, ANSWER)
+    assert rm.encode(
+        rm.load_tokenizer(directory, tmp_path / "own.jinja"), ASK, ANSWER
+    ) == rm.encode(own, ASK, ANSWER)
 
 
 def test_template_file_wins(base, tmp_path):
-    (tmp_path / "own.jinja").write_text("{{ bos_token }}{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    (tmp_path / "own.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    )
     tokenizer = rm.load_tokenizer(base, tmp_path / "own.jinja")
-    assert tokenizer.decode(rm.encode(tokenizer, ASK, "yes")) == f"<|bos|><{ASK[0]['content']}><yes>"
+    assert (
+        tokenizer.decode(rm.encode(tokenizer, ASK, "yes")) == f"<|bos|><{ASK[0]['content']}><yes>"
+    )
 
 
-@pytest.mark.parametrize("function", [rm.load_tokenizer, lambda base: rm.load_base(base, rm.load_tokenizer(base), torch.float32, "cpu")])
+@pytest.mark.parametrize(
+    "function",
+    [
+        rm.load_tokenizer,
+        lambda base: rm.load_base(base, rm.load_tokenizer(base), torch.float32, "cpu"),
+    ],
+)
 def test_no_such_base(tmp_path, function):
     with pytest.raises(InputError, match="--base .*nothing"):
         function(str(tmp_path / "nothing"))
@@ -199,15 +225,22 @@ def test_alone_in_a_batch_and_by_transformers(model, tokenizer, mixed):
         np.testing.assert_allclose(rm.score_sequences(model, mixed, tokens), batch, atol=1e-5)
     ids, mask = rm.pad(mixed, tokenizer.pad_token_id, "cpu")
     with torch.no_grad():
-        np.testing.assert_allclose(model(input_ids=ids, attention_mask=mask).logits[:, 0], batch, atol=1e-5)
+        np.testing.assert_allclose(
+            model(input_ids=ids, attention_mask=mask).logits[:, 0], batch, atol=1e-5
+        )
         for one, value in zip(mixed, batch):
             assert abs(model(input_ids=torch.tensor([one])).logits.item() - value) < 1e-5
 
 
 def test_what_stands_in_the_padding_does_not_matter(model, tokenizer, mixed):
     ids, mask = rm.pad(mixed, tokenizer.pad_token_id, "cpu")
-    garbage = torch.where(mask == 1, ids, torch.randint(5, 400, ids.shape, generator=torch.Generator().manual_seed(0)))
-    longer = torch.nn.functional.pad(garbage, (0, 9), value=77), torch.nn.functional.pad(mask, (0, 9))
+    garbage = torch.where(
+        mask == 1, ids, torch.randint(5, 400, ids.shape, generator=torch.Generator().manual_seed(0))
+    )
+    longer = (
+        torch.nn.functional.pad(garbage, (0, 9), value=77),
+        torch.nn.functional.pad(mask, (0, 9)),
+    )
     with torch.no_grad():
         clean = rm.rewards_of(model, ids, mask)
         torch.testing.assert_close(rm.rewards_of(model, garbage, mask), clean, atol=1e-5, rtol=0)
@@ -263,7 +296,9 @@ def test_the_head_comes_from_the_seed_alone(base, tokenizer):
 def test_bfloat16_keeps_head_and_rewards_in_float32(base, tokenizer, mixed, tmp_path):
     model = rm.load_base(base, tokenizer, torch.bfloat16, "cpu")
     rm.draw_head(model.score.weight, model.config, 0)
-    assert model.score.weight.dtype == torch.float32 and {p.dtype for p in model.base_model.parameters()} == {torch.bfloat16}
+    assert model.score.weight.dtype == torch.float32 and {
+        p.dtype for p in model.base_model.parameters()
+    } == {torch.bfloat16}
     ids, mask = rm.pad(mixed, tokenizer.pad_token_id, "cpu")
     rewards = rm.rewards_of(model, ids, mask)
     assert rewards.dtype == torch.float32 and not torch.equal(rewards, rewards.bfloat16().float())
@@ -299,7 +334,9 @@ def test_a_base_may_lack_its_head_and_nothing_else(base, tokenizer, tmp_path):
 
 
 def test_a_base_with_a_head_of_another_shape(base, tokenizer, tmp_path):
-    AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).save_pretrained(tmp_path / "three")
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).save_pretrained(
+        tmp_path / "three"
+    )
     model = rm.load_base(tmp_path / "three", tokenizer, torch.float32, "cpu")
     rm.draw_head(model.score.weight, model.config, 0)
     assert model.score.weight.shape == (1, 32)
@@ -308,32 +345,59 @@ def test_a_base_with_a_head_of_another_shape(base, tokenizer, tmp_path):
 def test_a_base_of_another_kind(tokenizer, tmp_path):
     from transformers import BartConfig, BartForSequenceClassification
 
-    small = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1, "decoder_attention_heads": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
-    BartForSequenceClassification(BartConfig(vocab_size=400, **small)).save_pretrained(tmp_path / "bart")
+    small = {
+        "d_model": 8,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 1,
+        "decoder_attention_heads": 1,
+        "encoder_ffn_dim": 8,
+        "decoder_ffn_dim": 8,
+    }
+    BartForSequenceClassification(BartConfig(vocab_size=400, **small)).save_pretrained(
+        tmp_path / "bart"
+    )
     with pytest.raises(InputError, match="no linear head called score"):
         rm.load_base(tmp_path / "bart", tokenizer, torch.float32, "cpu")
 
 
 def test_a_saved_member_is_a_plain_directory(model, tokenizer, mixed, tmp_path):
     rm.save_member(model, tokenizer, tmp_path / "member_01")
-    loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "member_01", output_loading_info=True)
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "member_01", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert loaded.config.num_labels == 1
     ids, mask = rm.pad(mixed, tokenizer.pad_token_id, "cpu")
     with torch.no_grad():
-        torch.testing.assert_close(loaded.eval()(input_ids=ids, attention_mask=mask).logits[:, 0], rm.rewards_of(model, ids, mask), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            loaded.eval()(input_ids=ids, attention_mask=mask).logits[:, 0],
+            rm.rewards_of(model, ids, mask),
+            atol=1e-6,
+            rtol=0,
+        )
     again = AutoTokenizer.from_pretrained(tmp_path / "member_01")
-    assert rm.encode(again, ASK, ANSWER) == rm.encode(tokenizer, ASK, ANSWER) and again.pad_token_id == tokenizer.pad_token_id
+    assert (
+        rm.encode(again, ASK, ANSWER) == rm.encode(tokenizer, ASK, ANSWER)
+        and again.pad_token_id == tokenizer.pad_token_id
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_saved_member_says_what_transformers_4_reads(base, tokenizer, tmp_path, dtype):
-    rm.save_member(rm.load_base(base, tokenizer, getattr(torch, dtype), "cpu"), tokenizer, tmp_path / "m")
+    rm.save_member(
+        rm.load_base(base, tokenizer, getattr(torch, dtype), "cpu"), tokenizer, tmp_path / "m"
+    )
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["rope_theta"] == 500000.0 and config["rope_scaling"] is None
-    assert config["torch_dtype"] == config["dtype"] == dtype and config["pad_token_id"] == tokenizer.pad_token_id
+    assert (
+        config["torch_dtype"] == config["dtype"] == dtype
+        and config["pad_token_id"] == tokenizer.pad_token_id
+    )
     described = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
-    assert described["tokenizer_class"] == "PreTrainedTokenizerFast" and described["model_input_names"] == ["input_ids", "attention_mask"]
+    assert described["tokenizer_class"] == "PreTrainedTokenizerFast" and described[
+        "model_input_names"
+    ] == ["input_ids", "attention_mask"]
 
 
 def test_scaled_rope_survives_for_transformers_4(tokenizer, tmp_path):
@@ -341,8 +405,14 @@ def test_scaled_rope_survives_for_transformers_4(tokenizer, tmp_path):
     base = make_base(tokenizer, tmp_path / "b", 0, rope_parameters=rope)
     rm.save_member(rm.load_base(base, tokenizer, torch.float32, "cpu"), tokenizer, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    assert config["rope_theta"] == 7000.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
-    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").config.rope_parameters == rope
+    assert config["rope_theta"] == 7000.0 and config["rope_scaling"] == {
+        "rope_type": "linear",
+        "factor": 2.0,
+    }
+    assert (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").config.rope_parameters
+        == rope
+    )
 
 
 def test_a_member_that_lacks_its_head_is_refused(model, base, tokenizer, tmp_path):
@@ -360,7 +430,9 @@ def test_head_is_saved_and_put_on_the_base_again(model, base, tokenizer, mixed, 
     rm.save_head(model.score.weight, tmp_path / "member_03")
     assert [path.name for path in (tmp_path / "member_03").iterdir()] == ["head.safetensors"]
     loaded = rm.load_member(tmp_path, 3, base, tokenizer, torch.float32, "cpu")
-    np.testing.assert_array_equal(rm.score_sequences(loaded, mixed, 500), rm.score_sequences(model, mixed, 500))
+    np.testing.assert_array_equal(
+        rm.score_sequences(loaded, mixed, 500), rm.score_sequences(model, mixed, 500)
+    )
 
 
 def test_fingerprint_follows_the_content(base, tokenizer, tmp_path):

@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-import score
 from conftest import FLAGS, HEAD, REPOSITORY, fit, fresh, leftovers, rewards, train
 
+import score
 from pairwise import reward_model as rm
 from pairwise.run_dir import InputError, read_split
 
@@ -37,7 +37,9 @@ def exported(head_run, base, tmp_path_factory):
 
 @pytest.fixture(params=["full", "head", "exported", "lora"])
 def run(request, full_run, head_run, lora_run):
-    return {"full": full_run, "head": head_run.run, "lora": lora_run}.get(request.param) or request.getfixturevalue("exported")
+    return {"full": full_run, "head": head_run.run, "lora": lora_run}.get(
+        request.param
+    ) or request.getfixturevalue("exported")
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +53,40 @@ def alpha_of(run):
 
 def share_by_hand(run, r, a, b):
     """sum_j alpha_j V_j of two responses with rewards r[a], r[b], each of all members."""
-    return sum(weight * (1 if x > y else 0 if x < y else 0.5) for weight, x, y in zip(alpha_of(run), r[a], r[b]))
+    return sum(
+        weight * (1 if x > y else 0 if x < y else 0.5)
+        for weight, x, y in zip(alpha_of(run), r[a], r[b])
+    )
 
 
 # ---- the numbers
 
 
 def test_same_numbers_as_training(run, test_split, tmp_path):
-    path = write(tmp_path / "mine.jsonl", [{"prompt": m[-1]["content"], "responses": texts} for m, texts in zip(test_split.messages, test_split.responses)])
+    path = write(
+        tmp_path / "mine.jsonl",
+        [
+            {"prompt": m[-1]["content"], "responses": texts}
+            for m, texts in zip(test_split.messages, test_split.responses)
+        ],
+    )
     for flags in ((), ("--micro-batch-tokens", "100")):
         rows = scored(run, path, *flags)
         assert len(rows) == 3 and [row["responses"] for row in rows] == test_split.responses
         found = np.concatenate([row["rewards"] for row in rows])
-        np.testing.assert_allclose(found, np.stack([rewards(run, 1), rewards(run, 2)], axis=1), atol=1e-6)
+        np.testing.assert_allclose(
+            found, np.stack([rewards(run, 1), rewards(run, 2)], axis=1), atol=1e-6
+        )
         for row in rows:
             assert set(row) == {"prompt", "responses", "rewards", "p_hat"}
-            assert [pair[:2] for pair in row["p_hat"]] == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
+            assert [pair[:2] for pair in row["p_hat"]] == [
+                [0, 1],
+                [0, 2],
+                [0, 3],
+                [1, 2],
+                [1, 3],
+                [2, 3],
+            ]
             for a, b, p in row["p_hat"]:
                 assert abs(p - share_by_hand(run, row["rewards"], a, b)) < 1e-12
     assert len({p for row in rows for _, _, p in row["p_hat"]}) > 1
@@ -74,20 +94,54 @@ def test_same_numbers_as_training(run, test_split, tmp_path):
 
 def test_rows_of_two_responses(run, test_split, tmp_path):
     texts = test_split.responses[1]
-    rows = scored(run, write(tmp_path / "two.jsonl", [{"prompt": test_split.messages[1][-1]["content"], "response_a": texts[2], "response_b": texts[0], "note": 1}]))
+    rows = scored(
+        run,
+        write(
+            tmp_path / "two.jsonl",
+            [
+                {
+                    "prompt": test_split.messages[1][-1]["content"],
+                    "response_a": texts[2],
+                    "response_b": texts[0],
+                    "note": 1,
+                }
+            ],
+        ),
+    )
     first = test_split.response_start[1]
-    np.testing.assert_allclose(rows[0]["rewards"], [[rewards(run, j)[first + i] for j in (1, 2)] for i in (2, 0)], atol=1e-6)
-    assert rows[0]["responses"] == [texts[2], texts[0]] and rows[0]["p_hat"] == [[0, 1, pytest.approx(share_by_hand(run, rows[0]["rewards"], 0, 1))]]
+    np.testing.assert_allclose(
+        rows[0]["rewards"],
+        [[rewards(run, j)[first + i] for j in (1, 2)] for i in (2, 0)],
+        atol=1e-6,
+    )
+    assert rows[0]["responses"] == [texts[2], texts[0]] and rows[0]["p_hat"] == [
+        [0, 1, pytest.approx(share_by_hand(run, rows[0]["rewards"], 0, 1))]
+    ]
 
 
 def test_chat_messages(run, tokenizer, base, tmp_path):
     """Earlier turns count, a text is one user turn, and the prompt comes back as it was given."""
-    chat = [{"role": "user", "content": "hey"}, {"role": "assistant", "content": "yes ?"}, {"role": "user", "content": "how can i get fit ?"}]
-    rows = scored(run, write(tmp_path / "chat.jsonl", [{"prompt": p, "responses": ["run twice a week ."]} for p in (chat, chat[2:], chat[2]["content"])]))
+    chat = [
+        {"role": "user", "content": "hey"},
+        {"role": "assistant", "content": "yes ?"},
+        {"role": "user", "content": "how can i get fit ?"},
+    ]
+    rows = scored(
+        run,
+        write(
+            tmp_path / "chat.jsonl",
+            [
+                {"prompt": p, "responses": ["run twice a week ."]}
+                for p in (chat, chat[2:], chat[2]["content"])
+            ],
+        ),
+    )
     assert [row["prompt"] for row in rows] == [chat, chat[2:], chat[2]["content"]]
     assert rows[1]["rewards"] == rows[2]["rewards"] != rows[0]["rewards"]
     model = rm.load_member(run, 2, base, tokenizer, rm.torch.float32, "cpu")
-    expected = rm.score_sequences(model, [rm.encode(tokenizer, chat, "run twice a week .")], 1000)[0]
+    expected = rm.score_sequences(model, [rm.encode(tokenizer, chat, "run twice a week .")], 1000)[
+        0
+    ]
     assert abs(rows[0]["rewards"][0][1] - expected) < 1e-6
 
 
@@ -95,7 +149,16 @@ def test_ties_count_one_half(full_run, monkeypatch, tmp_path):
     """Rewards given by hand: member 1 ties on the first pair, member 2 on the second, both on the third."""
     given = np.array([[1, 1, 0, 5, 5], [0, 2, 0, 3, 3]], np.float32)
     monkeypatch.setattr(score, "rewards_of_run", lambda *args: given)
-    rows = scored(full_run, write(tmp_path / "ties.jsonl", [{"prompt": "a ?", "responses": ["x", "y", "z"]}, {"prompt": "b ?", "responses": ["u", "v"]}]))
+    rows = scored(
+        full_run,
+        write(
+            tmp_path / "ties.jsonl",
+            [
+                {"prompt": "a ?", "responses": ["x", "y", "z"]},
+                {"prompt": "b ?", "responses": ["u", "v"]},
+            ],
+        ),
+    )
     first, second = alpha_of(full_run)
     assert 0 < first < 1 and abs(first - 0.5) > 0.01
     assert rows[0]["rewards"] == [[1, 0], [1, 2], [0, 0]] and rows[1]["rewards"] == [[5, 3], [5, 3]]
@@ -106,57 +169,117 @@ def test_ties_count_one_half(full_run, monkeypatch, tmp_path):
 
 def test_equal_responses_tie(run, tmp_path):
     text = "dear reader , one way is to run twice a week ."
-    rows = scored(run, write(tmp_path / "same.jsonl", [{"prompt": "how can i get fit ?", "responses": [text, "no .", text]}]), "--micro-batch-tokens", "40")
+    rows = scored(
+        run,
+        write(
+            tmp_path / "same.jsonl",
+            [{"prompt": "how can i get fit ?", "responses": [text, "no .", text]}],
+        ),
+        "--micro-batch-tokens",
+        "40",
+    )
     assert rows[0]["rewards"][0] == rows[0]["rewards"][2]
     assert rows[0]["p_hat"][1] == [0, 2, pytest.approx(0.5, abs=1e-12)]
 
 
 def test_a_single_response(run, tmp_path):
     rows = scored(run, write(tmp_path / "one.jsonl", [{"prompt": "how ?", "responses": ["so ."]}]))
-    assert rows[0]["p_hat"] == [] and len(rows[0]["rewards"]) == 1 and len(rows[0]["rewards"][0]) == 2
+    assert (
+        rows[0]["p_hat"] == [] and len(rows[0]["rewards"]) == 1 and len(rows[0]["rewards"][0]) == 2
+    )
 
 
 def test_repeated_rows_are_scored_once_and_written_each_time(run, tmp_path, monkeypatch):
     passed = []
-    monkeypatch.setattr(rm, "hidden_of_batch", lambda model, sequences, f=rm.hidden_of_batch: passed.append(len(sequences)) or f(model, sequences))
+    monkeypatch.setattr(
+        rm,
+        "hidden_of_batch",
+        lambda model, sequences, f=rm.hidden_of_batch: (
+            passed.append(len(sequences)) or f(model, sequences)
+        ),
+    )
     asked = {"prompt": "how ?", "responses": ["so .", "or so ."]}
-    rows = scored(run, write(tmp_path / "twice.jsonl", [asked, {"prompt": "why ?", "responses": ["so ."]}, asked]))
+    rows = scored(
+        run,
+        write(tmp_path / "twice.jsonl", [asked, {"prompt": "why ?", "responses": ["so ."]}, asked]),
+    )
     assert rows[0] == rows[2] != rows[1] and len(rows) == 3
-    members = 1 if (run / "member_01" / "head.safetensors").exists() else 2  # two heads share one pass over the base
+    members = (
+        1 if (run / "member_01" / "head.safetensors").exists() else 2
+    )  # two heads share one pass over the base
     assert sum(passed) == 3 * members
 
 
 def test_csv_has_a_row_for_every_pair(run, tmp_path):
-    asked = [{"prompt": "how, \"then\" ?", "responses": ["so .", "or\nso .", "no ."]}, {"prompt": [{"role": "user", "content": "why ?"}], "responses": ["yes .", "no ."]},
-             {"prompt": "alone ?", "responses": ["a"]}]
+    asked = [
+        {"prompt": 'how, "then" ?', "responses": ["so .", "or\nso .", "no ."]},
+        {"prompt": [{"role": "user", "content": "why ?"}], "responses": ["yes .", "no ."]},
+        {"prompt": "alone ?", "responses": ["a"]},
+    ]
     path = write(tmp_path / "mine.jsonl", asked)
     rows = scored(run, path)
-    score.main(score.parse_args([str(path), "--run", str(run), *FLAGS, "--out", str(tmp_path / "out.csv")]))
+    score.main(
+        score.parse_args([str(path), "--run", str(run), *FLAGS, "--out", str(tmp_path / "out.csv")])
+    )
     with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
         header, *lines = list(csv.reader(file))
-    assert header == ["row", "prompt", "response_a", "response_b", "reward_a_1", "reward_a_2", "reward_b_1", "reward_b_2", "p_hat"]
+    assert header == [
+        "row",
+        "prompt",
+        "response_a",
+        "response_b",
+        "reward_a_1",
+        "reward_a_2",
+        "reward_b_1",
+        "reward_b_2",
+        "p_hat",
+    ]
     expected = [(number, row, pair) for number, row in enumerate(rows, 1) for pair in row["p_hat"]]
     assert len(lines) == len(expected) == 4
     for line, (number, row, (a, b, p)) in zip(lines, expected):
         prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
         assert line[:4] == [str(number), prompt, row["responses"][a], row["responses"][b]]
-        np.testing.assert_allclose([float(cell) for cell in line[4:]], [*row["rewards"][a], *row["rewards"][b], p], atol=1e-7)
+        np.testing.assert_allclose(
+            [float(cell) for cell in line[4:]],
+            [*row["rewards"][a], *row["rewards"][b], p],
+            atol=1e-7,
+        )
 
 
 def test_csv_in(full_run, test_split, tmp_path):
     texts = test_split.responses[0]
     with open(tmp_path / "in.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["prompt", "response_a", "response_b"], [test_split.messages[0][-1]["content"], texts[0], texts[1]]])
+        csv.writer(file).writerows(
+            [
+                ["prompt", "response_a", "response_b"],
+                [test_split.messages[0][-1]["content"], texts[0], texts[1]],
+            ]
+        )
     rows = scored(full_run, tmp_path / "in.csv")
-    np.testing.assert_allclose(rows[0]["rewards"], np.stack([rewards(full_run, 1), rewards(full_run, 2)], axis=1)[:2], atol=1e-6)
+    np.testing.assert_allclose(
+        rows[0]["rewards"],
+        np.stack([rewards(full_run, 1), rewards(full_run, 2)], axis=1)[:2],
+        atol=1e-6,
+    )
 
 
 def test_truncated_as_in_training(data, base, test_split, tmp_path):
     run = fresh(data, tmp_path)
     train(run, base, *HEAD, "--max-length", "12", "--epochs", "1")
     fit(run)
-    rows = scored(run, write(tmp_path / "mine.jsonl", [{"prompt": m[-1]["content"], "responses": t} for m, t in zip(test_split.messages, test_split.responses)]))
-    np.testing.assert_allclose(np.concatenate([row["rewards"] for row in rows])[:, 0], rewards(run), atol=1e-6)
+    rows = scored(
+        run,
+        write(
+            tmp_path / "mine.jsonl",
+            [
+                {"prompt": m[-1]["content"], "responses": t}
+                for m, t in zip(test_split.messages, test_split.responses)
+            ],
+        ),
+    )
+    np.testing.assert_allclose(
+        np.concatenate([row["rewards"] for row in rows])[:, 0], rewards(run), atol=1e-6
+    )
 
 
 def test_bfloat16_run(data, base, test_split, tmp_path):
@@ -164,19 +287,37 @@ def test_bfloat16_run(data, base, test_split, tmp_path):
     run = fresh(data, tmp_path)
     train(run, base, "--dtype", "bfloat16", "--lr", "3e-3")
     fit(run)
-    rows = scored(run, write(tmp_path / "mine.jsonl", [{"prompt": m[-1]["content"], "responses": t} for m, t in zip(test_split.messages, test_split.responses)]))
-    np.testing.assert_allclose(np.concatenate([row["rewards"] for row in rows])[:, 0], rewards(run), atol=1e-6)
+    rows = scored(
+        run,
+        write(
+            tmp_path / "mine.jsonl",
+            [
+                {"prompt": m[-1]["content"], "responses": t}
+                for m, t in zip(test_split.messages, test_split.responses)
+            ],
+        ),
+    )
+    np.testing.assert_allclose(
+        np.concatenate([row["rewards"] for row in rows])[:, 0], rewards(run), atol=1e-6
+    )
 
 
 def test_chat_template_must_be_the_run_s(data, base, tokenizer, full_run, tmp_path):
     run = fresh(data, tmp_path)
-    (tmp_path / "own.jinja").write_text("{{ bos_token }}{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{{ eos_token }}")
+    (tmp_path / "own.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{{ eos_token }}"
+    )
     flags = ("--chat-template", str(tmp_path / "own.jinja"))
     train(run, base, *HEAD, "--epochs", "1", *flags)
     fit(run)
     test = read_split(run, "test")
-    path = write(tmp_path / "mine.jsonl", [{"prompt": test.messages[0][-1]["content"], "responses": test.responses[0]}])
-    np.testing.assert_allclose(np.array(scored(run, path, *flags)[0]["rewards"])[:, 0], rewards(run)[:4], atol=1e-6)
+    path = write(
+        tmp_path / "mine.jsonl",
+        [{"prompt": test.messages[0][-1]["content"], "responses": test.responses[0]}],
+    )
+    np.testing.assert_allclose(
+        np.array(scored(run, path, *flags)[0]["rewards"])[:, 0], rewards(run)[:4], atol=1e-6
+    )
     with pytest.raises(InputError, match="--chat-template is missing: .* made with another"):
         scored(run, path)
     with pytest.raises(InputError, match="own.jinja: .* made with none"):
@@ -188,20 +329,32 @@ def test_chat_template_must_be_the_run_s(data, base, tokenizer, full_run, tmp_pa
 GOOD = {"prompt": "how ?", "responses": ["so ."]}
 
 
-@pytest.mark.parametrize("row, said", [
-    ({"responses": ["so ."]}, r"line 3: prompt: nothing found, text"),
-    ({"prompt": "how ?"}, r"line 3: response: nothing found, text"),
-    ({"prompt": "how ?", "response_a": "so ."}, r"line 3: response: nothing found, text"),
-    ({"prompt": "how ?", "responses": []}, r"line 3: responses: \[\] found, a list of responses"),
-    ({"prompt": "how ?", "responses": "so ."}, r"line 3: responses: 'so .' found, a list of responses"),
-    ({"prompt": "how ?", "responses": ["so .", 3]}, r"line 3: response: 3 found, text"),
-    ({"prompt": "how ?", "responses": ["so .", " "]}, r"line 3: response: ' ' found, text"),
-    ({"prompt": 7, "responses": ["so ."]}, r"line 3: prompt: 7 found, text"),
-    ({"prompt": "", "responses": ["so ."]}, r"line 3: prompt: '' found, text"),
-    ({"prompt": [{"role": "assistant", "content": "hm"}], "responses": ["so ."]}, r"line 3: prompt: 'assistant' found, messages that end with a user turn"),
-    ({"prompt": [], "responses": ["so ."]}, r"line 3: prompt: \[\] found"),
-    ([1, 2], r"line 3: the row: \[1, 2\] found, an object"),
-])
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"responses": ["so ."]}, r"line 3: prompt: nothing found, text"),
+        ({"prompt": "how ?"}, r"line 3: response: nothing found, text"),
+        ({"prompt": "how ?", "response_a": "so ."}, r"line 3: response: nothing found, text"),
+        (
+            {"prompt": "how ?", "responses": []},
+            r"line 3: responses: \[\] found, a list of responses",
+        ),
+        (
+            {"prompt": "how ?", "responses": "so ."},
+            r"line 3: responses: 'so .' found, a list of responses",
+        ),
+        ({"prompt": "how ?", "responses": ["so .", 3]}, r"line 3: response: 3 found, text"),
+        ({"prompt": "how ?", "responses": ["so .", " "]}, r"line 3: response: ' ' found, text"),
+        ({"prompt": 7, "responses": ["so ."]}, r"line 3: prompt: 7 found, text"),
+        ({"prompt": "", "responses": ["so ."]}, r"line 3: prompt: '' found, text"),
+        (
+            {"prompt": [{"role": "assistant", "content": "hm"}], "responses": ["so ."]},
+            r"line 3: prompt: 'assistant' found, messages that end with a user turn",
+        ),
+        ({"prompt": [], "responses": ["so ."]}, r"line 3: prompt: \[\] found"),
+        ([1, 2], r"line 3: the row: \[1, 2\] found, an object"),
+    ],
+)
 def test_bad_rows(full_run, tmp_path, row, said):
     path = write(tmp_path / "bad.jsonl", [GOOD])
     path.write_text(path.read_text() + "\n" + json.dumps(row) + "\n")
@@ -222,7 +375,9 @@ def test_a_run_that_cannot_score(full_run, tmp_path):
     with pytest.raises(InputError, match="no rewards"):
         scored(tmp_path / "nowhere", path)
     run = fresh(full_run, tmp_path)
-    (run / "weights.json").write_text(json.dumps(json.loads((run / "weights.json").read_text())[:1]))
+    (run / "weights.json").write_text(
+        json.dumps(json.loads((run / "weights.json").read_text())[:1])
+    )
     with pytest.raises(InputError, match="k = 2 expected"):
         scored(run, path)
     shutil.copy(full_run / "weights.json", run)
@@ -253,13 +408,31 @@ def test_nothing_half_written(full_run, tmp_path, monkeypatch):
 
 def test_out_must_be_a_known_form(full_run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        score.parse_args([str(tmp_path / "mine.jsonl"), "--run", str(full_run), "--out", str(tmp_path / "out.txt")])
-    assert stopped.value.code == 2 and "a name ending in .jsonl or .csv expected" in capsys.readouterr().err
+        score.parse_args(
+            [
+                str(tmp_path / "mine.jsonl"),
+                "--run",
+                str(full_run),
+                "--out",
+                str(tmp_path / "out.txt"),
+            ]
+        )
+    assert (
+        stopped.value.code == 2
+        and "a name ending in .jsonl or .csv expected" in capsys.readouterr().err
+    )
 
 
 def test_the_script_ends_with_one_line_and_code_2(full_run, tmp_path):
     path = write(tmp_path / "bad.jsonl", [GOOD, {"prompt": "how ?", "responses": []}])
-    done = subprocess.run([sys.executable, str(REPOSITORY / "score.py"), "--run", str(full_run), str(path), *FLAGS], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "score.py"), "--run", str(full_run), str(path), *FLAGS],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "score.py: error: bad.jsonl line 2: responses: [] found, a list of responses expected\n"
+    assert (
+        done.stderr
+        == "score.py: error: bad.jsonl line 2: responses: [] found, a list of responses expected\n"
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]

@@ -14,17 +14,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import train_rm
-from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, make_base, manifest, rewards, squared, train
+from conftest import (
+    FLAGS,
+    FULL,
+    HEAD,
+    REPOSITORY,
+    fresh,
+    leftovers,
+    make_base,
+    manifest,
+    rewards,
+    squared,
+    train,
+)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from pairwise import training
+import train_rm
 from pairwise import reward_model as rm
+from pairwise import training
 from pairwise.run_dir import InputError, read_split, write_split
 
 
 def arguments(*flags):
-    return train_rm.parse_args(["--run", "run", "--base", "base", "--iteration", "1", *FLAGS, *flags])
+    return train_rm.parse_args(
+        ["--run", "run", "--base", "base", "--iteration", "1", *FLAGS, *flags]
+    )
 
 
 def log_of(run, j=1):
@@ -33,7 +47,11 @@ def log_of(run, j=1):
 
 def contents(run):
     """Every byte that a run has made, apart from times and the manifest."""
-    found = {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file() and path.name != "manifest.json"}
+    found = {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
     for name in [name for name in found if name.startswith("logs/")]:
         found[name] = [{**json.loads(line), "seconds": None} for line in found[name].splitlines()]
     return found
@@ -51,7 +69,9 @@ def model(base, tokenizer):
 
 def test_targets_by_hand():
     p = np.array([0.75, 0.5, 1.0])
-    r = np.array([[1.0, 2.0, 2.0], [3.0, 1.0, 3.0]], np.float32)  # member 1: y2 = y3 > y1; member 2: y1 = y3 > y2
+    r = np.array(
+        [[1.0, 2.0, 2.0], [3.0, 1.0, 3.0]], np.float32
+    )  # member 1: y2 = y3 > y1; member 2: y1 = y3 > y2
     a, b, alpha = np.array([0, 1, 2]), np.array([1, 2, 0]), np.array([0.75, 0.25])
     # V_1 = 0, 1/2, 1; V_2 = 1, 0, 1/2
     p_hat = np.array([0.25, 0.375, 0.875])
@@ -64,7 +84,9 @@ def test_targets_by_hand():
     assert set(expected) == set(train_rm.TARGETS)
     for name, value in expected.items():
         np.testing.assert_allclose(train_rm.target_of(name, p, r, alpha, a, b), value, atol=1e-15)
-        np.testing.assert_array_equal(train_rm.target_of(name, p, np.zeros((0, 3), np.float32), np.zeros(0), a, b), p)
+        np.testing.assert_array_equal(
+            train_rm.target_of(name, p, np.zeros((0, 3), np.float32), np.zeros(0), a, b), p
+        )
 
 
 def test_centered_is_the_printed_objective_over_both_orders():
@@ -72,7 +94,10 @@ def test_centered_is_the_printed_objective_over_both_orders():
     s = np.linspace(0, 1, 101)
     for p, p_hat in ((0.75, 0.2), (0.0, 0.9), (0.5, 0.5)):
         t = train_rm.TARGETS["centered"][1](p, p_hat, 2)
-        assert np.ptp((p - p_hat - s) ** 2 + ((1 - p) - (1 - p_hat) - (1 - s)) ** 2 - 2 * (t - s) ** 2) < 1e-12
+        assert (
+            np.ptp((p - p_hat - s) ** 2 + ((1 - p) - (1 - p_hat) - (1 - s)) ** 2 - 2 * (t - s) ** 2)
+            < 1e-12
+        )
 
 
 def test_mixture_is_the_stagewise_objective():
@@ -80,7 +105,9 @@ def test_mixture_is_the_stagewise_objective():
     s = np.linspace(0, 1, 101)
     for j, p, p_hat in ((2, 0.75, 0.2), (3, 0.0, 0.9), (8, 1.0, 0.125)):
         t = train_rm.TARGETS["mixture"][1](p, p_hat, j)
-        np.testing.assert_allclose((p - (1 - 1 / j) * p_hat - s / j) ** 2, (t - s) ** 2 / j**2, atol=1e-12)
+        np.testing.assert_allclose(
+            (p - (1 - 1 / j) * p_hat - s / j) ** 2, (t - s) ** 2 / j**2, atol=1e-12
+        )
 
 
 # ---- steps
@@ -92,7 +119,9 @@ def test_steps_of_prompts(budget):
     start = np.concatenate([[0], np.cumsum(sizes)])
     keep = np.random.default_rng(3).random(start[-1]) < 0.8
     steps = training.steps_of_prompts(start, keep, budget, np.random.default_rng(0))
-    assert sorted(np.concatenate([part for step in steps for part in step])) == list(np.flatnonzero(keep))  # each kept pair once
+    assert sorted(np.concatenate([part for step in steps for part in step])) == list(
+        np.flatnonzero(keep)
+    )  # each kept pair once
     places = {}
     for number, step in enumerate(steps):
         assert 0 < sum(len(part) for part in step) <= budget
@@ -110,13 +139,17 @@ def test_steps_of_prompts(budget):
 
 
 def test_a_prompt_that_is_split_is_shuffled_first():
-    steps = training.steps_of_prompts(np.array([0, 40]), np.ones(40, bool), 20, np.random.default_rng(0))
+    steps = training.steps_of_prompts(
+        np.array([0, 40]), np.ones(40, bool), 20, np.random.default_rng(0)
+    )
     assert len(steps) == 2 and not any(np.array_equal(step[0], np.sort(step[0])) for step in steps)
 
 
 def test_steps_are_filled():
     """Prompts of 3 pairs, a budget of 7: two prompts a step, the last has one."""
-    steps = training.steps_of_prompts(np.arange(0, 31, 3)[:10], np.ones(27, bool), 7, np.random.default_rng(0))
+    steps = training.steps_of_prompts(
+        np.arange(0, 31, 3)[:10], np.ones(27, bool), 7, np.random.default_rng(0)
+    )
     assert sorted(len(step) for step in steps) == [1, 2, 2, 2, 2]
 
 
@@ -125,10 +158,15 @@ def test_steps_of_pairs():
     steps = training.steps_of_pairs(keep, 8, 3, np.random.default_rng(0))
     per_epoch = -(-keep.sum() // 8)
     assert len(steps) == 3 * per_epoch
-    epochs = [np.concatenate([step[0] for step in steps[i * per_epoch : (i + 1) * per_epoch]]) for i in range(3)]
+    epochs = [
+        np.concatenate([step[0] for step in steps[i * per_epoch : (i + 1) * per_epoch]])
+        for i in range(3)
+    ]
     for order in epochs:
         assert sorted(order) == list(np.flatnonzero(keep))
-    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[0], np.flatnonzero(keep))
+    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(
+        epochs[0], np.flatnonzero(keep)
+    )
     assert all(len(step) == 1 and len(step[0]) <= 8 for step in steps)
 
 
@@ -136,15 +174,21 @@ def test_steps_of_pairs():
 def test_micro_batches_are_a_partition_within_the_budget(tokens):
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 60, 40)
-    pairs = [(i, j) for p in range(10) for i in range(4 * p, 4 * p + 4) for j in range(i + 1, 4 * p + 4)]
+    pairs = [
+        (i, j) for p in range(10) for i in range(4 * p, 4 * p + 4) for j in range(i + 1, 4 * p + 4)
+    ]
     a, b = np.array(pairs).T
     step = [np.arange(6 * p, 6 * p + 6) for p in range(10)]
-    found = training.micro_batches(step, a, b, lengths, lambda responses: len(responses) * lengths[responses].max(), tokens)
+    found = training.micro_batches(
+        step, a, b, lengths, lambda responses: len(responses) * lengths[responses].max(), tokens
+    )
     assert sorted(np.concatenate(found)) == list(range(60))
     for micro in found:
         responses = np.union1d(a[micro], b[micro])
         assert len(micro) == 6 or len(responses) * lengths[responses].max() <= tokens
-        assert all(np.isin(part, micro).all() or not np.isin(part, micro).any() for part in step), "a prompt stays whole"
+        assert all(np.isin(part, micro).all() or not np.isin(part, micro).any() for part in step), (
+            "a prompt stays whole"
+        )
     if tokens == 1:
         assert len(found) == 10
     if tokens == 10**6:
@@ -153,7 +197,10 @@ def test_micro_batches_are_a_partition_within_the_budget(tokens):
         assert len(found) < 10, "prompts that fit together go together"
 
 
-@pytest.mark.parametrize("steps, warmup, rise", [(1, 0.03, 1), (2, 0.0, 1), (10, 0.03, 1), (100, 0.03, 3), (1000, 0.1, 100)])
+@pytest.mark.parametrize(
+    "steps, warmup, rise",
+    [(1, 0.03, 1), (2, 0.0, 1), (10, 0.03, 1), (100, 0.03, 3), (1000, 0.1, 100)],
+)
 def test_schedule(steps, warmup, rise):
     rates = [training.schedule(step, steps, warmup) for step in range(steps)]
     assert rates[0] == 1 / rise and rates[rise - 1] == max(rates) == 1 and min(rates) > 0
@@ -166,7 +213,10 @@ def test_schedule(steps, warmup, rise):
 def test_schedule_by_hand():
     """Two of ten steps of warm-up, then half a cosine over eight; one step of warm-up at least."""
     quarter = math.sqrt(0.5)
-    np.testing.assert_allclose([training.schedule(i, 10, 0.2) for i in (0, 1, 2, 4, 6, 8)], [0.5, 1, 1, (1 + quarter) / 2, 0.5, (1 - quarter) / 2])
+    np.testing.assert_allclose(
+        [training.schedule(i, 10, 0.2) for i in (0, 1, 2, 4, 6, 8)],
+        [0.5, 1, 1, (1 + quarter) / 2, 0.5, (1 - quarter) / 2],
+    )
     np.testing.assert_allclose([training.schedule(i, 5, 0.0) for i in (0, 1, 3)], [1, 1, 0.5])
 
 
@@ -182,7 +232,11 @@ class Record:
         Record.last = self
 
     def step(self):
-        self.grads = {id(p): None if p.grad is None else p.grad.clone() for group in self.param_groups for p in group["params"]}
+        self.grads = {
+            id(p): None if p.grad is None else p.grad.clone()
+            for group in self.param_groups
+            for p in group["params"]
+        }
 
     def zero_grad(self):
         for group in self.param_groups:
@@ -191,39 +245,68 @@ class Record:
 
 
 @pytest.mark.parametrize("tokens, micro_batches", [(1, 12), (300, None), (10**6, 1)])
-def test_gradient_is_the_plain_sum_over_pairs(model, tokenizer, split, sequences, monkeypatch, tokens, micro_batches):
+def test_gradient_is_the_plain_sum_over_pairs(
+    model, tokenizer, split, sequences, monkeypatch, tokens, micro_batches
+):
     """Each response encoded once, accumulated over micro-batches (of one prompt, several or all), against every pair encoded by itself."""
     monkeypatch.setattr(training, "SOAP", Record)
     seen = []
-    monkeypatch.setattr(rm, "rewards_of_batch", lambda model, sequences, *tokens, f=rm.rewards_of_batch: seen.append(len(sequences)) or f(model, sequences, *tokens))
+    monkeypatch.setattr(
+        rm,
+        "rewards_of_batch",
+        lambda model, sequences, *tokens, f=rm.rewards_of_batch: (
+            seen.append(len(sequences)) or f(model, sequences, *tokens)
+        ),
+    )
     log = io.StringIO()
     keep = np.ones(len(split.a), bool)
-    training.train_full(arguments("--pairs-per-step", "1000", "--micro-batch-tokens", str(tokens)), model, split, sequences, (split.p,), squared, keep,
-                        np.random.default_rng(0), log)
+    training.train_full(
+        arguments("--pairs-per-step", "1000", "--micro-batch-tokens", str(tokens)),
+        model,
+        split,
+        sequences,
+        (split.p,),
+        squared,
+        keep,
+        np.random.default_rng(0),
+        log,
+    )
     found = Record.last.grads
     monkeypatch.undo()
     total = 0.0
     for a, b, t in zip(split.a, split.b, split.p):
-        reward = rm.rewards_of(model, *rm.pad([sequences[a], sequences[b]], tokenizer.pad_token_id, "cpu"))
+        reward = rm.rewards_of(
+            model, *rm.pad([sequences[a], sequences[b]], tokenizer.pad_token_id, "cpu")
+        )
         error = (t - torch.sigmoid(reward[0] - reward[1])) ** 2 / len(split.a)
         error.backward()
         total += error.item()
-    assert sum(p.numel() for p in model.parameters()) == sum(grad.numel() for grad in found.values())
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        grad.numel() for grad in found.values()
+    )
     for name, p in model.named_parameters():
         assert p.grad.abs().max() > 1e-6, name
-        torch.testing.assert_close(found[id(p)], p.grad, atol=1e-6, rtol=0, msg=lambda said: f"{name}: {said}")
+        torch.testing.assert_close(
+            found[id(p)], p.grad, atol=1e-6, rtol=0, msg=lambda said: f"{name}: {said}"
+        )
     line = json.loads(log.getvalue())
     assert abs(line["loss"] - total) < 1e-6 and line["pairs"] == 72
     norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters())).item()
     assert abs(line["grad_norm"] - norm) < 1e-5
-    whole = [count for count in seen if count >= 4]  # passes of a prompt that does not fit are in there too, of a response each
+    whole = [
+        count for count in seen if count >= 4
+    ]  # passes of a prompt that does not fit are in there too, of a response each
     assert len(whole) > 1 if micro_batches is None else len(whole) == micro_batches
-    assert tokens > 1 or seen.count(1) == 2 * 48, "each response forward, and again in the backward pass"
+    assert tokens > 1 or seen.count(1) == 2 * 48, (
+        "each response forward, and again in the backward pass"
+    )
     if micro_batches == 1:
         assert seen == [48] and line["tokens"] == sum(map(len, sequences))
 
 
-def test_bfloat16_gradients_are_accumulated_in_float32(base, tokenizer, split, sequences, monkeypatch):
+def test_bfloat16_gradients_are_accumulated_in_float32(
+    base, tokenizer, split, sequences, monkeypatch
+):
     """Pair by pair or all at once: the same gradient, up to BF16's rounding of each."""
     monkeypatch.setattr(training, "SOAP", Record)
     found = []
@@ -231,7 +314,17 @@ def test_bfloat16_gradients_are_accumulated_in_float32(base, tokenizer, split, s
         model = rm.load_base(base, tokenizer, torch.bfloat16, "cpu")
         rm.draw_head(model.score.weight, model.config, 1)
         args = arguments("--pairs-per-step", "1000", "--micro-batch-tokens", tokens)
-        training.train_full(args, model, split, sequences, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+        training.train_full(
+            args,
+            model,
+            split,
+            sequences,
+            (split.p,),
+            squared,
+            np.ones(72, bool),
+            np.random.default_rng(0),
+            io.StringIO(),
+        )
         assert {grad.dtype for grad in Record.last.grads.values()} == {torch.float32}
         found.append(torch.cat([grad.flatten() for grad in Record.last.grads.values()]))
     assert (found[0] - found[1]).norm() < 0.1 * found[1].norm()
@@ -241,7 +334,17 @@ def test_partial_last_step_is_divided_by_its_own_pairs(model, split, sequences, 
     """72 pairs in steps of 30: the last holds 12, and its loss is their mean."""
     monkeypatch.setattr(training, "SOAP", Record)
     log = io.StringIO()
-    training.train_full(arguments("--pairs-per-step", "30"), model, split, sequences, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), log)
+    training.train_full(
+        arguments("--pairs-per-step", "30"),
+        model,
+        split,
+        sequences,
+        (split.p,),
+        squared,
+        np.ones(72, bool),
+        np.random.default_rng(0),
+        log,
+    )
     lines = [json.loads(line) for line in log.getvalue().splitlines()]
     assert sorted(line["pairs"] for line in lines) == [12, 30, 30]
     r = rm.score_sequences(model, sequences, 10**6)
@@ -253,7 +356,17 @@ def test_the_first_step_counts(model, split, sequences):
     """SOAP's first call only initialises; one step changes every parameter that has a gradient."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     args = arguments("--pairs-per-step", "1000", "--lr", "1e-3", "--weight-decay", "0")
-    training.train_full(args, model, split, sequences, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+    training.train_full(
+        args,
+        model,
+        split,
+        sequences,
+        (split.p,),
+        squared,
+        np.ones(72, bool),
+        np.random.default_rng(0),
+        io.StringIO(),
+    )
     for name, p in model.named_parameters():
         assert 1e-5 < (p - before[name]).abs().mean() < 1e-2, name
 
@@ -265,7 +378,17 @@ def test_weight_decay_is_decoupled_and_applied(base, tokenizer, split, sequences
         model = rm.load_base(base, tokenizer, torch.float32, "cpu")
         rm.draw_head(model.score.weight, model.config, 1)
         args = arguments("--pairs-per-step", "1000", "--lr", "1e-3", "--weight-decay", decay)
-        training.train_full(args, model, split, sequences, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
+        training.train_full(
+            args,
+            model,
+            split,
+            sequences,
+            (split.p,),
+            squared,
+            np.ones(72, bool),
+            np.random.default_rng(0),
+            io.StringIO(),
+        )
         after.append(model.model.layers[0].mlp.up_proj.weight.norm().item())
     assert 0.75 < after[1] / after[0] < 0.95
 
@@ -286,10 +409,35 @@ def test_bfloat16_trains_float32_masters(base, tokenizer, split, sequences, monk
         model = rm.load_base(base, tokenizer, torch.bfloat16, "cpu")
         model.to(getattr(torch, dtype)).score.float()
         rm.draw_head(model.score.weight, model.config, 1)
-        args = arguments("--dtype", dtype, "--lr", "1e-5", "--weight-decay", "0", "--pairs-per-step", "12", "--warmup", "0")
-        training.train_full(args, model, split, sequences, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), io.StringIO())
-        moves[dtype] = torch.cat([(now - before).flatten() for now, before in zip(seen["now"], seen["before"])])
-        assert {p.dtype for p in model.base_model.parameters()} == {getattr(torch, dtype)} and model.score.weight.dtype == torch.float32
+        args = arguments(
+            "--dtype",
+            dtype,
+            "--lr",
+            "1e-5",
+            "--weight-decay",
+            "0",
+            "--pairs-per-step",
+            "12",
+            "--warmup",
+            "0",
+        )
+        training.train_full(
+            args,
+            model,
+            split,
+            sequences,
+            (split.p,),
+            squared,
+            np.ones(72, bool),
+            np.random.default_rng(0),
+            io.StringIO(),
+        )
+        moves[dtype] = torch.cat(
+            [(now - before).flatten() for now, before in zip(seen["now"], seen["before"])]
+        )
+        assert {p.dtype for p in model.base_model.parameters()} == {
+            getattr(torch, dtype)
+        } and model.score.weight.dtype == torch.float32
         masters = {tuple(p.shape): [] for p in seen["now"]}
         for p in seen["now"]:
             masters[tuple(p.shape)].append(p)
@@ -302,8 +450,20 @@ def test_bfloat16_trains_float32_masters(base, tokenizer, split, sequences, monk
 def test_loss_falls_when_a_few_pairs_are_learnt_by_heart(model, split, sequences):
     log = io.StringIO()
     keep = np.arange(72) < 6
-    target = 1 / (1 + np.exp((split.b % 4) ** 2 - (split.a % 4) ** 2))  # of the first prompt's four responses, the last is the best
-    training.train_full(arguments("--lr", "3e-3", "--epochs", "40"), model, split, sequences, (target,), squared, keep, np.random.default_rng(0), log)
+    target = 1 / (
+        1 + np.exp((split.b % 4) ** 2 - (split.a % 4) ** 2)
+    )  # of the first prompt's four responses, the last is the best
+    training.train_full(
+        arguments("--lr", "3e-3", "--epochs", "40"),
+        model,
+        split,
+        sequences,
+        (target,),
+        squared,
+        keep,
+        np.random.default_rng(0),
+        log,
+    )
     losses = [json.loads(line)["loss"] for line in log.getvalue().splitlines()]
     assert len(losses) == 40 and losses[-1] < 0.3 * losses[0]
 
@@ -314,7 +474,9 @@ def test_which_parameters_are_preconditioned(model):
     matrices, plain = ([names[id(p)] for p in group] for group in groups)
     assert sorted(matrices + plain) == sorted(names.values())
     assert {"score.weight", "model.embed_tokens.weight", "model.norm.weight"} <= set(plain)
-    assert all(".mlp." in name or ".self_attn." in name for name in matrices) and len(matrices) == 14
+    assert (
+        all(".mlp." in name or ".self_attn." in name for name in matrices) and len(matrices) == 14
+    )
 
 
 # ---- a full run
@@ -322,10 +484,18 @@ def test_which_parameters_are_preconditioned(model):
 
 def test_log_has_the_contract_s_fields(full_run, split, sequences):
     lines = log_of(full_run)
-    assert all(set(line) == {"step", "loss", "lr", "tokens", "pairs", "seconds", "grad_norm"} for line in lines)
+    assert all(
+        set(line) == {"step", "loss", "lr", "tokens", "pairs", "seconds", "grad_norm"}
+        for line in lines
+    )
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    assert sum(line["pairs"] for line in lines) == 72 and sum(line["tokens"] for line in lines) == sum(map(len, sequences))
-    np.testing.assert_allclose([line["lr"] for line in lines], [3e-3 * training.schedule(i, len(lines), 0.03) for i in range(len(lines))])
+    assert sum(line["pairs"] for line in lines) == 72 and sum(
+        line["tokens"] for line in lines
+    ) == sum(map(len, sequences))
+    np.testing.assert_allclose(
+        [line["lr"] for line in lines],
+        [3e-3 * training.schedule(i, len(lines), 0.03) for i in range(len(lines))],
+    )
     assert all(x["seconds"] <= y["seconds"] for x, y in zip(lines, lines[1:]))
 
 
@@ -333,12 +503,21 @@ def test_a_run_holds_what_the_contract_says(full_run):
     for j in (1, 2):
         for name in ("train", "valid", "test"):
             r = rewards(full_run, j, name)
-            assert r.dtype == np.float32 and r.shape == (read_split(full_run, name).response_start[-1],) and r.std() > 0
+            assert (
+                r.dtype == np.float32
+                and r.shape == (read_split(full_run, name).response_start[-1],)
+                and r.std() > 0
+            )
         r = rewards(full_run, j, "continuations")
         assert r.dtype == np.float32 and r.shape == (2, 5)
         assert (full_run / f"member_{j:02d}" / "model.safetensors").exists()
     entry = manifest(full_run)["member_01"]
-    assert entry["done"] and entry["identical_pairs"] == 0 and entry["target_formula"] == "t = 1/2 + (p - p_hat)" and entry["threads"] == 1
+    assert (
+        entry["done"]
+        and entry["identical_pairs"] == 0
+        and entry["target_formula"] == "t = 1/2 + (p - p_hat)"
+        and entry["threads"] == 1
+    )
     assert not leftovers(full_run)
 
 
@@ -349,18 +528,26 @@ def test_a_full_member_loads_in_transformers_and_gives_the_stored_rewards(full_r
 def check_plain_directory(run, j):
     """Loaded as a user would: all keys, the stored rewards, alone and in a batch."""
     directory = run / f"member_{j:02d}"
-    model, info = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        directory, output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     tokenizer = AutoTokenizer.from_pretrained(directory)
     test = read_split(run, "test")
     stored = rewards(run, j)
-    chats = [[*messages, {"role": "assistant", "content": text}] for messages, texts in zip(test.messages, test.responses) for text in texts]
+    chats = [
+        [*messages, {"role": "assistant", "content": text}]
+        for messages, texts in zip(test.messages, test.responses)
+        for text in texts
+    ]
     assert len(chats) == len(stored) == 12
     with torch.no_grad():
         for chat, value in zip(chats[::5], stored[::5]):
             ids = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")
             assert abs(model(**ids).logits.item() - value) < 1e-5
-        batch = tokenizer.apply_chat_template(chats, return_dict=True, return_tensors="pt", padding=True)
+        batch = tokenizer.apply_chat_template(
+            chats, return_dict=True, return_tensors="pt", padding=True
+        )
         np.testing.assert_allclose(model(**batch).logits[:, 0], stored, atol=1e-5)
 
 
@@ -372,7 +559,9 @@ def test_member_two_is_trained_on_the_residual(full_run, data, base, monkeypatch
     with pytest.raises(Stop):
         train(run, base, *FULL, iteration=2)
     split, r = read_split(run, "train"), rewards(run, 1, "train")
-    np.testing.assert_allclose(seen[0]["target"], 0.5 + split.p - (r[split.a] > r[split.b]), atol=1e-12)
+    np.testing.assert_allclose(
+        seen[0]["target"], 0.5 + split.p - (r[split.a] > r[split.b]), atol=1e-12
+    )
 
 
 class Stop(Exception):
@@ -384,7 +573,9 @@ def capture(monkeypatch):
     seen = []
 
     def stop(groups, rewards_at, steps, pairs, args, log, *more):
-        order = [sorted(int(pair) for micro in step for pair in micro) for (step,) in steps]  # of one process
+        order = [
+            sorted(int(pair) for micro in step for pair in micro) for (step,) in steps
+        ]  # of one process
         (head,) = [p for p in groups[1] if p.shape == (1, 32)]
         seen.append({"head": head.detach().clone(), "order": order, "target": pairs[2]})
         raise Stop
@@ -435,7 +626,9 @@ def test_same_seed_same_bits_and_other_seed_other_rewards(full_run, data, base, 
     assert abs(rewards(other) - rewards(full_run)).max() > 0.01
 
 
-def test_member_two_depends_on_member_one_s_rewards_and_weight_alone(full_run, data, base, tmp_path):
+def test_member_two_depends_on_member_one_s_rewards_and_weight_alone(
+    full_run, data, base, tmp_path
+):
     """Not on K, nor on how member 1 came about: here it never was in this directory, and weights.json goes further than k = 1."""
     run = fresh(data, tmp_path)
     (run / "rewards").mkdir()
@@ -447,7 +640,9 @@ def test_member_two_depends_on_member_one_s_rewards_and_weight_alone(full_run, d
         np.testing.assert_array_equal(rewards(run, 2, name), rewards(full_run, 2, name))
 
 
-def test_continuations_that_come_later_are_scored_by_the_stored_member(full_run, data, base, tmp_path, capsys):
+def test_continuations_that_come_later_are_scored_by_the_stored_member(
+    full_run, data, base, tmp_path, capsys
+):
     run = fresh(full_run, tmp_path)
     kept = rewards(run, 1, "continuations")
     whole = json.loads((run / "manifest.json").read_text())
@@ -455,12 +650,16 @@ def test_continuations_that_come_later_are_scored_by_the_stored_member(full_run,
     (run / "manifest.json").write_text(json.dumps(whole))
     (run / "rewards" / "01_continuations.npy").unlink()
     table = pq.read_table(run / "continuations.parquet")
-    pq.write_table(table.drop_columns("logprob"), run / "continuations.parquet")  # as a faster engine may have made it
+    pq.write_table(
+        table.drop_columns("logprob"), run / "continuations.parquet"
+    )  # as a faster engine may have made it
     train(run, base, *FULL)
     assert "skipped" in capsys.readouterr().out
     np.testing.assert_array_equal(rewards(run, 1, "continuations"), kept)
     rows = table.to_pylist()
-    pq.write_table(pa.Table.from_pylist([rows[0], rows[1] | {"texts": ["one"]}]), run / "continuations.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([rows[0], rows[1] | {"texts": ["one"]}]), run / "continuations.parquet"
+    )
     with pytest.raises(InputError, match="prompt 2: 1 texts found, 5 expected"):
         train(run, base, *FULL)
 
@@ -468,7 +667,10 @@ def test_continuations_that_come_later_are_scored_by_the_stored_member(full_run,
 # ---- what is refused
 
 
-@pytest.mark.parametrize("flags", [("--lr", "1e30"), ("--lr", "1e30", "--pairs-per-step", "1000"), ("--lr", "1e30", *HEAD[:2])])
+@pytest.mark.parametrize(
+    "flags",
+    [("--lr", "1e30"), ("--lr", "1e30", "--pairs-per-step", "1000"), ("--lr", "1e30", *HEAD[:2])],
+)
 def test_a_loss_that_is_not_finite(data, base, tmp_path, flags):
     run = fresh(data, tmp_path)
     before = contents(run)
@@ -490,20 +692,49 @@ def test_a_finished_member_is_skipped_whatever_the_speed(full_run, base, tmp_pat
     assert contents(run) == before and {path: path.stat().st_mtime_ns for path in times} == times
 
 
-@pytest.mark.parametrize("flags, was", [
-    (("--lr", "1e-4"), "lr was 0.003, is 0.0001"), (("--seed", "7"), "seed was 0, is 7"), (("--target", "p"), "target was centered, is p"),
-    (("--epochs", "2"), "epochs was 1, is 2"), (("--max-length", "99"), "max-length was 2048, is 99"), (("--train", "head"), "train was full, is head"),
-    (("--pairs-per-step", "17"), "pairs-per-step was 16, is 17"), (("--weight-decay", "0"), "weight-decay was 0.1, is 0.0"),
-    (("--dtype", "bfloat16"), "dtype was float32, is bfloat16"), (("--warmup", "0.5"), "warmup was 0.03, is 0.5")])
+@pytest.mark.parametrize(
+    "flags, was",
+    [
+        (("--lr", "1e-4"), "lr was 0.003, is 0.0001"),
+        (("--seed", "7"), "seed was 0, is 7"),
+        (("--target", "p"), "target was centered, is p"),
+        (("--epochs", "2"), "epochs was 1, is 2"),
+        (("--max-length", "99"), "max-length was 2048, is 99"),
+        (("--train", "head"), "train was full, is head"),
+        (("--pairs-per-step", "17"), "pairs-per-step was 16, is 17"),
+        (("--weight-decay", "0"), "weight-decay was 0.1, is 0.0"),
+        (("--dtype", "bfloat16"), "dtype was float32, is bfloat16"),
+        (("--warmup", "0.5"), "warmup was 0.03, is 0.5"),
+    ],
+)
 def test_other_arguments_are_refused(full_run, base, monkeypatch, flags, was):
     """...with what was and is, and the command that has a run of its own."""
     typed = ["train_rm.py", "--run", str(full_run), "--base", str(base), *flags]
     monkeypatch.setattr(sys, "argv", typed)
-    given = [*FULL, *flags] if "--train" not in flags else ["--lr", "3e-3", "--epochs", "1", "--weight-decay", "0.1", "--pairs-per-step", "16", *flags]
+    given = (
+        [*FULL, *flags]
+        if "--train" not in flags
+        else [
+            "--lr",
+            "3e-3",
+            "--epochs",
+            "1",
+            "--weight-decay",
+            "0.1",
+            "--pairs-per-step",
+            "16",
+            *flags,
+        ]
+    )
     before = contents(full_run)
     with pytest.raises(InputError) as error:
         train(full_run, base, *given)
-    assert was in str(error.value) and str(error.value).endswith("run: " + shlex.join(["python", "train_rm.py", "--base", str(base), *flags, "--run", f"{full_run}-2"]))
+    assert was in str(error.value) and str(error.value).endswith(
+        "run: "
+        + shlex.join(
+            ["python", "train_rm.py", "--base", str(base), *flags, "--run", f"{full_run}-2"]
+        )
+    )
     assert contents(full_run) == before
 
 
@@ -537,7 +768,9 @@ def test_other_rewards_of_the_members_before_are_refused(full_run, base, tmp_pat
 
 def test_weights_for_another_k(full_run, base, tmp_path):
     run = fresh(full_run, tmp_path)
-    (run / "weights.json").write_text(json.dumps(json.loads((run / "weights.json").read_text())[:1]))
+    (run / "weights.json").write_text(
+        json.dumps(json.loads((run / "weights.json").read_text())[:1])
+    )
     with pytest.raises(InputError, match="weights for k = 1 found, k = 2 expected"):
         train(run, base, *FULL, iteration=3)
 
@@ -547,7 +780,9 @@ def test_data_errors_come_before_the_base_is_looked_for(full_run, tmp_path):
     damaged = rewards(run, 1, "train")
     damaged[5] = np.nan
     np.save(run / "rewards" / "01_train.npy", damaged)
-    with pytest.raises(InputError, match="member 1, split train: 1 rewards are NaN, the first at index 5"):
+    with pytest.raises(
+        InputError, match="member 1, split train: 1 rewards are NaN, the first at index 5"
+    ):
         train(run, tmp_path / "no-base", iteration=2)
     (run / "rewards" / "01_train.npy").unlink()
     with pytest.raises(InputError, match="01_train.npy: no such file"):
@@ -570,9 +805,26 @@ def test_the_base_is_looked_for_before_anything_is_written(data, tmp_path):
 
 
 def test_the_script_ends_with_one_line_and_code_2(tmp_path):
-    done = subprocess.run([sys.executable, str(REPOSITORY / "train_rm.py"), "--run", str(tmp_path / "none"), "--base", "b", "--iteration", "1"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(REPOSITORY / "train_rm.py"),
+            "--run",
+            str(tmp_path / "none"),
+            "--base",
+            "b",
+            "--iteration",
+            "1",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("train_rm.py: error: ") and "train.parquet: no such file" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("train_rm.py: error: ")
+        and "train.parquet: no such file" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
 # ---- identical after truncation
@@ -583,7 +835,10 @@ def test_pairs_identical_after_truncation(data, base, tokenizer, split, tmp_path
     """Left out of training and counted; in evaluation a tie, in whatever batch the two came."""
     run = fresh(data, tmp_path)
     train(run, base, *flags, "--max-length", "8", "--micro-batch-tokens", "30")
-    lists = {name: rm.encode_split(tokenizer, s.messages, s.responses, 8) for name, s in (("train", split), ("test", read_split(data, "test")))}
+    lists = {
+        name: rm.encode_split(tokenizer, s.messages, s.responses, 8)
+        for name, s in (("train", split), ("test", read_split(data, "test")))
+    }
     identical = sum(lists["train"][a] == lists["train"][b] for a, b in zip(split.a, split.b))
     assert 5 < identical < 60
     assert manifest(run)["member_01"]["identical_pairs"] == identical
@@ -593,7 +848,13 @@ def test_pairs_identical_after_truncation(data, base, tokenizer, split, tmp_path
         stored, s = rewards(run, 1, name), read_split(run, name)
         for a, b in zip(s.a, s.b):
             assert (stored[a] == stored[b]) == (found[a] == found[b])
-    assert sum(lists["test"][a] == lists["test"][b] for a, b in zip(read_split(data, "test").a, read_split(data, "test").b)) > 0
+    assert (
+        sum(
+            lists["test"][a] == lists["test"][b]
+            for a, b in zip(read_split(data, "test").a, read_split(data, "test").b)
+        )
+        > 0
+    )
 
 
 # ---- killed
@@ -664,22 +925,57 @@ Path(sys.argv[2]).write_text(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("flags, moments", [
-    (FULL, ("after 0.02", "after 0.3", "after 0.7", "step 1", "step 4", "rename 1", "rename 2", "rename 4", "rename 6", "rename 7", "rename -7", "rename 9")),
-    (HEAD, ("after 0.4", "step 4", "rename 4", "rename 6", "rename 9", "rename 11"))])
+@pytest.mark.parametrize(
+    "flags, moments",
+    [
+        (
+            FULL,
+            (
+                "after 0.02",
+                "after 0.3",
+                "after 0.7",
+                "step 1",
+                "step 4",
+                "rename 1",
+                "rename 2",
+                "rename 4",
+                "rename 6",
+                "rename 7",
+                "rename -7",
+                "rename 9",
+            ),
+        ),
+        (HEAD, ("after 0.4", "step 4", "rename 4", "rename 6", "rename 9", "rename 11")),
+    ],
+)
 def test_killed_and_run_again(full_run, data, base, tmp_path, flags, moments):
     """SIGKILL, at any moment: the same command ends in the same bits as if nothing had happened, and leaves nothing behind.
 
     Moments: after a share of the time, before the n-th rename (negative: right after it), in the n-th call of the optimizer.
     """
-    runs = {name: fresh(data, tmp_path, name.replace(" ", "_")) for name in ("whole", "again", *moments)}
+    runs = {
+        name: fresh(data, tmp_path, name.replace(" ", "_")) for name in ("whole", "again", *moments)
+    }
     for run in runs.values():
         shutil.copy(full_run / "continuations.parquet", run)
     result = tmp_path / "killed.json"
-    subprocess.run([sys.executable, "-c", HARNESS, json.dumps({name: str(run) for name, run in runs.items()}), str(result),
-                    json.dumps(["--base", str(base), *FLAGS, *flags])], check=True, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""})
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            HARNESS,
+            json.dumps({name: str(run) for name, run in runs.items()}),
+            str(result),
+            json.dumps(["--base", str(base), *FLAGS, *flags]),
+        ],
+        check=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
+    )
     killed = json.loads(result.read_text())
-    assert all(signal == 9 for name, signal in killed.items() if not name.startswith("after")), killed
+    assert all(signal == 9 for name, signal in killed.items() if not name.startswith("after")), (
+        killed
+    )
     assert killed["after 0.4" if flags is HEAD else "after 0.3"] == 9
     expected = contents(runs["whole"])
     assert "rewards/01_test.npy" in expected and "rewards/01_continuations.npy" in expected
@@ -707,11 +1003,15 @@ def test_head_rewards_are_the_head_on_the_base_s_features(head_run, base, tokeni
     assert expected.dtype == np.float32 and expected.shape == (12, 32)
     lists = rm.encode_split(tokenizer, test.messages, test.responses, None)
     with torch.no_grad():
-        features = torch.stack([model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in lists]).numpy()
+        features = torch.stack(
+            [model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in lists]
+        ).numpy()
     np.testing.assert_allclose(expected, features, atol=1e-5)
     for j in (1, 2):
         assert [path.name for path in (run / f"member_{j:02d}").iterdir()] == ["head.safetensors"]
-        np.testing.assert_allclose(rewards(run, j), features @ rm.load_head(run / f"member_{j:02d}").numpy()[0], atol=1e-5)
+        np.testing.assert_allclose(
+            rewards(run, j), features @ rm.load_head(run / f"member_{j:02d}").numpy()[0], atol=1e-5
+        )
 
 
 def test_unit_scale_is_folded_into_the_head(head_run, model, split):
@@ -719,9 +1019,31 @@ def test_unit_scale_is_folded_into_the_head(head_run, model, split):
     features = np.load(head_run.run / "features" / "train.npy")
     drawn = model.score.weight.detach().clone().numpy()
     log = io.StringIO()
-    args = arguments(*HEAD[:2], "--lr", "1e-12", "--epochs", "1", "--pairs-per-step", "1000", "--weight-decay", "0")
-    training.train_head(args, model.score.weight, split, features, (split.p,), squared, np.ones(72, bool), np.random.default_rng(0), log)
-    np.testing.assert_allclose(model.score.weight.detach().numpy(), drawn / (features.std(0) + 1e-6), rtol=1e-5)
+    args = arguments(
+        *HEAD[:2],
+        "--lr",
+        "1e-12",
+        "--epochs",
+        "1",
+        "--pairs-per-step",
+        "1000",
+        "--weight-decay",
+        "0",
+    )
+    training.train_head(
+        args,
+        model.score.weight,
+        split,
+        features,
+        (split.p,),
+        squared,
+        np.ones(72, bool),
+        np.random.default_rng(0),
+        log,
+    )
+    np.testing.assert_allclose(
+        model.score.weight.detach().numpy(), drawn / (features.std(0) + 1e-6), rtol=1e-5
+    )
     r = rm.score_features(torch.from_numpy(features), model.score.weight.detach())
     expected = np.mean((split.p - 1 / (1 + np.exp(r[split.b] - r[split.a]))) ** 2)
     assert abs(json.loads(log.getvalue())["loss"] - expected) < 1e-5
@@ -729,7 +1051,10 @@ def test_unit_scale_is_folded_into_the_head(head_run, model, split):
 
 def test_head_log(head_run):
     lines = log_of(head_run.run)
-    assert sum(line["pairs"] for line in lines) == 5 * 72 and max(line["pairs"] for line in lines) == 64
+    assert (
+        sum(line["pairs"] for line in lines) == 5 * 72
+        and max(line["pairs"] for line in lines) == 64
+    )
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
@@ -739,8 +1064,14 @@ def test_export(head_run, base, tmp_path, capsys):
     train(run, base, *HEAD, "--export", "1")
     assert torch.equal(rm.load_head(run / "member_01"), head)
     check_plain_directory(run, 1)
-    kept = {name: content for name, content in contents(run).items() if not name.startswith("member_01/")}
-    assert kept == {name: content for name, content in before.items() if not name.startswith("member_01/")} and not leftovers(run)
+    kept = {
+        name: content
+        for name, content in contents(run).items()
+        if not name.startswith("member_01/")
+    }
+    assert kept == {
+        name: content for name, content in before.items() if not name.startswith("member_01/")
+    } and not leftovers(run)
     train(run, base, *HEAD, "--export", "2")
     check_plain_directory(run, 2)
     capsys.readouterr()
@@ -761,7 +1092,25 @@ def test_a_full_member_needs_no_export(full_run, base):
 
 def sampled(continuations, data, base, directory, *flags):
     run = fresh(data, directory, f"run{len(list(directory.iterdir()))}")
-    continuations.main(continuations.parse_args(["--run", str(run), "--base", str(base), "--prompts", "2", "--count", "4", "--max-tokens", "12", "--threads", "1", *flags]))
+    continuations.main(
+        continuations.parse_args(
+            [
+                "--run",
+                str(run),
+                "--base",
+                str(base),
+                "--prompts",
+                "2",
+                "--count",
+                "4",
+                "--max-tokens",
+                "12",
+                "--threads",
+                "1",
+                *flags,
+            ]
+        )
+    )
     return pq.read_table(run / "continuations.parquet").to_pylist()
 
 
@@ -771,27 +1120,42 @@ def test_continuations_are_seeded(continuations, data, base, tmp_path):
     assert [set(row) for row in rows] == [{"prompt_id", "messages", "texts", "logprob"}] * 2
     for row in rows:
         assert row["messages"] == test.messages[test.prompt_id.index(row["prompt_id"])]
-        assert len(row["texts"]) == len(row["logprob"]) == 4 and len(set(row["texts"])) > 1 and all(value < 0 for value in row["logprob"])
+        assert (
+            len(row["texts"]) == len(row["logprob"]) == 4
+            and len(set(row["texts"])) > 1
+            and all(value < 0 for value in row["logprob"])
+        )
     assert len({row["prompt_id"] for row in rows}) == 2
     assert sampled(continuations, data, base, tmp_path) == rows
-    assert [row["texts"] for row in sampled(continuations, data, base, tmp_path, "--seed", "1")] != [row["texts"] for row in rows]
+    assert [
+        row["texts"] for row in sampled(continuations, data, base, tmp_path, "--seed", "1")
+    ] != [row["texts"] for row in rows]
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (3.0, 1.0), (3.0, 0.9)])
-def test_logprob_is_that_of_the_sampled_tokens_and_their_end(continuations, base, tokenizer, temperature, top_p):
+def test_logprob_is_that_of_the_sampled_tokens_and_their_end(
+    continuations, base, tokenizer, temperature, top_p
+):
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     outs, lengths = [], []
     generate, forward = model.generate, model.base_model.forward
     model.generate = lambda *args, **kwargs: outs.append(generate(*args, **kwargs)) or outs[-1]
-    model.base_model.forward = lambda *args, **kwargs: lengths.append(kwargs["input_ids"].numel()) or forward(*args, **kwargs)
+    model.base_model.forward = lambda *args, **kwargs: (
+        lengths.append(kwargs["input_ids"].numel()) or forward(*args, **kwargs)
+    )
     prompt = rm.encode(tokenizer, [{"role": "user", "content": "how can i get fit ?"}])
     start = len(prompt)
     torch.manual_seed(1)
     texts, logprob = continuations.sample(model, tokenizer, prompt, 45, temperature, top_p, 60)
     assert [len(out.sequences) for out in outs] == [20, 20, 5] and len(texts) == len(logprob) == 45
-    assert lengths[0] == start - 1 and set(lengths[1:]) == {20, 5}  # the prompt once, then a token for each answer
+    assert lengths[0] == start - 1 and set(lengths[1:]) == {
+        20,
+        5,
+    }  # the prompt once, then a token for each answer
     ended = padded = 0
-    for row, text, value in zip([row for out in outs for row in out.sequences.tolist()], texts, logprob):
+    for row, text, value in zip(
+        [row for out in outs for row in out.sequences.tolist()], texts, logprob
+    ):
         assert row[:start] == prompt
         answer = row[start:]
         if tokenizer.eos_token_id in answer:
@@ -799,10 +1163,17 @@ def test_logprob_is_that_of_the_sampled_tokens_and_their_end(continuations, base
             ended += 1
         padded += tokenizer.pad_token_id in answer
         with torch.no_grad():
-            each = model(input_ids=torch.tensor([row[:start] + answer])).logits[0, start - 1 : -1].double().log_softmax(-1)
+            each = (
+                model(input_ids=torch.tensor([row[:start] + answer]))
+                .logits[0, start - 1 : -1]
+                .double()
+                .log_softmax(-1)
+            )
         assert abs(sum(each[i, token].item() for i, token in enumerate(answer)) - value) < 1e-3
         assert text == tokenizer.decode(answer, skip_special_tokens=True)
-        for i, token in enumerate(answer):  # the nucleus: less than top_p is more probable than a token that was drawn
+        for i, token in enumerate(
+            answer
+        ):  # the nucleus: less than top_p is more probable than a token that was drawn
             p = (each[i] / temperature).softmax(-1)
             assert p[p > p[token]].sum() <= top_p + 1e-4
     assert ended and (padded or top_p < 1), "no case of both kinds: choose another seed"
@@ -820,15 +1191,35 @@ def test_sampled_frequencies_are_the_models(continuations, base, tokenizer):
         text = tokenizer.decode([token], skip_special_tokens=True)
         expected[text] = expected.get(text, 0) + value
     for text in sorted(expected, key=expected.get)[-5:]:
-        assert abs(texts.count(text) / 1000 - expected[text]) < 5 * np.sqrt(expected[text] * (1 - expected[text]) / 1000)
+        assert abs(texts.count(text) / 1000 - expected[text]) < 5 * np.sqrt(
+            expected[text] * (1 - expected[text]) / 1000
+        )
 
 
-def test_a_kill_while_sampling_loses_at_most_one_prompt(continuations, data, base, tmp_path, monkeypatch, capsys):
+def test_a_kill_while_sampling_loses_at_most_one_prompt(
+    continuations, data, base, tmp_path, monkeypatch, capsys
+):
     whole, broken = fresh(data, tmp_path, "whole"), fresh(data, tmp_path, "broken")
-    flags = ["--base", str(base), "--prompts", "3", "--count", "6", "--max-tokens", "5", "--temperature", "0.2", "--threads", "1"]
+    flags = [
+        "--base",
+        str(base),
+        "--prompts",
+        "3",
+        "--count",
+        "6",
+        "--max-tokens",
+        "5",
+        "--temperature",
+        "0.2",
+        "--threads",
+        "1",
+    ]
     continuations.main(continuations.parse_args(["--run", str(whole), *flags]))
     rows = pq.read_table(whole / "continuations.parquet").to_pylist()
-    assert f"; {sum(6 - len(set(row['texts'])) for row in rows)} of 18 repeat another" in capsys.readouterr().out
+    assert (
+        f"; {sum(6 - len(set(row['texts'])) for row in rows)} of 18 repeat another"
+        in capsys.readouterr().out
+    )
     sample, calls = continuations.sample, []
 
     def killed(*args):
@@ -843,12 +1234,17 @@ def test_a_kill_while_sampling_loses_at_most_one_prompt(continuations, data, bas
     assert not (broken / "continuations.parquet").exists()
     continuations.main(continuations.parse_args(["--run", str(broken), *flags]))
     assert len(calls) == 4
-    assert (broken / "continuations.parquet").read_bytes() == (whole / "continuations.parquet").read_bytes()
+    assert (broken / "continuations.parquet").read_bytes() == (
+        whole / "continuations.parquet"
+    ).read_bytes()
     assert not leftovers(broken) and not list(broken.glob(".kept-*"))
 
 
 def test_prompts_that_cannot_be_continued(continuations, data, base, tmp_path):
-    run, column = fresh(data, tmp_path), {"prompt_id": "p", "messages": [{"role": "user", "content": "how can i get fit ? " * 200}]}
+    run, column = (
+        fresh(data, tmp_path),
+        {"prompt_id": "p", "messages": [{"role": "user", "content": "how can i get fit ? " * 200}]},
+    )
     args = continuations.parse_args(["--run", str(run), "--base", str(base), "--threads", "1"])
     pq.write_table(pa.Table.from_pylist([column]), run / "prompts.parquet")
     with pytest.raises(InputError, match=r"prompt p: \d+ tokens found, at most 511 expected"):
@@ -861,12 +1257,40 @@ def test_prompts_that_cannot_be_continued(continuations, data, base, tmp_path):
         continuations.parse_args(["--run", str(run), "--base", str(base), "--top-p", "1.5"])
 
 
-def test_continuations_of_too_few_prompts_and_a_second_run(continuations, full_run, data, base, tmp_path, capsys):
-    flags = ["--run", str(full_run), "--base", str(base), "--count", "5", "--max-tokens", "20", "--threads", "1"]
+def test_continuations_of_too_few_prompts_and_a_second_run(
+    continuations, full_run, data, base, tmp_path, capsys
+):
+    flags = [
+        "--run",
+        str(full_run),
+        "--base",
+        str(base),
+        "--count",
+        "5",
+        "--max-tokens",
+        "20",
+        "--threads",
+        "1",
+    ]
     continuations.main(continuations.parse_args([*flags, "--prompts", "2"]))
     assert "skipped" in capsys.readouterr().out
     run = fresh(data, tmp_path)
-    continuations.main(continuations.parse_args(["--run", str(run), "--base", str(base), "--prompts", "4", "--count", "2", "--max-tokens", "3"]))
+    continuations.main(
+        continuations.parse_args(
+            [
+                "--run",
+                str(run),
+                "--base",
+                str(base),
+                "--prompts",
+                "4",
+                "--count",
+                "2",
+                "--max-tokens",
+                "3",
+            ]
+        )
+    )
     assert "only 3 test prompts for --prompts 4, all of them taken" in capsys.readouterr().out
     assert pq.read_table(run / "continuations.parquet").num_rows == 3
     with pytest.raises(InputError, match="count was 5, is 6"):

@@ -23,12 +23,18 @@ def runs(tmp_path_factory):
     made = {}
     for name in ("clusters", "continuum", "camps", "single"):
         made[name] = tmp_path_factory.mktemp(name) / "run"
-        populations.main(populations.parse_args(["--run", str(made[name]), "--population", name, "--dimension", "8"]))
+        populations.main(
+            populations.parse_args(
+                ["--run", str(made[name]), "--population", name, "--dimension", "8"]
+            )
+        )
     return made
 
 
 def table(run, tmp_path, *flags):
-    variants.main(variants.parse_args(["--run", str(run), "--out", str(tmp_path / "out.json"), *flags]))
+    variants.main(
+        variants.parse_args(["--run", str(run), "--out", str(tmp_path / "out.json"), *flags])
+    )
     return {row["variant"]: row for row in json.loads((tmp_path / "out.json").read_text())}
 
 
@@ -38,33 +44,60 @@ def test_populations_are_what_they_say(runs, tmp_path):
             data, x = read_split(run, split), np.load(run / "features" / f"{split}.npy")
             assert len(x) == data.response_start[-1] and (data.n == 5).all()
             assert abs(np.mean(data.p - data.p_true)) < 0.03 and abs(data.p.mean() - 0.5) < 0.05
-    single, x = read_split(runs["single"], "test"), np.load(runs["single"] / "features" / "test.npy")
+    single, x = (
+        read_split(runs["single"], "test"),
+        np.load(runs["single"] / "features" / "test.npy"),
+    )
     margin = np.log(single.p_true / (1 - single.p_true))
     w = np.linalg.lstsq(x[single.a] - x[single.b], margin, rcond=None)[0]
     np.testing.assert_allclose((x[single.a] - x[single.b]) @ w, margin, atol=1e-3)
     assert abs(np.linalg.norm(w) - 2) < 1e-3
     again = tmp_path / "again"
-    populations.main(populations.parse_args(["--run", str(again), "--population", "camps", "--dimension", "8"]))
-    assert (again / "data" / "test.parquet").read_bytes() == (runs["camps"] / "data" / "test.parquet").read_bytes()
+    populations.main(
+        populations.parse_args(["--run", str(again), "--population", "camps", "--dimension", "8"])
+    )
+    assert (again / "data" / "test.parquet").read_bytes() == (
+        runs["camps"] / "data" / "test.parquet"
+    ).read_bytes()
 
 
 def test_recommended_on_clusters_and_continuum(runs, tmp_path):
     """At k = 6: an error against the truth below a quarter of literal FSAM's where there are viewpoints, below .8 of it on a continuum."""
     for name, factor in (("clusters", 0.25), ("continuum", 0.8)):
-        rows = table(runs[name], tmp_path, "--k", "6", "--variants", "fsam_residual", "joint", "hardened", "hardened_joint")
+        rows = table(
+            runs[name],
+            tmp_path,
+            "--k",
+            "6",
+            "--variants",
+            "fsam_residual",
+            "joint",
+            "hardened",
+            "hardened_joint",
+        )
         chosen = rows["recommended"]
         assert chosen["true_error"] < factor * rows["fsam_residual"]["true_error"]
         assert chosen["brier"] < min(rows["floor_single"]["brier"], rows["coin_flip"]["brier"])
-        assert chosen["valid"] == min(rows[v]["valid"] for v in ("fsam_residual", "joint", "hardened", "hardened_joint"))
-        assert rows["irreducible"]["brier"] < chosen["brier"] and rows["soft_single"]["over_soft"] == 0
+        assert chosen["valid"] == min(
+            rows[v]["valid"] for v in ("fsam_residual", "joint", "hardened", "hardened_joint")
+        )
+        assert (
+            rows["irreducible"]["brier"] < chosen["brier"] and rows["soft_single"]["over_soft"] == 0
+        )
 
 
 def test_folds_hold_every_prompt_once(runs):
     folds = variants.read_run(runs["camps"], 0, 5)
     names = [set(fold["test"][0].prompt_id) for fold in folds]
-    assert sum(map(len, names)) == len(set.union(*names)) == sum(len(read_split(runs["camps"], split).prompt_id) for split in SPLITS)
+    assert (
+        sum(map(len, names))
+        == len(set.union(*names))
+        == sum(len(read_split(runs["camps"], split).prompt_id) for split in SPLITS)
+    )
     for i, fold in enumerate(folds):
-        assert set(fold["valid"][0].prompt_id) == names[(i + 1) % 5] and not names[i] & set(fold["train"][0].prompt_id)
+        assert set(fold["valid"][0].prompt_id) == names[(i + 1) % 5] and not names[i] & set(
+            fold["train"][0].prompt_id
+        )
         split, x = fold["test"]
         assert len(x) == split.response_start[-1] and split.a.max() < len(x)
     with pytest.raises(InputError, match="--folds 2"):
@@ -98,7 +131,9 @@ def test_plurality_gain(runs):
     for name, several in (("clusters", True), ("camps", True), ("single", False)):
         plurality.main(plurality.parse_args(["--run", str(runs[name])]))
         found = json.loads((runs[name] / "plurality.json").read_text())
-        assert set(found) == {"single", "mixture", "components", "gain", "ci"} and found["gain"] == pytest.approx(found["single"] - found["mixture"])
+        assert set(found) == {"single", "mixture", "components", "gain", "ci"} and found[
+            "gain"
+        ] == pytest.approx(found["single"] - found["mixture"])
         assert found["ci"][0] <= found["gain"] <= found["ci"][1]
         assert found["ci"][0] > 0 if several else found["ci"][0] <= 0 <= found["ci"][1]
 
@@ -109,11 +144,27 @@ def test_without_validation_prompts_and_csv(runs, tmp_path, capsys):
         for part in (f"data/{split}.parquet", f"features/{split}.npy", "data/stats.json"):
             (run / part).parent.mkdir(parents=True, exist_ok=True)
             (run / part).write_bytes((runs["single"] / part).read_bytes())
-    variants.main(variants.parse_args(["--run", str(run), "--out", str(tmp_path / "t.csv"), "--variants", "hardened", "--k", "4"]))
+    variants.main(
+        variants.parse_args(
+            [
+                "--run",
+                str(run),
+                "--out",
+                str(tmp_path / "t.csv"),
+                "--variants",
+                "hardened",
+                "--k",
+                "4",
+            ]
+        )
+    )
     assert "no validation prompts" in capsys.readouterr().out
     with open(tmp_path / "t.csv", newline="") as file:
         rows = {row["variant"]: row for row in csv.DictReader(file)}
-    assert rows["recommended"]["brier"] == rows["hardened"]["brier"] and float(rows["hardened"]["true_error"]) < 0.02
+    assert (
+        rows["recommended"]["brier"] == rows["hardened"]["brier"]
+        and float(rows["hardened"]["true_error"]) < 0.02
+    )
     (run / "features" / "test.npy").unlink()
     with pytest.raises(InputError, match="train_rm.py --train head"):
         variants.main(variants.parse_args(["--run", str(run)]))

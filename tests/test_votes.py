@@ -25,7 +25,13 @@ spec.loader.exec_module(votes)
 
 def row(prompt="Why?", a="Because.", b="No idea.", **fields):
     """A row; None leaves a field out."""
-    fields = {"prompt": prompt, "response_a": a, "response_b": b, "votes_a": 3, "votes_b": 1} | fields
+    fields = {
+        "prompt": prompt,
+        "response_a": a,
+        "response_b": b,
+        "votes_a": 3,
+        "votes_b": 1,
+    } | fields
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -53,7 +59,13 @@ def save(path, rows):
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, list(dict.fromkeys(name for r in rows for name in r)))
         writer.writeheader()
-        writer.writerows({name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in r.items()} for r in rows)
+        writer.writerows(
+            {
+                name: json.dumps(value) if isinstance(value, list | dict) else value
+                for name, value in r.items()
+            }
+            for r in rows
+        )
         content = text.getvalue().encode()
     else:
         sink = pa.BufferOutputStream()
@@ -68,7 +80,9 @@ def prepared(tmp_path, rows, *flags, name="mine.jsonl", run="run"):
     source = save(tmp_path / name, rows)
     votes.main(votes.parse_args(["--run", str(tmp_path / run), "--source", str(source), *flags]))
     data = tmp_path / run / "data"
-    return {path.stem: pq.read_table(path).to_pylist() for path in data.glob("*.parquet")}, json.loads((data / "stats.json").read_text())
+    return {
+        path.stem: pq.read_table(path).to_pylist() for path in data.glob("*.parquet")
+    }, json.loads((data / "stats.json").read_text())
 
 
 def by_texts(splits):
@@ -77,7 +91,11 @@ def by_texts(splits):
     for members in splits.values():
         for r in members:
             for pair in r["pairs"]:
-                prompt, a, b = r["messages"][-1]["content"], r["responses"][pair["a"]], r["responses"][pair["b"]]
+                prompt, a, b = (
+                    r["messages"][-1]["content"],
+                    r["responses"][pair["a"]],
+                    r["responses"][pair["b"]],
+                )
                 assert (prompt, a, b) not in found
                 found[prompt, a, b] = pair["votes_a"], pair["votes_b"], pair["ties"]
                 found[prompt, b, a] = pair["votes_b"], pair["votes_a"], pair["ties"]
@@ -88,14 +106,23 @@ def by_texts(splits):
 
 
 def test_votes_of_rows_in_both_orders_are_added_up(tmp_path):
-    rows = [row("Q0", "x", "y", votes_a=3, votes_b=1), row("Q1"), row("Q0", "y", "x", votes_a=2, votes_b=0.5), row("Q0", "y", "z", votes_a=0, votes_b=2),
-            row("Q2"), row("Q0", "x", "y", votes_a=1, votes_b=0, ties=2)]
+    rows = [
+        row("Q0", "x", "y", votes_a=3, votes_b=1),
+        row("Q1"),
+        row("Q0", "y", "x", votes_a=2, votes_b=0.5),
+        row("Q0", "y", "z", votes_a=0, votes_b=2),
+        row("Q2"),
+        row("Q0", "x", "y", votes_a=1, votes_b=0, ties=2),
+    ]
     splits, stats = prepared(tmp_path, rows)
     found = by_texts(splits)
     assert found["Q0", "x", "y"] == (3 + 0.5 + 1, 1 + 2, 2)
     assert found["Q0", "y", "z"] == (0, 2, 0)
     assert len(found) == 2 * 4 and stats["dropped"] == {}
-    assert sum(s["pairs"] for s in stats["splits"].values()) == 4 and sum(s["responses"] for s in stats["splits"].values()) == 3 + 2 + 2
+    assert (
+        sum(s["pairs"] for s in stats["splits"].values()) == 4
+        and sum(s["responses"] for s in stats["splits"].values()) == 3 + 2 + 2
+    )
 
 
 def test_three_forms_of_the_same_votes_give_the_same_data(tmp_path):
@@ -103,29 +130,62 @@ def test_three_forms_of_the_same_votes_give_the_same_data(tmp_path):
     counted = [row(q, votes_a=a, votes_b=b) for q, a, b, _ in pairs]
     shares = [voted({"p": p, "n": a + b}, prompt=q) for q, a, b, p in pairs]
     choices = [voted({"choice": c}, prompt=q) for q, a, b, _ in pairs for c in "a" * a + "b" * b]
-    data = [prepared(tmp_path, rows, run=f"run{i}")[0] for i, rows in enumerate((counted, shares, choices))]
+    data = [
+        prepared(tmp_path, rows, run=f"run{i}")[0]
+        for i, rows in enumerate((counted, shares, choices))
+    ]
     assert data[0] == data[1] == data[2]
     assert by_texts(data[0])["Q3", "Because.", "No idea."] == (1, 2, 0)
 
 
-@pytest.mark.parametrize("p, n, expected", [
-    (0.33, 3, (1, 2)), (0.3333, 3, (1, 2)), (0.67, 3, (2, 1)), (0.3, 3, (1, 2)), (0.5, 3, (1.5, 1.5)), (0, 4, (0, 4)), (1, 4, (4, 0)), (0.375, 4, (1.5, 2.5)),
-    (0.1667, 3, (0.5, 2.5)), (1 / 3, 3, (1, 2)), (0.8571, 7, (6, 1)), (0.35, 10, (3.5, 6.5)), (0.07, 15, (1, 14)), (0.4, 5.0, (2, 3)), (0.33, 1000, (330, 670)), (0.12, 4, (0.5, 3.5)), (0.13, 4, (0.5, 3.5))])
+@pytest.mark.parametrize(
+    "p, n, expected",
+    [
+        (0.33, 3, (1, 2)),
+        (0.3333, 3, (1, 2)),
+        (0.67, 3, (2, 1)),
+        (0.3, 3, (1, 2)),
+        (0.5, 3, (1.5, 1.5)),
+        (0, 4, (0, 4)),
+        (1, 4, (4, 0)),
+        (0.375, 4, (1.5, 2.5)),
+        (0.1667, 3, (0.5, 2.5)),
+        (1 / 3, 3, (1, 2)),
+        (0.8571, 7, (6, 1)),
+        (0.35, 10, (3.5, 6.5)),
+        (0.07, 15, (1, 14)),
+        (0.4, 5.0, (2, 3)),
+        (0.33, 1000, (330, 670)),
+        (0.12, 4, (0.5, 3.5)),
+        (0.13, 4, (0.5, 3.5)),
+    ],
+)
 def test_p_is_taken_as_the_exact_fraction_it_was_rounded_from(p, n, expected):
     assert votes.fraction("", {"p": p, "n": n})[:2] == expected
     in_float32 = pa.array([p], pa.float32()).to_pylist()[0]
     assert votes.fraction("", {"p": in_float32, "n": n})[:2] == expected
 
 
-@pytest.mark.parametrize("p, n", [(0.4, 3), (0.1, 3), (0.34, 3), (0.3334, 3), (0.333, 2), (0.26, 4), (0.333333, 100000)])
+@pytest.mark.parametrize(
+    "p, n", [(0.4, 3), (0.1, 3), (0.34, 3), (0.3334, 3), (0.333, 2), (0.26, 4), (0.333333, 100000)]
+)
 def test_p_that_n_votes_cannot_give_is_refused(p, n):
-    with pytest.raises(InputError, match=f"p: {p} found, a multiple of 1/{2 * n} .n = {n}., up to its rounding, expected"):
+    with pytest.raises(
+        InputError,
+        match=f"p: {p} found, a multiple of 1/{2 * n} .n = {n}., up to its rounding, expected",
+    ):
         votes.fraction("here", {"p": p, "n": n})
 
 
 def test_ties_count_for_nothing_or_for_half_a_vote_each(tmp_path):
-    rows = [voted({"choice": c}, prompt=f"Q{i}") for i in range(3) for c in ("a", "tie", "b", "a", "tie", "tie")]
-    dropped, half = (prepared(tmp_path, rows, "--ties", ties, run=ties)[0] for ties in ("drop", "half"))
+    rows = [
+        voted({"choice": c}, prompt=f"Q{i}")
+        for i in range(3)
+        for c in ("a", "tie", "b", "a", "tie", "tie")
+    ]
+    dropped, half = (
+        prepared(tmp_path, rows, "--ties", ties, run=ties)[0] for ties in ("drop", "half")
+    )
     assert set(by_texts(dropped).values()) == {(2, 1, 3), (1, 2, 3)}
     assert set(by_texts(half).values()) == {(3.5, 2.5, 3), (2.5, 3.5, 3)}
 
@@ -133,19 +193,34 @@ def test_ties_count_for_nothing_or_for_half_a_vote_each(tmp_path):
 def test_ties_alone_make_a_pair_only_with_half(tmp_path):
     rows = [*numbered(3), row("Tied?", votes_a=0, votes_b=1, ties=2)]
     splits, stats = prepared(tmp_path, rows)
-    assert stats["dropped"] == {"fewer than two votes": 1} and "Tied?" not in {key[0] for key in by_texts(splits)}
-    assert by_texts(prepared(tmp_path, rows, "--ties", "half", run="half")[0])["Tied?", "Because.", "No idea."] == (1, 2, 2)
+    assert stats["dropped"] == {"fewer than two votes": 1} and "Tied?" not in {
+        key[0] for key in by_texts(splits)
+    }
+    assert by_texts(prepared(tmp_path, rows, "--ties", "half", run="half")[0])[
+        "Tied?", "Because.", "No idea."
+    ] == (1, 2, 2)
 
 
 def test_pairs_without_two_votes_are_dropped_and_counted(tmp_path, capsys):
-    rows = [*(row(f"Q{i}", split="test" if i < 3 else "train") for i in range(6)),
-            row("Q0", "one", "vote", votes_a=1, votes_b=0, split="test"), row("Q5", "one", "vote", votes_a=1, votes_b=0, split="train"), row("Q5", "same", "same", split="train")]
+    rows = [
+        *(row(f"Q{i}", split="test" if i < 3 else "train") for i in range(6)),
+        row("Q0", "one", "vote", votes_a=1, votes_b=0, split="test"),
+        row("Q5", "one", "vote", votes_a=1, votes_b=0, split="train"),
+        row("Q5", "same", "same", split="train"),
+    ]
     splits, stats = prepared(tmp_path, rows)
-    assert stats["dropped"] == {"fewer than two votes": 2, "identical responses": 1} and len(by_texts(splits)) == 2 * 6
+    assert (
+        stats["dropped"] == {"fewer than two votes": 2, "identical responses": 1}
+        and len(by_texts(splits)) == 2 * 6
+    )
     assert "2 dropped: fewer than two votes" in capsys.readouterr().out
-    assert "one" not in {text for members in splits.values() for r in members for text in r["responses"]}
+    assert "one" not in {
+        text for members in splits.values() for r in members for text in r["responses"]
+    }
     splits, stats = prepared(tmp_path, rows, "--min-votes", "1", run="one")
-    assert ("Q5", "one", "vote") in by_texts(splits) and ("Q0", "one", "vote") not in by_texts(splits)  # one vote is for training only
+    assert ("Q5", "one", "vote") in by_texts(splits) and ("Q0", "one", "vote") not in by_texts(
+        splits
+    )  # one vote is for training only
     assert stats["dropped"] == {"fewer than two votes": 1, "identical responses": 1}
     assert "1 dropped: fewer than two votes" in capsys.readouterr().out
 
@@ -154,31 +229,67 @@ def test_pairs_without_two_votes_are_dropped_and_counted(tmp_path, capsys):
 
 
 def test_rows_group_by_prompt_id_else_by_prompt(tmp_path):
-    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Why?"}]
-    rows = [row("Why?"), row([{"role": "user", "content": "Why?", "id": 7}], "x", "y"), row(chat), row("Else?"), row("Else?", "x", "y")]
+    chat = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Why?"},
+    ]
+    rows = [
+        row("Why?"),
+        row([{"role": "user", "content": "Why?", "id": 7}], "x", "y"),
+        row(chat),
+        row("Else?"),
+        row("Else?", "x", "y"),
+    ]
     splits, _ = prepared(tmp_path, rows)
     assert sorted(len(r["pairs"]) for members in splits.values() for r in members) == [1, 2, 2]
     assert chat in [r["messages"] for members in splits.values() for r in members]
-    rows = [row("Why?", prompt_id=i) for i in (0, 1, 2, "2")] + [row("Who?", prompt_id=3), row("Where?", prompt_id=4)]
+    rows = [row("Why?", prompt_id=i) for i in (0, 1, 2, "2")] + [
+        row("Who?", prompt_id=3),
+        row("Where?", prompt_id=4),
+    ]
     splits, _ = prepared(tmp_path, rows, run="ids")
-    assert sorted((r["prompt_id"], r["pairs"][0]["votes_a"] + r["pairs"][0]["votes_b"]) for members in splits.values() for r in members) == [("0", 4), ("1", 4), ("2", 8), ("3", 4), ("4", 4)]
-    homes = {name for name, members in splits.items() for r in members if r["messages"][0]["content"] == "Why?"}
+    assert sorted(
+        (r["prompt_id"], r["pairs"][0]["votes_a"] + r["pairs"][0]["votes_b"])
+        for members in splits.values()
+        for r in members
+    ) == [("0", 4), ("1", 4), ("2", 8), ("3", 4), ("4", 4)]
+    homes = {
+        name
+        for name, members in splits.items()
+        for r in members
+        if r["messages"][0]["content"] == "Why?"
+    }
     assert len(homes) == 1  # the same text under three ids: three prompts, on one side of the split
 
 
 def test_given_split_is_kept(tmp_path):
     rows = [row(f"Question {i}?", split="test" if i % 3 == 0 else "train") for i in range(9)]
     splits, _ = prepared(tmp_path, rows, "--test-share", "0.9", "--valid-share", "0.34")
-    found = {name: sorted(int(r["messages"][0]["content"][9]) for r in members) for name, members in splits.items()}
-    assert found["test"] == [0, 3, 6] and len(found["valid"]) == 2 and sorted(found["train"] + found["valid"]) == [1, 2, 4, 5, 7, 8]
+    found = {
+        name: sorted(int(r["messages"][0]["content"][9]) for r in members)
+        for name, members in splits.items()
+    }
+    assert (
+        found["test"] == [0, 3, 6]
+        and len(found["valid"]) == 2
+        and sorted(found["train"] + found["valid"]) == [1, 2, 4, 5, 7, 8]
+    )
 
 
-@pytest.mark.parametrize("prompts, share, expected", [(3, "0", 2), (5, "0.1", 2), (40, "0.1", 4), (40, "0.25", 10)])
+@pytest.mark.parametrize(
+    "prompts, share, expected", [(3, "0", 2), (5, "0.1", 2), (40, "0.1", 4), (40, "0.25", 10)]
+)
 def test_share_of_prompts_for_test_at_least_two(tmp_path, capsys, prompts, share, expected):
     rows = [r for r in numbered(prompts) for r in (r, r | {"response_a": "Third."})]
     splits, _ = prepared(tmp_path, rows, "--test-share", share)
     ids = {name: {r["prompt_id"] for r in members} for name, members in splits.items()}
-    assert len(ids["test"]) == expected and len(ids["train"]) == prompts - expected and not ids["train"] & ids["test"]
+    assert (
+        len(ids["test"]) == expected
+        and len(ids["train"]) == prompts - expected
+        and not ids["train"] & ids["test"]
+    )
     assert all(len(r["pairs"]) == 2 for members in splits.values() for r in members)
     assert f"only {expected} test prompts" in capsys.readouterr().out
 
@@ -189,7 +300,18 @@ def test_no_warning_with_twenty_test_prompts(tmp_path, capsys):
 
 
 def test_seed_turns_votes_and_p_true_with_the_responses(tmp_path):
-    rows = [row(f"Q{i}", f"a{i}", f"b{i}", votes_a=i, votes_b=40 - i, p_true=i / 64, split="test" if i < 20 else "train") for i in range(40)]
+    rows = [
+        row(
+            f"Q{i}",
+            f"a{i}",
+            f"b{i}",
+            votes_a=i,
+            votes_b=40 - i,
+            p_true=i / 64,
+            split="test" if i < 20 else "train",
+        )
+        for i in range(40)
+    ]
     turned = []
     for seed in ("0", "1"):
         splits, _ = prepared(tmp_path, rows, "--seed", seed, run=f"seed{seed}")
@@ -197,25 +319,44 @@ def test_seed_turns_votes_and_p_true_with_the_responses(tmp_path):
             [pair], [p_true], i = r["pairs"], r["p_true"], int(r["messages"][0]["content"][1:])
             first = r["responses"][pair["a"]]
             assert {first, r["responses"][pair["b"]]} == {f"a{i}", f"b{i}"}
-            assert (pair["votes_a"], pair["votes_b"], p_true) == ((i, 40 - i, i / 64) if first[0] == "a" else (40 - i, i, 1 - i / 64))
+            assert (pair["votes_a"], pair["votes_b"], p_true) == (
+                (i, 40 - i, i / 64) if first[0] == "a" else (40 - i, i, 1 - i / 64)
+            )
             turned.append(first[0] == "b")
     assert turned[:40] != turned[40:] and 8 <= sum(turned[:40]) <= 32
 
 
 def test_p_true_of_the_other_order_in_float32(tmp_path):
-    rows = [r for q in range(3) for r in (row(f"Q{q}", "x", "y", p_true=0.1), row(f"Q{q}", "y", "x", p_true=0.9))]
+    rows = [
+        r
+        for q in range(3)
+        for r in (row(f"Q{q}", "x", "y", p_true=0.1), row(f"Q{q}", "y", "x", p_true=0.9))
+    ]
     table = pa.Table.from_pylist(rows)
-    table = table.set_column(table.schema.get_field_index("p_true"), "p_true", table["p_true"].cast(pa.float32()))
+    table = table.set_column(
+        table.schema.get_field_index("p_true"), "p_true", table["p_true"].cast(pa.float32())
+    )
     splits, _ = prepared(tmp_path, table, name="mine.parquet")
     assert all(len(r["p_true"]) == 1 for members in splits.values() for r in members)
 
 
 def test_categories_and_votes_are_kept(tmp_path):
-    rows = [row(f"Q{i}", categories={"topic": "food" if i else "law", "level": i}) for i in range(4)]
+    rows = [
+        row(f"Q{i}", categories={"topic": "food" if i else "law", "level": i}) for i in range(4)
+    ]
     splits, stats = prepared(tmp_path, rows, "--votes", "dependent")
-    found = {r["messages"][0]["content"]: r["categories"] for members in splits.values() for r in members}
-    assert found["Q0"] == {"topic": "law", "level": "0"} and found["Q3"] == {"topic": "food", "level": "3"}
-    assert stats["votes"] == "dependent" and stats["dataset"] == "mine" and "p_true" not in splits["train"][0]
+    found = {
+        r["messages"][0]["content"]: r["categories"] for members in splits.values() for r in members
+    }
+    assert found["Q0"] == {"topic": "law", "level": "0"} and found["Q3"] == {
+        "topic": "food",
+        "level": "3",
+    }
+    assert (
+        stats["votes"] == "dependent"
+        and stats["dataset"] == "mine"
+        and "p_true" not in splits["train"][0]
+    )
 
 
 def test_other_votes_are_another_run(tmp_path, capsys):
@@ -229,7 +370,16 @@ def test_other_votes_are_another_run(tmp_path, capsys):
 
 
 def test_null_is_missing(tmp_path):
-    nothing = {"ties": None, "p": None, "n": None, "choice": None, "prompt_id": None, "p_true": None, "split": None, "categories": None}
+    nothing = {
+        "ties": None,
+        "p": None,
+        "n": None,
+        "choice": None,
+        "prompt_id": None,
+        "p_true": None,
+        "split": None,
+        "categories": None,
+    }
     splits, _ = prepared(tmp_path, [r | nothing for r in numbered(3)], run="null")
     assert splits == prepared(tmp_path, numbered(3))[0]
 
@@ -237,17 +387,45 @@ def test_null_is_missing(tmp_path):
 # ---- files
 
 
-@pytest.mark.parametrize("ending", [".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet.gz", ".JSONL.GZ"])
-@pytest.mark.parametrize("form", [{"votes_a": 2, "votes_b": 1.5, "ties": 1}, {"p": 0.67, "n": 3}, {"choice": "b"}])
+@pytest.mark.parametrize(
+    "ending",
+    [".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet.gz", ".JSONL.GZ"],
+)
+@pytest.mark.parametrize(
+    "form", [{"votes_a": 2, "votes_b": 1.5, "ties": 1}, {"p": 0.67, "n": 3}, {"choice": "b"}]
+)
 def test_every_ending_gives_the_same_data(tmp_path, ending, form):
-    chat = [{"role": "system", "content": "Be “kind”."}, {"role": "user", "content": "Zoë?\nSay, \"hi\""}]
-    rows = [voted(form, prompt=prompt, a="An apple, or\r\ntwo", b="x" * 200_000, prompt_id=f"id{i}", p_true=0.25, split="test" if i % 2 else "train",
-                  categories={"topic": f"t{i}", "ü": "1"}, extra="ignored")
-            for i, prompt in enumerate(([chat, "[1, 2]", "[{", "[]", '[{"x": 1}]'] if ending in (".csv", ".csv.gz") else [chat, chat[1:], chat, chat[1:], chat])) for _ in range(2)]
+    chat = [
+        {"role": "system", "content": "Be “kind”."},
+        {"role": "user", "content": 'Zoë?\nSay, "hi"'},
+    ]
+    rows = [
+        voted(
+            form,
+            prompt=prompt,
+            a="An apple, or\r\ntwo",
+            b="x" * 200_000,
+            prompt_id=f"id{i}",
+            p_true=0.25,
+            split="test" if i % 2 else "train",
+            categories={"topic": f"t{i}", "ü": "1"},
+            extra="ignored",
+        )
+        for i, prompt in enumerate(
+            [chat, "[1, 2]", "[{", "[]", '[{"x": 1}]']
+            if ending in (".csv", ".csv.gz")
+            else [chat, chat[1:], chat, chat[1:], chat]
+        )
+        for _ in range(2)
+    ]
     expected, _ = prepared(tmp_path, rows, run="jsonl")
     found, stats = prepared(tmp_path, rows, name=f"mine{ending}", run="other")
     assert found == expected and stats["dataset"] == "mine"
-    assert found["train"][0]["messages"] == chat and found["train"][0]["p_true"][0] in (0.25, 0.75) and len(found["train"][0]["pairs"]) == 1
+    assert (
+        found["train"][0]["messages"] == chat
+        and found["train"][0]["p_true"][0] in (0.25, 0.75)
+        and len(found["train"][0]["pairs"]) == 1
+    )
 
 
 def test_rows_across_batches_blank_lines_and_a_byte_order_mark(tmp_path):
@@ -256,8 +434,16 @@ def test_rows_across_batches_blank_lines_and_a_byte_order_mark(tmp_path):
     assert sum(map(len, splits.values())) == 5000
     text = "\ufeff\n" + "\n\n".join(json.dumps(r) for r in rows[:3])
     assert sum(map(len, prepared(tmp_path, text, run="marked")[0].values())) == 3
-    text = "\ufeffprompt,response_a,response_b,votes_a,votes_b,prompt_id\n" + "\n".join(f"Q{i},a,b,2,.5," for i in range(3)) + "\n\n"
-    assert by_texts(prepared(tmp_path, text, name="marked.csv", run="csv")[0])["Q2", "a", "b"] == (2, 0.5, 0)
+    text = (
+        "\ufeffprompt,response_a,response_b,votes_a,votes_b,prompt_id\n"
+        + "\n".join(f"Q{i},a,b,2,.5," for i in range(3))
+        + "\n\n"
+    )
+    assert by_texts(prepared(tmp_path, text, name="marked.csv", run="csv")[0])["Q2", "a", "b"] == (
+        2,
+        0.5,
+        0,
+    )
 
 
 # ---- bad input
@@ -265,7 +451,10 @@ def test_rows_across_batches_blank_lines_and_a_byte_order_mark(tmp_path):
 
 def lines(*changed):
     """Two good rows of JSON lines, then these rows or texts, then a good row."""
-    return "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in (*numbered(2), *changed, row("Last?")))
+    return "".join(
+        (r if isinstance(r, str) else json.dumps(r)) + "\n"
+        for r in (*numbered(2), *changed, row("Last?"))
+    )
 
 
 header = "prompt,response_a,response_b,votes_a,votes_b\n"
@@ -278,70 +467,219 @@ BAD = {  # what is wrong: (file name, its content, what the line must say)
     "empty csv": ("v.csv", "", "v.csv: no row found"),
     "csv of a header": ("v.csv", header, "v.csv: no row found"),
     "empty parquet": ("v.parquet", b"", "v.parquet: not parquet"),
-    "parquet without rows": ("v.parquet", pa.Table.from_pylist(numbered(1))[:0], "v.parquet: no row found"),
+    "parquet without rows": (
+        "v.parquet",
+        pa.Table.from_pylist(numbered(1))[:0],
+        "v.parquet: no row found",
+    ),
     "empty gz": ("v.jsonl.gz", "", "v.jsonl.gz: no row found"),
     "empty csv.gz": ("v.csv.gz", "", "v.csv.gz: no row found"),
-    "unknown ending": ("v.txt", lines(), "ending .txt found, one of .jsonl, .json, .csv, .parquet expected"),
+    "unknown ending": (
+        "v.txt",
+        lines(),
+        "ending .txt found, one of .jsonl, .json, .csv, .parquet expected",
+    ),
     "gz of unknown ending": ("v.tsv.gz", lines(), "ending .tsv found"),
     "no ending": ("v", lines(), "ending none found"),
-    "not UTF-8": ("v.jsonl", lines(row(a="né")).replace("\\u00e9", "é").encode("latin-1"), "v.jsonl line 3: not UTF-8 (byte 0xe9)"),
-    "csv not UTF-8": ("v.csv", header.encode() + b"q,a,b,1,1\nq,\xff,b,1,1\n", "v.csv line 3: not UTF-8"),
-    "parquet not UTF-8": ("v.parquet", pa.table({"prompt": pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers()), "response_a": ["a"]}), "not UTF-8"),
+    "not UTF-8": (
+        "v.jsonl",
+        lines(row(a="né")).replace("\\u00e9", "é").encode("latin-1"),
+        "v.jsonl line 3: not UTF-8 (byte 0xe9)",
+    ),
+    "csv not UTF-8": (
+        "v.csv",
+        header.encode() + b"q,a,b,1,1\nq,\xff,b,1,1\n",
+        "v.csv line 3: not UTF-8",
+    ),
+    "parquet not UTF-8": (
+        "v.parquet",
+        pa.table(
+            {
+                "prompt": pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers()),
+                "response_a": ["a"],
+            }
+        ),
+        "not UTF-8",
+    ),
     "json not UTF-8": ("v.json", b'[\n"\xff"]', "v.json line 2: not UTF-8"),
     "not parquet": ("v.parquet", "prompt", "v.parquet: not parquet"),
     "broken csv": ("v.csv", header + 'q,a,b,1,1\nq,"a,b,1,1\n', "v.csv line 3: not CSV"),
-    "csv with too few cells": ("v.csv", header + 'q,"a\nb",b,1,1\nq,a,b,1\n', "v.csv line 4: 4 cells found, 5 expected"),
+    "csv with too few cells": (
+        "v.csv",
+        header + 'q,"a\nb",b,1,1\nq,a,b,1\n',
+        "v.csv line 4: 4 cells found, 5 expected",
+    ),
     "csv with old line ends": ("v.csv", "prompt,response_a\rq,a\r", "v.csv line 1: not CSV"),
     "csv with a column twice": ("v.csv", "prompt,prompt\nq,q\n", "v.csv line 1: header:"),
-    "csv with words for numbers": ("v.csv", header + "q,a,b,1,1\nq,a,b,many,1\n", "v.csv line 3: votes_a: 'many' found, a number of votes"),
+    "csv with words for numbers": (
+        "v.csv",
+        header + "q,a,b,1,1\nq,a,b,many,1\n",
+        "v.csv line 3: votes_a: 'many' found, a number of votes",
+    ),
     "csv with nan": ("v.csv", header + "q,a,b,1,nan\n", "v.csv line 2: votes_b: nan found"),
-    "csv with a missing cell": ("v.csv", header + "q,a,,1,1\n", "v.csv line 2: response_b: nothing found"),
-    "csv with bad categories": ("v.csv", header[:-1] + ",categories\nq,a,b,1,1,food\n", "v.csv line 2: categories: 'food' found"),
-    "csv with a bad role": ("v.csv", header + '"[{""role"": ""bot"", ""content"": ""x""}]",a,b,1,1\n', "v.csv line 2: prompt: {"),
+    "csv with a missing cell": (
+        "v.csv",
+        header + "q,a,,1,1\n",
+        "v.csv line 2: response_b: nothing found",
+    ),
+    "csv with bad categories": (
+        "v.csv",
+        header[:-1] + ",categories\nq,a,b,1,1,food\n",
+        "v.csv line 2: categories: 'food' found",
+    ),
+    "csv with a bad role": (
+        "v.csv",
+        header + '"[{""role"": ""bot"", ""content"": ""x""}]",a,b,1,1\n',
+        "v.csv line 2: prompt: {",
+    ),
     "not JSON": ("v.jsonl", lines('{"prompt": "x"'), "v.jsonl line 3: not JSON"),
     "not JSON in json": ("v.json", "[\n{},\n{]\n]", "v.json line 3: not JSON"),
     "JSON with deep brackets": ("v.jsonl", lines("[" * 100_000), "v.jsonl line 3: not JSON"),
-    "JSON with a number of thousands of digits": ("v.jsonl", lines("9" * 5000), "v.jsonl line 3: not JSON"),
-    "a line that is not an object": ("v.jsonl", lines("[1]"), "v.jsonl line 3: the row: [1] found, an object expected"),
-    "a row that is not an object": ("v.json", [row(), "x"], "v.json row 2: the row: 'x' found, an object expected"),
-    "json that is not a list": ("v.json", "{}", "v.json: the file: {} found, a list of rows expected"),
+    "JSON with a number of thousands of digits": (
+        "v.jsonl",
+        lines("9" * 5000),
+        "v.jsonl line 3: not JSON",
+    ),
+    "a line that is not an object": (
+        "v.jsonl",
+        lines("[1]"),
+        "v.jsonl line 3: the row: [1] found, an object expected",
+    ),
+    "a row that is not an object": (
+        "v.json",
+        [row(), "x"],
+        "v.json row 2: the row: 'x' found, an object expected",
+    ),
+    "json that is not a list": (
+        "v.json",
+        "{}",
+        "v.json: the file: {} found, a list of rows expected",
+    ),
     "NaN": ("v.jsonl", lines(row(votes_a=float("nan"))), "v.jsonl line 3: votes_a: nan found"),
     "Infinity": ("v.jsonl", lines(row(votes_b=float("inf"))), "v.jsonl line 3: votes_b: inf found"),
     "-Infinity": ("v.json", [row(ties=float("-inf"))], "v.json row 1: ties: -inf found"),
-    "NaN for p": ("v.jsonl", lines().replace('"votes_a": 3, "votes_b": 1', '"p": NaN, "n": 2'), "v.jsonl line 1: p: nan found, a number in [0, 1] expected"),
-    "NaN for n": ("v.jsonl", lines().replace('"votes_a": 3, "votes_b": 1', '"p": 1, "n": NaN'), "v.jsonl line 1: n: nan found, a positive integer expected"),
-    "an infinite number": ("v.jsonl", lines().replace('"votes_a": 3', '"votes_a": 1e999'), "votes_a: inf found"),
-    "an enormous integer": ("v.jsonl", lines(row(votes_a=10**400)), "v.jsonl line 3: votes_a: 1000"),
-    "parquet with a bad row": ("v.parquet", [*numbered(4999), row(votes_b=-1)], "v.parquet row 5000: votes_b: -1 found"),
-    "split outside": ("v.jsonl", [r | {"split": "valid"} for r in numbered(4)], "v.jsonl line 1: split: 'valid' found, train or test expected"),
-    "split within a prompt": ("v.jsonl", [row(f"Q{i % 3}", split="train" if i < 4 else "test") for i in range(5)], "v.jsonl line 5: split 'test' found, 'train' before"),
-    "split without test": ("v.jsonl", [r | {"split": "train"} for r in numbered(4)], "0 test prompts, at least 2 expected"),
-    "split without train": ("v.jsonl", [r | {"split": "test"} for r in numbered(4)], "0 train prompts, at least 1 expected"),
-    "two prompts": ("v.jsonl", [*numbered(2), *numbered(2, a="x")], "2 prompts found, at least three expected"),
-    "three prompts, one without votes": ("v.jsonl", [*numbered(2), row(votes_a=1, votes_b=0)], "2 prompts found, at least three expected (1 dropped: fewer than two votes)"),
-    "no pair with two votes": ("v.jsonl", numbered(5, votes_a=1, votes_b=0, ties=3), "no pair with 2 votes or more found (5 dropped: fewer than two votes)"),
-    "identical responses only": ("v.jsonl", numbered(5, a="x", b="x"), "no pair with 2 votes or more found (5 dropped: identical responses)"),
-    "one prompt_id with two prompts": ("v.jsonl", [row("Q0", prompt_id=1), row("Q1", prompt_id=1)], "v.jsonl line 2: prompt_id '1' has another prompt"),
-    "p_true that differs": ("v.jsonl", [row("Q", p_true=0.4), row("Q", p_true=0.5)], "v.jsonl line 2: p_true differs"),
-    "categories that differ": ("v.jsonl", [row("Q", categories={"t": "x"}), row("Q", categories={"t": "y"})], "v.jsonl line 2: categories {'t': 'y'} found"),
+    "NaN for p": (
+        "v.jsonl",
+        lines().replace('"votes_a": 3, "votes_b": 1', '"p": NaN, "n": 2'),
+        "v.jsonl line 1: p: nan found, a number in [0, 1] expected",
+    ),
+    "NaN for n": (
+        "v.jsonl",
+        lines().replace('"votes_a": 3, "votes_b": 1', '"p": 1, "n": NaN'),
+        "v.jsonl line 1: n: nan found, a positive integer expected",
+    ),
+    "an infinite number": (
+        "v.jsonl",
+        lines().replace('"votes_a": 3', '"votes_a": 1e999'),
+        "votes_a: inf found",
+    ),
+    "an enormous integer": (
+        "v.jsonl",
+        lines(row(votes_a=10**400)),
+        "v.jsonl line 3: votes_a: 1000",
+    ),
+    "parquet with a bad row": (
+        "v.parquet",
+        [*numbered(4999), row(votes_b=-1)],
+        "v.parquet row 5000: votes_b: -1 found",
+    ),
+    "split outside": (
+        "v.jsonl",
+        [r | {"split": "valid"} for r in numbered(4)],
+        "v.jsonl line 1: split: 'valid' found, train or test expected",
+    ),
+    "split within a prompt": (
+        "v.jsonl",
+        [row(f"Q{i % 3}", split="train" if i < 4 else "test") for i in range(5)],
+        "v.jsonl line 5: split 'test' found, 'train' before",
+    ),
+    "split without test": (
+        "v.jsonl",
+        [r | {"split": "train"} for r in numbered(4)],
+        "0 test prompts, at least 2 expected",
+    ),
+    "split without train": (
+        "v.jsonl",
+        [r | {"split": "test"} for r in numbered(4)],
+        "0 train prompts, at least 1 expected",
+    ),
+    "two prompts": (
+        "v.jsonl",
+        [*numbered(2), *numbered(2, a="x")],
+        "2 prompts found, at least three expected",
+    ),
+    "three prompts, one without votes": (
+        "v.jsonl",
+        [*numbered(2), row(votes_a=1, votes_b=0)],
+        "2 prompts found, at least three expected (1 dropped: fewer than two votes)",
+    ),
+    "no pair with two votes": (
+        "v.jsonl",
+        numbered(5, votes_a=1, votes_b=0, ties=3),
+        "no pair with 2 votes or more found (5 dropped: fewer than two votes)",
+    ),
+    "identical responses only": (
+        "v.jsonl",
+        numbered(5, a="x", b="x"),
+        "no pair with 2 votes or more found (5 dropped: identical responses)",
+    ),
+    "one prompt_id with two prompts": (
+        "v.jsonl",
+        [row("Q0", prompt_id=1), row("Q1", prompt_id=1)],
+        "v.jsonl line 2: prompt_id '1' has another prompt",
+    ),
+    "p_true that differs": (
+        "v.jsonl",
+        [row("Q", p_true=0.4), row("Q", p_true=0.5)],
+        "v.jsonl line 2: p_true differs",
+    ),
+    "categories that differ": (
+        "v.jsonl",
+        [row("Q", categories={"t": "x"}), row("Q", categories={"t": "y"})],
+        "v.jsonl line 2: categories {'t': 'y'} found",
+    ),
     "truncated gz": ("v.jsonl.gz", whole_gz[:-12], "v.jsonl.gz: not a whole gzip file"),
-    "gz of other bytes": ("v.jsonl.gz", whole_gz[:-8] + bytes(4) + whole_gz[-4:], "v.jsonl.gz: not a whole gzip file (CRC"),
-    "corrupt gz": ("v.jsonl.gz", whole_gz[:10] + b"\xff" + whole_gz[11:], "v.jsonl.gz: not a whole gzip file (Error -3"),
+    "gz of other bytes": (
+        "v.jsonl.gz",
+        whole_gz[:-8] + bytes(4) + whole_gz[-4:],
+        "v.jsonl.gz: not a whole gzip file (CRC",
+    ),
+    "corrupt gz": (
+        "v.jsonl.gz",
+        whole_gz[:10] + b"\xff" + whole_gz[11:],
+        "v.jsonl.gz: not a whole gzip file (Error -3",
+    ),
     "gz that is none": ("v.jsonl.gz", lines().encode(), "v.jsonl.gz: not a whole gzip file"),
     "truncated parquet.gz": ("v.parquet.gz", whole_gz[:-12], "v.parquet.gz: not a whole gzip file"),
-    "parquet.gz that is none": ("v.parquet.gz", lines().encode(), "v.parquet.gz: not a whole gzip file"),
+    "parquet.gz that is none": (
+        "v.parquet.gz",
+        lines().encode(),
+        "v.parquet.gz: not a whole gzip file",
+    ),
 }
 ROWS = {  # line 3 of a file of votes_a, votes_b: (what it is, what the line must say)
     "missing prompt": (row(prompt=None), "prompt: nothing found, text that is not empty expected"),
     "null prompt": ({**row(), "prompt": None}, "prompt: nothing found"),
     "missing response": (row(b=None), "response_b: nothing found"),
     "missing votes": (row(votes_b=None), "votes_b: nothing found"),
-    "no votes": (row(votes_a=None, votes_b=None), "no votes found, one of these expected: votes_a and votes_b; p and n; choice"),
+    "no votes": (
+        row(votes_a=None, votes_b=None),
+        "no votes found, one of these expected: votes_a and votes_b; p and n; choice",
+    ),
     "two forms in a row": (row(choice="a"), "votes_a and votes_b beside choice found"),
     "n beside votes": (row(n=4), "votes_a and votes_b beside p and n found"),
-    "two forms in a file": (voted({"choice": "a"}), "votes: choice found, votes_a and votes_b in the first row"),
-    "p in a file of votes": (voted({"p": 0.5, "n": 2}), "votes: p and n found, votes_a and votes_b in the first row"),
-    "negative votes": (row(votes_a=-1), "votes_a: -1 found, a number of votes (at least 0, a multiple of one half) expected"),
+    "two forms in a file": (
+        voted({"choice": "a"}),
+        "votes: choice found, votes_a and votes_b in the first row",
+    ),
+    "p in a file of votes": (
+        voted({"p": 0.5, "n": 2}),
+        "votes: p and n found, votes_a and votes_b in the first row",
+    ),
+    "negative votes": (
+        row(votes_a=-1),
+        "votes_a: -1 found, a number of votes (at least 0, a multiple of one half) expected",
+    ),
     "negative ties": (row(ties=-0.5), "ties: -0.5 found"),
     "a third of a vote": (row(votes_b=0.3), "votes_b: 0.3 found"),
     "boolean votes": (row(votes_a=True), "votes_a: True found"),
@@ -354,7 +692,10 @@ ROWS = {  # line 3 of a file of votes_a, votes_b: (what it is, what the line mus
     "n of zero": (voted({"p": 0.5, "n": 0}), "n: 0 found"),
     "n not whole": (voted({"p": 0.5, "n": 2.5}), "n: 2.5 found"),
     "boolean n": (voted({"p": 0.5, "n": True}), "n: True found"),
-    "p that n cannot give": (voted({"p": 0.4, "n": 3}), "p: 0.4 found, a multiple of 1/6 (n = 3), up to its rounding, expected"),
+    "p that n cannot give": (
+        voted({"p": 0.4, "n": 3}),
+        "p: 0.4 found, a multiple of 1/6 (n = 3), up to its rounding, expected",
+    ),
     "unknown choice": (voted({"choice": "A"}), "choice: 'A' found, a, b or tie expected"),
     "choice of another type": (voted({"choice": ["a"]}), "choice: ['a'] found"),
     "empty prompt": (row(""), "prompt: '' found"),
@@ -366,26 +707,55 @@ ROWS = {  # line 3 of a file of votes_a, votes_b: (what it is, what the line mus
     "message that is text": (row(["x"]), "prompt: 'x' found, a message {role, content}"),
     "message without content": (row([{"role": "user"}]), "prompt message: nothing found"),
     "blank message": (row([{"role": "user", "content": " "}]), "prompt message: ' ' found"),
-    "last turn not the user's": (row([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]), "prompt: 'assistant' found, messages that end with a user turn"),
+    "last turn not the user's": (
+        row([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]),
+        "prompt: 'assistant' found, messages that end with a user turn",
+    ),
     "blank response": (row(a="\t"), "response_a: '\\t' found"),
     "list for a response": (row(b=["x"]), "response_b: ['x'] found"),
     "half a character": (row(a="\ud83d"), "response_a: "),
-    "prompt_id in one row": (row(prompt_id="x"), "prompt_id: given found, missing in the first row; all rows alike expected"),
+    "prompt_id in one row": (
+        row(prompt_id="x"),
+        "prompt_id: given found, missing in the first row; all rows alike expected",
+    ),
     "boolean prompt_id": (row(prompt_id=True), "prompt_id: True found"),
     "empty prompt_id": (row(prompt_id=""), "prompt_id: '' found"),
     "p_true in one row": (row(p_true=0.5), "p_true: given found, missing"),
     "p_true above one": (row(p_true=2), "p_true: 2 found, a number in [0, 1] expected"),
     "split in one row": (row(split="train"), "split: given found, missing in the first row"),
     "split of another type": (row(split=[1]), "split: [1] found"),
-    "categories in one row": (row(categories={"t": "x"}), "categories: given for ['t'] found, missing in the first row"),
-    "categories in words": (row(categories="food"), "categories: 'food' found, an object {name: label} expected"),
+    "categories in one row": (
+        row(categories={"t": "x"}),
+        "categories: given for ['t'] found, missing in the first row",
+    ),
+    "categories in words": (
+        row(categories="food"),
+        "categories: 'food' found, an object {name: label} expected",
+    ),
     "no category": (row(categories={}), "categories: {} found"),
     "category without label": (row(categories={"t": None}), "categories: 't': nothing found"),
 }
-BAD |= {name: ("v.jsonl", lines(bad), f"v.jsonl line 3: {said}") for name, (bad, said) in ROWS.items()}
-BAD |= {f"{field} left out in one row": ("v.jsonl", [row("Q", **({field: value} if i != 2 else {})) for i in range(4)], f"v.jsonl line 3: {field}: missing found, given")
-        for field, value in {"prompt_id": 1, "p_true": 0.5, "split": "train", "categories": {"t": "x"}}.items()}
-BAD["other category names"] = ("v.jsonl", [row(f"Q{i}", categories={"t": "x"} if i < 2 else {"t": "x", "u": "y"}) for i in range(4)], "v.jsonl line 3: categories: given for ['t', 'u'] found, given for ['t'] in the")
+BAD |= {
+    name: ("v.jsonl", lines(bad), f"v.jsonl line 3: {said}") for name, (bad, said) in ROWS.items()
+}
+BAD |= {
+    f"{field} left out in one row": (
+        "v.jsonl",
+        [row("Q", **({field: value} if i != 2 else {})) for i in range(4)],
+        f"v.jsonl line 3: {field}: missing found, given",
+    )
+    for field, value in {
+        "prompt_id": 1,
+        "p_true": 0.5,
+        "split": "train",
+        "categories": {"t": "x"},
+    }.items()
+}
+BAD["other category names"] = (
+    "v.jsonl",
+    [row(f"Q{i}", categories={"t": "x"} if i < 2 else {"t": "x", "u": "y"}) for i in range(4)],
+    "v.jsonl line 3: categories: given for ['t', 'u'] found, given for ['t'] in the",
+)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -405,20 +775,47 @@ def test_bad_input_is_one_clear_line(tmp_path, name):
 
 def script(*words):
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, words)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, cwd="/")
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        cwd="/",
+    )
 
 
-@pytest.mark.parametrize("name, said", [
-    ("nowhere.jsonl", "nowhere.jsonl: no such file"), ("folder.jsonl", "folder.jsonl: a directory found, a file expected"), ("v.jsonl", "v.jsonl line 3: votes_a: -1 found")])
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("folder.jsonl", "folder.jsonl: a directory found, a file expected"),
+        ("v.jsonl", "v.jsonl line 3: votes_a: -1 found"),
+    ],
+)
 def test_script_ends_with_one_line_and_exit_code_2(tmp_path, name, said):
     (tmp_path / "folder.jsonl").mkdir()
     save(tmp_path / "v.jsonl", lines(row(votes_a=-1)))
     ended = script("--run", tmp_path / "run", "--source", tmp_path / name)
     assert ended.returncode == 2 and ended.stdout == "" and said in ended.stderr
-    assert ended.stderr.startswith("votes.py: error: ") and ended.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert (
+        ended.stderr.startswith("votes.py: error: ")
+        and ended.stderr.count("\n") == 1
+        and not (tmp_path / "run").exists()
+    )
 
 
-@pytest.mark.parametrize("flags", [["--votes", "some"], ["--seed", "-1"], ["--seed", "x"], ["--test-share", "1"], ["--min-votes", "3"], ["--ties", "keep"], []])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--votes", "some"],
+        ["--seed", "-1"],
+        ["--seed", "x"],
+        ["--test-share", "1"],
+        ["--min-votes", "3"],
+        ["--ties", "keep"],
+        [],
+    ],
+)
 def test_bad_flags_are_one_line_and_exit_code_2(tmp_path, capsys, flags):
     source = ["--source", str(save(tmp_path / "v.jsonl", numbered(3)))] if flags else []
     with pytest.raises(SystemExit) as ended:
@@ -429,4 +826,8 @@ def test_bad_flags_are_one_line_and_exit_code_2(tmp_path, capsys, flags):
 def test_script_writes_the_run(tmp_path):
     ended = script("--run", tmp_path / "run", "--source", save(tmp_path / "mine.csv", numbered(4)))
     assert ended.returncode == 0 and ended.stderr == ""
-    assert sorted(path.name for path in (tmp_path / "run" / "data").iterdir()) == ["stats.json", "test.parquet", "train.parquet"]
+    assert sorted(path.name for path in (tmp_path / "run" / "data").iterdir()) == [
+        "stats.json",
+        "test.parquet",
+        "train.parquet",
+    ]
