@@ -19,38 +19,12 @@ from pathlib import Path
 import numpy as np
 from scipy.special import expit
 
+from pairwise import cli, data, ranking, report, run_dir
 from pairwise import compare as comparison
-from pairwise import ranking, report
-from pairwise.run_dir import (
-    REPOSITORY,
-    InputError,
-    Parser,
-    begin_stage,
-    count_members,
-    counted_pairs,
-    data_hashes,
-    end_stage,
-    hash_file,
-    import_evaluator,
-    must_share_test_data,
-    natural,
-    read_continuation_rewards,
-    read_continuations,
-    read_json,
-    read_rewards,
-    read_split,
-    read_splits,
-    read_weights,
-    reward_path,
-    run_main,
-    seed,
-    unchanged,
-    write_json,
-)
 from pairwise.theory import irreducible, outlier_below
 from pairwise.weights import error_matrix, simplex_weights
 
-evaluator = import_evaluator()
+evaluator = cli.import_evaluator()
 
 
 # ---- single quantities, a term for each pair, of which the mean is reported; p, n, ties: float64 (N,)
@@ -165,7 +139,7 @@ def not_negative(figure, errors):
 
 def trained_on_p(run):
     """Whether member 1 is trained on the vote fractions, t_1 = p, so that its sigmoid is a soft model of them; as far as the manifest says."""
-    stages = read_json(run / "manifest.json", {}).get("stages", {})
+    stages = run_dir.read_json(run / "manifest.json", {}).get("stages", {})
     settings = stages.get("member_01", {}).get("settings", {})
     return (
         not {"joint", "harden"} & stages.keys()
@@ -493,17 +467,17 @@ def favourites(scores, texts, wins):
 
 def read_ensemble(run):
     """(K, weights.json, weights of each prefix, how each was found). Raises InputError where weights and rewards are of different K."""
-    k, path = count_members(run), run / "weights.json"
-    prefixes = read_json(path)
+    k, path = run_dir.count_members(run), run / "weights.json"
+    prefixes = run_dir.read_json(path)
     try:
         largest, fits = max(entry["k"] for entry in prefixes), [entry["fit"] for entry in prefixes]
         if largest != k:
-            raise InputError(
+            raise cli.InputError(
                 f"{path}: weights for K = {largest} found, rewards of K = {k} members; fit_weights.py fits them anew"
             )
-        return k, prefixes, [read_weights(run, entry["k"]) for entry in prefixes], fits
+        return k, prefixes, [run_dir.read_weights(run, entry["k"]) for entry in prefixes], fits
     except (KeyError, TypeError, ValueError):
-        raise InputError(
+        raise cli.InputError(
             f"{path}: a list of {{k, alpha, fit}} expected; fit_weights.py makes it"
         ) from None
 
@@ -527,7 +501,7 @@ def named_settings(words):
     paths = [[run.resolve() for run in runs] for runs in settings]
     given = list(itertools.chain(*paths))
     if len(set(given)) < len(given):
-        raise InputError(
+        raise cli.InputError(
             f"--compare: {next(run for run in given if given.count(run) > 1)} is given twice"
         )
     for depth in itertools.count(1):
@@ -543,13 +517,16 @@ def named_settings(words):
 
 def test_errors(run):
     """The test split of a run: (prompts' pair counts (P,), {k: {figure: squared errors (P,)}}, {reference line: (P,) or None})."""
-    stats, split = read_json(run / "data" / "stats.json"), counted_pairs(read_split(run, "test"))
+    stats, split = (
+        run_dir.read_json(run / "data" / "stats.json"),
+        data.counted_pairs(data.read_split(run, "test")),
+    )
     if split is None:
-        raise InputError(f"{run / 'data' / 'test.parquet'}: no pair of at least two votes")
+        raise cli.InputError(f"{run / 'data' / 'test.parquet'}: no pair of at least two votes")
     k, _, alphas, _ = read_ensemble(run)
     sums, _, forms, lines = measure(
         split,
-        read_rewards(run, "test", k, (int(split.response_start[-1]),)),
+        run_dir.read_rewards(run, "test", k, (int(split.response_start[-1]),)),
         stats,
         trained_on_p(run),
     )
@@ -570,13 +547,13 @@ def compare(args):
     """compare.json, compare.html and figures/compare.* in --out: settings side by side on the test split that all their runs share."""
     settings = named_settings(args.compare)
     if len(settings) < 2:
-        raise InputError(
+        raise cli.InputError(
             f"--compare: {len(settings)} setting found, at least 2 expected; a comma joins the seeds of one setting, a space settings"
         )
     first = settings[0][1][0]
     measured = [[test_errors(run) for run in runs] for _, runs in settings]
     for run in itertools.chain(*(runs for _, runs in settings)):
-        must_share_test_data(first, run)
+        data.must_share_test_data(first, run)
     pairs, _, lines = measured[0][0]
 
     def mean(parts):
@@ -617,7 +594,7 @@ def compare(args):
     def all_of(names, *which):
         return {x: y for name in names for x, y in both(found, name, (*which, name)).items()}
 
-    stats = read_json(first / "data" / "stats.json")
+    stats = run_dir.read_json(first / "data" / "stats.json")
     result = {
         "dataset": stats["dataset"],
         "votes": stats["votes"],
@@ -646,7 +623,7 @@ def compare(args):
         | {"by_k": by_size(i, j)}
         for i, j in of_two
     ]
-    write_json(args.out / "compare.json", result)
+    run_dir.write_json(args.out / "compare.json", result)
     page = comparison.write(args.out, result)
     print(comparison.table(result))
     print(f"comparison: {page}")
@@ -670,7 +647,7 @@ def main(args):
         and (args.out / "manifest.json").exists()
         and not (args.run and args.out.resolve() == args.run.resolve())
     ):
-        raise InputError(
+        raise cli.InputError(
             f"--out {args.out}: another run directory found; its own results stay as they are"
         )
     if args.compare:
@@ -678,18 +655,18 @@ def main(args):
         return
     run = args.run
     out = run if args.out is None or args.out.resolve() == run.resolve() else args.out
-    splits, stats = read_splits(run)
+    splits, stats = data.read_splits(run)
     k, prefixes, alphas, fits = read_ensemble(run)
     rewards = {
-        name: read_rewards(run, name, k, (int(split.response_start[-1]),))
+        name: run_dir.read_rewards(run, name, k, (int(split.response_start[-1]),))
         for name, split in splits.items()
     }
-    scores, texts = read_continuation_rewards(run, k), read_continuations(run)
+    scores, texts = run_dir.read_continuation_rewards(run, k), run_dir.read_continuations(run)
     settings = {"resamples": args.resamples, "seed": args.seed, "refit": args.refit}
     names = [*splits, *(["continuations"] if scores is not None else [])]
     files = [
         run / "weights.json",
-        *(reward_path(run, j, name) for j in range(1, k + 1) for name in names),
+        *(run_dir.reward_path(run, j, name) for j in range(1, k + 1) for name in names),
     ]
     files += [
         path for path in (run / "continuations.parquet", run / "plurality.json") if path.exists()
@@ -711,21 +688,21 @@ def main(args):
         "pairwise/weights.py",
     )
     code = [
-        *(REPOSITORY / name for name in scripts),
-        *sorted((REPOSITORY / "csrc").glob("*.[ch]pp")),
+        *(cli.REPOSITORY / name for name in scripts),
+        *sorted((cli.REPOSITORY / "csrc").glob("*.[ch]pp")),
     ]
     inputs = (
-        data_hashes(run)
-        | {str(path.relative_to(run)): hash_file(path) for path in [*files, *logs]}
-        | {path.name: hash_file(path) for path in code}
+        data.hashes(run)
+        | {str(path.relative_to(run)): run_dir.hash_file(path) for path in [*files, *logs]}
+        | {path.name: run_dir.hash_file(path) for path in code}
     )
 
-    if out == run and unchanged(run, "evaluate", settings, inputs, outputs):
+    if out == run and run_dir.unchanged(run, "evaluate", settings, inputs, outputs):
         print("evaluate: nothing has changed, skipped")
-        metrics = read_json(run / "metrics.json")
+        metrics = run_dir.read_json(run / "metrics.json")
     else:
         if out == run:
-            started = begin_stage(run, "evaluate", settings, inputs)
+            started = run_dir.begin_stage(run, "evaluate", settings, inputs)
         draw = partial(resampled, resamples=args.resamples, seed=args.seed)
         metrics = {
             "dataset": stats["dataset"],
@@ -736,11 +713,11 @@ def main(args):
             "diversity": diversity(
                 scores, texts, alphas[-1], stats.get("attributes", ranking.ATTRIBUTES), draw
             ),
-            "plurality": read_json(run / "plurality.json", {}) or None,
-        }  # experiments/plurality.py makes it
+            "plurality": run_dir.read_json(run / "plurality.json", {}) or None,
+        }  # extras/plurality.py makes it
         errors = {}  # of each split, for the intervals with weights fitted anew
         for name, split in splits.items():
-            if (counted := counted_pairs(split)) is not None:
+            if (counted := data.counted_pairs(split)) is not None:
                 metrics["splits"][name], forms = split_metrics(
                     counted, rewards[name], alphas, fits, stats, trained_on_p(run), draw
                 )
@@ -749,7 +726,7 @@ def main(args):
             metrics["k_valid"] = best_size(metrics["splits"]["valid"]["ensemble"])
         if args.refit:
             train, fitted = (
-                counted_pairs(splits["train"]) or splits["train"],
+                data.counted_pairs(splits["train"]) or splits["train"],
                 [entry["k"] for entry in prefixes if entry["fit"] == "qp"],
             )
             sums = evaluator.pair_statistics(
@@ -765,26 +742,26 @@ def main(args):
                 ).items():
                     entry = next(e for e in metrics["splits"][name]["ensemble"] if e["k"] == size)
                     entry[f"{figure}_refit_ci"] = limits
-        write_json(out / "metrics.json", metrics)
+        run_dir.write_json(out / "metrics.json", metrics)
         test = splits["test"]
         p_hat = alphas[-1] @ evaluator.votes(rewards["test"], test.a, test.b) / 2
         report.write(
             out,
             metrics,
             prefixes,
-            read_json(run / "manifest.json"),
+            run_dir.read_json(run / "manifest.json"),
             read_logs(run, k),
             test.p,
             p_hat,
         )
         if out == run:
-            end_stage(run, "evaluate", settings, inputs, started)
+            run_dir.end_stage(run, "evaluate", settings, inputs, started)
     print(report.table(metrics))
     print(f"report: {out / 'report.html'}")
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--run", type=Path, help="run directory with data/, rewards/ and weights.json"
@@ -801,9 +778,9 @@ def parse_args(argv=None):
         help="write metrics.json, report.html and figures/ there instead of into the run, or what --compare finds",
     )
     parser.add_argument(
-        "--resamples", type=natural, default=10000, help="bootstrap resamples over prompts"
+        "--resamples", type=cli.natural, default=10000, help="bootstrap resamples over prompts"
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the bootstrap")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the bootstrap")
     parser.add_argument(
         "--refit",
         action="store_true",
@@ -816,4 +793,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -19,32 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pairwise.run_dir import (
-    InputError,
-    Parser,
-    begin_stage,
-    count_members,
-    counted_pairs,
-    data_hashes,
-    end_stage,
-    hash_file,
-    import_evaluator,
-    made_otherwise,
-    natural,
-    read_json,
-    read_rewards,
-    read_split,
-    read_weights,
-    replacing,
-    reward_path,
-    run_main,
-    unchanged,
-    write_json,
-)
+from pairwise import cli, data, run_dir
 from pairwise.theory import irreducible, kept_members, theorem3
 from pairwise.weights import error_matrix, kkt_residual, simplex_weights
 
-evaluator = import_evaluator()
+evaluator = cli.import_evaluator()
 STOP = 3  # exit code of --early-stop where no further member is worth training
 
 
@@ -87,22 +66,24 @@ def stops_at(errors, patience):
 def early_stop(run, k, prefixes, patience):
     """Print the validation error of every prefix and whether to stop; exit with STOP where to."""
     if not (run / "data" / "valid.parquet").exists():
-        raise InputError(
+        raise cli.InputError(
             f"{run / 'data' / 'valid.parquet'}: no such file; --early-stop needs validation prompts: data prepared with --valid-share"
         )
-    data = counted_pairs(read_split(run, "valid"))
-    if data is None:
-        raise InputError(
+    split = data.counted_pairs(data.read_split(run, "valid"))
+    if split is None:
+        raise cli.InputError(
             f"{run / 'data' / 'valid.parquet'}: no pair of two votes found, by which --early-stop could tell"
         )
     votes = (
         evaluator.votes(
-            read_rewards(run, "valid", k, (int(data.response_start[-1]),)), data.a, data.b
+            run_dir.read_rewards(run, "valid", k, (int(split.response_start[-1]),)),
+            split.a,
+            split.b,
         )
         / 2
     )
     errors = [
-        float(np.mean((entry["alpha"] @ votes[: entry["k"]] - data.p) ** 2)) for entry in prefixes
+        float(np.mean((entry["alpha"] @ votes[: entry["k"]] - split.p) ** 2)) for entry in prefixes
     ]
     last = stops_at(errors, patience)
     said = (
@@ -120,24 +101,24 @@ def early_stop(run, k, prefixes, patience):
 # ---- --prune
 
 
-def prune(run, out, beta, k, data, rewards, inputs):
+def prune(run, out, beta, k, split, rewards, inputs):
     """Write the run directory `out`: `run` without theorem 3's outliers. Distances and epsilon are those of the train pairs with at least two votes."""
-    alpha, settings = read_weights(run, k), {"prune": beta}
-    inputs = inputs | {"weights.json": hash_file(run / "weights.json")}
-    if unchanged(out, "weights", settings, inputs, [out / "weights.json"]):
+    alpha, settings = run_dir.read_weights(run, k), {"prune": beta}
+    inputs = inputs | {"weights.json": run_dir.hash_file(run / "weights.json")}
+    if run_dir.unchanged(out, "weights", settings, inputs, [out / "weights.json"]):
         print(f"prune: {out} is up to date, skipped")
         return
     if out.exists():
-        raise InputError(
+        raise cli.InputError(
             f"--out {out}: found, a new directory expected; the pruned run is a run directory of its own"
         )
-    stats, data = read_json(run / "data" / "stats.json"), counted_pairs(data)
-    if data is None:
-        raise InputError(
+    stats, split = run_dir.read_json(run / "data" / "stats.json"), data.counted_pairs(split)
+    if split is None:
+        raise cli.InputError(
             f"{run / 'data' / 'train.parquet'}: no pair of two votes found, by which members are compared"
         )
-    p, n, ties = data.p, data.n, data.ties
-    votes = evaluator.votes(rewards, data.a, data.b) / 2
+    p, n, ties = split.p, split.n, split.ties
+    votes = evaluator.votes(rewards, split.a, split.b) / 2
     kept = kept_members(votes, alpha, beta)
     pruned, removed = alpha * kept / alpha[kept].sum(), float(alpha[~kept].sum())
     mse = [float(np.mean((weights @ votes - p) ** 2)) for weights in (alpha, pruned)]
@@ -166,7 +147,7 @@ def prune(run, out, beta, k, data, rewards, inputs):
         )
     )
 
-    with replacing(
+    with run_dir.replacing(
         out
     ) as partial:  # all of it or nothing, so the stage need not be entered as begun
         started = time.time()
@@ -177,16 +158,16 @@ def prune(run, out, beta, k, data, rewards, inputs):
             elif path.name == "continuations.parquet":
                 shutil.copy(path, partial)
             elif path.name == "members.json":  # the place of its source is told from here
-                found = read_json(path)
-                write_json(
+                found = run_dir.read_json(path)
+                run_dir.write_json(
                     partial / path.name,
                     found
                     | {"source": os.path.relpath((run / found["source"]).resolve(), out.resolve())},
                 )
             elif path.name in ("base", "joint") or path.name.startswith("member_"):
                 (partial / path.name).symlink_to(path.resolve())  # gigabytes
-        stages = read_json(run / "manifest.json", {"stages": {}})["stages"]
-        write_json(
+        stages = run_dir.read_json(run / "manifest.json", {"stages": {}})["stages"]
+        run_dir.write_json(
             partial / "manifest.json",
             {
                 "stages": {
@@ -194,11 +175,11 @@ def prune(run, out, beta, k, data, rewards, inputs):
                 }
             },
         )
-        write_json(
+        run_dir.write_json(
             partial / "weights.json",
             [{"k": k, "alpha": pruned.tolist(), "fit": "fixed", "train_mse": mse[1], "kkt": None}],
         )
-        end_stage(partial, "weights", settings, inputs, started, pruned=facts)
+        run_dir.end_stage(partial, "weights", settings, inputs, started, pruned=facts)
     names = (
         f"member{'s' * (len(facts['removed']) > 1)} {', '.join(map(str, facts['removed']))}"
         if facts["removed"]
@@ -212,45 +193,47 @@ def prune(run, out, beta, k, data, rewards, inputs):
 
 def main(args):
     run = args.run
-    data, k = read_split(run, "train"), count_members(run)
-    rewards = read_rewards(run, "train", k, (int(data.response_start[-1]),))
-    inputs = data_hashes(run) | {
-        f"rewards of member {j}": hash_file(reward_path(run, j, "train")) for j in range(1, k + 1)
+    split, k = data.read_split(run, "train"), run_dir.count_members(run)
+    rewards = run_dir.read_rewards(run, "train", k, (int(split.response_start[-1]),))
+    inputs = data.hashes(run) | {
+        f"rewards of member {j}": run_dir.hash_file(run_dir.reward_path(run, j, "train"))
+        for j in range(1, k + 1)
     }
     if args.prune:
-        prune(run, args.out, args.prune, k, data, rewards, inputs)
+        prune(run, args.out, args.prune, k, split, rewards, inputs)
         return
-    made = made_otherwise(run)
+    made = run_dir.made_otherwise(run)
     if made in ("hardened", "pruned"):
-        raise InputError(
+        raise cli.InputError(
             f"{run / 'weights.json'}: {made} weights found, which stay; those of the run that it was made from are fitted, with --run of that one"
         )
     if (
         made
-        and read_json(run / "manifest.json")["stages"]["joint"]["settings"]["weights"] == "learned"
+        and run_dir.read_json(run / "manifest.json")["stages"]["joint"]["settings"]["weights"]
+        == "learned"
     ):
-        raise InputError(
+        raise cli.InputError(
             f"{run / 'weights.json'}: weights found that were learned with the rewards, which stay; train_joint.py --weights qp leaves them "
             "to be fitted"
         )
-    if unchanged(run, "weights", {}, inputs, [run / "weights.json"]):
+    if run_dir.unchanged(run, "weights", {}, inputs, [run / "weights.json"]):
         print(f"weights: {run / 'weights.json'} is up to date, skipped")
-        prefixes = read_json(run / "weights.json")
+        prefixes = run_dir.read_json(run / "weights.json")
     else:
-        data = (
-            counted_pairs(data) or data
+        split = (
+            data.counted_pairs(split) or split
         )  # as in evaluate.py; where every pair has one vote, those are all there is
-        pairs = len(data.a)
+        pairs = len(split.a)
         sums = evaluator.pair_statistics(
-            rewards, data.a, data.b, data.p, np.array([0, pairs])
+            rewards, split.a, split.b, split.p, np.array([0, pairs])
         )  # of all prompts as of one
         q = error_matrix(
             sums["vote_vote"][0] / pairs, sums["vote_p"][0] / pairs, sums["p_p"][0] / pairs
         )
-        started = begin_stage(run, "weights", {}, inputs)
+        started = run_dir.begin_stage(run, "weights", {}, inputs)
         prefixes = fit_prefixes(q)
-        write_json(run / "weights.json", prefixes)
-        end_stage(run, "weights", {}, inputs, started)
+        run_dir.write_json(run / "weights.json", prefixes)
+        run_dir.end_stage(run, "weights", {}, inputs, started)
         last = prefixes[-1]
         alpha = " ".join(f"{weight:.3f}" for weight in last["alpha"])
         print(
@@ -269,7 +252,7 @@ def above_two(text):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument(
         "--run", required=True, type=Path, help="run directory with data/ and rewards/"
     )
@@ -277,7 +260,7 @@ def parse_args(argv=None):
         "--early-stop",
         nargs="?",
         const=1,
-        type=natural,
+        type=cli.natural,
         metavar="PATIENCE",
         help=f"exit with code {STOP} where the last PATIENCE members (1) did not lower the Brier score on the validation prompts",
     )
@@ -295,4 +278,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

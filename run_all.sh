@@ -133,7 +133,8 @@ SCRIPT=(train_rm --iteration "$K")
 [ $JOINT = 0 ] || SCRIPT=(train_joint --k "$K")
 "$PYTHON" - "$ROOT" "${SCRIPT[@]}" --run "$RUN" --base "$BASE" "${TRAIN[@]}" <<'END'
 import sys
-sys.path.insert(0, sys.argv.pop(1))
+root = sys.argv.pop(1)
+sys.path[:0] = [root, f"{root}/extras"]
 sys.argv[0] = f"{sys.argv[1]}.py"
 __import__(sys.argv.pop(1)).parse_args()
 END
@@ -149,7 +150,7 @@ fi
 
 # ---- forward stagewise additive modelling: member j on what members 1..j-1 leave over, then the weights of all j ----------------------
 if [ $JOINT = 1 ]; then # or all members at once, on the error of their mixture
-    stage train_joint.py --k "$K" --base "$BASE" "${TRAIN[@]}"
+    stage extras/train_joint.py --k "$K" --base "$BASE" "${TRAIN[@]}"
     [[ " ${TRAIN[*]} " = *" --weights learned "* ]] || stage fit_weights.py
 fi
 for ((j = 1; j <= K && !JOINT; j++)); do

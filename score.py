@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pairwise import cli, run_dir
 from pairwise.members import add_arguments, open_run, rewards_of_run
 from pairwise.rows import kind, messages, read_rows, text, wrong
-from pairwise.run_dir import InputError, Parser, import_evaluator, replacing, run_main
 
-evaluator = import_evaluator()
+evaluator = cli.import_evaluator()
 FIELDS = {"prompt": "messages", "responses": "json", "response_a": "text", "response_b": "text"}
 
 
@@ -43,7 +43,7 @@ def read_questions(path):
             )
         )
     if not questions:
-        raise InputError(f"{path}: no row found, at least one expected")
+        raise cli.InputError(f"{path}: no row found, at least one expected")
     return questions
 
 
@@ -105,13 +105,16 @@ def main(args):
     questions = read_questions(args.file)
     out = args.out or args.file.with_name(kind(args.file)[0] + "-scores.jsonl")
     if out.is_dir() or out.resolve() == args.file.resolve():
-        raise InputError(
+        raise cli.InputError(
             f"--out {out}: {'a directory' if out.is_dir() else 'the file of questions itself'} found, another file expected"
         )
     alpha, settings = open_run(args)
     k = len(alpha)
     rows = answers(questions, rewards_of_run(args.run, k, settings, questions, args), alpha)
-    with replacing(out) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+    with (
+        run_dir.replacing(out) as partial,
+        open(partial, "w", encoding="utf-8", newline="") as file,
+    ):
         file.write(
             as_csv(rows, k)
             if out.suffix == ".csv"
@@ -121,7 +124,7 @@ def main(args):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="rows of prompt and responses")
     add("--out", type=Path, help="FILE.jsonl or FILE.csv (default: beside FILE, -scores.jsonl)")
@@ -133,4 +136,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -26,8 +26,8 @@ setup(
     version="0.1.0",
     description="Pairwise calibrated reward ensembles",
     python_requires=">=3.11",
-    packages=["pairwise"],
-    package_data={"pairwise": ["*.pyi"]},
+    packages=["pairwise", "pairwise.prepare", "pairwise.scale"],
+    package_data={"pairwise": ["*.pyi", "*.jinja"]},
     ext_modules=[evaluator],
     install_requires=[],  # requirements.txt pins everything
 )

@@ -22,37 +22,11 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from transformers import AutoConfig
 
-from pairwise import adapter, parallel, plan, training
+from pairwise import cli, data, run_dir, training
 from pairwise import reward_model as rm
-from pairwise.checkpoint import Checkpoints
-from pairwise.offload import MAX_PRECONDITION_DIM, names_memory_flags
-from pairwise.run_dir import (
-    InputError,
-    Parser,
-    begin_stage,
-    data_hashes,
-    end_stage,
-    hash_file,
-    import_evaluator,
-    made_otherwise,
-    member_name,
-    members,
-    must_agree,
-    natural,
-    positive,
-    read_continuations,
-    read_json,
-    read_rewards,
-    read_splits,
-    read_weights,
-    replacing,
-    reward_path,
-    run_main,
-    share,
-    stage_done,
-    write_array,
-    write_json,
-)
+from pairwise.scale import adapter, budget, parallel
+from pairwise.scale.checkpoint import Checkpoints
+from pairwise.scale.offload import MAX_PRECONDITION_DIM, names_memory_flags
 
 # ---- the method
 
@@ -74,7 +48,7 @@ def target_of(name, p, rewards, alpha, a, b):
     if not len(alpha):
         return p
     votes = (
-        import_evaluator().votes(rewards, a, b) / 2
+        cli.import_evaluator().votes(rewards, a, b) / 2
     )  # V_i, (j-1, N): 1, 0, or 1/2 on an exact tie
     p_hat = alpha @ votes  # section 2
     return TARGETS[name][1](p, p_hat, len(alpha) + 1)  # eps_j = p - p_hat is in there
@@ -115,11 +89,14 @@ def margin_of(split, source):
 def score_continuations(args, j, model, tokenizer, texts, inputs):
     """Write rewards/0j_continuations.npy, float32 (prompts, n): a stage of its own, so that continuations may come later."""
     run, messages, responses = args.run, texts["messages"], texts["texts"]
-    stage, path = f"{member_name(j)}_continuations", reward_path(run, j, "continuations")
-    inputs = inputs | {"continuations.parquet": hash_file(run / "continuations.parquet")}
-    if parallel.of_first(lambda: stage_done(run, stage, {}, inputs, [path])):
+    stage, path = (
+        f"{run_dir.member_name(j)}_continuations",
+        run_dir.reward_path(run, j, "continuations"),
+    )
+    inputs = inputs | {"continuations.parquet": run_dir.hash_file(run / "continuations.parquet")}
+    if parallel.of_first(lambda: run_dir.stage_done(run, stage, {}, inputs, [path])):
         return
-    started = parallel.of_first(lambda: begin_stage(run, stage, {}, inputs))
+    started = parallel.of_first(lambda: run_dir.begin_stage(run, stage, {}, inputs))
     if args.train == "head":
         asked = {name: inputs[name] for name in inputs if not name.startswith("rewards")}
         features = training.ask_features(
@@ -129,7 +106,9 @@ def score_continuations(args, j, model, tokenizer, texts, inputs):
             tokenizer,
             asked,
         )["continuations"]
-        rewards = rm.score_features(torch.from_numpy(features), rm.load_head(run / member_name(j)))
+        rewards = rm.score_features(
+            torch.from_numpy(features), rm.load_head(run / run_dir.member_name(j))
+        )
     else:
         model = model or rm.load_member(
             run, j, args.base, tokenizer, getattr(torch, args.dtype), args.device
@@ -139,8 +118,8 @@ def score_continuations(args, j, model, tokenizer, texts, inputs):
             model, sequences, args.micro_batch_tokens, f"member {j}, continuations"
         )
     if parallel.rank() == 0:
-        write_array(path, rewards.reshape(len(messages), -1))
-        end_stage(run, stage, {}, inputs, started)
+        run_dir.write_array(path, rewards.reshape(len(messages), -1))
+        run_dir.end_stage(run, stage, {}, inputs, started)
 
 
 def export(args):
@@ -148,14 +127,14 @@ def export(args):
 
     The adapter stays in a directory of its own: transformers would put one that lies beside the merged weights on top of them.
     """
-    directory = args.run / member_name(args.export)
+    directory = args.run / run_dir.member_name(args.export)
     if directory.is_symlink():
-        raise InputError(
+        raise cli.InputError(
             f"{directory}: a link to the run that this one was pruned from found; --export with --run of that one"
         )
     kept = [name for name in ("head.safetensors", "adapter") if (directory / name).exists()]
     if not kept or (directory / "model.safetensors").exists():
-        raise InputError(
+        raise cli.InputError(
             f"{directory}: "
             + (
                 "already a plain directory"
@@ -163,9 +142,11 @@ def export(args):
                 else "no such member"
             )
             + "; train_joint.py --export writes those of a joint run"
-            * (made_otherwise(args.run) == "joint")
+            * (run_dir.made_otherwise(args.run) == "joint")
         )
-    entry = read_json(args.run / "manifest.json")["stages"][member_name(args.export)]
+    entry = run_dir.read_json(args.run / "manifest.json")["stages"][
+        run_dir.member_name(args.export)
+    ]
     rm.check_base(entry, args.base, args.chat_template)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     model = rm.load_member(
@@ -195,34 +176,34 @@ def adopt(args):
         args.iteration,
         {"train": "from", "dtype": args.dtype, "max_length": args.max_length},
     )
-    splits, _ = read_splits(run)
+    splits, _ = data.read_splits(run)
     if (
         j > 1
-        and read_json(run / "manifest.json")["stages"]
-        .get(member_name(1), {"settings": {}})["settings"]
+        and run_dir.read_json(run / "manifest.json")["stages"]
+        .get(run_dir.member_name(1), {"settings": {}})["settings"]
         .get("train")
         != "from"
     ):
-        raise InputError(
+        raise cli.InputError(
             f"{run}: member 1 is not one of --from; a run is of existing models, the first with --iteration 1, or of trained ones"
         )
     tokenizer = rm.load_tokenizer(args.base, args.chat_template, "--from")
     inputs, texts = (
-        data_hashes(run) | rm.base_hashes(args.base, args.chat_template),
-        read_continuations(run),
+        data.hashes(run) | rm.base_hashes(args.base, args.chat_template),
+        run_dir.read_continuations(run),
     )
-    model, directory = None, run / member_name(j)
-    if stage_done(
+    model, directory = None, run / run_dir.member_name(j)
+    if run_dir.stage_done(
         run,
-        member_name(j),
+        run_dir.member_name(j),
         settings,
         inputs,
-        [directory, *(reward_path(run, j, name) for name in splits)],
+        [directory, *(run_dir.reward_path(run, j, name) for name in splits)],
     ):
         print(f"member {j}: {directory} is there, skipped")
     else:
         model = rm.load_reward_model(args.base, tokenizer, getattr(torch, args.dtype), args.device)
-        started = begin_stage(run, member_name(j), settings, inputs)
+        started = run_dir.begin_stage(run, run_dir.member_name(j), settings, inputs)
         scores = {
             name: rm.score_sequences(
                 model,
@@ -234,12 +215,12 @@ def adopt(args):
         }
         for name, values in scores.items():
             if not np.isfinite(values).all():
-                raise InputError(
+                raise cli.InputError(
                     f"--from {args.base}: rewards of {name} are not finite; --dtype float32 may help"
                 )
         for name, values in scores.items():
-            write_array(reward_path(run, j, name), values)
-        with replacing(directory) as partial:
+            run_dir.write_array(run_dir.reward_path(run, j, name), values)
+        with run_dir.replacing(directory) as partial:
             partial.mkdir()
             place = str(Path(args.base).resolve()) if Path(args.base).is_dir() else args.base
             source = {
@@ -248,12 +229,12 @@ def adopt(args):
                 "dtype": args.dtype,
                 "max_length": args.max_length,
             }
-            write_json(partial / "source.json", source)
+            run_dir.write_json(partial / "source.json", source)
             if args.chat_template:
                 shutil.copy(args.chat_template, partial / "chat_template.jinja")
-        end_stage(
+        run_dir.end_stage(
             run,
-            member_name(j),
+            run_dir.member_name(j),
             settings,
             inputs,
             started,
@@ -272,63 +253,66 @@ def adopt(args):
 def main(args):
     run, j, first = args.run, args.iteration, parallel.rank() == 0
     if parallel.count() > 1 and (args.train in ("head", "from") or args.export or args.plan):
-        raise InputError(
+        raise cli.InputError(
             f"{parallel.count()} processes found, 1 expected: --train head, --from, --export, --plan share no work; leave torchrun out"
         )
     if args.plan:
-        return plan.show(args, training.parameter_groups)
+        return budget.show(args, training.parameter_groups)
     training.settle(args)
     if args.export:
         return export(args)
-    if made := made_otherwise(run):
-        raise InputError(
+    if made := run_dir.made_otherwise(run):
+        raise cli.InputError(
             f"{run}: a {made} run found, whose members are complete; a run of this script's own, or a new one, expected"
         )
     if args.train == "from":
         return adopt(args)
 
     # The data and the ensemble so far, before the base model is looked for.
-    splits, _ = read_splits(run)
-    data = splits["train"]
-    if args.margin_from == "judgments" and data.judgments is None:
-        raise InputError(
-            f"{run / 'data' / 'train.parquet'}: no column judgments found for --margin-from; data_prep/synthetic_judgments.py makes it"
+    splits, _ = data.read_splits(run)
+    train = splits["train"]
+    if args.margin_from == "judgments" and train.judgments is None:
+        raise cli.InputError(
+            f"{run / 'data' / 'train.parquet'}: no column judgments found for --margin-from; extras/synthetic_judgments.py makes it"
         )
-    tied = (data.votes_a == data.votes_b) & LOSSES[args.loss][2]
-    alpha = read_weights(run, j - 1) if j > 1 else np.zeros(0)
-    rewards = read_rewards(run, "train", j - 1, (data.response_start[-1],))
+    tied = (train.votes_a == train.votes_b) & LOSSES[args.loss][2]
+    alpha = run_dir.read_weights(run, j - 1) if j > 1 else np.zeros(0)
+    rewards = run_dir.read_rewards(run, "train", j - 1, (train.response_start[-1],))
     targets = (
-        target_of(args.target, data.p, rewards, alpha, data.a, data.b),
-        margin_of(data, args.margin_from),
+        target_of(args.target, train.p, rewards, alpha, train.a, train.b),
+        margin_of(train, args.margin_from),
     )
 
     def loss(reward_a, reward_b, t, m, done):
         return LOSSES[args.loss][1](reward_a - reward_b, t, m).sum()
 
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    inputs = data_hashes(run) | rm.base_hashes(args.base, args.chat_template)
+    inputs = data.hashes(run) | rm.base_hashes(args.base, args.chat_template)
     ensemble = {
-        f"rewards of member {i}": hash_file(reward_path(run, i, "train")) for i in range(1, j)
+        f"rewards of member {i}": run_dir.hash_file(run_dir.reward_path(run, i, "train"))
+        for i in range(1, j)
     }
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     if j > 1:
-        must_agree(
-            run, member_name(1), settings, inputs
+        run_dir.must_agree(
+            run, run_dir.member_name(1), settings, inputs
         )  # the members of a run differ in their residual only
     outputs = [
-        run / member_name(j),
+        run / run_dir.member_name(j),
         run / "logs" / f"{j:02d}.jsonl",
-        *(reward_path(run, j, name) for name in splits),
+        *(run_dir.reward_path(run, j, name) for name in splits),
     ]
-    texts, model = read_continuations(run), None
+    texts, model = run_dir.read_continuations(run), None
     checkpoints = Checkpoints(run, j, settings, inputs | ensemble, args.checkpoint_minutes)
     if parallel.of_first(
-        lambda: stage_done(run, member_name(j), settings, inputs | ensemble, outputs)
+        lambda: run_dir.stage_done(
+            run, run_dir.member_name(j), settings, inputs | ensemble, outputs
+        )
     ):
-        print(f"member {j}: {run / member_name(j)} is there, skipped")
+        print(f"member {j}: {run / run_dir.member_name(j)} is there, skipped")
     else:
         started = parallel.of_first(
-            lambda: begin_stage(run, member_name(j), settings, inputs | ensemble)
+            lambda: run_dir.begin_stage(run, run_dir.member_name(j), settings, inputs | ensemble)
         )
         torch.manual_seed(args.seed)
         head_seed, order_seed, adapter_seed = (
@@ -339,7 +323,7 @@ def main(args):
             checkpoints.finished
         )  # by a call that was killed while it scored
         written = (
-            replacing(run / "logs" / f"{j:02d}.jsonl")
+            run_dir.replacing(run / "logs" / f"{j:02d}.jsonl")
             if first and not trained
             else contextlib.nullcontext(os.devnull)
         )
@@ -352,13 +336,13 @@ def main(args):
                     tokenizer,
                     inputs,
                 )
-                keep = (found["train"][data.a] != found["train"][data.b]).any(1)
+                keep = (found["train"][train.a] != found["train"][train.b]).any(1)
                 weight = torch.nn.Parameter(
                     torch.empty(1, found["train"].shape[1], device=args.device)
                 )
                 rm.draw_head(weight, AutoConfig.from_pretrained(args.base), head_seed)
                 training.train_head(
-                    args, weight, data, found["train"], targets, loss, keep & ~tied, rng, log
+                    args, weight, train, found["train"], targets, loss, keep & ~tied, rng, log
                 )
             else:
                 sequences = {
@@ -366,7 +350,10 @@ def main(args):
                     for name, s in splits.items()
                 }
                 keep = np.array(
-                    [sequences["train"][a] != sequences["train"][b] for a, b in zip(data.a, data.b)]
+                    [
+                        sequences["train"][a] != sequences["train"][b]
+                        for a, b in zip(train.a, train.b)
+                    ]
                 )
                 dtype = getattr(torch, args.dtype)
                 if trained:
@@ -380,7 +367,7 @@ def main(args):
                     training.train_full(
                         args,
                         model,
-                        data,
+                        train,
                         sequences["train"],
                         targets,
                         loss,
@@ -390,7 +377,7 @@ def main(args):
                         checkpoints,
                     )
         if first and not trained:
-            with replacing(run / member_name(j)) as partial:
+            with run_dir.replacing(run / run_dir.member_name(j)) as partial:
                 if args.train == "head":
                     rm.save_head(weight, partial)
                 elif args.train == "lora":
@@ -411,10 +398,10 @@ def main(args):
         for name, values in scores.items():
             if not np.isfinite(values).all():
                 if first:
-                    shutil.rmtree(run / member_name(j))
+                    shutil.rmtree(run / run_dir.member_name(j))
                     outputs[1].unlink(missing_ok=True)
                     checkpoints.remove()
-                raise InputError(
+                raise cli.InputError(
                     f"member {j}: rewards of {name} are not finite after the last step; a lower --lr may help"
                 )
         counts = {"identical_pairs": int((~keep).sum())}
@@ -426,15 +413,15 @@ def main(args):
             said += f", {counts['tied_pairs']:,} dropped, their votes tie"
         if args.margin_from == "judgments":
             counts["pairs_without_judgment"] = int(
-                (keep & ~tied & (data.judgments.sum(1) == 0)).sum()
+                (keep & ~tied & (train.judgments.sum(1) == 0)).sum()
             )
             said += f", {counts['pairs_without_judgment']:,} trained on without a judgment, m = 0"
         if first:
             for name, values in scores.items():
-                write_array(reward_path(run, j, name), values)
-            end_stage(
+                run_dir.write_array(run_dir.reward_path(run, j, name), values)
+            run_dir.end_stage(
                 run,
-                member_name(j),
+                run_dir.member_name(j),
                 settings,
                 inputs | ensemble,
                 started,
@@ -462,15 +449,17 @@ SETTINGS = "train", "loss", "margin_from", "target", "lora_rank", "lora_alpha", 
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     # what
     add("--run", type=Path, help="run directory with data/; --plan does without")
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--iteration", type=members, metavar="J", help="train member J, 1 to 99")
+    task.add_argument(
+        "--iteration", type=cli.member_number, metavar="J", help="train member J, 1 to 99"
+    )
     task.add_argument(
         "--export",
-        type=natural,
+        type=cli.natural,
         metavar="J",
         help="train nothing: make the directory of member J of a head or lora run a plain one",
     )
@@ -500,12 +489,12 @@ def parse_args(argv=None):
     )
     add(
         "--lora-rank",
-        type=natural,
+        type=cli.natural,
         help="of the adapters on every linear layer of the base (default 16)",
     )
     add(
         "--lora-alpha",
-        type=positive,
+        type=cli.positive,
         help="they are scaled by alpha / rank (default: twice the rank, so that another rank keeps the scale)",
     )
     add(
@@ -519,7 +508,7 @@ def parse_args(argv=None):
         "--margin-from",
         choices=("votes", "judgments"),
         help="what m of --loss margin is, |2p - 1|, comes from: the votes (default), or the column "
-        "judgments, made by data_prep/synthetic_judgments.py; the winner is always the votes'",
+        "judgments, made by extras/synthetic_judgments.py; the winner is always the votes'",
     )
     add(
         "--target",
@@ -529,22 +518,24 @@ def parse_args(argv=None):
     )
     training.add_flags(parser)
     # the plan alone
-    add("--members", type=natural, default=8, metavar="K", help="--plan: reward models to train")
+    add(
+        "--members", type=cli.natural, default=8, metavar="K", help="--plan: reward models to train"
+    )
     add(
         "--gpu-gb",
-        type=positive,
+        type=cli.positive,
         default=80,
         help="--plan: memory of the card, in units of 10^9 bytes as on its label",
     )
     add(
         "--tflops",
-        type=positive,
+        type=cli.positive,
         default=790,
         help="--plan: BF16 TFLOP/s that large matrix products reach on the card (assumed: 790)",
     )
     add(
         "--utilisation",
-        type=share,
+        type=cli.fraction,
         default=0.4,
         help="--plan: share of --tflops that training reaches",
     )
@@ -582,4 +573,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -32,18 +32,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import kendalltau
 
-from pairwise import prompts
-from pairwise.run_dir import (
-    REPOSITORY,
-    InputError,
-    Parser,
-    import_evaluator,
-    read_splits,
-    reward_path,
-    run_main,
-    write_array,
-    write_json,
-)
+from pairwise import cli, data, run_dir
+from pairwise.prepare import prompts
 
 try:
     import pandas as pd
@@ -56,8 +46,8 @@ except ImportError as error:
     )
     sys.exit(2)
 
-evaluator = import_evaluator()
-sys.path.insert(0, str(REPOSITORY))  # evaluate.py's own bootstrap is what is timed
+evaluator = cli.import_evaluator()
+sys.path.insert(0, str(cli.REPOSITORY))  # evaluate.py's own bootstrap is what is timed
 from evaluate import resampled
 
 K, RESAMPLES, BLOCK, OURS = 8, 10_000, 2**14, "this repository"
@@ -424,15 +414,15 @@ def comparisons(rng):
 
 def program(name, run):
     """Run a script of the repository on a run directory."""
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), ENVIRONMENT.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(cli.REPOSITORY), ENVIRONMENT.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, REPOSITORY / name, "--run", run],
+        [sys.executable, cli.REPOSITORY / name, "--run", run],
         capture_output=True,
         text=True,
         env=ENVIRONMENT | {"PYTHONPATH": path},
     )
     if done.returncode:
-        raise InputError(f"{name} failed: {done.stderr.strip()}")
+        raise cli.InputError(f"{name} failed: {done.stderr.strip()}")
 
 
 def evaluate():
@@ -450,11 +440,12 @@ def evaluate():
             prompts.prepare(args, "made", lambda: comparisons(rng), "sampled", {}, {})
         shutil.copytree(made, run)  # this process keeps the one it made locked
         shapes = {
-            name: (int(split.response_start[-1]),) for name, split in read_splits(run)[0].items()
+            name: (int(split.response_start[-1]),)
+            for name, split in data.read_splits(run)[0].items()
         } | {"continuations": (50, 100)}
         for name, shape in shapes.items():
             for j, rewards in enumerate(draw(rng, shape), 1):
-                write_array(reward_path(run, j, name), rewards)
+                run_dir.write_array(run_dir.reward_path(run, j, name), rewards)
         program("fit_weights.py", run)
         rows = race({OURS: call}, 3)
         assert (run / "report.html").exists() and (run / "figures" / "kendall.png").exists()
@@ -538,15 +529,15 @@ def main(args):
         for part in found["parts"][name]:
             print(f"\n{table(part)}", flush=True)
     if args.json:
-        write_json(args.json, found)
+        run_dir.write_json(args.json, found)
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -37,9 +37,9 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_rm
-from pairwise import packed, training
+from pairwise import cli, run_dir, training
 from pairwise import reward_model as rm
-from pairwise.run_dir import Parser, natural, run_main, write_json
+from pairwise.scale import packed
 
 VOCABULARY, PAD = 2000, 0
 SMALL = {
@@ -448,41 +448,48 @@ def main(args):
         with tempfile.TemporaryDirectory() as directory:
             result["tables"] = [compare(kind, args, Path(directory)) for kind in KINDS]
     if args.json:
-        write_json(args.json, result)
+        run_dir.write_json(args.json, result)
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--json", type=Path, help="write everything measured here")
-    add("--rounds", type=natural, default=5, help="turns that count")
+    add("--rounds", type=cli.natural, default=5, help="turns that count")
     add(
         "--steps",
-        type=natural,
+        type=cli.natural,
         default=2,
         help="optimizer steps a turn (8 responses: half as many)",
     )
-    add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
+    add("--threads", type=cli.natural, default=os.cpu_count(), help="CPU threads (default: all)")
     add(
         "--micro-batch-tokens",
-        type=natural,
+        type=cli.natural,
         nargs="+",
         default=[1024, 4096],
         help="of ours, tokens run in one forward pass: the best is taken (--card: the last)",
     )
     add("--card", action="store_true", help="8B parameters on one card instead of the comparison")
     add("--device", type=rm.device, default="cpu", help="of --card")
-    add("--layers", type=natural, default=32, help="of --card: fewer for a smaller card")
+    add("--layers", type=cli.natural, default=32, help="of --card: fewer for a smaller card")
     add(
         "--shrink",
-        type=natural,
+        type=cli.natural,
         default=1,
         help="of --card: divide the width, to try it without a card",
     )
-    add("--precondition-frequency", type=natural, default=5, help="of --card: as in train_rm.py")
-    add("--max-precondition-dim", type=natural, default=4096, help="of --card: as in train_rm.py")
+    add(
+        "--precondition-frequency", type=cli.natural, default=5, help="of --card: as in train_rm.py"
+    )
+    add(
+        "--max-precondition-dim",
+        type=cli.natural,
+        default=4096,
+        help="of --card: as in train_rm.py",
+    )
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

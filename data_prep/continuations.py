@@ -22,26 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pairwise import sampling
+from pairwise import cli, data, run_dir, sampling
 from pairwise.reward_model import (
     add_flags,
     base_hashes,
     encode,
     load_language_model,
     load_tokenizer,
-)
-from pairwise.run_dir import (
-    InputError,
-    Parser,
-    begin_stage,
-    data_hashes,
-    end_stage,
-    hash_file,
-    natural,
-    read_split,
-    remembered_rows,
-    run_main,
-    stage_done,
 )
 from pairwise.sampling import room, sample
 
@@ -50,11 +37,11 @@ def held_out_prompts(run):
     """(prompt_ids, messages, what they are) of the prompts to choose from."""
     path = run / "prompts.parquet"
     if not path.exists():
-        test = read_split(run, "test")
+        test = data.read_split(run, "test")
         return test.prompt_id, test.messages, "test prompts"
     table = pq.read_table(path)
     if not table.num_rows:
-        raise InputError(f"{path}: no prompt found, at least 1 expected")
+        raise cli.InputError(f"{path}: no prompt found, at least 1 expected")
     return (
         table["prompt_id"].to_pylist(),
         table["messages"].to_pylist(),
@@ -75,11 +62,11 @@ def main(args):
         for name in ("prompts", "count", "temperature", "top_p", "max_tokens", "seed")
     }
     tokenizer = load_tokenizer(args.base, args.chat_template)
-    inputs = data_hashes(run) | base_hashes(args.base, args.chat_template)
+    inputs = data.hashes(run) | base_hashes(args.base, args.chat_template)
     if (run / "prompts.parquet").exists():
-        inputs["prompts.parquet"] = hash_file(run / "prompts.parquet")
+        inputs["prompts.parquet"] = run_dir.hash_file(run / "prompts.parquet")
     path = run / "continuations.parquet"
-    if stage_done(run, "continuations", settings, inputs, [path]):
+    if run_dir.stage_done(run, "continuations", settings, inputs, [path]):
         print(f"continuations: {path} is there, skipped")
         return
     torch.set_num_threads(args.threads)
@@ -94,7 +81,7 @@ def main(args):
         room(model, ids, args.max_tokens, f"prompt {prompt_id[number]}")
         for number, ids in zip(chosen, encoded)
     ]
-    started = begin_stage(run, "continuations", settings, inputs)
+    started = run_dir.begin_stage(run, "continuations", settings, inputs)
 
     def row(i):
         """A prompt's continuations; its own seed, so that it does not matter where a killed call went on."""
@@ -113,8 +100,8 @@ def main(args):
     def write(partial, rows):
         pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
 
-    rows = remembered_rows(path, settings | inputs, prompts, row, "continuations", write)
-    end_stage(run, "continuations", settings, inputs, started, threads=args.threads)
+    rows = run_dir.remembered_rows(path, settings | inputs, prompts, row, "continuations", write)
+    run_dir.end_stage(run, "continuations", settings, inputs, started, threads=args.threads)
     again = sum(args.count - len(set(row["texts"])) for row in rows)
     print(
         f"continuations: {args.count} for each of {prompts} {which}; {again:,} of {args.count * prompts:,} repeat another of the same prompt"
@@ -122,7 +109,7 @@ def main(args):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--run", required=True, type=Path, help="run directory with data/")
     add("--base", required=True, help="base model: hub id or transformers directory")
@@ -130,13 +117,13 @@ def parse_args(argv=None):
     sampling.add_flags(parser, 1.0, 256)
     add(
         "--prompts",
-        type=natural,
+        type=cli.natural,
         default=50,
         help="prompts, drawn by the seed; all where there are fewer",
     )
-    add("--count", type=natural, default=100, help="continuations of each")
+    add("--count", type=cli.natural, default=100, help="continuations of each")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

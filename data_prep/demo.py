@@ -18,18 +18,8 @@ import time
 
 import numpy as np
 
-from pairwise.prompts import Comparison, add_arguments, prepare
-from pairwise.run_dir import (
-    Parser,
-    begin_stage,
-    data_hashes,
-    end_stage,
-    natural,
-    read_split,
-    replacing,
-    run_main,
-    stage_done,
-)
+from pairwise import cli, data, run_dir
+from pairwise.prepare.prompts import Comparison, add_arguments, prepare
 
 # ---- text: every attribute shows in a few regular words
 
@@ -350,43 +340,43 @@ def main(args):
     )
 
     settings = {"seed": args.seed, "texts": args.texts}
-    inputs = data_hashes(run)
-    if stage_done(run, "base", settings, inputs, [run / "base"]):
+    inputs = data.hashes(run)
+    if run_dir.stage_done(run, "base", settings, inputs, [run / "base"]):
         print(f"base: {run / 'base'} is there, skipped")
         return
-    started = begin_stage(run, "base", settings, inputs)
+    started = run_dir.begin_stage(run, "base", settings, inputs)
     torch.set_num_threads(args.threads)
     chats = list(
         pretraining_chats(
-            read_split(run, "train"), args.texts, np.random.default_rng([args.seed, 2])
+            data.read_split(run, "train"), args.texts, np.random.default_rng([args.seed, 2])
         )
     )
     model, tokenizer = pretrain(chats, args.seed)
-    with replacing(run / "base") as partial:
+    with run_dir.replacing(run / "base") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    end_stage(run, "base", settings, inputs, started, threads=args.threads)
+    run_dir.end_stage(run, "base", settings, inputs, started, threads=args.threads)
     print(
         f"base: {sum(p.numel() for p in model.parameters()):,} parameters, trained on {args.texts:,} texts in {time.time() - started:.0f} s"
     )
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add_arguments(parser, test_share=0.2, valid_share=0.1)
     parser.add_argument(
-        "--prompts", type=natural, default=500, help="prompts of the population's data set"
+        "--prompts", type=cli.natural, default=500, help="prompts of the population's data set"
     )
     parser.add_argument(
         "--responses",
-        type=natural,
+        type=cli.natural,
         default=6,
         help="responses per prompt, all pairs of them voted on",
     )
     parser.add_argument(
-        "--texts", type=natural, default=7000, help="texts that the base model reads, once"
+        "--texts", type=cli.natural, default=7000, help="texts that the base model reads, once"
     )
-    parser.add_argument("--threads", type=natural, default=2, help="CPU threads")
+    parser.add_argument("--threads", type=cli.natural, default=2, help="CPU threads")
     args = parser.parse_args(argv)
     if args.prompts > len(PROMPTS):
         parser.error(
@@ -398,4 +388,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

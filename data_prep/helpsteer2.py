@@ -20,10 +20,10 @@ written with <extra_id_1>, become chat messages.
 import re
 from itertools import product
 
-from pairwise.prompts import IN_N, Comparison
-from pairwise.published import Published, parser, prepare_published
+from pairwise import cli
+from pairwise.prepare.prompts import IN_N, Comparison
+from pairwise.prepare.published import Published, parser, prepare_published
 from pairwise.rows import list_of, one_of, string, wrong
-from pairwise.run_dir import run_main
 
 HUB, STRENGTHS = "nvidia/HelpSteer2", (-100, *range(-3, 4))
 RATINGS = Published(
@@ -176,4 +176,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

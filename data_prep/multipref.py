@@ -10,10 +10,10 @@ The paper excludes "annotations indicating ties" and reports p in {.25, .5, .75,
 counts in n. The default leaves them out of votes and n; "--ties in n" in the printed comparison is the other reading (without pairs of ties alone).
 """
 
-from pairwise.prompts import IN_N, Comparison
-from pairwise.published import Published, parser, prepare_published
+from pairwise import cli
+from pairwise.prepare.prompts import IN_N, Comparison
+from pairwise.prepare.published import Published, parser, prepare_published
 from pairwise.rows import list_of, one_of, string, text
-from pairwise.run_dir import run_main
 
 VOTE = {
     "A-is-clearly-better": "a",
@@ -76,4 +76,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

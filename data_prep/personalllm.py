@@ -13,10 +13,10 @@ beaver_7b is a cost model, for which lower should be better; the published score
 
 from itertools import combinations
 
-from pairwise.prompts import Comparison
-from pairwise.published import Published, parser, prepare_published
+from pairwise import cli
+from pairwise.prepare.prompts import Comparison
+from pairwise.prepare.published import Published, parser, prepare_published
 from pairwise.rows import string, wrong
-from pairwise.run_dir import run_main
 
 ANNOTATORS = (
     "gemma_2b",
@@ -119,4 +119,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

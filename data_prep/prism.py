@@ -17,21 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pairwise.published import Published, Source, add_source_arguments
+from pairwise import cli, data, run_dir
+from pairwise.prepare.published import Published, Source, add_source_arguments
 from pairwise.rows import one_of, string, text
-from pairwise.run_dir import (
-    InputError,
-    Parser,
-    begin_stage,
-    data_hashes,
-    end_stage,
-    natural,
-    read_split,
-    replacing,
-    run_main,
-    seed,
-    stage_done,
-)
 
 TYPES = ("unguided", "values guided", "controversy guided")
 DATA = Published(
@@ -73,12 +61,12 @@ def opening_prompts(rows):
 
 
 def main(args):
-    run, train = args.run, read_split(args.run, "train")
+    run, train = args.run, data.read_split(args.run, "train")
     source = Source(
         args, DATA, "--prism-source" if os.environ.get("PAIRWISE_COMMAND") else "--source"
     )
-    settings, inputs = {"count": args.count, "seed": args.seed}, data_hashes(run) | source.inputs
-    if stage_done(run, "prompts", settings, inputs, [run / "prompts.parquet"]):
+    settings, inputs = {"count": args.count, "seed": args.seed}, data.hashes(run) | source.inputs
+    if run_dir.stage_done(run, "prompts", settings, inputs, [run / "prompts.parquet"]):
         print(f"prompts: {run / 'prompts.parquet'} is there, skipped")
         return
     trained = {messages[0]["content"].strip() for messages in train.messages if len(messages) == 1}
@@ -88,7 +76,7 @@ def main(args):
         if prompt not in trained
     }
     if not prompts:
-        raise InputError(
+        raise cli.InputError(
             f"{DATA.hub}: no English prompt of a values guided or controversy guided conversation found, {args.count} expected"
         )
     if len(prompts) < args.count:
@@ -99,21 +87,21 @@ def main(args):
         {"prompt_id": name, "messages": [{"role": "user", "content": prompt}]}
         for prompt, name in (listed[i] for i in sorted(order))
     ]
-    started = begin_stage(run, "prompts", settings, inputs)
-    with replacing(run / "prompts.parquet") as partial:
+    started = run_dir.begin_stage(run, "prompts", settings, inputs)
+    with run_dir.replacing(run / "prompts.parquet") as partial:
         pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
-    end_stage(run, "prompts", settings, inputs, started, source=source.facts)
+    run_dir.end_stage(run, "prompts", settings, inputs, started, source=source.facts)
     print(f"prompts: {len(rows)} of {len(prompts):,} English prompts on values or a controversy")
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--run", required=True, type=Path, help="run directory with data/")
     add_source_arguments(parser)
-    parser.add_argument("--count", type=natural, default=50, help="prompts")
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--count", type=cli.natural, default=50, help="prompts")
+    parser.add_argument("--seed", type=cli.seed, default=0)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -10,10 +10,10 @@ Most comparisons have one label; the paper keeps those with two or more. Some va
 Reddit post (or article)" under the name Reddit TL;DR, so they are left out unless --cnndm keep.
 """
 
-from pairwise.prompts import Comparison
-from pairwise.published import Published, parser, prepare_published
+from pairwise import cli
+from pairwise.prepare.prompts import Comparison
+from pairwise.prepare.published import Published, parser, prepare_published
 from pairwise.rows import list_of, one_of, string, wrong
-from pairwise.run_dir import run_main
 
 CNNDM = ("batch0_cnndm", "cnndm0", "cnndm2")
 BATCHES = (*(f"batch{i}" for i in range(3, 23)), "edit_b2_eval_test", *CNNDM)
@@ -90,4 +90,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -22,9 +22,9 @@ empty cell means missing, and messages and categories are written as JSON. A lin
 import json
 from pathlib import Path
 
-from pairwise.prompts import VOTES, Comparison, add_arguments, prepare
+from pairwise import cli, run_dir
+from pairwise.prepare.prompts import VOTES, Comparison, add_arguments, prepare
 from pairwise.rows import kind, messages, read_rows, text, wrong
-from pairwise.run_dir import InputError, Parser, hash_file, run_main
 
 HALVES = (
     lambda x: 0 <= x < 2**52 and 2 * x % 1 == 0,
@@ -116,7 +116,7 @@ FORMS = {  # name: (the fields that tell it, its reader)
 def form_of(where, row):
     found = [name for name, (fields, _) in FORMS.items() if fields & row.keys()]
     if len(found) != 1:
-        raise InputError(
+        raise cli.InputError(
             f"{where}: {' beside '.join(found) or 'no votes'} found, one of these expected: {'; '.join(FORMS)}"
         )
     return found[0]
@@ -155,21 +155,21 @@ def comparisons(path):
         first = first or traits
         for name in traits:
             if traits[name] != first[name]:
-                raise InputError(
+                raise cli.InputError(
                     f"{where}: {name}: {traits[name]} found, {first[name]} in the first row; all rows alike expected"
                 )
         home = homes.setdefault(made.prompt_id or json.dumps(made.messages), made.split)
         if home != made.split:
-            raise InputError(
+            raise cli.InputError(
                 f"{where}: split {made.split!r} found, {home!r} before for the same prompt; a prompt is in one split"
             )
         yield made
     if first is None:
-        raise InputError(f"{path}: no row found, at least one comparison expected")
+        raise cli.InputError(f"{path}: no row found, at least one comparison expected")
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--source", required=True, type=Path, help="the file of comparisons")
     parser.add_argument(
         "--votes",
@@ -184,11 +184,11 @@ def parse_args(argv=None):
 def main(args):
     try:
         name, _, _ = kind(args.source)
-        inputs = {"source": hash_file(args.source)}
+        inputs = {"source": run_dir.hash_file(args.source)}
     except OSError as error:
-        raise InputError(f"{args.source}: cannot be read ({error.strerror})") from None
+        raise cli.InputError(f"{args.source}: cannot be read ({error.strerror})") from None
     prepare(args, name, lambda: comparisons(args.source), args.votes, inputs, {})
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -23,18 +23,7 @@ sys.path[:0] = [
 import continuations
 import policy_pairs
 
-from pairwise import evaluator, ranking, reward_model
-from pairwise.run_dir import (
-    InputError,
-    Parser,
-    natural,
-    read_continuations,
-    read_json,
-    read_rewards,
-    read_split,
-    run_main,
-    seed,
-)
+from pairwise import cli, data, evaluator, ranking, reward_model, run_dir
 
 
 def train(args, j):
@@ -87,21 +76,21 @@ def main(args):
     torch.set_num_threads(args.threads)
     args.base = args.base or args.run / "base"
     texts, patterns = (
-        read_continuations(args.run),
-        read_json(args.run / "data" / "stats.json").get("attributes", ranking.ATTRIBUTES),
+        run_dir.read_continuations(args.run),
+        run_dir.read_json(args.run / "data" / "stats.json").get("attributes", ranking.ATTRIBUTES),
     )
-    test = read_split(args.run, "test")
+    test = data.read_split(args.run, "test")
     unseen = [
         messages
         for name, messages in zip(test.prompt_id, test.messages)
         if name not in set(texts["prompt_id"])
     ][: args.prompts]
     if len(unseen) < 2:
-        raise InputError(
+        raise cli.InputError(
             f"{args.run}: {len(unseen)} test prompts without continuations found, at least 2 expected"
         )
     counts = ranking.attribute_counts(texts["texts"], patterns)
-    rewards = read_rewards(args.run, "continuations", max(args.members), counts.shape[1:])[
+    rewards = run_dir.read_rewards(args.run, "continuations", max(args.members), counts.shape[1:])[
         [j - 1 for j in args.members]
     ]
     tau = np.nanmean(evaluator.kendall_tau(np.concatenate([rewards, counts])), 0)[
@@ -147,7 +136,7 @@ def main(args):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add(
         "--run",
@@ -155,24 +144,24 @@ def parse_args(argv=None):
         type=Path,
         help="a finished run directory with continuations of some of its test prompts",
     )
-    add("--members", type=natural, nargs="+", default=[1, 2])
+    add("--members", type=cli.natural, nargs="+", default=[1, 2])
     add("--out", required=True, type=Path, help="directory for the pairs and the policies")
     add("--base", help="base model (default: RUN/base)")
     add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
-    add("--prompts", type=natural, default=40, help="unseen test prompts, at most")
-    add("--count", type=natural, default=20, help="answers of each policy to each")
-    add("--max-tokens", type=natural, default=128, help="longest answer")
+    add("--prompts", type=cli.natural, default=40, help="unseen test prompts, at most")
+    add("--count", type=cli.natural, default=20, help="answers of each policy to each")
+    add("--max-tokens", type=cli.natural, default=128, help="longest answer")
     add(
         "--max-length",
-        type=natural,
+        type=cli.natural,
         default=2048,
         help="of a prompt with its answer, for the members",
     )
-    add("--seed", type=seed, default=0)
-    add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
+    add("--seed", type=cli.seed, default=0)
+    add("--threads", type=cli.natural, default=os.cpu_count(), help="CPU threads (default: all)")
     args, args.dpo = parser.parse_known_args(argv)
     return args
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

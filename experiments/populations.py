@@ -16,18 +16,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pairwise.run_dir import (
-    Parser,
-    begin_stage,
-    end_stage,
-    natural,
-    run_main,
-    seed,
-    stage_done,
-    write_array,
-    write_json,
-    write_split,
-)
+from pairwise import cli, data, run_dir
 
 PROMPTS = {"train": 300, "valid": 60, "test": 150}
 
@@ -94,35 +83,35 @@ def main(args):
         name: getattr(args, name)
         for name in ("population", "seed", "dimension", "responses", "votes", "voters")
     }
-    if stage_done(args.run, "data", settings, {}, [args.run / "data" / "test.parquet"]):
+    if run_dir.stage_done(args.run, "data", settings, {}, [args.run / "data" / "test.parquet"]):
         return
-    started = begin_stage(args.run, "data", settings, {})
+    started = run_dir.begin_stage(args.run, "data", settings, {})
     (args.run / "data").mkdir(exist_ok=True)
     for split, (rows, features) in population(
         args.population, args.seed, args.dimension, args.responses, args.votes, args.voters
     ).items():
-        write_split(args.run / "data" / f"{split}.parquet", rows)
-        write_array(args.run / "features" / f"{split}.npy", features)
-    write_json(
+        data.write_split(args.run / "data" / f"{split}.parquet", rows)
+        run_dir.write_array(args.run / "features" / f"{split}.npy", features)
+    run_dir.write_json(
         args.run / "data" / "stats.json",
         settings
         | {"dataset": f"{args.population} {args.seed}", "votes": "sampled", "ties": "drop"},
     )
-    end_stage(args.run, "data", settings, {}, started)
+    run_dir.end_stage(args.run, "data", settings, {}, started)
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--run", required=True, type=Path, help="the run directory to make")
     add("--population", choices=("clusters", "continuum", "camps", "single"), required=True)
-    add("--seed", type=seed, default=0, help="of the population, the responses and the votes")
-    add("--dimension", type=natural, default=16, help="of the features")
-    add("--responses", type=natural, default=4, help="a prompt; all their pairs are voted on")
-    add("--votes", type=natural, default=5, help="a pair, at least 2")
-    add("--voters", type=natural, default=200)
+    add("--seed", type=cli.seed, default=0, help="of the population, the responses and the votes")
+    add("--dimension", type=cli.natural, default=16, help="of the features")
+    add("--responses", type=cli.natural, default=4, help="a prompt; all their pairs are voted on")
+    add("--votes", type=cli.natural, default=5, help="a pair, at least 2")
+    add("--voters", type=cli.natural, default=200)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -11,21 +11,11 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
-
-from pairwise.run_dir import (
-    REPOSITORY,
-    Parser,
-    count_members,
-    natural,
-    read_rewards,
-    read_split,
-    read_weights,
-    run_main,
-    seed,
-)
 from respond import agreements, posterior
 
-spec = importlib.util.spec_from_file_location("demo", REPOSITORY / "data_prep" / "demo.py")
+from pairwise import cli, data, run_dir
+
+spec = importlib.util.spec_from_file_location("demo", cli.REPOSITORY / "data_prep" / "demo.py")
 demo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(demo)
 
@@ -78,11 +68,11 @@ def trials(rewards, alpha, shares, a, b, count, comparisons, rng):
 
 
 def main(args):
-    split, k = read_split(args.run, "test"), count_members(args.run)
-    alpha = read_weights(args.run, k)
+    split, k = data.read_split(args.run, "test"), run_dir.count_members(args.run)
+    alpha = run_dir.read_weights(args.run, k)
     shares = choice_shares(split)
     rewards, rng = (
-        read_rewards(args.run, "test", k, split.response_start[-1:]),
+        run_dir.read_rewards(args.run, "test", k, split.response_start[-1:]),
         np.random.default_rng(args.seed),
     )
     found = list(
@@ -110,14 +100,14 @@ def main(args):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--run", type=Path, default=Path("results/demo"), help="a run of the demo")
-    add("--trials", type=natural, default=100)
-    add("--comparisons", type=natural, default=10)
-    add("--seed", type=seed, default=0)
+    add("--trials", type=cli.natural, default=100)
+    add("--comparisons", type=cli.natural, default=10)
+    add("--seed", type=cli.seed, default=0)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

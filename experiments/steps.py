@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 import evaluate
 import fit_weights
 import train_rm
-from pairwise import training
-from pairwise.run_dir import Parser, natural, read_split, run_main, seed
+from pairwise import cli, data, training
 
 WHOLE, SHUFFLED = training.steps_of_prompts, training.steps_of_pairs
 
@@ -44,7 +44,7 @@ def whole(pair_start):
 
 
 def main(args):
-    base, pair_start = args.base or args.run / "base", read_split(args.run, "train").pair_start
+    base, pair_start = args.base or args.run / "base", data.read_split(args.run, "train").pair_start
     with open(args.out, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(
@@ -106,17 +106,23 @@ def main(args):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--run", required=True, type=Path, help="a finished run directory")
     add("--base", help="base model (default: RUN/base)")
-    add("--k", type=natural, default=4, help="members")
-    add("--seeds", type=seed, nargs="+", default=[0, 1, 2, 3, 4], help="of training; the data stay")
+    add("--k", type=cli.natural, default=4, help="members")
+    add(
+        "--seeds",
+        type=cli.seed,
+        nargs="+",
+        default=[0, 1, 2, 3, 4],
+        help="of training; the data stay",
+    )
     add("--out", type=Path, required=True, help="FILE.csv")
-    add("--threads", type=natural, default=os.cpu_count(), help="CPU threads (default: all)")
+    add("--threads", type=cli.natural, default=os.cpu_count(), help="CPU threads (default: all)")
     args, args.training = parser.parse_known_args(argv)
     return args
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

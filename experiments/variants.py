@@ -20,23 +20,14 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 import harden
 import train_joint
+
 import train_rm
 from evaluate import by_prompt, floor_single, irreducible, resampled
-from pairwise.run_dir import (
-    SPLITS,
-    InputError,
-    Parser,
-    natural,
-    read_json,
-    read_split,
-    replacing,
-    run_main,
-    seed,
-    write_json,
-)
+from pairwise import cli, data, run_dir
 from pairwise.weights import error_matrix, simplex_weights
 
 L2 = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -118,19 +109,19 @@ def read_run(run, seed, folds=0):
     Of a fold the next one is its validation split.
     """
     found = {}
-    for name in SPLITS:
+    for name in data.SPLITS:
         path = run / "features" / f"{name}.npy"
         if (run / "data" / f"{name}.parquet").exists():
             if not path.exists():
-                raise InputError(f"{path}: no such file; train_rm.py --train head makes it")
-            found[name] = read_split(run, name), np.load(path).astype(np.float64)
+                raise cli.InputError(f"{path}: no such file; train_rm.py --train head makes it")
+            found[name] = data.read_split(run, name), np.load(path).astype(np.float64)
     if folds:
         split, x = (
             merged([split for split, _ in found.values()]),
             np.concatenate([x for _, x in found.values()]),
         )
         if len(split.prompt_id) < folds or folds < 3:
-            raise InputError(
+            raise cli.InputError(
                 f"--folds {folds}: at least 3 folds and as many prompts expected, {len(split.prompt_id)} prompts found in {run}"
             )
         number = np.random.default_rng(seed).permutation(np.arange(len(split.prompt_id)) % folds)
@@ -421,7 +412,7 @@ def main(args):
     for k in args.k:
         collected = {"pairs": []}
         for run, number in itertools.product(args.run, args.seeds):
-            stats = read_json(run / "data" / "stats.json")
+            stats = run_dir.read_json(run / "data" / "stats.json")
             for data in read_run(run, number, args.folds):
                 split = data["test"][0]
                 found = variants(data, k, number, args.variants)
@@ -499,7 +490,7 @@ def main(args):
             )
     if args.out and args.out.suffix == ".csv":
         with (
-            replacing(args.out) as partial,
+            run_dir.replacing(args.out) as partial,
             open(partial, "w", newline="", encoding="utf-8") as file,
         ):
             names = list(dict.fromkeys(name for row in table for name in row))
@@ -510,11 +501,11 @@ def main(args):
                 for row in table
             )
     elif args.out:
-        write_json(args.out, table)
+        run_dir.write_json(args.out, table)
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add(
         "--run",
@@ -523,8 +514,8 @@ def parse_args(argv=None):
         nargs="+",
         help="run directories with data/ and features/; several are pooled",
     )
-    add("--k", type=natural, nargs="+", default=[8], help="members")
-    add("--seeds", type=seed, nargs="+", default=[0], help="of the fits; pooled too")
+    add("--k", type=cli.natural, nargs="+", default=[8], help="members")
+    add("--seeds", type=cli.seed, nargs="+", default=[0], help="of the fits; pooled too")
     add(
         "--folds",
         type=int,
@@ -534,9 +525,9 @@ def parse_args(argv=None):
     )
     add("--variants", nargs="+", choices=HARD, default=HARD, help="which to try (default: all)")
     add("--out", type=Path, help="FILE.json or FILE.csv")
-    add("--threads", type=natural, default=1, help="CPU threads")
+    add("--threads", type=cli.natural, default=1, help="CPU threads")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pairwise import run_dir
 from pairwise.report import (
     BLUE,
     GREEN,
@@ -28,7 +29,6 @@ from pairwise.report import (
     pretty,
     save,
 )
-from pairwise.run_dir import replacing
 
 COLOURS = [
     INK,
@@ -282,6 +282,6 @@ def write(out, found):
             "wwrr",
         ),
     ]
-    with replacing(out / "compare.html") as partial:
+    with run_dir.replacing(out / "compare.html") as partial:
         partial.write_text(document(title, parts), encoding="utf-8")
     return out / "compare.html"

@@ -13,7 +13,7 @@ import os
 import numpy as np
 from scipy.special import expit
 
-from pairwise.run_dir import InputError, read_json
+from pairwise import cli, run_dir
 
 FIELDS = {"member", "scale", "width", "offset", "taste", "taste_scale"}
 
@@ -58,16 +58,18 @@ def read_members(run):
     path = run / "members.json"
     if not path.exists():
         return None
-    found = read_json(path)
+    found = run_dir.read_json(path)
     try:
         source, formulas = run / found["source"], found["members"]
         whole = len(formulas) > 0 and all(set(f) == FIELDS for f in formulas)
     except (KeyError, TypeError):
         whole = False
     if not whole:
-        raise InputError(f"{path}: {{source, members: [formula, ..]}} expected; harden.py makes it")
+        raise cli.InputError(
+            f"{path}: {{source, members: [formula, ..]}} expected; harden.py makes it"
+        )
     if not (source / "rewards").is_dir():
-        raise InputError(
+        raise cli.InputError(
             f"{path}: source {os.path.normpath(source)}: no run directory; the run whose rewards were hardened expected"
         )
     return source, formulas

@@ -5,16 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pairwise import cli, run_dir
 from pairwise import reward_model as rm
 from pairwise.levels import hardened, read_members
-from pairwise.run_dir import (
-    InputError,
-    count_members,
-    member_name,
-    natural,
-    read_json,
-    read_weights,
-)
 
 
 def add_arguments(parser):
@@ -24,7 +17,7 @@ def add_arguments(parser):
     add("--base", help="the base model, where it is no longer where the run found it")
     add(
         "--micro-batch-tokens",
-        type=natural,
+        type=cli.natural,
         default=8192 if torch.cuda.is_available() else 1024,
         help="tokens run in one forward pass",
     )
@@ -37,22 +30,24 @@ def open_run(args, samples=False):
     samples: the base itself is needed too, to sample from. Raises InputError where members or weights are missing, or the base is another.
     """
     run = args.run
-    alpha = read_weights(run, count_members(run))
+    alpha = run_dir.read_weights(run, run_dir.count_members(run))
     if found := read_members(run):  # a hardened run has the members of its source
         run = found[0]
-    stages = read_json(run / "manifest.json")["stages"]
-    name = "joint" if "joint" in stages else member_name(1)
+    stages = run_dir.read_json(run / "manifest.json")["stages"]
+    name = "joint" if "joint" in stages else run_dir.member_name(1)
     entry = stages.get(name)
     if not entry or not (run / name).is_dir():
-        raise InputError(f"{run}: no trained members found; a run directory with {name}/ expected")
+        raise cli.InputError(
+            f"{run}: no trained members found; a run directory with {name}/ expected"
+        )
     base = args.base or (str(run / "base") if (run / "base").is_dir() else entry["base"])
     if entry["settings"]["train"] == "from":
         if samples and not args.base:
-            raise InputError(
+            raise cli.InputError(
                 f"{run}: its members are existing models; --base, the model that samples the answers, expected"
             )
         if not samples and (args.base or args.chat_template):
-            raise InputError(
+            raise cli.InputError(
                 f"--base and --chat-template are for trained members; where those of {run} are, each member's source.json says"
             )
     elif (
@@ -71,10 +66,11 @@ def rewards_of_run(run, k, settings, questions, args):
     if found := read_members(run):
         source, formulas = found
         return hardened(
-            formulas, rewards_of_run(source, count_members(source), settings, questions, args)
+            formulas,
+            rewards_of_run(source, run_dir.count_members(source), settings, questions, args),
         )
     joint = (run / "joint").is_dir()  # one model with k heads
-    members = [run / "joint"] if joint else [run / member_name(j) for j in range(1, k + 1)]
+    members = [run / "joint"] if joint else [run / run_dir.member_name(j) for j in range(1, k + 1)]
     if settings["train"] == "from":
         sources = [
             rm.read_source(directory) for directory in members
@@ -120,7 +116,7 @@ def rewards_of_run(run, k, settings, questions, args):
 def rewards_of_source(run, j, source, questions, args):
     """float32 (R,): the rewards of member j, an existing model, in its own tokens and template; source: rm.read_source's."""
     tokenizer = rm.load_tokenizer(
-        source["model"], source["template"], f"{run / member_name(j) / 'source.json'}:"
+        source["model"], source["template"], f"{run / run_dir.member_name(j) / 'source.json'}:"
     )
     model = rm.load_member(
         run, j, source["model"], tokenizer, getattr(torch, source["dtype"]), args.device

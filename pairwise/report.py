@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pairwise.run_dir import replacing
+from pairwise import run_dir
 from pairwise.theory import theorem2
 
 NARROW, WIDE = 3.4, 7.0  # inches: one and two columns of a paper
@@ -589,7 +589,7 @@ def save(fig, stem):
         buffer = io.BytesIO()
         fig.savefig(buffer, format=kind, dpi=300, metadata=metadata)
         if kind != "svg":
-            with replacing(stem.with_name(f"{stem.name}.{kind}")) as partial:
+            with run_dir.replacing(stem.with_name(f"{stem.name}.{kind}")) as partial:
                 partial.write_bytes(buffer.getvalue())
     return buffer.getvalue()
 
@@ -747,7 +747,7 @@ def note(*names):
 
 
 def plurality(found):
-    """What experiments/plurality.py has found, as a paragraph; nothing where there is nothing."""
+    """What extras/plurality.py has found, as a paragraph; nothing where there is nothing."""
     if not found:
         return ""
     several = (
@@ -1021,7 +1021,7 @@ def write(out, metrics, weights, manifest, logs, p, p_hat):
         for kind in ("png", "pdf"):
             (out / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
     widths = {name: round(figures[name].get_size_inches()[0] / WIDE * 860) for name in images}
-    with replacing(out / "report.html") as partial:
+    with run_dir.replacing(out / "report.html") as partial:
         partial.write_text(page(metrics, weights, manifest, images, widths), encoding="utf-8")
     return out / "report.html"
 

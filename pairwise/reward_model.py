@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pairwise import adapter, packed, parallel
-from pairwise.run_dir import InputError, first_line, hash_file, natural, read_json
+from pairwise import cli, run_dir
+from pairwise.scale import adapter, packed, parallel
 
 transformers_logging.disable_progress_bar()  # ours say more, and what is missing from a checkpoint is checked here, not told
 transformers_logging.set_verbosity_error()
@@ -51,17 +51,17 @@ def load_tokenizer(base, chat_template=None, named="--base"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise InputError(
+        raise cli.InputError(
             f"{named} {base}: no tokenizer could be loaded: a directory made by save_pretrained, or a hub id that can be "
-            f"reached (gated models: accept the licence on the hub, then log in), expected ({first_line(error)})"
+            f"reached (gated models: accept the licence on the hub, then log in), expected ({cli.first_line(error)})"
         ) from None
     if chat_template:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--chat-template {chat_template}: {error}") from None
+            raise cli.InputError(f"--chat-template {chat_template}: {error}") from None
     if not tokenizer.chat_template:
-        raise InputError(
+        raise cli.InputError(
             f"{named} {base} has no chat template; name a Jinja file with --chat-template FILE"
         )
     taken = {tokenizer.eos_token, tokenizer.bos_token, None}
@@ -72,16 +72,16 @@ def load_tokenizer(base, chat_template=None, named="--base"):
         if name not in taken and name in vocabulary
     ]
     if not spare:
-        raise InputError(
+        raise cli.InputError(
             f"{named} {base}: its pad token is its eos token, and no spare one was found among {', '.join(PAD_NAMES)}"
         )
     tokenizer.pad_token = spare[0]
     tokenizer.padding_side = "right"
     try:
         encode(tokenizer, [{"role": "user", "content": "a question"}], "an answer")
-    except InputError as error:
+    except cli.InputError as error:
         named = f"--chat-template {chat_template}" if chat_template else f"{named} {base}"
-        raise InputError(f"{named}: {error}") from None
+        raise cli.InputError(f"{named}: {error}") from None
     return tokenizer
 
 
@@ -97,8 +97,8 @@ def encode(tokenizer, messages, response=None, max_length=None):
             chat, tokenize=True, return_dict=True, add_generation_prompt=response is None
         )["input_ids"]
     except jinja2.TemplateError as error:
-        raise InputError(
-            f"the chat template fails ({first_line(error)}) on turns of {', '.join(message['role'] for message in chat)}"
+        raise cli.InputError(
+            f"the chat template fails ({cli.first_line(error)}) on turns of {', '.join(message['role'] for message in chat)}"
         ) from None
     bos = [tokenizer.bos_token_id]
     lead = next(i for i in range(len(ids) + 1) if ids[i : i + 1] != bos)
@@ -159,7 +159,7 @@ def add_flags(parser):
     add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
     add(
         "--threads",
-        type=natural,
+        type=cli.natural,
         default=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         help="CPU threads (default: all; of several processes, of each its share)",
     )
@@ -190,11 +190,11 @@ def load_base(base, tokenizer, dtype, device, heads=1):
         ValueError,
         AssertionError,
     ) as error:  # AssertionError: a pad token outside the embedding
-        raise InputError(
-            f"--base {base}: the model could not be loaded ({first_line(error)})"
+        raise cli.InputError(
+            f"--base {base}: the model could not be loaded ({cli.first_line(error)})"
         ) from None
     if head(model) is None:
-        raise InputError(
+        raise cli.InputError(
             f"--base {base}: {type(model).__name__} has no linear head called score or classifier; a decoder such as Llama, Mistral, Qwen or Gemma "
             "expected, or an encoder such as DeBERTa"
         )
@@ -206,7 +206,7 @@ def load_base(base, tokenizer, dtype, device, heads=1):
     ):  # an encoder's head is two layers: its pooler's are drawn by transformers
         missing = {name for name in missing if not {"classifier", "pooler"} & set(name.split("."))}
     if missing:
-        raise InputError(
+        raise cli.InputError(
             f"--base {base}: weights are missing: {', '.join(sorted(missing)[:5])}; a checkpoint with all weights but the reward head's expected"
         )
     if head(model).bias is not None:  # it cancels in every comparison
@@ -230,12 +230,12 @@ def load_reward_model(name, tokenizer, dtype, device, named="--from"):
             output_loading_info=True,
         )
     except (OSError, ValueError, AssertionError) as error:
-        raise InputError(
-            f"{named} {name}: the model could not be loaded ({first_line(error)})"
+        raise cli.InputError(
+            f"{named} {name}: the model could not be loaded ({cli.first_line(error)})"
         ) from None
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if missing:
-        raise InputError(
+        raise cli.InputError(
             f"{named} {name}: weights are missing: {', '.join(missing[:5])}; a trained reward model expected, head and all"
         )
     if head(model) is None or head(model).out_features != 1:
@@ -244,7 +244,7 @@ def load_reward_model(name, tokenizer, dtype, device, named="--from"):
             if head(model)
             else f"{type(model).__name__} without a linear head"
         )
-        raise InputError(
+        raise cli.InputError(
             f"{named} {name}: {found} found, a linear head with one output expected, called score or classifier"
         )
     model = ready(model, device)
@@ -263,13 +263,13 @@ def load_language_model(base, device):
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"--base {base}: no causal language model could be loaded ({first_line(error)})"
+        raise cli.InputError(
+            f"--base {base}: no causal language model could be loaded ({cli.first_line(error)})"
         ) from None
     if info[
         "missing_keys"
     ]:  # a reward model has no head for tokens, and would be given a random one
-        raise InputError(
+        raise cli.InputError(
             f"--base {base}: no causal language model: weights are missing: {', '.join(sorted(info['missing_keys'])[:5])}"
         )
     return model.eval().to(device)
@@ -313,12 +313,12 @@ def load_member(run, j, base, tokenizer, dtype, device):
         head(model).weight.data.copy_(load_head(directory))
         return model
     if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory")
+        raise cli.InputError(f"{directory}: no such directory")
     model, info = AutoModelForSequenceClassification.from_pretrained(
         directory, num_labels=1, dtype=dtype, output_loading_info=True
     )
     if info["missing_keys"] or info["unexpected_keys"]:
-        raise InputError(
+        raise cli.InputError(
             f"{directory}: weights missing {info['missing_keys']}, unexpected {info['unexpected_keys']}"
         )
     head(model).float().weight.data.copy_(
@@ -421,7 +421,7 @@ def check_positions(model, sequences):
     if (
         most and longest > most and not getattr(config, "relative_attention", False)
     ):  # DeBERTa's distances have no end
-        raise InputError(
+        raise cli.InputError(
             f"a prompt with its response has {longest} tokens, and the base has positions for {most}; --max-length {most} or less expected"
         )
 
@@ -479,7 +479,7 @@ def score_sequences(model, sequences, tokens, label="score"):
 def features_of(model, sequences, tokens, label="features"):
     """Last-token hidden states float32 (sequences, d): what a reward head on the frozen base sees."""
     if not hasattr(model, "score"):
-        raise InputError(
+        raise cli.InputError(
             f"--train head: {type(model).__name__} pools with weights of its own, which have to be trained; --train full, or a decoder, expected"
         )
     return over_sequences(model, hidden_of_batch, sequences, tokens, label)
@@ -525,7 +525,7 @@ def load_head(directory):
         with safe_open(path, "pt") as file:
             for name in {"score.weight", "classifier.weight"} & set(file.keys()):
                 return file.get_tensor(name).float()
-    raise InputError(f"{directory}: no score.weight in its safetensors files")
+    raise cli.InputError(f"{directory}: no score.weight in its safetensors files")
 
 
 def score_features(features, weight):
@@ -556,7 +556,7 @@ def fingerprint(base):
 def base_hashes(base, chat_template):
     """{name: hash} of the base model and, where one is given, the chat template: what a stage that runs the base was made from."""
     return {"base model": fingerprint(base)} | (
-        {"chat template": hash_file(chat_template)} if chat_template else {}
+        {"chat template": run_dir.hash_file(chat_template)} if chat_template else {}
     )
 
 
@@ -566,15 +566,15 @@ def read_source(directory):
     Raises InputError where the model is gone, or is another than the one that scored the data.
     """
     path, template = directory / "source.json", directory / "chat_template.jinja"
-    source = read_json(path)
+    source = run_dir.read_json(path)
     try:
         found = fingerprint(source["model"])
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: {source['model']} cannot be read any more; a changed path belongs there ({first_line(error)})"
+        raise cli.InputError(
+            f"{path}: {source['model']} cannot be read any more; a changed path belongs there ({cli.first_line(error)})"
         ) from None
     if found != source["fingerprint"]:
-        raise InputError(
+        raise cli.InputError(
             f"{path}: {source['model']} is another model than the one that scored the data"
         )
     return source | {"template": template if template.exists() else None}
@@ -587,9 +587,9 @@ def check_base(entry, base, chat_template):
     """
     was = entry["inputs"]["base model"]
     if Path(base).is_dir() and "@" not in was and fingerprint(base) != was:
-        raise InputError(f"--base {base}: another base model than the run was made from")
-    template = hash_file(chat_template) if chat_template else None
+        raise cli.InputError(f"--base {base}: another base model than the run was made from")
+    template = run_dir.hash_file(chat_template) if chat_template else None
     if template != entry["inputs"].get("chat template"):
-        raise InputError(
+        raise cli.InputError(
             f"--chat-template {chat_template or 'is missing'}: the run was made with {'another' if 'chat template' in entry['inputs'] else 'none'}"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pairwise.run_dir import InputError
+from pairwise import cli
 
 # ---- one reader per ending: it takes a binary file, its name and the fields that are wanted, and yields (where, row)
 
@@ -42,7 +42,7 @@ def read_csv(file, name, fields):
         for cells in reader:
             where, start = f"{name} line {start}", reader.line_num + 1
             if cells and len(cells) != len(header):
-                raise InputError(
+                raise cli.InputError(
                     f"{where}: {len(cells)} cells found, {len(header)} expected, as in the header"
                 )
             if cells:
@@ -55,7 +55,7 @@ def read_csv(file, name, fields):
                     },
                 )
     except csv.Error as error:
-        raise InputError(f"{name} line {reader.line_num}: not CSV ({error})") from None
+        raise cli.InputError(f"{name} line {reader.line_num}: not CSV ({error})") from None
 
 
 def read_parquet(file, name, fields):
@@ -71,9 +71,9 @@ def read_parquet(file, name, fields):
             for row, value in enumerate(batch.to_pylist(), row + 1):
                 yield f"{name} row {row}", value
     except UnicodeDecodeError:
-        raise InputError(f"{name} after row {row}: not UTF-8") from None
+        raise cli.InputError(f"{name} after row {row}: not UTF-8") from None
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{name}: not parquet ({str(error).splitlines()[0]})") from None
+        raise cli.InputError(f"{name}: not parquet ({str(error).splitlines()[0]})") from None
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
@@ -85,7 +85,7 @@ def decoded_lines(file, name):
         try:
             text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(
+            raise cli.InputError(
                 f"{name} line {line}: not UTF-8 (byte {raw[error.start]:#x})"
             ) from None
         yield line, text
@@ -99,7 +99,7 @@ def parse_json(text, name, line=1):
         ValueError,
         RecursionError,
     ) as error:  # besides JSONDecodeError: a number of thousands of digits, thousands of brackets
-        raise InputError(
+        raise cli.InputError(
             f"{name} line {line + getattr(error, 'lineno', 1) - 1}: not JSON ({getattr(error, 'msg', error)})"
         ) from None
 
@@ -132,13 +132,13 @@ def kind(path):
     zipped = path.suffix.lower() == ".gz"
     inner = Path(path.stem) if zipped else Path(path.name)
     if not path.exists():
-        raise InputError(f"{path}: no such file")
+        raise cli.InputError(f"{path}: no such file")
     if not path.is_file():
-        raise InputError(
+        raise cli.InputError(
             f"{path}: {'a directory' if path.is_dir() else 'a device or pipe'} found, a file expected"
         )
     if inner.suffix.lower() not in READERS:
-        raise InputError(
+        raise cli.InputError(
             f"{path}: ending {inner.suffix or 'none'} found, one of {', '.join(READERS)} expected, or one of them with .gz"
         )
     return inner.stem, inner.suffix.lower(), zipped
@@ -158,14 +158,14 @@ def read_rows(path, fields, name=None):
                     raise wrong(where, "the row", row, "an object")
                 yield where, {field: value for field, value in row.items() if value is not None}
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: not a whole gzip file ({error})") from None
+        raise cli.InputError(f"{path}: not a whole gzip file ({error})") from None
 
 
 # ---- fields that are read alike everywhere
 
 
 def wrong(where, field, found, expected):
-    return InputError(
+    return cli.InputError(
         f"{where}: {field}: {'nothing' if found is None else reprlib.repr(found)} found, {expected} expected"
     )
 

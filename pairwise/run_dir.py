@@ -8,19 +8,16 @@ Prepared data, one row a prompt, in DIR/data/{train,test}.parquet (and valid.par
     pairs      list of {a, b: int, votes_a, votes_b, ties: float}     indices into responses
     p_true     list of float, optional     the population's true fraction per pair (simulation)
     categories {name: label}, optional     the user's own labels of the prompt
-    judgments  list of {a, b}, optional    synthetic judgments per pair (data_prep/synthetic_judgments.py), kept apart from the votes
+    judgments  list of {a, b}, optional    synthetic judgments per pair (extras/synthetic_judgments.py), kept apart from the votes
 
 Rewards, one float32 per distinct response in data order: DIR/rewards/JJ_SPLIT.npy; DIR/rewards/JJ_continuations.npy has
 shape (prompts, n). Mixture weights: DIR/weights.json. A stage enters itself in DIR/manifest.json as begun, writes under temporary names,
 renames, and enters itself as done; one that was begun and not done is done again.
 """
 
-import argparse
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -37,119 +34,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-SPLITS = ("train", "valid", "test")
-JUDGMENTS = pa.list_(pa.struct([("a", pa.int32()), ("b", pa.int32())]))
+from pairwise import cli
+
 LATER = {"loss": "mse"}  # settings of stages that were done before there was such a flag
+
+
 _locks = {}  # run directory -> the open file that locks it for this process
-BUILD_COMMAND = f"cd {REPOSITORY} && python setup.py build_ext --inplace"
-
-
-# ---- errors and the command line
-
-
-class InputError(Exception):
-    """Something the user can mend; its text is the one line that is printed before exit code 2."""
-
-
-def first_line(error):
-    """What an exception of a library says, as part of a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with an error of one line instead of the whole usage."""
-
-    def __init__(self, doc, **kwargs):
-        super().__init__(
-            description=doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            **kwargs,
-        )
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help explains)\n")
-
-
-def natural(text):
-    """argparse type: an integer of at least one."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} found, an integer of at least 1 expected")
-    return value
-
-
-def members(text):
-    """argparse type: a number or a count of members, which has two digits in file names."""
-    value = natural(text)
-    if value > 99:
-        raise argparse.ArgumentTypeError(f"{text} found, at most 99 expected")
-    return value
-
-
-def positive(text):
-    """argparse type: a number above zero."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} found, a number above 0 expected")
-    return value
-
-
-def nonnegative(text):
-    """argparse type: a number of at least zero."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} found, a number of at least 0 expected")
-    return value
-
-
-def seed(text):
-    """argparse type: an integer of at least zero."""
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} found, an integer from 0 to 2^63 - 1 expected")
-    return value
-
-
-def share(text):
-    """argparse type: a number in [0, 1)."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} found, a number in [0, 1) expected")
-    return value
-
-
-def run_main(main, args):
-    """Run main(args) as a script does: an InputError, or a path that cannot be read or written, is one line on stderr and exit code 2."""
-    try:
-        main(args)
-        return
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        sys.stdout = None
-        sys.exit(1)
-    except InputError as error:
-        said = str(error)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        said = f"{error.filename}: {error.strerror}"
-    print(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr)
-    sys.exit(2)
-
-
-def import_evaluator():
-    """The compiled evaluator; without it, one line that names the command that builds it, and exit code 2."""
-    try:
-        from pairwise import evaluator
-    except ImportError:
-        print(
-            f"{Path(sys.argv[0]).name}: error: the C++ evaluator is not built for this Python; build it with: {BUILD_COMMAND}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    return evaluator
-
-
-# ---- outputs appear by rename
 
 
 @contextlib.contextmanager
@@ -234,14 +124,11 @@ def read_json(path, otherwise=None):
     if not path.is_file():
         if otherwise is not None:
             return otherwise
-        raise InputError(f"{path}: no such file")
+        raise cli.InputError(f"{path}: no such file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-
-
-# ---- stages and the manifest
+        raise cli.InputError(f"{path}: not JSON ({error})") from None
 
 
 def hash_file(path):
@@ -260,7 +147,7 @@ def stage_done(run, stage, settings, inputs, outputs):
     if entry is None:
         strange = [path for path in outputs if path.exists()]
         if strange:
-            raise InputError(
+            raise cli.InputError(
                 f"{strange[0]} exists but was not made by this stage ({stage}); choose another --run"
             )
         return False
@@ -280,13 +167,13 @@ def must_agree(run, stage, settings, inputs):
     ):  # the kind of training decides others
         was, now = (found.get(name, LATER.get(name)) for found in (entry["settings"], settings))
         if was != now:
-            raise InputError(
+            raise cli.InputError(
                 f"{run} was made with other arguments (stage {stage}): {name.replace('_', '-')} was {was}, is {now}; "
                 f"to have both, run: {_command_elsewhere(run)}"
             )
     for name in sorted(entry["inputs"].keys() | inputs.keys()):
         if entry["inputs"].get(name) != inputs.get(name):
-            raise InputError(
+            raise cli.InputError(
                 f"{run} was made from another {name} than it is given now (stage {stage}); to have both, run: {_command_elsewhere(run)}"
             )
 
@@ -297,6 +184,20 @@ def made_otherwise(run):
     if "prune" in stages.get("weights", {}).get("settings", {}):
         return "pruned"
     return "hardened" if "harden" in stages else "joint" if "joint" in stages else None
+
+
+def kind_of(run):
+    """How the members of `run` came about, as its manifest says: "full", "lora", "head", "joint",
+    "existing", "hardened" or "pruned"; None where it has no member yet."""
+    stages = read_json(run / "manifest.json", {"stages": {}})["stages"]
+    if "prune" in stages.get("weights", {}).get("settings", {}):
+        return "pruned"
+    if "harden" in stages:
+        return "hardened"
+    if "joint" in stages:
+        return "joint"
+    train = stages.get(member_name(1), {}).get("settings", {}).get("train")
+    return "existing" if train == "from" else train  # the manifest of an existing model says "from"
 
 
 def unchanged(run, stage, settings, inputs, outputs):
@@ -321,7 +222,9 @@ def begin_stage(run, stage, settings, inputs):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{run}: another process is working in this run directory") from None
+            raise cli.InputError(
+                f"{run}: another process is working in this run directory"
+            ) from None
         _locks[run.resolve()] = lock
     _update_manifest(run, stage, {"settings": settings, "inputs": inputs, "done": False})
     return time.time()
@@ -399,7 +302,7 @@ def _git_commit():
 
     def git(*words):
         return subprocess.run(
-            ["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True
+            ["git", "-C", str(cli.REPOSITORY), *words], capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
@@ -408,179 +311,6 @@ def _git_commit():
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-# ---- prepared data
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """One split, flat: P prompts, R distinct responses, N pairs.
-
-    prompt_id (P,) str; messages (P,) lists of {role, content}; responses (P,) lists of str;
-    response_start, pair_start int64 (P+1,): prompt i owns responses response_start[i]:response_start[i+1], and pairs alike;
-    a, b int64 (N,) indices into all R responses; votes_a, votes_b, ties float64 (N,); p_true float64 (N,) or None;
-    categories (P,) dicts {name: label or None}, or None.
-    """
-
-    prompt_id: list
-    messages: list
-    responses: list
-    response_start: np.ndarray
-    pair_start: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
-    votes_a: np.ndarray
-    votes_b: np.ndarray
-    ties: np.ndarray
-    p_true: np.ndarray | None
-    categories: list | None = None
-    judgments: np.ndarray | None = None
-
-    @property
-    def n(self):
-        """Votes per pair, float64 (N,)."""
-        return self.votes_a + self.votes_b
-
-    @property
-    def p(self):
-        """Share of the votes for a, float64 (N,), in [0, 1]: the empirical preference of section 3.3."""
-        return self.votes_a / self.n
-
-
-def write_split(path, prompts):
-    """Write prompt rows (dicts with the contract's columns) as parquet; p_true and categories only where the first row has them."""
-    pair = pa.struct(
-        [
-            ("a", pa.int32()),
-            ("b", pa.int32()),
-            ("votes_a", pa.float64()),
-            ("votes_b", pa.float64()),
-            ("ties", pa.float64()),
-        ]
-    )
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    columns = {
-        "prompt_id": pa.string(),
-        "messages": pa.list_(message),
-        "responses": pa.list_(pa.string()),
-        "pairs": pa.list_(pair),
-    }
-    if "p_true" in prompts[0]:
-        columns["p_true"] = pa.list_(pa.float64())
-    if "categories" in prompts[0]:
-        columns["categories"] = pa.struct(
-            [(name, pa.string()) for name in prompts[0]["categories"]]
-        )
-    pq.write_table(
-        pa.Table.from_pylist(prompts, schema=pa.schema(list(columns.items()))),
-        path,
-        compression="zstd",
-    )
-
-
-def read_split(run, split):
-    """Read DIR/data/SPLIT.parquet. Raises InputError where it is missing or is not prepared data."""
-    path = run / "data" / f"{split}.parquet"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; data_prep/ makes it")
-    try:
-        table = pq.read_table(path).combine_chunks()
-        pairs, responses = _list(table, "pairs"), _list(table, "responses")
-        response_start, pair_start = _starts(responses), _starts(pairs)
-        field = {
-            name: pairs.flatten().field(name).to_numpy(zero_copy_only=False)
-            for name in ("a", "b", "votes_a", "votes_b", "ties")
-        }
-        shift = np.repeat(response_start[:-1], np.diff(pair_start))
-        return Split(
-            prompt_id=table["prompt_id"].to_pylist(),
-            messages=table["messages"].to_pylist(),
-            responses=responses.to_pylist(),
-            response_start=response_start,
-            pair_start=pair_start,
-            a=field["a"] + shift,
-            b=field["b"] + shift,
-            votes_a=field["votes_a"],
-            votes_b=field["votes_b"],
-            ties=field["ties"],
-            p_true=_list(table, "p_true").flatten().to_numpy()
-            if "p_true" in table.column_names
-            else None,
-            categories=table["categories"].to_pylist()
-            if "categories" in table.column_names
-            else None,
-            judgments=np.stack(
-                [_list(table, "judgments").flatten().field(side).to_numpy() for side in "ab"], 1
-            )
-            if "judgments" in table.column_names
-            else None,
-        )
-    except (pa.ArrowException, KeyError) as error:
-        raise InputError(f"{path}: not prepared data ({str(error).splitlines()[0]})") from None
-
-
-def _list(table, name):
-    return table[name].combine_chunks() if table[name].num_chunks != 1 else table[name].chunk(0)
-
-
-def _starts(lists):
-    return np.concatenate(
-        [[0], np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))]
-    ).astype(np.int64)
-
-
-def counted_pairs(split):
-    """The split without its pairs of fewer than two votes, which train has with --min-votes 1, and without prompts that have no other.
-
-    None where nothing is left.
-    Responses keep their places, so that rewards still fit.
-    """
-    keep = split.n >= 2
-    start = np.concatenate([[0], np.cumsum(keep)])[split.pair_start]
-    pairs = {
-        name: getattr(split, name)[keep]
-        for name in ("a", "b", "votes_a", "votes_b", "ties", "p_true", "judgments")
-        if getattr(split, name) is not None
-    }
-    prompts = {
-        name: list(itertools.compress(getattr(split, name), np.diff(start)))
-        for name in ("prompt_id", "categories")
-        if getattr(split, name)
-    }
-    return (
-        dataclasses.replace(split, pair_start=np.unique(start), **prompts, **pairs)
-        if keep.any()
-        else None
-    )
-
-
-def read_splits(run):
-    """{split: Split} of every split that `run` has, and stats.json. train and test must be there."""
-    names = [
-        name for name in SPLITS if name != "valid" or (run / "data" / "valid.parquet").exists()
-    ]
-    return {name: read_split(run, name) for name in names}, read_json(run / "data" / "stats.json")
-
-
-def must_share_test_data(first, run):
-    """Raise InputError where two runs have other test prompts, responses, pairs or votes, or other kinds of votes."""
-    refused = f"{run}: not to be compared with {first}, its test data are others"
-    paths = [directory / "data" / "test.parquet" for directory in (first, run)]
-    if hash_file(paths[0]) != hash_file(paths[1]):  # other bytes can hold the same
-        one, other = (pq.read_table(path).to_pylist() for path in paths)
-        for number, (x, y) in enumerate(zip(one, other), 1):
-            names = [
-                name for name in (x | y) if name != "categories" and x.get(name) != y.get(name)
-            ]
-            if names:
-                raise InputError(f"{refused}: of prompt {number} the {', '.join(names)}")
-        if len(one) != len(other):
-            raise InputError(f"{refused}: {len(other)} prompts found, {len(one)} expected")
-    one, other = (read_json(directory / "data" / "stats.json") for directory in (first, run))
-    for name in ("votes", "ties"):
-        if one[name] != other[name]:
-            raise InputError(f"{refused}: {name} {other[name]!r} found, {one[name]!r} expected")
 
 
 def read_continuations(run):
@@ -593,27 +323,19 @@ def read_continuations(run):
         table = pq.read_table(path)
         found = {name: table[name].to_pylist() for name in ("prompt_id", "messages", "texts")}
     except (pa.ArrowException, KeyError) as error:
-        raise InputError(
-            f"{path}: not continuations ({first_line(error)}); the columns prompt_id, messages and texts expected"
+        raise cli.InputError(
+            f"{path}: not continuations ({cli.first_line(error)}); the columns prompt_id, messages and texts expected"
         ) from None
     found["logprob"] = table["logprob"].to_pylist() if "logprob" in table.column_names else None
     for name in ("texts", "logprob"):
         for number, row in enumerate(found[name] or (), 1):
             if not row or len(row) != len(found["texts"][0]):
-                raise InputError(
+                raise cli.InputError(
                     f"{path}: prompt {number}: {len(row or ())} {name} found, {len(found['texts'][0] or ()) or 'at least 1'} expected"
                 )
     if not found["texts"]:
-        raise InputError(f"{path}: no prompt found, at least 1 expected")
+        raise cli.InputError(f"{path}: no prompt found, at least 1 expected")
     return found
-
-
-def data_hashes(run):
-    """{file name: SHA-256} of the prepared data."""
-    return {f"data/{path.name}": hash_file(path) for path in sorted((run / "data").iterdir())}
-
-
-# ---- rewards and weights
 
 
 def member_name(j):
@@ -628,9 +350,11 @@ def count_members(run):
     """The number K of members whose rewards are there; members 1..K without a gap."""
     found = sorted(int(path.name[:2]) for path in (run / "rewards").glob("[0-9][0-9]_test.npy"))
     if not found:
-        raise InputError(f"{run / 'rewards'}: no rewards; train_rm.py makes them")
+        raise cli.InputError(f"{run / 'rewards'}: no rewards; train_rm.py makes them")
     if found != list(range(1, len(found) + 1)):
-        raise InputError(f"{run / 'rewards'}: members {found} found, 1 to {len(found)} expected")
+        raise cli.InputError(
+            f"{run / 'rewards'}: members {found} found, 1 to {len(found)} expected"
+        )
     return len(found)
 
 
@@ -640,16 +364,18 @@ def read_rewards(run, split, k, shape):
     for j in range(1, k + 1):
         path = reward_path(run, j, split)
         if not path.is_file():
-            raise InputError(f"{path}: no such file")
+            raise cli.InputError(f"{path}: no such file")
         try:
             found = np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise InputError(f"{path}: not a .npy array ({error})") from None
+            raise cli.InputError(f"{path}: not a .npy array ({error})") from None
         if found.dtype != np.float32 or found.shape != shape:
-            raise InputError(f"{path}: {found.dtype} {found.shape} found, float32 {shape} expected")
+            raise cli.InputError(
+                f"{path}: {found.dtype} {found.shape} found, float32 {shape} expected"
+            )
         if np.isnan(found).any():
             nan = np.isnan(found).ravel()
-            raise InputError(
+            raise cli.InputError(
                 f"{path}: member {j}, split {split}: {nan.sum()} rewards are NaN, the first at index {nan.argmax()}"
             )
         rewards[j - 1] = found
@@ -668,10 +394,12 @@ def read_continuation_rewards(run, k):
     except (OSError, ValueError, EOFError):
         shape = (0, 0)  # read_rewards says what is wrong
     if len(shape) != 2:
-        raise InputError(f"{path}: shape {shape} found, (prompts, n) expected")
+        raise cli.InputError(f"{path}: shape {shape} found, (prompts, n) expected")
     scores, texts = read_rewards(run, "continuations", k, shape), read_continuations(run)
     if texts and (size := (len(texts["texts"]), len(texts["texts"][0]))) != shape:
-        raise InputError(f"{path}: shape {shape} found, {size} expected, by continuations.parquet")
+        raise cli.InputError(
+            f"{path}: shape {shape} found, {size} expected, by continuations.parquet"
+        )
     return scores
 
 
@@ -685,15 +413,15 @@ def read_weights(run, k):
             alpha.shape != (k,) or not (alpha >= 0).all() or not abs(alpha.sum() - 1) <= 1e-9
         )  # NaN fails both
     except (KeyError, TypeError, ValueError):
-        raise InputError(
+        raise cli.InputError(
             f"{path}: a list of {{k, alpha, fit}} expected; fit_weights.py makes it"
         ) from None
     if broken:
-        raise InputError(
+        raise cli.InputError(
             f"{path}: k={k}: {alpha.tolist()} found, {k} weights that are at least 0 and sum to 1 expected"
         )
     if alpha is None:
-        raise InputError(
+        raise cli.InputError(
             f"{path}: weights for k = {', '.join(map(str, prefixes))} found, k = {k} expected; fit_weights.py makes them"
         )
     return alpha

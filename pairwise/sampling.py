@@ -6,7 +6,7 @@ import copy
 import torch
 from transformers import GenerationConfig
 
-from pairwise.run_dir import InputError, natural, positive, seed
+from pairwise import cli
 
 AT_ONCE = 20  # answers sampled together: bounds the memory that keys, values and logits take
 
@@ -22,22 +22,22 @@ def top_p(text):
 def add_flags(parser, nucleus, most):
     """The flags of sampling, with the defaults of --top-p and --max-tokens."""
     add = parser.add_argument
-    add("--temperature", type=positive, default=1.0)
+    add("--temperature", type=cli.positive, default=1.0)
     add(
         "--top-p",
         type=top_p,
         default=nucleus,
         help=f"sample each token from the likeliest that together have this probability (default {nucleus})",
     )
-    add("--max-tokens", type=natural, default=most, help=f"longest answer (default {most})")
-    add("--seed", type=seed, default=0, help="of all that is drawn")
+    add("--max-tokens", type=cli.natural, default=most, help=f"longest answer (default {most})")
+    add("--seed", type=cli.seed, default=0, help="of all that is drawn")
 
 
 def room(model, prompt, max_tokens, where):
     """Tokens that an answer to a prompt (token ids) may have: max_tokens, or what the model's context leaves. Raises InputError where it leaves none."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**63
     if len(prompt) >= context:
-        raise InputError(
+        raise cli.InputError(
             f"{where}: {len(prompt)} tokens found, at most {context - 1} expected, as the model's context is {context}"
         )
     return min(max_tokens, context - len(prompt))

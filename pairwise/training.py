@@ -13,21 +13,10 @@ import torch
 from pytorch_optimizer import SOAP
 from tqdm import tqdm
 
-from pairwise import parallel, plan
+from pairwise import cli, run_dir
 from pairwise import reward_model as rm
-from pairwise.offload import Offload, recompute_activations
-from pairwise.run_dir import (
-    InputError,
-    begin_stage,
-    end_stage,
-    natural,
-    nonnegative,
-    positive,
-    seed,
-    share,
-    stage_done,
-    write_array,
-)
+from pairwise.scale import parallel
+from pairwise.scale.offload import Offload, recompute_activations
 
 # ---- steps and batches
 
@@ -126,7 +115,7 @@ def train(
     on, and where the loss or a gradient is not finite.
     """
     if not steps:
-        raise InputError(
+        raise cli.InputError(
             f"member {args.iteration}: no pair is left to train on: all are identical after encoding (a larger --max-length may help)"
             + " or have tied votes (--loss bt, margin)"
         )
@@ -193,7 +182,7 @@ def train(
                 named = (
                     list(dict.fromkeys(prompts[whole].tolist()))[:5] if prompts is not None else []
                 )
-                raise InputError(
+                raise cli.InputError(
                     f"member {args.iteration}, step {number + 1}: loss {total}, gradient norm {norm}; a lower --lr may help"
                     + (
                         f", or leaving out a prompt of this step ({', '.join(map(str, named))}, ..)"
@@ -266,7 +255,7 @@ def train_full(
     groups[1].extend(more)
     budget = None if args.optimizer_memory_gb is None else args.optimizer_memory_gb * 2**30
     if device.type == "cuda" and budget is None:
-        budget = plan.optimizer_budget(torch.cuda.mem_get_info(device)[0], model, groups, args)
+        budget = budget.optimizer_budget(torch.cuda.mem_get_info(device)[0], model, groups, args)
     recompute_activations(model, device.type == "cuda")  # memory is what a card has least of
     train(
         groups,
@@ -318,16 +307,16 @@ def ask_features(args, stage, texts, tokenizer, inputs):
     """
     settings = {name: getattr(args, name) for name in ("max_length", "dtype")}
     paths = {name: args.run / "features" / f"{name}.npy" for name in texts}
-    if not stage_done(args.run, stage, settings, inputs, list(paths.values())):
-        started = begin_stage(args.run, stage, settings, inputs)
+    if not run_dir.stage_done(args.run, stage, settings, inputs, list(paths.values())):
+        started = run_dir.begin_stage(args.run, stage, settings, inputs)
         model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
         for name, (messages, responses) in texts.items():
             sequences = rm.encode_split(tokenizer, messages, responses, args.max_length)
             features = rm.features_of(
                 model, sequences, args.micro_batch_tokens, f"features, {name}"
             )
-            write_array(paths[name], features)
-        end_stage(
+            run_dir.write_array(paths[name], features)
+        run_dir.end_stage(
             args.run, stage, settings, inputs, started, threads=args.threads, device=args.device
         )
     return {name: np.load(path) for name, path in paths.items()}
@@ -356,50 +345,50 @@ def add_flags(parser):
     rm.add_flags(parser)
     add(
         "--seed",
-        type=seed,
+        type=cli.seed,
         default=0,
         help="of head and order; with J, so every member draws its own",
     )
     # optimizer (SOAP)
     add(
         "--lr",
-        type=positive,
+        type=cli.positive,
         help="peak learning rate (default 2e-5; head: 1e-3; lora: 2e-4, ours: adapters begin at zero and have few steps)",
     )
-    add("--epochs", type=natural, help="passes over the train pairs (default 1; head: 10)")
+    add("--epochs", type=cli.natural, help="passes over the train pairs (default 1; head: 10)")
     add(
         "--pairs-per-step",
-        type=natural,
+        type=cli.natural,
         default=64,
         help="pairs in an optimizer step, whole prompts (the paper: up to 512)",
     )
     add(
         "--weight-decay",
-        type=nonnegative,
+        type=cli.nonnegative,
         help="decoupled (default 0.1; head: 5, the regularisation of a linear fit to convergence)",
     )
     add(
         "--warmup",
-        type=share,
+        type=cli.fraction,
         default=0.03,
         help="share of the steps, at least one step, then cosine to zero",
     )
     add(
         "--precondition-frequency",
-        type=natural,
+        type=cli.natural,
         default=5,
         help="steps between updates of SOAP's eigenbases",
     )
     add(
         "--max-precondition-dim",
-        type=natural,
+        type=cli.natural,
         help="larger dimensions are not preconditioned (default 4096; lora: the rank, as the other side of an "
         "adapter is as long as the base's layer, and its preconditioner would be larger than the layer)",
     )
     # size and speed
     add(
         "--max-length",
-        type=natural,
+        type=cli.natural,
         default=2048,
         help="tokens of prompt and response; longer ones lose the prompt's beginning",
     )
@@ -410,19 +399,19 @@ def add_flags(parser):
     )
     add(
         "--micro-batch-tokens",
-        type=natural,
+        type=cli.natural,
         help="tokens run in one forward pass (default 8192; lora: 4096; on a CPU 1024)",
     )
     add(
         "--optimizer-memory-gb",
-        type=nonnegative,
+        type=cli.nonnegative,
         metavar="GB",
         help="GiB of the device for float32 masters, SOAP's state and copy buffers; the rest is paged "
         "through host memory (default: what is free; on a CPU all)",
     )
     add(
         "--checkpoint-minutes",
-        type=nonnegative,
+        type=cli.nonnegative,
         default=30,
         help="between checkpoints from which a killed full or lora training of "
         "train_rm.py continues; 0: none (default 30)",

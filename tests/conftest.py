@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # the scripts of the top level, wherever pytest is started
+sys.path[:0] = [
+    str(REPOSITORY),
+    str(REPOSITORY / "extras"),
+]  # the scripts, wherever pytest is started
 os.environ.pop("PAIRWISE_COMMAND", None)
 TINY = {
     "hidden_size": 32,
@@ -29,8 +32,13 @@ LORA = ("--train", "lora", "--lora-rank", "4", "--lr", "1e-2", "--pairs-per-step
 
 
 def script(name):
-    """A script of data_prep/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "data_prep" / f"{name}.py")
+    """A script of data_prep/ or extras/ as a module."""
+    path = next(
+        path
+        for path in REPOSITORY.glob(f"*/{name}.py")
+        if path.parent.name in ("data_prep", "extras")
+    )
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -99,7 +107,7 @@ def data(demo, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(demo, data):
-    from pairwise.run_dir import read_split
+    from pairwise.data import read_split
 
     split = read_split(data, "train")
     texts = [m["content"] for messages in split.messages for m in messages] + [
@@ -110,7 +118,7 @@ def tokenizer(demo, data):
 
 @pytest.fixture(scope="session")
 def split(data):
-    from pairwise.run_dir import read_split
+    from pairwise.data import read_split
 
     return read_split(data, "train")
 

@@ -14,7 +14,7 @@ if [ -z "${SECOND:-}" ]; then
 fi
 there=$(mktemp -d)
 trap 'rm -rf "$there"' EXIT
-"$PYTHON" "$ROOT/data_prep/export.py" --run "$RUN" --split test --out "$there/pairs.jsonl"
+"$PYTHON" "$ROOT/extras/export_pairs.py" --run "$RUN" --split test --out "$there/pairs.jsonl"
 cd "$there"
 for member in "$RUN"/member_[0-9][0-9]; do
     name=$(basename "$member")

@@ -10,7 +10,8 @@ import pytest
 from test_evaluate import draw_rewards, files_of, make, read_pairs
 
 import evaluate
-from pairwise.run_dir import InputError, write_split
+from pairwise.cli import InputError
+from pairwise.data import write_split
 
 RESAMPLES = 400
 

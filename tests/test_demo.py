@@ -85,7 +85,7 @@ def test_text_shows_the_attribute(attribute):
 
 
 def test_prepared_data_holds_the_truth_and_no_prompt_twice(tmp_path):
-    from pairwise.prompts import prepare
+    from pairwise.prepare.prompts import prepare
 
     args = demo.parse_args(
         ["--run", str(tmp_path), "--seed", "4", "--prompts", "40", "--responses", "4"]
@@ -113,8 +113,8 @@ def test_prepared_data_holds_the_truth_and_no_prompt_twice(tmp_path):
 
 
 def test_pretraining_reads_train_prompts_only_and_no_votes(tmp_path):
-    from pairwise.prompts import prepare
-    from pairwise.run_dir import read_split
+    from pairwise.data import read_split
+    from pairwise.prepare.prompts import prepare
 
     args = demo.parse_args(["--run", str(tmp_path), "--prompts", "40", "--responses", "3"])
     prepare(args, "demo", lambda: demo.comparisons(40, 3, 0), "sampled", {}, {})

@@ -22,9 +22,11 @@ from scipy.stats import binom, kendalltau, multinomial
 
 import evaluate
 import fit_weights
-from pairwise import prompts
+from pairwise.cli import BUILD_COMMAND, InputError
+from pairwise.data import read_split, write_split
+from pairwise.prepare import prompts
 from pairwise.ranking import ATTRIBUTES
-from pairwise.run_dir import BUILD_COMMAND, InputError, hash_file, read_split, write_split
+from pairwise.run_dir import hash_file
 from pairwise.weights import simplex_weights
 
 REPOSITORY = Path(__file__).resolve().parent.parent

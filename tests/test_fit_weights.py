@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 import fit_weights
-from pairwise.run_dir import InputError, write_json, write_split
+from pairwise.cli import InputError
+from pairwise.data import write_split
+from pairwise.run_dir import write_json
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -328,7 +330,7 @@ def fit(run):
 
 
 def test_weights_file_is_exact_and_says_how_exact(run, capsys):
-    from pairwise.run_dir import read_split
+    from pairwise.data import read_split
 
     prefixes = fit(run)
     split = read_split(run, "train")
@@ -449,7 +451,7 @@ def early_stop(run, *patience):
 
 
 def test_early_stop_is_by_the_validation_prompts(run, capsys):
-    from pairwise.run_dir import read_split
+    from pairwise.data import read_split
 
     with pytest.raises(
         InputError, match="valid.parquet: no such file; --early-stop needs validation prompts"
@@ -495,7 +497,7 @@ def prune(run, beta, out):
 @pytest.mark.parametrize("votes", ["sampled", "population", "dependent"])
 def test_pruned_run_is_a_run_of_its_own(run, votes, tmp_path, capsys):
     import evaluate
-    from pairwise.run_dir import read_split
+    from pairwise.data import read_split
 
     write_json(run / "data" / "stats.json", {"dataset": "made", "votes": votes, "ties": "drop"})
     (run / "member_01").mkdir()

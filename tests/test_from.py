@@ -18,7 +18,8 @@ from transformers import (
 
 import evaluate
 import score
-from pairwise.run_dir import InputError, read_split
+from pairwise.cli import InputError
+from pairwise.data import read_split
 
 
 def make_model(tokenizer, directory, seed, outputs=1, **changes):

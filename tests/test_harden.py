@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import harden
 import numpy as np
 import pytest
 from conftest import FLAGS, REPOSITORY, leftovers
@@ -12,10 +13,10 @@ from scipy.integrate import quad
 from scipy.special import expit
 
 import evaluate
-import harden
 import score
+from pairwise.cli import InputError
+from pairwise.data import Split, read_split
 from pairwise.levels import formula, hardened
-from pairwise.run_dir import InputError, Split, read_split
 
 LAYOUTS = {"quantile": harden.quantile_layout(4), "equal": harden.equal_layout(4, 2.5)}
 

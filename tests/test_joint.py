@@ -5,15 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+import train_joint
 from conftest import FLAGS, FULL, fit, fresh, leftovers, manifest, rewards, train
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
 import score
-import train_joint
 from pairwise import reward_model as rm
 from pairwise import training
-from pairwise.run_dir import InputError, Split, read_split
+from pairwise.cli import InputError
+from pairwise.data import Split, read_split
 
 KINDS = {"full": FULL, "head": ("--train", "head", "--epochs", "5")}
 

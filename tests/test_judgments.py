@@ -7,7 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import fresh, leftovers, script, train
 
-from pairwise.run_dir import InputError, read_split, remembered_rows
+from pairwise.cli import InputError
+from pairwise.data import read_split
+from pairwise.run_dir import remembered_rows
 
 judgments = script("synthetic_judgments")
 

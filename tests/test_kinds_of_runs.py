@@ -2,16 +2,16 @@
 
 import json
 
+import harden
 import pytest
+import respond
+import train_joint
 from conftest import FLAGS, HEAD, fit, fresh, train
 
 import evaluate
 import fit_weights
-import harden
-import respond
 import score
-import train_joint
-from pairwise.run_dir import InputError
+from pairwise.cli import InputError
 
 
 def arguments(*words):

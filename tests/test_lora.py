@@ -16,10 +16,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Debe
 
 import score
 import train_rm
-from pairwise import adapter, training
 from pairwise import reward_model as rm
-from pairwise.offload import recompute_activations
-from pairwise.run_dir import InputError, read_split
+from pairwise import training
+from pairwise.cli import InputError
+from pairwise.data import read_split
+from pairwise.scale import adapter
+from pairwise.scale.offload import recompute_activations
 
 
 def arguments(*flags):

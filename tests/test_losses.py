@@ -13,7 +13,8 @@ from scipy.special import expit, log_expit
 
 import evaluate
 import train_rm
-from pairwise.run_dir import JUDGMENTS, InputError, read_split
+from pairwise.cli import InputError
+from pairwise.data import JUDGMENTS, read_split
 
 ONE_STEP = ("--pairs-per-step", "1000", "--epochs", "1", "--lr", "1e-9", "--weight-decay", "0")
 
@@ -243,7 +244,7 @@ def test_refused(data, judged, base, tmp_path, capsys):
     run = fresh(data, tmp_path)
     with pytest.raises(
         InputError,
-        match=r"train.parquet: no column judgments found for --margin-from; data_prep/synthetic_judgments.py makes it",
+        match=r"train.parquet: no column judgments found for --margin-from; extras/synthetic_judgments.py makes it",
     ):
         train(run, base, *HEAD, "--loss", "margin", "--margin-from", "judgments")
     assert not (run / "logs").exists() and "member_01" not in manifest(run)

@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import train_rm
 from pairwise import training
-from pairwise.checkpoint import Checkpoints
-from pairwise.offload import (
+from pairwise.cli import InputError
+from pairwise.scale.checkpoint import Checkpoints
+from pairwise.scale.offload import (
     BUFFERS,
     Offload,
     choose_resident,
@@ -26,7 +27,6 @@ from pairwise.offload import (
     recompute_activations,
     state_shapes,
 )
-from pairwise.run_dir import InputError
 
 
 def tiny(dtype, seed=0):
@@ -343,7 +343,8 @@ HARNESS = """
 import json, os, signal, sys
 from pathlib import Path
 import torch, train_rm
-from pairwise import checkpoint, offload, run_dir, training
+from pairwise import run_dir, training
+from pairwise.scale import checkpoint, offload
 
 def main(run):
     sys.stdout = open(os.devnull, "w"); sys.stderr = open(os.devnull, "w")

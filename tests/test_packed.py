@@ -1,4 +1,4 @@
-"""pairwise/packed.py: one row of tokens gives the rewards and gradients of one sequence at a time; bases that it cannot serve are padded."""
+"""pairwise/scale/packed.py: one row of tokens gives the rewards and gradients of one sequence at a time; bases that it cannot serve are padded."""
 
 import copy
 import io
@@ -23,9 +23,11 @@ from transformers import (
 )
 
 import train_rm
-from pairwise import packed, training
 from pairwise import reward_model as rm
-from pairwise.run_dir import InputError, read_split
+from pairwise import training
+from pairwise.cli import InputError
+from pairwise.data import read_split
+from pairwise.scale import packed
 
 SHAPE = {
     "vocab_size": 400,

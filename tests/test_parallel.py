@@ -14,7 +14,7 @@ from conftest import FLAGS, FULL, REPOSITORY, fresh, leftovers, manifest
 from safetensors.torch import load_file
 from test_offload import outputs
 
-from pairwise import parallel
+from pairwise.scale import parallel
 
 SAME = (
     *FULL,
@@ -27,7 +27,8 @@ HARNESS = """
 import json, os, signal, sys, threading
 from pathlib import Path
 import torch, tqdm, train_rm
-from pairwise import checkpoint, offload, run_dir, training
+from pairwise import run_dir, training
+from pairwise.scale import checkpoint, offload
 
 PLACES = {"step": (offload.Offload, "step"), "file": (offload, "save_file"), "sync": (os, "fsync"), "error": (torch, "sigmoid")}
 

@@ -13,10 +13,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
 
 import train_rm
-from pairwise import adapter, plan, training
 from pairwise import reward_model as rm
-from pairwise.offload import Offload, recompute_activations
-from pairwise.run_dir import InputError, read_splits
+from pairwise import training
+from pairwise.cli import InputError
+from pairwise.data import read_splits
+from pairwise.scale import adapter, budget
+from pairwise.scale.offload import Offload, recompute_activations
 
 GIB = 2**30
 
@@ -37,7 +39,7 @@ def config_of(kind, h=48, m=96, layers=2, heads=4, kv=2, vocab=200):
 
 
 def test_llama_3_8b():
-    config, model = plan.describe("llama-3-8b", torch.bfloat16)
+    config, model = budget.describe("llama-3-8b", torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == 7_504_928_768 and {
         p.device.type for p in model.parameters()
     } == {"meta"}
@@ -51,28 +53,28 @@ def test_llama_3_8b():
     ):  # computed by hand from the shapes
         found = (
             sum(
-                plan.optimizer_bytes(p, d)["preconditioners"]
+                budget.optimizer_bytes(p, d)["preconditioners"]
                 for d, group in zip((dim, 1), groups)
                 for p in group
             )
             / GIB
         )
         assert found == pytest.approx(gib, rel=0.01), dim
-    rows, fits = plan.memory(model, groups, args, 80e9)
+    rows, fits = budget.memory(model, groups, args, 80e9)
     assert (
         fits
         and 70e9 < sum(card for card, _ in rows.values()) <= 80e9
         and 100e9 < sum(host for _, host in rows.values()) < 130e9
     )
-    rows, fits = plan.memory(model, groups, args, 80e9, 0)
+    rows, fits = budget.memory(model, groups, args, 80e9, 0)
     assert (
         fits
         and sum(card for card, _ in rows.values()) < 76e9
         and sum(host for _, host in rows.values()) == pytest.approx(129e9, rel=0.01)
     )
-    assert plan.memory(model, groups, args, 250e9)[0]["masters, float32"][1] == 0
+    assert budget.memory(model, groups, args, 250e9)[0]["masters, float32"][1] == 0
     for card, optimizer_memory in ((24e9, None), (48e9, None), (80e9, 60 * GIB)):
-        assert not plan.memory(model, groups, args, card, optimizer_memory)[1]
+        assert not budget.memory(model, groups, args, card, optimizer_memory)[1]
 
 
 @pytest.mark.parametrize("kind, tied", [(LlamaConfig, False), (Qwen2Config, True)])
@@ -83,7 +85,7 @@ def test_tensor_bytes_are_those_of_a_real_step(kind, tied, dtype, dim, rank, tmp
     config = config_of(kind)
     config.tie_word_embeddings = tied
     config.save_pretrained(tmp_path)
-    config, model = plan.describe(str(tmp_path), getattr(torch, dtype), rank)
+    config, model = budget.describe(str(tmp_path), getattr(torch, dtype), rank)
     args = arguments(
         "--dtype",
         dtype,
@@ -93,7 +95,7 @@ def test_tensor_bytes_are_those_of_a_real_step(kind, tied, dtype, dim, rank, tmp
             else ("--max-precondition-dim", str(dim))
         ),
     )
-    rows, _ = plan.memory(model, training.parameter_groups(model), args, 80e9)
+    rows, _ = budget.memory(model, training.parameter_groups(model), args, 80e9)
     real = AutoModelForSequenceClassification.from_config(config, dtype=getattr(torch, dtype))
     real.score.float()
     if rank:
@@ -185,16 +187,16 @@ def test_activations(kind, dtype, width, shape, rank):
         model.model(input_ids=torch.randint(1, 200, (4, 200)), use_cache=False).last_hidden_state[
             :, -1
         ].float().sum().backward()
-    assert plan.activation_bytes(model.config, 800, width, rank) == pytest.approx(
+    assert budget.activation_bytes(model.config, 800, width, rank) == pytest.approx(
         memory.peak, rel=0.1
     )
 
 
 def test_activations_of_llama_3_8b():
     """Against a run on fake tensors."""
-    config = LlamaConfig(**plan.LLAMA_3_8B)
+    config = LlamaConfig(**budget.LLAMA_3_8B)
     for tokens, gb in ((4096, 2.2), (8192, 4.4), (16384, 8.9)):
-        assert plan.activation_bytes(config, tokens, 2) / 1e9 == pytest.approx(gb, rel=0.03)
+        assert budget.activation_bytes(config, tokens, 2) / 1e9 == pytest.approx(gb, rel=0.03)
 
 
 def test_the_step_s_temporary_tensors_fit():
@@ -224,13 +226,13 @@ def test_the_step_s_temporary_tensors_fit():
                 memory.alive = {t.untyped_storage()._cdata: 0 for t in kept}
                 offload.step(1e-3)
             if step:
-                assert memory.peak <= plan.step_bytes(p, dim)
+                assert memory.peak <= budget.step_bytes(p, dim)
 
 
 def test_tokens_and_pairs_are_the_data_s(data, base, tokenizer, tmp_path, capsys):
     run = fresh(data, tmp_path)
     splits, _ = read_splits(run)
-    counts, source = plan.count_tokens(
+    counts, source = budget.count_tokens(
         train_rm.parse_args(["--plan", "--run", str(run), "--base", str(base)])
     )
     lengths = [
@@ -245,23 +247,24 @@ def test_tokens_and_pairs_are_the_data_s(data, base, tokenizer, tmp_path, capsys
         64,
     )
     assert counts["tokens"] == pytest.approx(np.mean(lengths)) and "its tokenizer" in source
-    counts, source = plan.count_tokens(arguments("--run", str(run)))
+    counts, source = budget.count_tokens(arguments("--run", str(run)))
     assert 5 < counts["tokens"] < 60 and "characters / 4" in source
-    counts, source = plan.count_tokens(arguments("--run", "nowhere/personalllm"))
+    counts, source = budget.count_tokens(arguments("--run", "nowhere/personalllm"))
     assert counts["pairs"] == 263_256 and source.startswith("assumed: personalllm")
     assert (
-        plan.count_steps(arguments(), counts) == 9402 / 2
+        budget.count_steps(arguments(), counts) == 9402 / 2
     )  # 28 pairs a prompt: two prompts in a step of 64
     assert (
-        plan.count_steps(arguments("--pairs-per-step", "20", "--epochs", "2"), counts) == 2 * 13163
+        budget.count_steps(arguments("--pairs-per-step", "20", "--epochs", "2"), counts)
+        == 2 * 13163
     )
 
 
 def test_flops_by_hand():
     """Twice the weights per token forward, four times that in training, and attention; one member's steps."""
-    config, model = plan.describe("llama-3-8b", torch.bfloat16)
+    config, model = budget.describe("llama-3-8b", torch.bfloat16)
     counts = {"tokens": 500, "train": 1000, "scored": 1100, "pairs": 500}
-    work, slow, products, refresh = plan.flops(
+    work, slow, products, refresh = budget.flops(
         config, model, training.parameter_groups(model), arguments(), counts
     )
     dense = 7_504_928_768 - 128256 * 4096
@@ -275,7 +278,7 @@ def test_flops_by_hand():
         32 * 8 / 3 * cubes
     )
     assert (
-        plan.flops(
+        budget.flops(
             config, model, training.parameter_groups(model), arguments("--train", "head"), counts
         )[0]
         < work / 4
@@ -284,12 +287,12 @@ def test_flops_by_hand():
 
 def test_flops_of_adapters_by_hand():
     """Frozen weights take part forward, in the recomputation and in the gradient of their input; adapters, in float32, in their own too."""
-    config, model = plan.describe("llama-3-8b", torch.bfloat16, 16)
+    config, model = budget.describe("llama-3-8b", torch.bfloat16, 16)
     counts = {"tokens": 500, "train": 1000, "scored": 1100, "pairs": 500}
     args, groups = arguments("--train", "lora"), training.parameter_groups(model)
     adapters = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     assert sum(p.numel() for p in groups[0]) == adapters
-    work, slow, products, refresh = plan.flops(config, model, groups, args, counts)
+    work, slow, products, refresh = budget.flops(config, model, groups, args, counts)
     dense, attention = 7_504_928_768 - 128256 * 4096, 2 * 500 * 4096 * 32
     assert work == pytest.approx(
         500 * (1000 * (6 * dense + 4 * attention) + 1100 * (2 * dense + attention))
@@ -299,11 +302,11 @@ def test_flops_of_adapters_by_hand():
 
 
 def test_adapters_of_llama_3_8b_fit_24_gb():
-    _, model = plan.describe("llama-3-8b", torch.bfloat16, 16)
+    _, model = budget.describe("llama-3-8b", torch.bfloat16, 16)
     groups = training.parameter_groups(model)
-    rows, fits = plan.memory(model, groups, arguments("--train", "lora"), 24e9)
+    rows, fits = budget.memory(model, groups, arguments("--train", "lora"), 24e9)
     assert fits and rows["adapters of rank 16, float32"] == (4 * 41_943_040, 0)
-    assert not plan.memory(
+    assert not budget.memory(
         model, groups, arguments("--train", "lora", "--micro-batch-tokens", "8192"), 24e9
     )[1]
 
@@ -353,4 +356,4 @@ def test_a_base_without_a_head(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="no linear head called score"):
-        plan.describe(str(tmp_path), torch.float32)
+        budget.describe(str(tmp_path), torch.float32)

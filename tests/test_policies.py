@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import fresh, rewards, script
 
-from pairwise.run_dir import InputError, read_continuations
+from pairwise.cli import InputError
+from pairwise.run_dir import read_continuations
 
 policy_pairs = script("policy_pairs")
 

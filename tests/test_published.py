@@ -14,11 +14,12 @@ from conftest import REPOSITORY, script
 from test_votes import by_texts, save
 
 from pairwise import report
-from pairwise.run_dir import InputError, write_split
+from pairwise.cli import InputError
+from pairwise.data import write_split
 
 SCRIPTS = {
     name: script(name)
-    for name in ("multipref", "personalllm", "helpsteer2", "tldr", "prism", "export")
+    for name in ("multipref", "personalllm", "helpsteer2", "tldr", "prism", "export_pairs")
 }
 PREFERENCE = ("--annotators", "preference")
 AGAIN = "pair of a prompt that is in a held-out split too"
@@ -1577,10 +1578,10 @@ def test_script_without_a_fault(tmp_path):
         ("prism", ["--count", "0"], "--count"),
         ("prism", ["--ties", "half"], "--ties"),
         ("multipref", ["--test-share", "1"], "--test-share"),
-        ("export", ["--out", "pairs.csv"], "--out"),
-        ("export", ["--out", "pairs"], "--out"),
-        ("export", ["--out", "p.jsonl", "--split", "all"], "--split"),
-        ("export", [], "--out"),
+        ("export_pairs", ["--out", "pairs.csv"], "--out"),
+        ("export_pairs", ["--out", "pairs"], "--out"),
+        ("export_pairs", ["--out", "p.jsonl", "--split", "all"], "--split"),
+        ("export_pairs", [], "--out"),
         ("tldr", ["--source"], "--source"),
     ],
 )
@@ -1977,7 +1978,7 @@ def exported(tmp_path):
 
 
 def test_export(tmp_path, exported, capsys):
-    call("export", exported, "--out", tmp_path / "new" / "pairs.jsonl")
+    call("export_pairs", exported, "--out", tmp_path / "new" / "pairs.jsonl")
     rows = [
         json.loads(line)
         for line in (tmp_path / "new" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
@@ -1997,7 +1998,7 @@ def test_export(tmp_path, exported, capsys):
         capsys.readouterr().out
         == f"export: 5 pairs in {tmp_path / 'new' / 'pairs.jsonl'}, 1 with p = 1/2 left out\n"
     )
-    call("export", exported, "--out", tmp_path / "pairs.parquet")
+    call("export_pairs", exported, "--out", tmp_path / "pairs.parquet")
     assert pq.read_table(tmp_path / "pairs.parquet").to_pylist() == rows
     assert splits_of(exported)["test"][1]["messages"] == SYSTEM and not list(
         tmp_path.rglob(".partial-*")
@@ -2009,7 +2010,7 @@ def test_export_has_every_pair_with_a_majority_once(tmp_path, split):
     splits, _ = convert(
         "personalllm", tmp_path / "run", folder(tmp_path / "source", PERSONALLLM), "--ties", "half"
     )
-    call("export", tmp_path / "run", "--split", split, "--out", tmp_path / "pairs.jsonl")
+    call("export_pairs", tmp_path / "run", "--split", split, "--out", tmp_path / "pairs.jsonl")
     votes = {
         key: (a / (a + b), a + b)
         for key, (a, b, _) in by_texts({split: splits[split]}).items()
@@ -2048,7 +2049,7 @@ def test_export_of_nothing(tmp_path, exported):
         ("valid", "valid.parquet: no such file"),
     ):
         with pytest.raises(InputError, match=line):
-            call("export", exported, "--split", split, "--out", tmp_path / "pairs.jsonl")
+            call("export_pairs", exported, "--split", split, "--out", tmp_path / "pairs.jsonl")
     assert not list(tmp_path.glob("*pairs*"))
 
 
@@ -2072,7 +2073,7 @@ def test_exported_rows_are_as_datasets_of_many(tmp_path):
         )
     (tmp_path / "run" / "data").mkdir(parents=True)
     write_split(tmp_path / "run" / "data" / "valid.parquet", rows)
-    call("export", tmp_path / "run", "--split", "valid", "--out", tmp_path / "pairs.jsonl")
+    call("export_pairs", tmp_path / "run", "--split", "valid", "--out", tmp_path / "pairs.jsonl")
     found = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert all(
         row[side][1]["content"].startswith(row["chosen"][0]["content"] + " ")

@@ -8,13 +8,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import respond
 from conftest import FLAGS, REPOSITORY, fresh, make_base
 from scipy import integrate, stats
 
-import respond
 import score
+from pairwise.cli import InputError
+from pairwise.data import read_split
 from pairwise.ranking import favourites, ranks
-from pairwise.run_dir import InputError, read_rewards, read_split, read_weights
+from pairwise.run_dir import read_rewards, read_weights
 
 FEW = ("--n", "6", "--max-tokens", "8")
 PROMPT = "how can i get fit ?"

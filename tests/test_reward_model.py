@@ -13,7 +13,7 @@ from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pairwise import reward_model as rm
-from pairwise.run_dir import InputError
+from pairwise.cli import InputError
 
 ASK = [{"role": "user", "content": "how can i sleep better this week ?"}]
 ANSWER = "one way is to drink no coffee ."

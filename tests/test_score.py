@@ -12,7 +12,8 @@ from conftest import FLAGS, HEAD, REPOSITORY, fit, fresh, leftovers, rewards, tr
 
 import score
 from pairwise import reward_model as rm
-from pairwise.run_dir import InputError, read_split
+from pairwise.cli import InputError
+from pairwise.data import read_split
 
 
 def write(path, rows):

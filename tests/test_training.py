@@ -32,7 +32,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import train_rm
 from pairwise import reward_model as rm
 from pairwise import training
-from pairwise.run_dir import InputError, read_split, write_split
+from pairwise.cli import InputError
+from pairwise.data import read_split, write_split
 
 
 def arguments(*flags):

@@ -15,7 +15,8 @@ import plurality
 import populations
 import variants
 
-from pairwise.run_dir import SPLITS, InputError, read_split
+from pairwise.cli import InputError
+from pairwise.data import SPLITS, read_split
 
 
 @pytest.fixture(scope="module")

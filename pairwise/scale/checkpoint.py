@@ -14,8 +14,8 @@ import time
 import torch
 from safetensors.torch import load_file, save_file
 
-from pairwise import parallel
-from pairwise.run_dir import InputError, read_json, replacing
+from pairwise import cli, run_dir
+from pairwise.scale import parallel
 
 
 class Checkpoints:
@@ -34,7 +34,7 @@ class Checkpoints:
     def write(self, optimizer, log):
         """Write the state after len(log) steps; log: the JSON lines so far. Each process writes what it owns, the first all else."""
         path, first = self.directory / f"{len(log):06d}", parallel.rank() == 0
-        with replacing(path) if first else contextlib.nullcontext() as partial:
+        with run_dir.replacing(path) if first else contextlib.nullcontext() as partial:
             if first:
                 partial.mkdir()
                 save_file(_random_state(), partial / "random.safetensors")
@@ -60,7 +60,7 @@ class Checkpoints:
         )
         path, log = None, []
         if found:
-            facts = read_json(found[-1] / "state.json")
+            facts = run_dir.read_json(found[-1] / "state.json")
             if {name: facts[name] for name in self.key} == self.key:
                 path, log = found[-1], facts["log"]
                 optimizer.load(path, facts["optimizer"])
@@ -74,13 +74,16 @@ class Checkpoints:
 
     def finish(self):
         """Training is done and the member written: that is kept in place of the checkpoints until its rewards are there too."""
-        with replacing(self.directory / "trained.json") as partial:
+        with run_dir.replacing(self.directory / "trained.json") as partial:
             partial.write_text(json.dumps(self.key, allow_nan=False), encoding="utf-8")
         self._remove_all_but(self.directory / "trained.json")
 
     def finished(self):
         """Whether finish() was called with these settings and inputs."""
-        return self.member.is_dir() and read_json(self.directory / "trained.json", {}) == self.key
+        return (
+            self.member.is_dir()
+            and run_dir.read_json(self.directory / "trained.json", {}) == self.key
+        )
 
     def check_disk(self, nbytes, member):
         """Raise InputError where the disk does not hold a checkpoint of nbytes beside the one before it, and the member of `member` bytes."""
@@ -92,7 +95,7 @@ class Checkpoints:
         )
         if need > free:
             hint = "; --checkpoint-minutes 0 writes no checkpoints" if self.seconds else ""
-            raise InputError(
+            raise cli.InputError(
                 f"{self.directory.parent}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for checkpoints and the member{hint}"
             )
 

@@ -1,6 +1,6 @@
 """Plurality gain: by how much a mixture of rewards predicts held-out votes better than the best single reward, on frozen features.
 
-    python experiments/plurality.py --run runs/mine          (RUN/plurality.json; seconds to minutes on one thread)
+    python extras/plurality.py --run runs/mine          (RUN/plurality.json; seconds to minutes on one thread)
 
 single     Brier score of a + (1 - 2a) sigmoid(tau (r(y1) - r(y2))), r trained on p to convergence, so that seeds have nothing left to average
 mixture    that of the soft mixture of M rewards trained jointly, with lapses and scale alike; M, L2 penalties, tau and a are chosen on validation
@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "extras"), str(ROOT / "experiments")]
 from variants import brier, read_run, soft_mixtures, soft_single
 
 from evaluate import by_prompt, resampled
-from pairwise.run_dir import Parser, natural, run_main, seed, write_json
+from pairwise import cli, run_dir
 
 
 def plurality(data, number):
@@ -62,7 +63,7 @@ def main(args):
     torch.set_num_threads(args.threads)
     (data,) = read_run(args.run, args.seed)
     found = plurality(data, args.seed)
-    write_json(args.run / "plurality.json", found)
+    run_dir.write_json(args.run / "plurality.json", found)
     print(
         f"plurality: single {found['single']:.4f}, mixture of {found['components']} {found['mixture']:.4f}, gain {found['gain']:+.4f} "
         f"[{found['ci'][0]:+.4f}, {found['ci'][1]:+.4f}]"
@@ -70,17 +71,17 @@ def main(args):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument(
         "--run",
         required=True,
         type=Path,
         help="run directory with data/ and features/ (train_rm.py --train head makes them)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the fits and the bootstrap")
-    parser.add_argument("--threads", type=natural, default=1, help="CPU threads")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the fits and the bootstrap")
+    parser.add_argument("--threads", type=cli.natural, default=1, help="CPU threads")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pairwise.run_dir import first_line
+from pairwise import cli
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -405,7 +405,7 @@ def prepare(model):
             model.packs = "varlen" if varlen else "segments"
             return
         except Exception as error:  # whatever a model of another kind makes of a row
-            reason = first_line(error)
+            reason = cli.first_line(error)
             model.config._attn_implementation = was
             if hook is not None:
                 hook.remove()

@@ -1,6 +1,6 @@
 """A split as preference pairs, in the one format that both TRL and RewardBench read.
 
-    python data_prep/export.py --run runs/demo --split test --out pairs.jsonl            (or .parquet)
+    python extras/export_pairs.py --run runs/demo --split test --out pairs.jsonl            (or .parquet)
 
 A row is a pair: chosen and rejected, each the conversation with the answer as its last turn, without a `prompt` column; p, the share of votes for
 the chosen answer, above one half; n, the votes; pair_id. Pairs with p = 1/2 have no chosen answer and are left out, and counted. RewardBench takes
@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pairwise.run_dir import SPLITS, InputError, Parser, read_split, replacing, run_main
+from pairwise import cli, data, run_dir
 
 
 def conversation(messages):
@@ -52,11 +52,13 @@ def pairs(split):
 
 
 def main(args):
-    split = read_split(args.run, args.split)
+    split = data.read_split(args.run, args.split)
     rows = list(pairs(split))
     if not rows:
-        raise InputError(f"{args.run}: every {args.split} pair has p = 1/2, none can be exported")
-    with replacing(args.out) as partial:
+        raise cli.InputError(
+            f"{args.run}: every {args.split} pair has p = 1/2, none can be exported"
+        )
+    with run_dir.replacing(args.out) as partial:
         if args.out.suffix == ".parquet":
             pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
         else:
@@ -78,9 +80,9 @@ def output(text):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--run", required=True, type=Path, help="run directory with data/")
-    parser.add_argument("--split", choices=SPLITS, default="test")
+    parser.add_argument("--split", choices=data.SPLITS, default="test")
     parser.add_argument(
         "--out", required=True, type=output, metavar="FILE", help="ends in .jsonl or .parquet"
     )
@@ -88,4 +90,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

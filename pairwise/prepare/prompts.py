@@ -9,19 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pairwise import report
-from pairwise.run_dir import (
-    SPLITS,
-    InputError,
-    begin_stage,
-    end_stage,
-    replacing,
-    seed,
-    share,
-    stage_done,
-    write_json,
-    write_split,
-)
+from pairwise import cli, data, report, run_dir
 
 VOTES = (
     "sampled",
@@ -52,7 +40,7 @@ def add_arguments(parser, test_share=0.1, valid_share=0.0):
         "--run", required=True, type=Path, help="run directory; the result is RUN/data"
     )
     parser.add_argument(
-        "--seed", type=seed, default=0, help="decides the split and which response stands first"
+        "--seed", type=cli.seed, default=0, help="decides the split and which response stands first"
     )
     parser.add_argument(
         "--ties",
@@ -69,13 +57,13 @@ def add_arguments(parser, test_share=0.1, valid_share=0.0):
     )
     parser.add_argument(
         "--test-share",
-        type=share,
+        type=cli.fraction,
         default=test_share,
         help="share of the prompts held out, where the data has no split of its own",
     )
     parser.add_argument(
         "--valid-share",
-        type=share,
+        type=cli.fraction,
         default=valid_share,
         help="share of the train prompts set aside for choices among variants",
     )
@@ -117,9 +105,11 @@ def group(comparisons, ties):
             },
         )
         if row["context"] != context:
-            raise InputError(f"{c.where}: prompt_id {c.prompt_id!r} has another prompt than before")
+            raise cli.InputError(
+                f"{c.where}: prompt_id {c.prompt_id!r} has another prompt than before"
+            )
         if row["categories"] != c.categories:
-            raise InputError(
+            raise cli.InputError(
                 f"{c.where}: categories {c.categories} found, {row['categories']} before for the same prompt"
             )
         a, b = (
@@ -138,7 +128,7 @@ def group(comparisons, ties):
         if (
             abs((row["p_true"].setdefault((a, b), p_true) or 0) - (p_true or 0)) > 1e-6
         ):  # float32 files give p and 1 - p
-            raise InputError(
+            raise cli.InputError(
                 f"{c.where}: p_true differs from an earlier row for the same two responses"
             )
     return list(rows.values()), dropped
@@ -212,7 +202,7 @@ def split_prompts(rows, test_share, valid_share, rng, dropped):
 
     split, named = {}, {row["split"] for row in rows}
     if None in named and len(named) > 1:
-        raise InputError("rows with and without a split found, all alike expected")
+        raise cli.InputError("rows with and without a split found, all alike expected")
     if None in named:
         split["test"], split["train"] = draw(rows, test_share, 2)
     else:
@@ -248,7 +238,7 @@ def prepare(
         "test_share": args.test_share,
         "valid_share": args.valid_share,
     } | settings
-    if stage_done(run, "data", settings, inputs, [run / "data"]):
+    if run_dir.stage_done(run, "data", settings, inputs, [run / "data"]):
         print(f"data: {run / 'data'} is there, skipped")
         return
     rng = np.random.default_rng([args.seed, 1])
@@ -272,7 +262,7 @@ def prepare(
         stats["other_readings"] = {}
         for reading, (again, ties) in (readings or {}).items():
             with contextlib.suppress(
-                InputError
+                cli.InputError
             ):  # too little is left under this reading, or rows that it alone reads are broken: no column
                 others, reasons = group(again(), ties)
                 stats["other_readings"][reading] = table(
@@ -283,14 +273,14 @@ def prepare(
                 )
     stats |= facts or {}
     kept = {split: [finish(row, rng) for row in members] for split, members in kept.items()}
-    started = begin_stage(run, "data", settings, inputs)
-    with replacing(run / "data") as partial:
+    started = run_dir.begin_stage(run, "data", settings, inputs)
+    with run_dir.replacing(run / "data") as partial:
         partial.mkdir()
         for split, members in kept.items():
-            write_split(partial / f"{split}.parquet", members)
-        write_json(partial / "stats.json", stats)
+            data.write_split(partial / f"{split}.parquet", members)
+        run_dir.write_json(partial / "stats.json", stats)
     report.write_votes(majority, run / "figures" / "data_votes")
-    end_stage(run, "data", settings, inputs, started)
+    run_dir.end_stage(run, "data", settings, inputs, started)
     for split, s in stats["splits"].items():
         print(
             f"data: {split:5} {s['prompts']:6,} prompts {s['responses']:7,} responses {s['pairs']:8,} pairs   "
@@ -310,11 +300,11 @@ def choose(args, name, rows, dropped, rng, ties="drop"):
     """{split: rows of `group`} with the pairs that have enough votes, split by prompt; `dropped` goes on counting."""
     rows = drop_pairs(rows, args.min_votes, dropped, ties)
     if not rows:
-        raise InputError(
+        raise cli.InputError(
             f"{name}: no pair with {args.min_votes} votes or more found{because(dropped)}"
         )
     if len(rows) < 3:
-        raise InputError(
+        raise cli.InputError(
             f"{name}: {len(rows)} prompts found, at least three expected{because(dropped)}"
         )
     kept = split_prompts(rows, args.test_share, args.valid_share, rng, dropped)
@@ -325,10 +315,10 @@ def choose(args, name, rows, dropped, rng, ties="drop"):
             )  # evaluation counts pairs with two votes or more only
         least = 2 if split == "test" else 1
         if len(members) < least:
-            raise InputError(
+            raise cli.InputError(
                 f"{name}: {len(members)} {split} prompts, at least {least} expected{because(dropped)}"
             )
-    return {split: kept[split] for split in SPLITS if split in kept}
+    return {split: kept[split] for split in data.SPLITS if split in kept}
 
 
 def because(dropped):

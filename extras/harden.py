@@ -1,6 +1,6 @@
 """An ensemble of hard votes that follows the soft model of a finished run: levels of its rewards, without training, without torch.
 
-    python harden.py --run runs/demo --out runs/demo-hard --k 8          (seconds)
+    python extras/harden.py --run runs/demo --out runs/demo-hard --k 8          (seconds)
 
 A soft reward u = scale r predicts sigmoid(u(y1) - u(y2)). Members that are *steps* of u share that out among hard votes: with
 level = floor((u + o) / w) two responses far apart in u are in different levels, and every member orders them alike; inside a level the members
@@ -27,33 +27,11 @@ import numpy as np
 from scipy.optimize import brentq, minimize
 from scipy.special import expit
 
+from pairwise import cli, data, run_dir
 from pairwise.levels import formula, hardened
-from pairwise.run_dir import (
-    InputError,
-    Parser,
-    begin_stage,
-    count_members,
-    counted_pairs,
-    data_hashes,
-    end_stage,
-    hash_file,
-    import_evaluator,
-    made_otherwise,
-    members,
-    read_continuation_rewards,
-    read_json,
-    read_rewards,
-    read_splits,
-    replacing,
-    reward_path,
-    run_main,
-    unchanged,
-    write_array,
-    write_json,
-)
 from pairwise.weights import error_matrix, simplex_weights
 
-evaluator = import_evaluator()
+evaluator = cli.import_evaluator()
 PAIRS = 10_000  # that a layout is fitted to; more change nothing that shows
 
 
@@ -259,7 +237,7 @@ def harden(train, tuned, k, wanted="auto", counts=None):
         }
         found = layouts(rewards, split, components, weights, tau, a, k, tastes, wanted)
         if not found:
-            raise InputError(
+            raise cli.InputError(
                 f"--layout {wanted}: pairs of members with a taste need an even --k and a run of at least two members; "
                 f"--k {k} and {len(rewards)} found"
             )
@@ -288,34 +266,38 @@ def main(args):
     if (
         out.exists()
         and any(out.iterdir())
-        and "harden" not in read_json(out / "manifest.json", {"stages": {}})["stages"]
+        and "harden" not in run_dir.read_json(out / "manifest.json", {"stages": {}})["stages"]
     ):
-        raise InputError(
+        raise cli.InputError(
             f"--out {out}: a directory of something else found, one of its own expected"
         )
-    if made_otherwise(run) in ("hardened", "pruned"):
-        raise InputError(
-            f"{run}: a {made_otherwise(run)} run found; the one that it was made from expected"
+    if run_dir.made_otherwise(run) in ("hardened", "pruned"):
+        raise cli.InputError(
+            f"{run}: a {run_dir.made_otherwise(run)} run found; the one that it was made from expected"
         )
-    splits, _ = read_splits(run)
+    splits, _ = data.read_splits(run)
     splits = {
-        name: counted_pairs(split) or split for name, split in splits.items()
+        name: data.counted_pairs(split) or split for name, split in splits.items()
     }  # as in fit_weights.py
-    trained = count_members(run)
+    trained = run_dir.count_members(run)
     rewards = {
-        name: read_rewards(run, name, trained, (int(split.response_start[-1]),))
+        name: run_dir.read_rewards(run, name, trained, (int(split.response_start[-1]),))
         for name, split in splits.items()
     }
-    if (continued := read_continuation_rewards(run, trained)) is not None:
+    if (continued := run_dir.read_continuation_rewards(run, trained)) is not None:
         rewards["continuations"] = continued
     settings = {
         "k": k,
         "layout": args.layout,
         "source": os.path.relpath(run.resolve(), out.resolve()),
     }
-    files = [reward_path(run, j, name) for j in range(1, trained + 1) for name in rewards]
-    inputs = data_hashes(run) | {str(path.relative_to(run)): hash_file(path) for path in files}
-    if unchanged(out, "harden", settings, inputs, [out / "weights.json", out / "members.json"]):
+    files = [run_dir.reward_path(run, j, name) for j in range(1, trained + 1) for name in rewards]
+    inputs = data.hashes(run) | {
+        str(path.relative_to(run)): run_dir.hash_file(path) for path in files
+    }
+    if run_dir.unchanged(
+        out, "harden", settings, inputs, [out / "weights.json", out / "members.json"]
+    ):
         print(f"harden: {out} is up to date, skipped")
         return
     tuned = "valid" if "valid" in splits else "train"
@@ -330,28 +312,30 @@ def main(args):
     found = harden(
         (splits["train"], rewards["train"]), (splits[tuned], rewards[tuned]), k, args.layout
     )
-    started = begin_stage(out, "harden", settings, inputs)
-    with replacing(out / "data") as partial:
+    started = run_dir.begin_stage(out, "harden", settings, inputs)
+    with run_dir.replacing(out / "data") as partial:
         shutil.copytree(run / "data", partial)
     (out / "continuations.parquet").unlink(missing_ok=True)
     if (run / "continuations.parquet").exists():
         shutil.copyfile(run / "continuations.parquet", out / "continuations.parquet")
-    with replacing(out / "rewards") as partial:
+    with run_dir.replacing(out / "rewards") as partial:
         for name, trained_rewards in rewards.items():
             for j, values in enumerate(hardened(found["formulas"], trained_rewards), 1):
-                write_array(partial / reward_path(out, j, name).name, values)
-    write_json(out / "members.json", {"source": settings["source"], "members": found["formulas"]})
+                run_dir.write_array(partial / run_dir.reward_path(out, j, name).name, values)
+    run_dir.write_json(
+        out / "members.json", {"source": settings["source"], "members": found["formulas"]}
+    )
     train = splits["train"]
     train_mse = np.mean(
         (found["alpha"] @ votes_of(found["formulas"], rewards["train"], train.a, train.b) - train.p)
         ** 2
     )
-    write_json(
+    run_dir.write_json(
         out / "weights.json",
         [{"k": k, "alpha": found["alpha"].tolist(), "fit": "fixed", "train_mse": float(train_mse)}],
     )
     facts = {name: found[name] for name in ("layout", "components", "tau", "a", "misfit", "brier")}
-    end_stage(
+    run_dir.end_stage(
         out,
         "harden",
         settings,
@@ -371,14 +355,16 @@ def main(args):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument(
         "--run", required=True, type=Path, help="a finished run, with data/ and rewards/"
     )
     parser.add_argument(
         "--out", required=True, type=Path, help="the hardened ensemble's own run directory"
     )
-    parser.add_argument("--k", type=members, default=8, help="hardened members (default 8)")
+    parser.add_argument(
+        "--k", type=cli.member_number, default=8, help="hardened members (default 8)"
+    )
     parser.add_argument(
         "--layout",
         choices=("auto", "quantile", "equal", "fitted"),
@@ -389,4 +375,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -10,10 +10,16 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaConfig
 
-from pairwise import adapter
+from pairwise import cli, data
 from pairwise import reward_model as rm
-from pairwise.offload import ALIGN, BUFFERS, MAX_PRECONDITION_DIM, choose_resident, state_shapes
-from pairwise.run_dir import InputError, first_line, read_splits
+from pairwise.scale import adapter
+from pairwise.scale.offload import (
+    ALIGN,
+    BUFFERS,
+    MAX_PRECONDITION_DIM,
+    choose_resident,
+    state_shapes,
+)
 
 LLAMA_3_8B = {
     "hidden_size": 4096,
@@ -59,12 +65,12 @@ def describe(base, dtype, rank=None):
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise InputError(
+        raise cli.InputError(
             f"--base {base}: no config could be read: llama-3-8b, a directory with config.json, or a hub id that can be reached "
-            f"expected ({first_line(error)})"
+            f"expected ({cli.first_line(error)})"
         ) from None
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-        raise InputError(
+        raise cli.InputError(
             f"--base {base}: {type(model).__name__} has no linear head called score; a decoder such as Llama or Qwen expected"
         )
     model.score.float()
@@ -216,7 +222,7 @@ def count_tokens(args):
             "tokens": tokens,
         }
         return counts, f"assumed: {name}, its counts as published, tokens guessed"
-    splits, _ = read_splits(args.run)
+    splits, _ = data.read_splits(args.run)
     texts = [
         (messages, text)
         for split in splits.values()
@@ -231,7 +237,7 @@ def count_tokens(args):
     ]
     try:
         if args.base == "llama-3-8b":
-            raise InputError("dimensions alone")
+            raise cli.InputError("dimensions alone")
         tokenizer = rm.load_tokenizer(args.base, args.chat_template)
         lengths, how = (
             [
@@ -240,7 +246,7 @@ def count_tokens(args):
             ],
             "its tokenizer",
         )
-    except InputError:
+    except cli.InputError:
         lengths = [
             min(args.max_length, (sum(len(m["content"]) for m in messages) + len(text)) / 4)
             for messages, text in chosen

@@ -1,7 +1,7 @@
 """Answer prompts with a trained run: the deployment modes of section 2, with the best of N samples of the base in place of fine-tuned policies.
 
-    python respond.py --run runs/demo --mode overton "how can i get fit again ?"
-    python respond.py --run runs/demo --mode steerable --like mine.jsonl --json --file prompts.txt
+    python extras/respond.py --run runs/demo --mode overton "how can i get fit again ?"
+    python extras/respond.py --run runs/demo --mode steerable --like mine.jsonl --json --file prompts.txt
 
 Prompts: PROMPT, or --file FILE, or stdin, one a line; a line that begins with { is a row {"prompt": text or chat messages}. FILE may also be
 .jsonl, .json, .csv or .parquet.   The base answers each prompt --n times, every member ranks the distinct answers, and answers with its favourite:
@@ -33,12 +33,11 @@ import torch
 from scipy.special import logsumexp, softmax
 from tqdm import tqdm
 
+from pairwise import cli, sampling
 from pairwise import reward_model as rm
-from pairwise import sampling
 from pairwise.members import add_arguments, open_run, rewards_of_run
 from pairwise.ranking import favourites, ranks
 from pairwise.rows import READERS, decoded_lines, messages, one_of, parse_json, read_rows, text
-from pairwise.run_dir import InputError, Parser, natural, run_main
 from pairwise.sampling import room, sample
 
 FIELDS = {"prompt": "messages", "response_a": "text", "response_b": "text", "choice": "text"}
@@ -56,14 +55,14 @@ def read_prompts(args):
     elif args.file and {suffix.lower() for suffix in args.file.suffixes[-2:]} & set(READERS):
         name, rows = args.file, read_rows(args.file, FIELDS)
     elif args.file and not args.file.exists():
-        raise InputError(f"{args.file}: no such file")
+        raise cli.InputError(f"{args.file}: no such file")
     elif args.file:
         name, rows = args.file, rows_of_lines(args.file.read_bytes().splitlines(), args.file.name)
     else:
         name, rows = "stdin", rows_of_lines([] if sys.stdin.isatty() else sys.stdin.buffer, "stdin")
     prompts = [(row.get("prompt"), messages(where, row.get("prompt"))) for where, row in rows]
     if not prompts:
-        raise InputError(
+        raise cli.InputError(
             f"{name}: no prompt found, at least one expected (PROMPT, --file FILE, or lines on stdin)"
         )
     return prompts
@@ -89,7 +88,7 @@ def read_examples(path):
         questions.append((row.get("prompt"), messages(where, row.get("prompt")), pair))
         choices.append(CHOICES[one_of(where, "choice", row.get("choice"), CHOICES)])
     if not questions:
-        raise InputError(f"{path}: no row found, at least one expected")
+        raise cli.InputError(f"{path}: no row found, at least one expected")
     return questions, np.array(choices)
 
 
@@ -310,7 +309,7 @@ def main(args):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="the prompt (default: --file, else stdin)")
     add("--file", type=Path, help="prompts, one a line, or rows of prompt")
@@ -329,8 +328,10 @@ def parse_args(argv=None):
         metavar="EXAMPLES",
         help="steerable: the user's comparisons, .jsonl, .json, .csv or .parquet",
     )
-    add("--draws", type=natural, default=1, help="distributional: members drawn for each prompt")
-    add("--n", type=natural, default=16, help="candidates sampled for each prompt")
+    add(
+        "--draws", type=cli.natural, default=1, help="distributional: members drawn for each prompt"
+    )
+    add("--n", type=cli.natural, default=16, help="candidates sampled for each prompt")
     sampling.add_flags(parser, 0.9, 256)
     add("--json", action="store_true", help="one JSON object a prompt instead of text")
     add_arguments(parser)
@@ -349,4 +350,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

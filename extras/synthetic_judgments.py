@@ -1,6 +1,6 @@
 """Synthetic judgments for `train_rm.py --loss margin --margin-from judgments`, where a data set has one vote a pair (Beyond the Binary, section 3.3).
 
-    python data_prep/synthetic_judgments.py --run runs/mine --base NAME_OR_DIR
+    python extras/synthetic_judgments.py --run runs/mine --base NAME_OR_DIR
 
 A causal language model is asked --count times which of the two responses is better: half of the times with each of them first, so that a liking for
 the first or for "A" cancels. Writes RUN/judgments.jsonl (a line a train prompt: every raw answer) and adds the column `judgments`, counts {a, b} per pair,
@@ -17,26 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pairwise import sampling
+from pairwise import cli, data, run_dir, sampling
 from pairwise.reward_model import (
     add_flags,
     base_hashes,
     encode,
     load_language_model,
     load_tokenizer,
-)
-from pairwise.run_dir import (
-    JUDGMENTS,
-    InputError,
-    Parser,
-    begin_stage,
-    end_stage,
-    natural,
-    read_json,
-    remembered_rows,
-    replacing,
-    run_main,
-    stage_done,
 )
 from pairwise.sampling import room, sample
 
@@ -98,7 +85,7 @@ def ask(model, tokenizer, chat, times, args):
 def main(args):
     run, path = args.run, args.run / "data" / "train.parquet"
     if not path.is_file():
-        raise InputError(f"{path}: no such file; data_prep/ makes it")
+        raise cli.InputError(f"{path}: no such file; data_prep/ makes it")
     table = pq.read_table(path)
     rows = table.to_pylist()
     settings = {
@@ -118,21 +105,21 @@ def main(args):
         "texts of data/train.parquet": hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     } | base_hashes(args.base, args.chat_template)
     if (
-        stage_done(run, "judgments", settings, inputs, [run / "judgments.jsonl"])
+        run_dir.stage_done(run, "judgments", settings, inputs, [run / "judgments.jsonl"])
         and "judgments" in table.column_names
     ):
         print(f"judgments: {run / 'judgments.jsonl'} is there, skipped")
         return
-    later = read_json(run / "manifest.json", {"stages": {}})["stages"].keys() - {
+    later = run_dir.read_json(run / "manifest.json", {"stages": {}})["stages"].keys() - {
         "data",
         "judgments",
     }
     if later:
-        raise InputError(
+        raise cli.InputError(
             f"{path}: {min(later)} was made from it already; judgments come first, right after the data, in another --run"
         )
     tokenizer = load_tokenizer(args.base, args.chat_template)
-    started = begin_stage(run, "judgments", settings, inputs)
+    started = run_dir.begin_stage(run, "judgments", settings, inputs)
     torch.set_num_threads(args.threads)
     model = load_language_model(args.base, args.device)
 
@@ -151,19 +138,19 @@ def main(args):
             )
         return {"prompt_id": row["prompt_id"], "pairs": out}
 
-    found = remembered_rows(
+    found = run_dir.remembered_rows(
         run / "judgments.jsonl", settings | inputs, len(rows), answers, "judgments"
     )
     counts = [[count(asked) for asked in row["pairs"]] for row in found]
     if "judgments" in table.column_names:
         table = table.drop_columns("judgments")
-    with replacing(path) as partial:
+    with run_dir.replacing(path) as partial:
         pq.write_table(
-            table.append_column("judgments", pa.array(counts, JUDGMENTS)),
+            table.append_column("judgments", pa.array(counts, data.JUDGMENTS)),
             partial,
             compression="zstd",
         )
-    end_stage(run, "judgments", settings, inputs, started, threads=args.threads)
+    run_dir.end_stage(run, "judgments", settings, inputs, started, threads=args.threads)
     asked = args.count * sum(map(len, counts))
     parsed = sum(pair["a"] + pair["b"] for pairs in counts for pair in pairs)
     print(
@@ -172,7 +159,7 @@ def main(args):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add(
         "--run",
@@ -189,7 +176,7 @@ def parse_args(argv=None):
     sampling.add_flags(parser, 0.9, 8)
     add(
         "--count",
-        type=natural,
+        type=cli.natural,
         default=10,
         help="judgments of each pair, half of them in each order: an even number (the paper: 10)",
     )
@@ -200,4 +187,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -11,7 +11,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from pairwise.run_dir import InputError
+from pairwise import cli
 
 
 def count():
@@ -66,7 +66,7 @@ def together(main):
             if cuda:
                 place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
                 if place >= gpus:
-                    raise InputError(
+                    raise cli.InputError(
                         f"{size} processes found, at most one for each of the {gpus} GPUs expected"
                     )
                 args.device = f"cuda:{place}"

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from pairwise.prompts import add_arguments, prepare
+from pairwise import cli, run_dir
+from pairwise.prepare.prompts import add_arguments, prepare
 from pairwise.rows import READERS, read_rows
-from pairwise.run_dir import InputError, Parser, command_with, first_line, hash_file
 
 THEIR_SPLITS = ("train", "validation", "test")  # as the files of a published data set name them
 
@@ -34,7 +34,7 @@ class Published(NamedTuple):
 
 def parser(doc):
     """A Parser with the flags that every published data set has."""
-    made = Parser(doc)
+    made = cli.Parser(doc)
     add_source_arguments(made)
     add_arguments(made)
     return made
@@ -82,11 +82,11 @@ def local_files(path):
             if count > 1
         ]
         if twice:
-            raise InputError(
+            raise cli.InputError(
                 f"{twice[0]}.*: one file expected, found in several forms, of which each would count"
             )
     if not found:
-        raise InputError(
+        raise cli.InputError(
             f"{path}: no file named train*, validation* or test* found, with an ending .parquet, .json or .jsonl, also .gz"
         )
     return found
@@ -116,9 +116,9 @@ def hub_files(data, revision, flag):
             {split: list(urls) for split, urls in found.items()}
         )
     except Exception as error:  # of half a dozen libraries, down to the socket's
-        raise InputError(
-            f"{data.hub} could not be read from the hub ({type(error).__name__}: {first_line(error).rstrip('.')}); download {data.files} from "
-            f"https://huggingface.co/datasets/{data.hub} and run: {command_with(flag, 'PATH')}"
+        raise cli.InputError(
+            f"{data.hub} could not be read from the hub ({type(error).__name__}: {cli.first_line(error).rstrip('.')}); download {data.files} from "
+            f"https://huggingface.co/datasets/{data.hub} and run: {run_dir.command_with(flag, 'PATH')}"
         ) from None
     commits = {url.split("@", 1)[1].split("/", 1)[0] for urls in found.values() for url in urls}
     return {
@@ -132,7 +132,7 @@ def read(files, fields):
     for split, paths in files.items():
         for path in paths:
             if path.is_file() and not readable(path):
-                raise InputError(
+                raise cli.InputError(
                     f"{path}: a file that ends in .parquet, .json or .jsonl, also with .gz, expected"
                 )
             name = path.name if names[path.name] == 1 else f"{path.parent.name}/{path.name}"
@@ -145,7 +145,7 @@ def our_splits(files):
     if set(files) <= {None, "train"}:
         return dict.fromkeys(files)
     if "train" not in files:
-        raise InputError(f"{' and '.join(files)} files found, but none named train*")
+        raise cli.InputError(f"{' and '.join(files)} files found, but none named train*")
     return {"train": "train", "test": "test", "validation": "valid" if "test" in files else "test"}
 
 
@@ -156,12 +156,12 @@ def hash_source(path, files):
     """One hash of all files of a local copy: of a file its bytes, of a directory its files' names and bytes."""
     try:
         hashes = {
-            str(file.relative_to(path)): hash_file(file)
+            str(file.relative_to(path)): run_dir.hash_file(file)
             for paths in files.values()
             for file in paths
         }
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise cli.InputError(f"{path}: cannot be read ({error.strerror})") from None
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
@@ -170,7 +170,7 @@ class Source:
 
     def __init__(self, args, data, flag="--source"):
         if args.source and args.revision:
-            raise InputError(
+            raise cli.InputError(
                 f"--revision {args.revision}: a revision is the hub's, and {flag} is given"
             )
         self.args, self.data, self.flag = args, data, flag
@@ -199,7 +199,7 @@ class Source:
             counts[split] += 1
             yield names[split], where, row
         if not any(counts.values()):
-            raise InputError(f"{self.args.source or self.data.hub}: no row found")
+            raise cli.InputError(f"{self.args.source or self.data.hub}: no row found")
         if not self.facts["rows"]:
             self.facts["rows"] = {split or "all": count for split, count in counts.items()}
             published = (
@@ -213,7 +213,7 @@ class Source:
 
 
 def prepare_published(args, data, comparisons, votes, paper, choices):
-    """Read a published data set and turn it into RUN/data (pairwise/prompts.py).
+    """Read a published data set and turn it into RUN/data (pairwise/prepare/prompts.py).
 
     comparisons(rows, args): of (our split, where, row), the Comparison or the reason why there is none; votes: how they arose.
     paper: its figures; choices: {flag: every value}, what the paper leaves open: ours is recorded, and the figures under every other value

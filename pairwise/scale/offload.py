@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pairwise import parallel
-from pairwise.run_dir import InputError, first_line
+from pairwise import cli
+from pairwise.scale import parallel
 
 MAX_PRECONDITION_DIM = 4096  # of full training
 PAGED = {"paged": True}  # in place of the state of a parameter whose turn it is not
@@ -159,7 +159,7 @@ class Offload:
             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // parallel.count(),
         )
         if need > have:
-            raise InputError(
+            raise cli.InputError(
                 f"{need / 1e9:.0f} GB of host memory needed for the optimizer, {have / 1e9:.0f} GB are there; a larger "
                 "--optimizer-memory-gb or a smaller --max-precondition-dim may do; --plan says what fits"
             )
@@ -167,7 +167,7 @@ class Offload:
         if self.into:  # registered rather than allocated as pinned memory: that would be rounded up to a power of two
             code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
             if code:
-                raise InputError(
+                raise cli.InputError(
                     f"{host.nbytes / 2**30:.0f} GiB of host memory could not be pinned for the optimizer (CUDA error {code}); "
                     "more memory or a larger --optimizer-memory-gb may do"
                 )
@@ -428,9 +428,9 @@ def names_memory_flags(main):
                 if args.optimizer_memory_gb is None
                 else f"{args.optimizer_memory_gb:g}"
             )
-            raise InputError(
+            raise cli.InputError(
                 f"out of memory; lower --micro-batch-tokens (now {args.micro_batch_tokens}) or --optimizer-memory-gb (now {gb}); "
-                f"--plan says what fits ({first_line(error)[:150]})"
+                f"--plan says what fits ({cli.first_line(error)[:150]})"
             ) from None
 
     return told

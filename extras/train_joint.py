@@ -1,7 +1,7 @@
 """All K reward models at once, on the squared error of their mixture: one training run and one forward pass instead of K.
 
-    python train_joint.py --run runs/demo-joint --k 8 --base runs/demo/base --lr 3e-3          (then fit_weights.py, evaluate.py)
-    python train_joint.py --run runs/mine --k 8 --base NAME_OR_DIR --train head               (K heads on features of the frozen base)
+    python extras/train_joint.py --run runs/demo-joint --k 8 --base runs/demo/base --lr 3e-3          (then fit_weights.py, evaluate.py)
+    python extras/train_joint.py --run runs/mine --k 8 --base NAME_OR_DIR --train head               (K heads on features of the frozen base)
 
 minimise  mean over train pairs of (sum_j alpha_j sigmoid(s (r_j(y1) - r_j(y2))) - p)^2
 
@@ -20,31 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pairwise import cli, data, run_dir, training
 from pairwise import reward_model as rm
-from pairwise import training
-from pairwise.offload import MAX_PRECONDITION_DIM
-from pairwise.run_dir import (
-    InputError,
-    Parser,
-    begin_stage,
-    data_hashes,
-    end_stage,
-    hash_file,
-    import_evaluator,
-    member_name,
-    members,
-    natural,
-    positive,
-    read_continuations,
-    read_json,
-    read_splits,
-    replacing,
-    reward_path,
-    run_main,
-    stage_done,
-    write_array,
-    write_json,
-)
+from pairwise.scale.offload import MAX_PRECONDITION_DIM
 
 
 def mixture_error(reward_a, reward_b, target, logits, s):
@@ -78,11 +56,11 @@ def score_heads(features, weight):
 def export(args):
     """Split member args.export off joint/: a plain num_labels=1 directory."""
     directory, entry = (
-        args.run / member_name(args.export),
-        read_json(args.run / "manifest.json")["stages"].get("joint"),
+        args.run / run_dir.member_name(args.export),
+        run_dir.read_json(args.run / "manifest.json")["stages"].get("joint"),
     )
     if not entry or args.export > entry["settings"]["k"] or directory.exists():
-        raise InputError(
+        raise cli.InputError(
             f"{directory}: "
             + ("already there" if directory.exists() else "no such member of a jointly trained run")
         )
@@ -96,7 +74,7 @@ def export(args):
         getattr(torch, entry["settings"]["dtype"]),
         args.device,
     )
-    with replacing(directory) as partial:
+    with run_dir.replacing(directory) as partial:
         rm.save_member(model, tokenizer, partial)
     print(f"{directory}: plain directory written")
 
@@ -106,34 +84,34 @@ def main(args):
     training.settle(args)
     if args.export:
         return export(args)
-    splits, _ = read_splits(run)
-    data = splits["train"]
+    splits, _ = data.read_splits(run)
+    train = splits["train"]
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    base = data_hashes(run) | rm.base_hashes(args.base, args.chat_template)
+    base = data.hashes(run) | rm.base_hashes(args.base, args.chat_template)
     settings = {
         name: getattr(args, name)
         for name in ("train", "k", "sharpen", "weights", *training.SETTINGS)
     }
-    texts = read_continuations(run)
+    texts = run_dir.read_continuations(run)
     texts = texts and (texts["messages"], texts["texts"])
     inputs = base | (
-        {"continuations.parquet": hash_file(run / "continuations.parquet")} if texts else {}
+        {"continuations.parquet": run_dir.hash_file(run / "continuations.parquet")} if texts else {}
     )
     names = [*splits, *(["continuations"] if texts else [])]
     outputs = [
         run / "joint",
         run / "logs" / "joint.jsonl",
-        *(reward_path(run, j, name) for j in range(1, k + 1) for name in names),
+        *(run_dir.reward_path(run, j, name) for j in range(1, k + 1) for name in names),
     ]
-    entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get("joint", {})
+    entry = run_dir.read_json(run / "manifest.json", {"stages": {}})["stages"].get("joint", {})
     if texts and entry.get("done") and "continuations.parquet" not in entry["inputs"]:
-        raise InputError(
+        raise cli.InputError(
             f"{run}: trained before its continuations.parquet was there, which is scored with the training; another --run expected"
         )
-    if stage_done(run, "joint", settings, inputs, outputs):
+    if run_dir.stage_done(run, "joint", settings, inputs, outputs):
         print(f"joint: {run / 'joint'} is there, skipped")
         return
-    started = begin_stage(run, "joint", settings, inputs)
+    started = run_dir.begin_stage(run, "joint", settings, inputs)
     torch.manual_seed(args.seed)
     head_seed, order_seed = (
         int(s) for s in np.random.SeedSequence([args.seed, 0]).generate_state(2)
@@ -147,7 +125,7 @@ def main(args):
         return mixture_error(reward_a, reward_b, target, logits, args.sharpen**done)
 
     with (
-        replacing(run / "logs" / "joint.jsonl") as partial,
+        run_dir.replacing(run / "logs" / "joint.jsonl") as partial,
         open(partial, "w", encoding="utf-8") as log,
     ):
         if args.train == "head":
@@ -162,11 +140,11 @@ def main(args):
                 found |= training.ask_features(
                     args, "features_continuations", {"continuations": texts}, tokenizer, inputs
                 )
-            keep = (found["train"][data.a] != found["train"][data.b]).any(1)
+            keep = (found["train"][train.a] != found["train"][train.b]).any(1)
             weight = torch.nn.Parameter(torch.empty(k, found["train"].shape[1], device=args.device))
             draw_heads(weight, head_seed)
             training.train_head(
-                args, weight, data, found["train"], (data.p,), loss, keep, rng, log, [logits]
+                args, weight, train, found["train"], (train.p,), loss, keep, rng, log, [logits]
             )
         else:
             encoded = {name: (s.messages, s.responses) for name, s in splits.items()} | (
@@ -177,13 +155,23 @@ def main(args):
                 for name, both in encoded.items()
             }
             keep = np.array(
-                [encoded["train"][a] != encoded["train"][b] for a, b in zip(data.a, data.b)]
+                [encoded["train"][a] != encoded["train"][b] for a, b in zip(train.a, train.b)]
             )
             model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device, k)
             weight = rm.head(model).weight
             draw_heads(weight, head_seed)
             training.train_full(
-                args, model, data, encoded["train"], (data.p,), loss, keep, rng, log, None, [logits]
+                args,
+                model,
+                train,
+                encoded["train"],
+                (train.p,),
+                loss,
+                keep,
+                rng,
+                log,
+                None,
+                [logits],
             )
         alpha, order = (
             torch.softmax(logits.detach(), 0),
@@ -199,17 +187,17 @@ def main(args):
             }
         for name, values in scores.items():
             if not np.isfinite(values).all():
-                raise InputError(
+                raise cli.InputError(
                     f"joint: rewards of {name} are not finite after the last step; a lower --lr may help"
                 )
     for name, values in scores.items():
         for j in range(1, k + 1):
             own = np.ascontiguousarray(values[:, j - 1])
-            write_array(
-                reward_path(run, j, name),
+            run_dir.write_array(
+                run_dir.reward_path(run, j, name),
                 own.reshape(len(texts[0]), -1) if name == "continuations" else own,
             )
-    with replacing(run / "joint") as partial:
+    with run_dir.replacing(run / "joint") as partial:
         (
             rm.save_head(weight, partial)
             if args.train == "head"
@@ -219,14 +207,15 @@ def main(args):
         learned = alpha[order].double().cpu().numpy()
         learned /= learned.sum()
         votes = (
-            import_evaluator().votes(np.ascontiguousarray(scores["train"].T), data.a, data.b) / 2
+            cli.import_evaluator().votes(np.ascontiguousarray(scores["train"].T), data.a, data.b)
+            / 2
         )
-        train_mse = float(np.mean((learned @ votes - data.p) ** 2))
-        write_json(
+        train_mse = float(np.mean((learned @ votes - train.p) ** 2))
+        run_dir.write_json(
             run / "weights.json",
             [{"k": k, "alpha": learned.tolist(), "fit": "fixed", "train_mse": train_mse}],
         )
-    end_stage(
+    run_dir.end_stage(
         run,
         "joint",
         settings,
@@ -249,17 +238,17 @@ def main(args):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--run", required=True, type=Path, help="run directory with data/")
     add("--base", required=True, help="base model: hub id or transformers directory")
     add(
         "--export",
-        type=natural,
+        type=cli.natural,
         metavar="J",
         help="train nothing: write member J as a plain directory",
     )
-    add("--k", type=members, default=8, help="reward models, at least 2")
+    add("--k", type=cli.member_number, default=8, help="reward models, at least 2")
     add(
         "--train",
         choices=("full", "head"),
@@ -268,7 +257,7 @@ def parse_args(argv=None):
     )
     add(
         "--sharpen",
-        type=positive,
+        type=cli.positive,
         default=4.0,
         metavar="S",
         help="the steepness of the votes at the last step; 1: soft throughout",
@@ -298,4 +287,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pairwise.run_dir import InputError, first_line, read_json
+from pairwise import cli, run_dir
 
 
 def add(model, rank, alpha):
@@ -20,7 +20,7 @@ def add(model, rank, alpha):
     if not hasattr(
         model, "score"
     ):  # its pooler is drawn with the head, and an adapter cannot carry it
-        raise InputError(
+        raise cli.InputError(
             f"--train lora: {type(model).__name__} pools with weights of its own, which have to be trained; --train full, or a decoder, "
             "expected"
         )
@@ -69,13 +69,15 @@ def save(model, base, directory):
 def load(model, directory):
     """Put the adapters and the head that save() wrote into a base. Raises InputError where a tensor is missing, of another shape or one too many."""
     config, path = (
-        read_json(directory / "adapter_config.json"),
+        run_dir.read_json(directory / "adapter_config.json"),
         directory / "adapter_model.safetensors",
     )
     try:
         rank, alpha, found = config["r"], config["lora_alpha"], load_file(path)
     except (KeyError, OSError, SafetensorError) as error:
-        raise InputError(f"{path}: no adapter could be read ({first_line(error)})") from None
+        raise cli.InputError(
+            f"{path}: no adapter could be read ({cli.first_line(error)})"
+        ) from None
     add(model, rank, alpha)
     shapes = [
         {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -83,7 +85,7 @@ def load(model, directory):
     ]
     wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
     if wrong:
-        raise InputError(
+        raise cli.InputError(
             f"{path}: {wrong[0]} (and {len(wrong) - 1} more): {shapes[0].get(wrong[0], 'no tensor')} found, "
             f"{shapes[1].get(wrong[0], 'no tensor')} expected"
         )

@@ -1,6 +1,6 @@
 """One member's preferences among the continuations, as TRL's DPOTrainer reads them: what turns member j into policy j.
 
-    python data_prep/policy_pairs.py --run runs/demo --member 1 --out runs/demo-policy-1/pairs/train.jsonl
+    python extras/policy_pairs.py --run runs/demo --member 1 --out runs/demo-policy-1/pairs/train.jsonl
 
 A row is a pair: prompt, the conversation; chosen and rejected, each the answer as a turn of the assistant. Of a prompt's distinct continuations the
 chosen is drawn from the quarter that the member ranks highest, the rejected from the quarter that it ranks lowest; no pair twice, none of equal rewards.
@@ -11,18 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pairwise import cli, run_dir
 from pairwise.ranking import distinct
-from pairwise.run_dir import (
-    InputError,
-    Parser,
-    natural,
-    read_continuations,
-    read_rewards,
-    replacing,
-    run_main,
-    seed,
-    write_lines,
-)
 
 
 def pairs(texts, rewards, count, rng):
@@ -39,31 +29,31 @@ def pairs(texts, rewards, count, rng):
 
 
 def main(args):
-    texts = read_continuations(args.run)
+    texts = run_dir.read_continuations(args.run)
     if texts is None:
-        raise InputError(
+        raise cli.InputError(
             f"{args.run / 'continuations.parquet'}: no such file; data_prep/continuations.py makes it"
         )
     shape = len(texts["texts"]), len(texts["texts"][0])
-    rewards = read_rewards(args.run, "continuations", args.member, shape)[-1]
+    rewards = run_dir.read_rewards(args.run, "continuations", args.member, shape)[-1]
     rng, rows = np.random.default_rng([args.seed, args.member]), []
     for messages, answers, of_prompt in zip(texts["messages"], texts["texts"], rewards):
         for pair in pairs(answers, of_prompt, args.pairs, rng):
             chosen, rejected = ([{"role": "assistant", "content": answers[i]}] for i in pair)
             rows.append({"prompt": messages, "chosen": chosen, "rejected": rejected})
     if not rows:
-        raise InputError(
+        raise cli.InputError(
             f"{args.run}: member {args.member} prefers no continuation to another, no pair can be exported"
         )
-    with replacing(args.out) as partial:
-        write_lines(partial, rows)
+    with run_dir.replacing(args.out) as partial:
+        run_dir.write_lines(partial, rows)
     print(
         f"policy_pairs: {len(rows):,} pairs of member {args.member} from {shape[0]:,} prompts in {args.out}"
     )
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add(
         "--run",
@@ -71,7 +61,7 @@ def parse_args(argv=None):
         type=Path,
         help="run directory with continuations.parquet and the member's rewards of it",
     )
-    add("--member", required=True, type=natural, metavar="J")
+    add("--member", required=True, type=cli.natural, metavar="J")
     add(
         "--out",
         required=True,
@@ -79,10 +69,10 @@ def parse_args(argv=None):
         metavar="FILE",
         help="JSON lines; TRL takes the directory that it is alone in",
     )
-    add("--pairs", type=natural, default=8, help="of each prompt, at most")
-    add("--seed", type=seed, default=0)
+    add("--pairs", type=cli.natural, default=8, help="of each prompt, at most")
+    add("--seed", type=cli.seed, default=0)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    cli.run_main(main, parse_args())
