@@ -158,9 +158,9 @@ def export(args):
         args.device,
     )
     if kept == ["adapter"]:
-        adapter.merge(model)
+        adapter.merge(model.model)
     partial = directory.with_name(f".partial-{directory.name}")
-    rm.save_member(model, tokenizer, partial)
+    rm.save_member(model.model, tokenizer, partial)
     for path in sorted(
         partial.iterdir(), key=lambda path: path.suffix == ".safetensors"
     ):  # the weights last: they say that all is there
@@ -360,10 +360,10 @@ def main(args):
                     model = rm.load_member(run, j, args.base, tokenizer, dtype, args.device)
                 else:
                     model = rm.load_base(args.base, tokenizer, dtype, args.device)
-                    rm.draw_head(rm.head(model).weight, model.config, head_seed)
+                    rm.draw_head(model.head.weight, model.model.config, head_seed)
                     if args.train == "lora":
-                        adapter.add(model, args.lora_rank, args.lora_alpha)
-                        adapter.draw(model, adapter_seed)
+                        adapter.add(model.model, args.lora_rank, args.lora_alpha)
+                        adapter.draw(model.model, adapter_seed)
                     training.train_full(
                         args,
                         model,
@@ -381,9 +381,9 @@ def main(args):
                 if args.train == "head":
                     rm.save_head(weight, partial)
                 elif args.train == "lora":
-                    adapter.save(model, args.base, partial / "adapter")
+                    adapter.save(model.model, args.base, partial / "adapter")
                 else:
-                    rm.save_member(model, tokenizer, partial)
+                    rm.save_member(model.model, tokenizer, partial)
             checkpoints.finish()
         if args.train == "head":
             scores = {
