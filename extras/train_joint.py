@@ -75,7 +75,7 @@ def export(args):
         args.device,
     )
     with run_dir.replacing(directory) as partial:
-        rm.save_member(model, tokenizer, partial)
+        rm.save_member(model.model, tokenizer, partial)
     print(f"{directory}: plain directory written")
 
 
@@ -158,7 +158,7 @@ def main(args):
                 [encoded["train"][a] != encoded["train"][b] for a, b in zip(train.a, train.b)]
             )
             model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device, k)
-            weight = rm.head(model).weight
+            weight = model.head.weight
             draw_heads(weight, head_seed)
             training.train_full(
                 args,
@@ -201,13 +201,13 @@ def main(args):
         (
             rm.save_head(weight, partial)
             if args.train == "head"
-            else rm.save_member(model, tokenizer, partial)
+            else rm.save_member(model.model, tokenizer, partial)
         )
     if args.weights == "learned":
         learned = alpha[order].double().cpu().numpy()
         learned /= learned.sum()
         votes = (
-            cli.import_evaluator().votes(np.ascontiguousarray(scores["train"].T), data.a, data.b)
+            cli.import_evaluator().votes(np.ascontiguousarray(scores["train"].T), train.a, train.b)
             / 2
         )
         train_mse = float(np.mean((learned @ votes - train.p) ** 2))
