@@ -1,5 +1,6 @@
-"""What every kind of training shares: steps and batches, the loop over steps, what a stage of training reads and writes,
-and the flags. The objectives are the scripts' own: train_rm.py has the method's, extras/train_joint.py the mixture's.
+"""What every kind of training shares: steps and batches, the loop over steps, what a stage of
+training reads and writes, and the flags. The objectives are the scripts' own: train_rm.py has the
+method's, extras/train_joint.py the mixture's.
 """
 
 import json
@@ -23,8 +24,9 @@ from pairwise.scale.offload import Offload, recompute_activations
 def steps_of_prompts(pair_start, keep, pairs_per_step, rng):
     """Shuffle prompts and fill steps with whole prompts up to a budget of pairs.
 
-    pair_start (P+1,): the pairs of prompt i; keep bool (N,): pairs to train on. Return a list of steps, each a list of
-    arrays of pair indices. A prompt with more pairs than the budget is shuffled and split over several steps.
+    pair_start (P+1,): the pairs of prompt i; keep bool (N,): pairs to train on. Return a list of
+    steps, each a list of arrays of pair indices. A prompt with more pairs than the budget is
+    shuffled and split over several steps.
     """
     steps, room = [], 0
     for prompt in rng.permutation(len(pair_start) - 1):
@@ -43,7 +45,9 @@ def steps_of_prompts(pair_start, keep, pairs_per_step, rng):
 
 
 def steps_of_pairs(keep, pairs_per_step, epochs, rng):
-    """Shuffle single pairs, anew in every epoch: a list of steps, each a list of one array of pair indices."""
+    """Shuffle single pairs, anew in every epoch: a list of steps, each a list of one array of pair
+    indices.
+    """
     pairs = np.flatnonzero(keep)
     return [
         [order[at : at + pairs_per_step]]
@@ -53,11 +57,12 @@ def steps_of_pairs(keep, pairs_per_step, epochs, rng):
 
 
 def micro_batches(step, a, b, lengths, size, tokens):
-    """Split a step for gradient accumulation: arrays of pair indices whose responses run at most `tokens` tokens.
+    """Split a step for gradient accumulation: arrays of pair indices whose responses run at most
+    `tokens` tokens.
 
-    step: arrays of pair indices, each of one prompt; lengths (R,): tokens per response; size(responses) -> tokens that
-    are run for them in one forward pass. Prompts stay whole, those of similar length go together; a prompt that is too
-    large alone is a micro-batch.
+    step: arrays of pair indices, each of one prompt; lengths (R,): tokens per response;
+    size(responses) -> tokens that are run for them in one forward pass. Prompts stay whole, those
+    of similar length go together; a prompt that is too large alone is a micro-batch.
     """
 
     def longest(pairs):
@@ -74,7 +79,9 @@ def micro_batches(step, a, b, lengths, size, tokens):
 
 
 def schedule(step, steps, warmup):
-    """Learning-rate factor of a step: linear over the first `warmup` of the steps (at least one), then cosine to 0."""
+    """Learning-rate factor of a step: linear over the first `warmup` of the steps (at least one),
+    then cosine to 0.
+    """
     rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise
@@ -103,7 +110,9 @@ def parameter_groups(model):
 
 
 def make_optimizer(groups, args, memory):
-    """SOAP on float32 masters (in BF16 alone most of a small update is lost to rounding); memory: bytes, None for all."""
+    """SOAP on float32 masters (in BF16 alone most of a small update is lost to rounding); memory:
+    bytes, None for all.
+    """
     dims = (args.max_precondition_dim, 1)
     return Offload(
         [{"params": p, "max_precondition_dim": dim} for p, dim in zip(groups, dims)],
@@ -118,7 +127,8 @@ def make_optimizer(groups, args, memory):
 
 
 def backward(batches, count, rewards_at, pairs, loss, done):
-    """Add the gradient of one step's mean loss, micro-batch by micro-batch; return (this process's loss, its tokens).
+    """Add the gradient of one step's mean loss, micro-batch by micro-batch; return (this process's
+    loss, its tokens).
 
     batches: arrays of pair indices, this process's; count: pairs of the step on all processes.
     """
@@ -139,7 +149,9 @@ def backward(batches, count, rewards_at, pairs, loss, done):
 
 
 class StepLog:
-    """One JSON line a step, written to `file` and kept in `lines`, and a progress bar that shows the same."""
+    """One JSON line a step, written to `file` and kept in `lines`, and a progress bar that shows
+    the same.
+    """
 
     def __init__(self, file, lines, steps, label):
         self.file, self.lines, self.started = file, lines, time.time()
@@ -167,13 +179,15 @@ class StepLog:
 def train(
     groups, rewards_at, steps, pairs, loss, args, log, prompts, checkpoints=None, memory=None
 ):
-    """Minimise the mean loss over `steps`, one optimizer step each, and write a JSON line per step to `log`.
+    """Minimise the mean loss over `steps`, one optimizer step each, and write a JSON line per step
+    to `log`.
 
-    groups: [matrices that SOAP preconditions, other parameters], updated in place; rewards_at(responses) -> (their
-    float32 rewards, with gradient; tokens run); steps: of each, for each process, its micro-batches, arrays of pair
-    indices; pairs: (a, b, *targets), arrays over all pairs; loss(reward_a, reward_b, *targets, done) -> the sum over
-    these pairs, where done in [0, 1) says how much of the training lies behind; prompts: prompt id of every pair;
-    checkpoints: where to resume from and write to; memory: Offload's, in bytes. Raise InputError where there is
+    groups: [matrices that SOAP preconditions, other parameters], updated in place;
+    rewards_at(responses) -> (their float32 rewards, with gradient; tokens run); steps: of each, for
+    each process, its micro-batches, arrays of pair indices; pairs: (a, b, *targets), arrays over
+    all pairs; loss(reward_a, reward_b, *targets, done) -> the sum over these pairs, where done in
+    [0, 1) says how much of the training lies behind; prompts: prompt id of every pair; checkpoints:
+    where to resume from and write to; memory: Offload's, in bytes. Raise InputError where there is
     nothing to train on, and where the loss or a gradient is not finite.
     """
     if not steps:
@@ -216,8 +230,8 @@ def train_full(
 ):
     """Train all parameters, or adapters and head, on whole prompts, for args.epochs epochs.
 
-    sequences: token ids of every distinct response; targets, loss: as for `train`; keep bool (N,): pairs to train on;
-    more: parameters of the loss.
+    sequences: token ids of every distinct response; targets, loss: as for `train`; keep bool (N,):
+    pairs to train on; more: parameters of the loss.
     """
     rm.check_positions(reward_model, sequences)
     a, b, lengths = split.a, split.b, np.array([len(ids) for ids in sequences])
@@ -262,10 +276,11 @@ def prompts_of(split):
 
 
 def train_head(args, weight, split, features, targets, loss, keep, rng, log, more=()):
-    """Train heads (K, d) alone, on stored features float32 (R, d) and shuffled pairs: section 4's frozen backbone.
+    """Train heads (K, d) alone, on stored features float32 (R, d) and shuffled pairs: section 4's
+    frozen backbone.
 
-    The loss is given rewards (n,), of several heads (n, K). All features are trained at unit scale, so that one
-    learning rate fits them all; the scale is folded into the heads afterwards.
+    The loss is given rewards (n,), of several heads (n, K). All features are trained at unit scale,
+    so that one learning rate fits them all; the scale is folded into the heads afterwards.
     """
     scale = torch.from_numpy(features.std(0) + 1e-6).to(weight.device)
     scaled = torch.from_numpy(features).to(weight.device) / scale
@@ -288,6 +303,17 @@ SETTINGS = (
 ).split()
 
 
+def add_scoring_flags(parser):
+    """Add the flags of every script that scores the data of a run."""
+    add = parser.add_argument
+    words = "tokens of prompt and response; longer ones lose the prompt's beginning (default 2048)"
+    add("--max-length", type=cli.natural, default=2048, help=words)
+    words = "of the parameters (default bfloat16 on a GPU, float32 on a CPU)"
+    add("--dtype", choices=("bfloat16", "float32"), help=words)
+    words = "tokens run in one forward pass (default 8192; lora: 4096; on a CPU 1024)"
+    add("--micro-batch-tokens", type=cli.natural, help=words)
+
+
 def add_flags(parser):
     """Add the flags that all training scripts have; None stands for a default that fill_in sets."""
     add = parser.add_argument
@@ -306,13 +332,7 @@ def add_flags(parser):
     add("--precondition-frequency", type=cli.natural, default=5, help=words)
     words = "larger dimensions are not preconditioned (default 4096; lora: the rank)"
     add("--max-precondition-dim", type=cli.natural, help=words)
-    # size and speed
-    words = "tokens of prompt and response; longer ones lose the prompt's beginning (default 2048)"
-    add("--max-length", type=cli.natural, default=2048, help=words)
-    words = "of the parameters (default bfloat16 on a GPU, float32 on a CPU)"
-    add("--dtype", choices=("bfloat16", "float32"), help=words)
-    words = "tokens run in one forward pass (default 8192; lora: 4096; on a CPU 1024)"
-    add("--micro-batch-tokens", type=cli.natural, help=words)
+    add_scoring_flags(parser)
     words = (
         "GiB of the device for float32 masters, SOAP's state and copy buffers; the rest is paged "
         "through host memory (default: what is free; on a CPU all)"
