@@ -6,7 +6,7 @@
 Stage j reads the prepared data, the rewards of members 1 to j-1 and their mixture weights, computes
 the residual eps_j = p - p_hat_{j-1}, trains r_j from the same base on the target that it makes, and
 scores every response. It writes RUN/member_0j, RUN/rewards/0j_SPLIT.npy and RUN/logs/0j.jsonl. On N
-GPUs: torchrun --standalone --nproc-per-node N -- train_rm.py --run .. (-- hides --run from torchrun)
+GPUs (-- keeps --run from torchrun): torchrun --standalone --nproc-per-node N -- train_rm.py --run ..
 """
 
 import time
@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from transformers import AutoConfig
 
-from pairwise import cli, data, run_dir, stages, training
+from pairwise import cli, data, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale import adapter, parallel
 from pairwise.scale.checkpoint import Checkpoints
@@ -152,7 +152,7 @@ def train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, lo
 
 
 def facts_of(args, train, identical, tied):
-    """(facts for the manifest, words on pairs with something missing); identical, tied: bool (N,)."""
+    """(facts for the manifest, words on pairs that lack something); identical, tied: bool (N,)."""
     target, loss = formula(TARGETS[args.target]), formula(LOSSES[args.loss])
     facts = stages.facts(args) | {"target_formula": target, "loss_formula": loss}
     facts |= {"processes": parallel.count(), "identical_pairs": int(identical.sum())}
@@ -186,7 +186,7 @@ def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkp
         with stages.open_log(log_path, first and not trained) as log:
             member = train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, log)
     if first and not trained:
-        stages.save(args, member, tokenizer, directory)
+        stages.save(args, args.train, member, tokenizer, directory)
         checkpoints.finish()
     scores = stages.score(args, member, encoded, f"member {j}")
     outputs = (directory, log_path, checkpoints.directory)
@@ -216,7 +216,7 @@ def main(args):
     splits, _ = data.read_splits(run)
     targets = targets_of_stage(args, splits["train"])
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    base_inputs = data.hashes(run) | rm.base_hashes(args.base, args.chat_template)
+    base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     if j > 1:  # the members of a run differ in their residual only
         run_dir.must_agree(run, run_dir.member_name(1), settings, base_inputs)

@@ -23,14 +23,9 @@ import pyarrow.parquet as pq
 import torch
 
 from pairwise import cli, data, run_dir, sampling
-from pairwise.reward_model import (
-    add_flags,
-    base_hashes,
-    encode,
-    load_language_model,
-    load_tokenizer,
-)
-from pairwise.sampling import room, sample
+from pairwise.provenance import base_hashes
+from pairwise.reward_model import add_flags, encode, load_tokenizer
+from pairwise.sampling import load_language_model, room, sample
 
 
 def held_out_prompts(run):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from pairwise import cli, data, run_dir, stages, training
+from pairwise import cli, data, existing, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale.offload import names_memory_flags
 
@@ -49,7 +49,7 @@ def main(args):
     check_kind(run, j)
     splits, _ = data.read_splits(run)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template, "--model")
-    inputs = data.hashes(run) | rm.base_hashes(args.base, args.chat_template)
+    inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     settings = {"train": "from", "dtype": args.dtype, "max_length": args.max_length}
     stage, texts = (run, name, settings, inputs), run_dir.read_continuations(run)
     outputs = [run / name, *(run_dir.reward_path(run, j, split) for split in splits)]
@@ -57,7 +57,7 @@ def main(args):
         print(f"member {j}: {run / name} is there, skipped")
     else:
         dtype = getattr(torch, args.dtype)
-        member = rm.load_reward_model(args.base, tokenizer, dtype, args.device, "--model")
+        member = existing.load_reward_model(args.base, tokenizer, dtype, args.device, "--model")
         started = run_dir.begin_stage(*stage)
         encoded = stages.encode(args, stages.texts_of(splits), tokenizer)
         scores = stages.score(args, member, encoded, f"member {j}")

@@ -18,14 +18,9 @@ import pyarrow.parquet as pq
 import torch
 
 from pairwise import cli, data, run_dir, sampling
-from pairwise.reward_model import (
-    add_flags,
-    base_hashes,
-    encode,
-    load_language_model,
-    load_tokenizer,
-)
-from pairwise.sampling import room, sample
+from pairwise.provenance import base_hashes
+from pairwise.reward_model import add_flags, encode, load_tokenizer
+from pairwise.sampling import load_language_model, room, sample
 
 QUESTION = """Two answers to the same message follow the conversation below. Say which one most people would rather have got: the one that is \
 correct where there is a right answer, and helpful without doing harm where there is none. Reply with "Choice: A" or "Choice: B" and nothing else.

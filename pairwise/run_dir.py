@@ -186,11 +186,12 @@ def made_otherwise(run):
     return "hardened" if "harden" in stages else "joint" if "joint" in stages else None
 
 
-def kind_of(run):
+def kind_of(run, beneath=False):
     """How the members of `run` came about, as its manifest says: "full", "lora", "head", "joint",
-    "existing", "hardened" or "pruned"; None where it has no member yet."""
+    "existing", "hardened" or "pruned"; None where it has no member yet. beneath: of a pruned run,
+    the kind of the run that it was made from."""
     stages = read_json(run / "manifest.json", {"stages": {}})["stages"]
-    if "prune" in stages.get("weights", {}).get("settings", {}):
+    if not beneath and "prune" in stages.get("weights", {}).get("settings", {}):
         return "pruned"
     if "harden" in stages:
         return "hardened"

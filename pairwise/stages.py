@@ -9,9 +9,9 @@ import shutil
 import numpy as np
 import torch
 
-from pairwise import cli, run_dir
+from pairwise import cli, members, run_dir
 from pairwise import reward_model as rm
-from pairwise.scale import adapter, parallel
+from pairwise.scale import parallel
 
 
 def settle(args):
@@ -85,21 +85,16 @@ def open_log(path, written=True):
         yield log
 
 
-def save(args, member, tokenizer, directory):
-    """Write the heads, or the head and its adapters, or a plain directory of the whole model."""
+def save(args, kind, member, tokenizer, directory):
+    """Write what training made of the base, in the format of its kind (members.KINDS)."""
     with run_dir.replacing(directory) as partial:
-        if args.train == "head":
-            rm.save_head(member, partial)
-        elif args.train == "lora":
-            adapter.save(member.model, args.base, partial / "adapter")
-        else:
-            rm.save_member(member.model, tokenizer, partial)
+        members.KINDS[kind].save(member, partial, tokenizer, args.base)
 
 
 def load(args, j, tokenizer):
     """Member j of a run as a RewardModel."""
     dtype = getattr(torch, args.dtype)
-    return rm.load_member(args.run, j, args.base, tokenizer, dtype, args.device)
+    return members.load_member(args.run, j, args.base, tokenizer, dtype, args.device)
 
 
 def score(args, member, encoded, label):
@@ -159,7 +154,7 @@ def score_continuations(args, j, member, tokenizer, texts, inputs):
     texts = {"continuations": (texts["messages"], texts["texts"])}
     encoded = encode_for(args, "features_continuations", texts, tokenizer, hashes)
     if args.train == "head":
-        member = rm.load_head(run / run_dir.member_name(j))
+        member = members.load_head(run / run_dir.member_name(j))
     elif member is None:
         member = load(args, j, tokenizer)
     rewards = score(args, member, encoded, f"member {j}")

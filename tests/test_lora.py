@@ -28,8 +28,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Debe
 
 import score
 import train_rm
+from pairwise import members, training
 from pairwise import reward_model as rm
-from pairwise import training
 from pairwise.cli import InputError
 from pairwise.data import read_split
 from pairwise.scale import adapter
@@ -276,7 +276,7 @@ def test_peft_and_load_member_give_the_stored_rewards(lora_run, base, tokenizer,
         assert theirs.keys() == stored.keys() and all(
             torch.equal(theirs[name], stored[name]) for name in stored
         )
-        ours = rm.load_member(lora_run, j, base, tokenizer, torch.float32, "cpu")
+        ours = members.load_member(lora_run, j, base, tokenizer, torch.float32, "cpu")
         np.testing.assert_array_equal(
             rm.score_sequences(ours, test_sequences, 1000), rewards(lora_run, j)
         )
@@ -425,7 +425,7 @@ def damaged(lora_run, tmp_path, change):
 )
 def test_a_tensor_that_is_missing_or_wrong(lora_run, base, tokenizer, tmp_path, change, said):
     with pytest.raises(InputError, match=f"member_01/adapter/adapter_model.safetensors: .*{said}"):
-        rm.load_member(
+        members.load_member(
             damaged(lora_run, tmp_path, change), 1, base, tokenizer, torch.float32, "cpu"
         )
 

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 import train_rm
+from pairwise import members, training
 from pairwise import reward_model as rm
-from pairwise import training
 from pairwise.cli import InputError
 from pairwise.data import read_split
 from pairwise.scale import packed
@@ -553,7 +553,7 @@ def test_an_encoder_is_trained_scored_and_saved_padded(data, tokenizer, tmp_path
     with torch.no_grad():
         plain = [model.eval()(input_ids=torch.tensor([ids])).logits.item() for ids in sequences]
     np.testing.assert_allclose(rewards(run, 2), plain, atol=1e-5)
-    again = rm.load_member(run, 2, None, tokenizer, torch.float32, "cpu")
+    again = members.load_member(run, 2, None, tokenizer, torch.float32, "cpu")
     np.testing.assert_array_equal(rm.score_sequences(again, sequences, 500), rewards(run, 2))
     with pytest.raises(InputError, match="--train head.*a decoder, expected"):
         rm.features_of(again, sequences, 500)

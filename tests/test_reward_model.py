@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from pairwise import members, provenance
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 
@@ -302,8 +303,8 @@ def test_bfloat16_keeps_head_and_rewards_in_float32(base, tokenizer, mixed, tmp_
     ids, mask = rm.pad(mixed, tokenizer.pad_token_id, "cpu")
     rewards = rm.rewards_of(model, ids, mask)
     assert rewards.dtype == torch.float32 and not torch.equal(rewards, rewards.bfloat16().float())
-    rm.save_member(model.model, tokenizer, tmp_path / "member_01")
-    loaded = rm.load_member(tmp_path, 1, base, tokenizer, torch.bfloat16, "cpu")
+    members.save_member(model.model, tokenizer, tmp_path / "member_01")
+    loaded = members.KINDS["full"].load(tmp_path, 1, base, tokenizer, torch.bfloat16, "cpu")
     assert loaded.head.weight.dtype == torch.float32
     assert torch.equal(loaded.head.weight, model.head.weight), "rounded on loading"
     assert torch.equal(rm.rewards_of(loaded, ids, mask), rewards)
@@ -365,7 +366,7 @@ def test_a_base_of_another_kind(tokenizer, tmp_path):
 
 
 def test_a_saved_member_is_a_plain_directory(model, tokenizer, mixed, tmp_path):
-    rm.save_member(model.model, tokenizer, tmp_path / "member_01")
+    members.save_member(model.model, tokenizer, tmp_path / "member_01")
     loaded, info = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "member_01", output_loading_info=True
     )
@@ -388,7 +389,7 @@ def test_a_saved_member_is_a_plain_directory(model, tokenizer, mixed, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_saved_member_says_what_transformers_4_reads(base, tokenizer, tmp_path, dtype):
-    rm.save_member(
+    members.save_member(
         rm.load_base(base, tokenizer, getattr(torch, dtype), "cpu").model, tokenizer, tmp_path / "m"
     )
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -406,7 +407,7 @@ def test_a_saved_member_says_what_transformers_4_reads(base, tokenizer, tmp_path
 def test_scaled_rope_survives_for_transformers_4(tokenizer, tmp_path):
     rope = {"rope_type": "linear", "rope_theta": 7000.0, "factor": 2.0}
     base = make_base(tokenizer, tmp_path / "b", 0, rope_parameters=rope)
-    rm.save_member(
+    members.save_member(
         rm.load_base(base, tokenizer, torch.float32, "cpu").model, tokenizer, tmp_path / "m"
     )
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -421,20 +422,20 @@ def test_scaled_rope_survives_for_transformers_4(tokenizer, tmp_path):
 
 
 def test_a_member_that_lacks_its_head_is_refused(model, base, tokenizer, tmp_path):
-    rm.save_member(model.model, tokenizer, tmp_path / "member_01")
+    members.save_member(model.model, tokenizer, tmp_path / "member_01")
     weights = load_file(tmp_path / "member_01" / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, tmp_path / "member_01" / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"member_01: weights missing.*score\.weight"):
-        rm.load_member(tmp_path, 1, base, tokenizer, torch.float32, "cpu")
+        members.KINDS["full"].load(tmp_path, 1, base, tokenizer, torch.float32, "cpu")
     with pytest.raises(InputError, match="member_02: no such directory"):
-        rm.load_member(tmp_path, 2, base, tokenizer, torch.float32, "cpu")
+        members.KINDS["full"].load(tmp_path, 2, base, tokenizer, torch.float32, "cpu")
 
 
 def test_head_is_saved_and_put_on_the_base_again(model, base, tokenizer, mixed, tmp_path):
-    rm.save_head(model.head.weight, tmp_path / "member_03")
+    members.save_head(model.head.weight, tmp_path / "member_03")
     assert [path.name for path in (tmp_path / "member_03").iterdir()] == ["head.safetensors"]
-    loaded = rm.load_member(tmp_path, 3, base, tokenizer, torch.float32, "cpu")
+    loaded = members.KINDS["head"].load(tmp_path, 3, base, tokenizer, torch.float32, "cpu")
     np.testing.assert_array_equal(
         rm.score_sequences(loaded, mixed, 500), rm.score_sequences(model, mixed, 500)
     )
@@ -442,13 +443,13 @@ def test_head_is_saved_and_put_on_the_base_again(model, base, tokenizer, mixed, 
 
 def test_fingerprint_follows_the_content(base, tokenizer, tmp_path):
     twin = shutil.copytree(base, tmp_path / "twin")
-    assert rm.fingerprint(twin) == rm.fingerprint(base)
+    assert provenance.fingerprint(twin) == provenance.fingerprint(base)
     (twin / "README.md").write_text("said later")
-    assert rm.fingerprint(twin) == rm.fingerprint(base)
+    assert provenance.fingerprint(twin) == provenance.fingerprint(base)
     other = make_base(tokenizer, tmp_path / "other", 1)
-    assert rm.fingerprint(other) != rm.fingerprint(base)
+    assert provenance.fingerprint(other) != provenance.fingerprint(base)
     (twin / "chat_template.jinja").write_text("{{ messages }}")
-    assert rm.fingerprint(twin) != rm.fingerprint(base)
+    assert provenance.fingerprint(twin) != provenance.fingerprint(base)
 
 
 def test_a_template_that_refuses_a_role(tokenizer):

@@ -32,8 +32,8 @@ from conftest import (
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import train_rm
+from pairwise import members, training
 from pairwise import reward_model as rm
-from pairwise import training
 from pairwise.cli import InputError
 from pairwise.data import read_split, write_split
 
@@ -1040,7 +1040,9 @@ def test_head_rewards_are_the_head_on_the_base_s_features(head_run, base, tokeni
     for j in (1, 2):
         assert [path.name for path in (run / f"member_{j:02d}").iterdir()] == ["head.safetensors"]
         np.testing.assert_allclose(
-            rewards(run, j), features @ rm.load_head(run / f"member_{j:02d}").numpy()[0], atol=1e-5
+            rewards(run, j),
+            features @ members.load_head(run / f"member_{j:02d}").numpy()[0],
+            atol=1e-5,
         )
 
 
@@ -1090,9 +1092,9 @@ def test_head_log(head_run):
 
 def test_export(head_run, base, tmp_path, capsys):
     run = fresh(head_run.run, tmp_path)
-    head, before = rm.load_head(run / "member_01"), contents(run)
+    head, before = members.load_head(run / "member_01"), contents(run)
     export(run, base, 1)
-    assert torch.equal(rm.load_head(run / "member_01"), head)
+    assert torch.equal(members.load_head(run / "member_01"), head)
     check_plain_directory(run, 1)
     kept = {
         name: content
