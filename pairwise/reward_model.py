@@ -1,4 +1,4 @@
-"""A reward model: a base model with a scalar head, one encode() for every use, and the forward pass.
+"""A reward model: a base model with a scalar head, one encode() for all, and the forward pass.
 
 Parameters may be BF16; the head, the rewards and everything after them are float32.
 """
@@ -279,11 +279,6 @@ def last_hidden(model, ids, mask):
     return hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1].float()
 
 
-def rewards_of(reward_model, ids, mask):
-    """Return the rewards r_theta(x, y), float32 (n,): the head on the last real token."""
-    return reward_model.head(last_hidden(reward_model.model, ids, mask)).squeeze(-1)
-
-
 def hidden_of_batch(reward_model, sequences):
     """Return what the head sees, float32 (n, d), with gradient; sequences: n lists of token ids."""
     model = reward_model.model
@@ -293,7 +288,8 @@ def hidden_of_batch(reward_model, sequences):
 
 
 def rewards_of_batch(reward_model, sequences, tokens=None):
-    """Return the rewards of n lists of token ids, float32 (n,), of K heads (n, K), with gradient.
+    """Return the rewards r_theta(x, y) of n lists of token ids, float32 (n,), of K heads (n, K),
+    with gradient: the head on the last real token.
 
     They are run in one forward pass. Where that is more than `tokens` tokens, in several, each run
     again in the backward pass: a third more work, and memory for one of them."""

@@ -22,6 +22,11 @@ LOOP = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% if
 OPEN = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 
 
+def padded_rewards(model, ids, mask):
+    """Rewards of padded rows, float32 (n,)."""
+    return model.head(rm.last_hidden(model.model, ids, mask)).squeeze(-1)
+
+
 @pytest.fixture
 def own(base):
     """A tokenizer of the test's own, to be changed."""
@@ -243,9 +248,9 @@ def test_what_stands_in_the_padding_does_not_matter(model, tokenizer, mixed):
         torch.nn.functional.pad(mask, (0, 9)),
     )
     with torch.no_grad():
-        clean = rm.rewards_of(model, ids, mask)
-        torch.testing.assert_close(rm.rewards_of(model, garbage, mask), clean, atol=1e-5, rtol=0)
-        torch.testing.assert_close(rm.rewards_of(model, *longer), clean, atol=1e-5, rtol=0)
+        clean = padded_rewards(model, ids, mask)
+        torch.testing.assert_close(padded_rewards(model, garbage, mask), clean, atol=1e-5, rtol=0)
+        torch.testing.assert_close(padded_rewards(model, *longer), clean, atol=1e-5, rtol=0)
 
 
 def test_reward_is_read_at_the_end_of_the_response(model, tokenizer):
@@ -301,17 +306,17 @@ def test_bfloat16_keeps_head_and_rewards_in_float32(base, tokenizer, mixed, tmp_
         p.dtype for p in model.model.base_model.parameters()
     } == {torch.bfloat16}
     ids, mask = rm.pad(mixed, tokenizer.pad_token_id, "cpu")
-    rewards = rm.rewards_of(model, ids, mask)
+    rewards = padded_rewards(model, ids, mask)
     assert rewards.dtype == torch.float32 and not torch.equal(rewards, rewards.bfloat16().float())
     members.save_member(model.model, tokenizer, tmp_path / "member_01")
     loaded = members.KINDS["full"].load(tmp_path, 1, base, tokenizer, torch.bfloat16, "cpu")
     assert loaded.head.weight.dtype == torch.float32
     assert torch.equal(loaded.head.weight, model.head.weight), "rounded on loading"
-    assert torch.equal(rm.rewards_of(loaded, ids, mask), rewards)
+    assert torch.equal(padded_rewards(loaded, ids, mask), rewards)
 
 
 def test_rewards_have_a_gradient(model, tokenizer, mixed):
-    rewards = rm.rewards_of(model, *rm.pad(mixed[:2], tokenizer.pad_token_id, "cpu"))
+    rewards = padded_rewards(model, *rm.pad(mixed[:2], tokenizer.pad_token_id, "cpu"))
     rewards.sum().backward()
     assert (
         model.model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
@@ -376,7 +381,7 @@ def test_a_saved_member_is_a_plain_directory(model, tokenizer, mixed, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(
             loaded.eval()(input_ids=ids, attention_mask=mask).logits[:, 0],
-            rm.rewards_of(model, ids, mask),
+            padded_rewards(model, ids, mask),
             atol=1e-6,
             rtol=0,
         )
