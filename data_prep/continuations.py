@@ -100,7 +100,7 @@ def main(args):
     def write(partial, rows):
         pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
 
-    rows = run_dir.remembered_rows(path, settings | inputs, prompts, row, "continuations", write)
+    rows = sampling.remembered_rows(path, settings | inputs, prompts, row, "continuations", write)
     run_dir.end_stage(run, "continuations", settings, inputs, started, threads=args.threads)
     again = sum(args.count - len(set(row["texts"])) for row in rows)
     print(

@@ -138,7 +138,7 @@ def main(args):
             )
         return {"prompt_id": row["prompt_id"], "pairs": out}
 
-    found = run_dir.remembered_rows(
+    found = sampling.remembered_rows(
         run / "judgments.jsonl", settings | inputs, len(rows), answers, "judgments"
     )
     counts = [[count(asked) for asked in row["pairs"]] for row in found]
