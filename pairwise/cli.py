@@ -48,10 +48,7 @@ def moved(argv, commands):
     for word in sys.argv[1:] if argv is None else argv:
         flag = word.split("=")[0]
         if flag in commands:
-            print(
-                f"{Path(sys.argv[0]).name}: error: {flag} is now: {commands[flag]}", file=sys.stderr
-            )
-            sys.exit(2)
+            exit_with(f"{flag} is now: {commands[flag]}")
 
 
 def natural(text):
@@ -120,10 +117,11 @@ def run_main(main, args):
         message = str(error)
     except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         message = f"{error.filename}: {error.strerror}"
-    _exit_with(message)
+    exit_with(message)
 
 
-def _exit_with(message):
+def exit_with(message):
+    """Print the error as one line that names the script, and exit with 2."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -133,7 +131,7 @@ def import_evaluator():
     try:
         from pairwise import evaluator
     except ImportError:
-        _exit_with(
+        exit_with(
             f"the C++ evaluator is not built for this Python; build it with: {BUILD_COMMAND}"
         )
     return evaluator
