@@ -215,13 +215,14 @@ def _enter(run, stage, entry):
     write_json(run / "manifest.json", manifest)
 
 
-def kind_of(run):
+def kind_of(run, beneath=False):
     """Return how the members of `run` came about, by its manifest; None where it has none yet.
 
-    "full", "lora", "head", "joint", "existing", "hardened" or "pruned".
+    "full", "lora", "head", "joint", "existing", "hardened" or "pruned"; with beneath, the kind of
+    the run that a pruned one was made from.
     """
     entries = stages(run)
-    if "prune" in entries.get("weights", {}).get("settings", {}):
+    if not beneath and "prune" in entries.get("weights", {}).get("settings", {}):
         return "pruned"
     if "harden" in entries:
         return "hardened"
