@@ -10,6 +10,7 @@ import io
 import textwrap
 from pathlib import Path
 
+import jinja2
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -592,6 +593,33 @@ def save(fig, stem):
             with run_dir.replacing(stem.with_name(f"{stem.name}.{kind}")) as partial:
                 partial.write_bytes(buffer.getvalue())
     return buffer.getvalue()
+
+
+def embed(fig, svg):
+    """What the macro `figure` of report.html.jinja shows; svg: what `save` returned for fig."""
+    width = round(fig.get_size_inches()[0] / WIDE * 860)
+    return {"width": width, "svg": base64.b64encode(svg).decode()}
+
+
+def render(template, **values):
+    """The page that a template makes of values, as text. All values are escaped.
+
+    template: its path. It may extend "report.html.jinja", which lies beside this file: then it fills
+    the block `body`, has the macros `table` and `figure` and the filters num, interval, short and
+    pretty, and values must hold `title` and `images`, {name: embed(fig, svg)}. A value that is
+    missing is an error.
+    """
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([Path(template).parent, here]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"num": num, "interval": interval, "short": short, "pretty": pretty}
+    return environment.get_template(Path(template).name).render(values)
 
 
 def verdict(metrics):
