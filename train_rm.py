@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from transformers import AutoConfig
 
-from pairwise import cli, data, run_dir, training
+from pairwise import cli, data, existing, members, provenance, run_dir, training
 from pairwise import reward_model as rm
 from pairwise.scale import adapter, budget, parallel
 from pairwise.scale.checkpoint import Checkpoints
@@ -107,10 +107,10 @@ def score_continuations(args, j, model, tokenizer, texts, inputs):
             asked,
         )["continuations"]
         rewards = rm.score_features(
-            torch.from_numpy(features), rm.load_head(run / run_dir.member_name(j))
+            torch.from_numpy(features), members.load_head(run / run_dir.member_name(j))
         )
     else:
-        model = model or rm.load_member(
+        model = model or members.load_member(
             run, j, args.base, tokenizer, getattr(torch, args.dtype), args.device
         )
         sequences = rm.encode_split(tokenizer, messages, responses, args.max_length)
@@ -147,9 +147,9 @@ def export(args):
     entry = run_dir.read_json(args.run / "manifest.json")["stages"][
         run_dir.member_name(args.export)
     ]
-    rm.check_base(entry, args.base, args.chat_template)
+    provenance.check_base(entry, args.base, args.chat_template)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    model = rm.load_member(
+    model = members.load_member(
         args.run,
         args.export,
         args.base,
@@ -158,9 +158,9 @@ def export(args):
         args.device,
     )
     if kept == ["adapter"]:
-        adapter.merge(model)
+        adapter.merge(model.model)
     partial = directory.with_name(f".partial-{directory.name}")
-    rm.save_member(model, tokenizer, partial)
+    members.save_member(model.model, tokenizer, partial)
     for path in sorted(
         partial.iterdir(), key=lambda path: path.suffix == ".safetensors"
     ):  # the weights last: they say that all is there
@@ -189,7 +189,7 @@ def adopt(args):
         )
     tokenizer = rm.load_tokenizer(args.base, args.chat_template, "--from")
     inputs, texts = (
-        data.hashes(run) | rm.base_hashes(args.base, args.chat_template),
+        data.hashes(run) | provenance.base_hashes(args.base, args.chat_template),
         run_dir.read_continuations(run),
     )
     model, directory = None, run / run_dir.member_name(j)
@@ -202,7 +202,9 @@ def adopt(args):
     ):
         print(f"member {j}: {directory} is there, skipped")
     else:
-        model = rm.load_reward_model(args.base, tokenizer, getattr(torch, args.dtype), args.device)
+        model = existing.load_reward_model(
+            args.base, tokenizer, getattr(torch, args.dtype), args.device
+        )
         started = run_dir.begin_stage(run, run_dir.member_name(j), settings, inputs)
         scores = {
             name: rm.score_sequences(
@@ -287,7 +289,7 @@ def main(args):
         return LOSSES[args.loss][1](reward_a - reward_b, t, m).sum()
 
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    inputs = data.hashes(run) | rm.base_hashes(args.base, args.chat_template)
+    inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     ensemble = {
         f"rewards of member {i}": run_dir.hash_file(run_dir.reward_path(run, i, "train"))
         for i in range(1, j)
@@ -357,13 +359,13 @@ def main(args):
                 )
                 dtype = getattr(torch, args.dtype)
                 if trained:
-                    model = rm.load_member(run, j, args.base, tokenizer, dtype, args.device)
+                    model = members.load_member(run, j, args.base, tokenizer, dtype, args.device)
                 else:
                     model = rm.load_base(args.base, tokenizer, dtype, args.device)
-                    rm.draw_head(rm.head(model).weight, model.config, head_seed)
+                    rm.draw_head(model.head.weight, model.model.config, head_seed)
                     if args.train == "lora":
-                        adapter.add(model, args.lora_rank, args.lora_alpha)
-                        adapter.draw(model, adapter_seed)
+                        adapter.add(model.model, args.lora_rank, args.lora_alpha)
+                        adapter.draw(model.model, adapter_seed)
                     training.train_full(
                         args,
                         model,
@@ -379,11 +381,11 @@ def main(args):
         if first and not trained:
             with run_dir.replacing(run / run_dir.member_name(j)) as partial:
                 if args.train == "head":
-                    rm.save_head(weight, partial)
+                    members.save_head(weight, partial)
                 elif args.train == "lora":
-                    adapter.save(model, args.base, partial / "adapter")
+                    adapter.save(model.model, args.base, partial / "adapter")
                 else:
-                    rm.save_member(model, tokenizer, partial)
+                    members.save_member(model.model, tokenizer, partial)
             checkpoints.finish()
         if args.train == "head":
             scores = {

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pairwise import cli, data, reward_model, run_dir, sampling
+from pairwise import cli, data, provenance, reward_model, run_dir, sampling
 
 
 def held_out_prompts(run):
@@ -50,14 +50,14 @@ def main(args):
     flags = ("prompts", "count", "temperature", "top_p", "max_tokens", "seed")
     settings = {flag: getattr(args, flag) for flag in flags}
     tokenizer = reward_model.load_tokenizer(args.base, args.chat_template)
-    inputs = data.hashes(run) | reward_model.base_hashes(args.base, args.chat_template)
+    inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     if (run / "prompts.parquet").exists():
         inputs["prompts.parquet"] = run_dir.hash_file(run / "prompts.parquet")
     if run_dir.stage_done(run, "continuations", settings, inputs, [path]):
         print(f"continuations: {path} is there, skipped")
         return
     torch.set_num_threads(args.threads)
-    model = reward_model.load_language_model(args.base, args.device)
+    model = sampling.load_language_model(args.base, args.device)
     rng = np.random.default_rng([args.seed, 3])
     drawn = sorted(rng.choice(len(prompt_id), count, replace=False).tolist())
     encoded = [reward_model.encode(tokenizer, messages[number]) for number in drawn]

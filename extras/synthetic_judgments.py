@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pairwise import cli, data, reward_model, run_dir, sampling
+from pairwise import cli, data, provenance, reward_model, run_dir, sampling
 
 QUESTION = """Two answers to the same message follow the conversation below. Say which one most \
 people would rather have got: the one that is correct where there is a right answer, and helpful \
@@ -110,7 +110,7 @@ def main(args):
     flags = ("count", "top_p", "temperature", "max_tokens", "seed")
     settings = {flag: getattr(args, flag) for flag in flags}
     inputs = {"texts of data/train.parquet": hash_texts(rows)}
-    inputs |= reward_model.base_hashes(args.base, args.chat_template)
+    inputs |= provenance.base_hashes(args.base, args.chat_template)
     done = run_dir.stage_done(run, "judgments", settings, inputs, [out])
     if done and "judgments" in table.column_names:
         print(f"judgments: {out} is there, skipped")
@@ -121,7 +121,7 @@ def main(args):
     tokenizer = reward_model.load_tokenizer(args.base, args.chat_template)
     started = run_dir.begin_stage(run, "judgments", settings, inputs)
     torch.set_num_threads(args.threads)
-    model = reward_model.load_language_model(args.base, args.device)
+    model = sampling.load_language_model(args.base, args.device)
 
     def answers(number):
         """Judge a prompt with a seed of its own: where a killed run went on does not matter."""

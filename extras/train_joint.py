@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pairwise import cli, data, run_dir, training
+from pairwise import cli, data, members, provenance, run_dir, training
 from pairwise import reward_model as rm
 from pairwise.scale.offload import MAX_PRECONDITION_DIM
 
@@ -64,9 +64,9 @@ def export(args):
             f"{directory}: "
             + ("already there" if directory.exists() else "no such member of a jointly trained run")
         )
-    rm.check_base(entry, args.base, args.chat_template)
+    provenance.check_base(entry, args.base, args.chat_template)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    model = rm.load_member(
+    model = members.load_member(
         args.run,
         args.export,
         args.base,
@@ -75,7 +75,7 @@ def export(args):
         args.device,
     )
     with run_dir.replacing(directory) as partial:
-        rm.save_member(model, tokenizer, partial)
+        members.save_member(model.model, tokenizer, partial)
     print(f"{directory}: plain directory written")
 
 
@@ -87,7 +87,7 @@ def main(args):
     splits, _ = data.read_splits(run)
     train = splits["train"]
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    base = data.hashes(run) | rm.base_hashes(args.base, args.chat_template)
+    base = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     settings = {
         name: getattr(args, name)
         for name in ("train", "k", "sharpen", "weights", *training.SETTINGS)
@@ -158,7 +158,7 @@ def main(args):
                 [encoded["train"][a] != encoded["train"][b] for a, b in zip(train.a, train.b)]
             )
             model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device, k)
-            weight = rm.head(model).weight
+            weight = model.head.weight
             draw_heads(weight, head_seed)
             training.train_full(
                 args,
@@ -199,15 +199,15 @@ def main(args):
             )
     with run_dir.replacing(run / "joint") as partial:
         (
-            rm.save_head(weight, partial)
+            members.save_head(weight, partial)
             if args.train == "head"
-            else rm.save_member(model, tokenizer, partial)
+            else members.save_member(model.model, tokenizer, partial)
         )
     if args.weights == "learned":
         learned = alpha[order].double().cpu().numpy()
         learned /= learned.sum()
         votes = (
-            cli.import_evaluator().votes(np.ascontiguousarray(scores["train"].T), data.a, data.b)
+            cli.import_evaluator().votes(np.ascontiguousarray(scores["train"].T), train.a, train.b)
             / 2
         )
         train_mse = float(np.mean((learned @ votes - train.p) ** 2))

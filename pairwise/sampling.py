@@ -6,9 +6,10 @@ import json
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pairwise import cli, run_dir
+from pairwise import reward_model as rm
 
 AT_ONCE = 20  # answers sampled together: bounds the memory that keys, values and logits take
 
@@ -33,6 +34,22 @@ def add_flags(parser, nucleus, most):
     )
     add("--max-tokens", type=cli.natural, default=most, help=f"longest answer (default {most})")
     add("--seed", type=cli.seed, default=0, help="of all that is drawn")
+
+
+def load_language_model(base, device):
+    """Return the base as it is, to sample text from: in BF16 on a GPU, in float32 on a CPU."""
+    dtype, failure = (
+        torch.float32 if device == "cpu" else torch.bfloat16,
+        "no causal language model",
+    )
+    model, missing = rm.read_model(
+        AutoModelForCausalLM, base, "--base", f"{failure} could be loaded", dtype=dtype
+    )
+    if missing:  # A reward model has no head for tokens, and would be given a random one.
+        raise cli.InputError(
+            f"--base {base}: {failure}: weights are missing: {', '.join(missing[:5])}"
+        )
+    return model.eval().to(device)
 
 
 def room(model, prompt, max_tokens, where):

@@ -215,21 +215,21 @@ def train(
 
 
 def train_full(
-    args, model, split, sequences, targets, loss, keep, rng, log, checkpoints=None, more=()
+    args, reward_model, split, sequences, targets, loss, keep, rng, log, checkpoints=None, more=()
 ):
     """All parameters, or adapters and head, on whole prompts, for args.epochs epochs.
 
     sequences: token ids of every distinct response; targets, loss: as for `train`; keep bool (N,): pairs to train on; more: parameters of the loss.
     """
     lengths = np.array([len(ids) for ids in sequences])
-    rm.check_positions(model, sequences)
+    rm.check_positions(reward_model, sequences)
 
     def size(responses):
-        return rm.count_tokens(model, [sequences[i] for i in responses])
+        return rm.count_tokens(reward_model, [sequences[i] for i in responses])
 
     def rewards_at(responses):
         return rm.rewards_of_batch(
-            model, [sequences[i] for i in responses], args.micro_batch_tokens
+            reward_model, [sequences[i] for i in responses], args.micro_batch_tokens
         ), int(lengths[responses].sum())
 
     steps = [
@@ -250,13 +250,16 @@ def train_full(
         ]
         for step in steps
     ]
-    device = next(model.parameters()).device
-    groups = parameter_groups(model)
+    device, groups = reward_model.device, parameter_groups(reward_model.model)
     groups[1].extend(more)
     budget = None if args.optimizer_memory_gb is None else args.optimizer_memory_gb * 2**30
     if device.type == "cuda" and budget is None:
-        budget = budget.optimizer_budget(torch.cuda.mem_get_info(device)[0], model, groups, args)
-    recompute_activations(model, device.type == "cuda")  # memory is what a card has least of
+        budget = budget.optimizer_budget(
+            torch.cuda.mem_get_info(device)[0], reward_model.model, groups, args
+        )
+    recompute_activations(
+        reward_model.model, device.type == "cuda"
+    )  # memory is what a card has least of
     train(
         groups,
         rewards_at,
@@ -269,7 +272,7 @@ def train_full(
         checkpoints,
         budget,
     )
-    recompute_activations(model, False)
+    recompute_activations(reward_model.model, False)
 
 
 def prompts_of(split):
@@ -309,11 +312,11 @@ def ask_features(args, stage, texts, tokenizer, inputs):
     paths = {name: args.run / "features" / f"{name}.npy" for name in texts}
     if not run_dir.stage_done(args.run, stage, settings, inputs, list(paths.values())):
         started = run_dir.begin_stage(args.run, stage, settings, inputs)
-        model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
+        reward_model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
         for name, (messages, responses) in texts.items():
             sequences = rm.encode_split(tokenizer, messages, responses, args.max_length)
             features = rm.features_of(
-                model, sequences, args.micro_batch_tokens, f"features, {name}"
+                reward_model, sequences, args.micro_batch_tokens, f"features, {name}"
             )
             run_dir.write_array(paths[name], features)
         run_dir.end_stage(

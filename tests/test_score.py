@@ -11,6 +11,7 @@ import pytest
 from conftest import FLAGS, HEAD, REPOSITORY, fit, fresh, leftovers, rewards, train
 
 import score
+from pairwise import members
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
@@ -139,7 +140,7 @@ def test_chat_messages(run, tokenizer, base, tmp_path):
     )
     assert [row["prompt"] for row in rows] == [chat, chat[2:], chat[2]["content"]]
     assert rows[1]["rewards"] == rows[2]["rewards"] != rows[0]["rewards"]
-    model = rm.load_member(run, 2, base, tokenizer, rm.torch.float32, "cpu")
+    model = members.load_member(run, 2, base, tokenizer, rm.torch.float32, "cpu")
     expected = rm.score_sequences(model, [rm.encode(tokenizer, chat, "run twice a week .")], 1000)[
         0
     ]
@@ -149,7 +150,7 @@ def test_chat_messages(run, tokenizer, base, tmp_path):
 def test_ties_count_one_half(full_run, monkeypatch, tmp_path):
     """Rewards given by hand: member 1 ties on the first pair, member 2 on the second, both on the third."""
     given = np.array([[1, 1, 0, 5, 5], [0, 2, 0, 3, 3]], np.float32)
-    monkeypatch.setattr(score, "rewards_of_run", lambda *args: given)
+    monkeypatch.setattr(score.members, "rewards_of_run", lambda *args: given)
     rows = scored(
         full_run,
         write(

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pairwise import cli, data, report, run_dir
+from pairwise import cli, data, figures, run_dir
 from pairwise.prepare import tables
 
 # How the votes of a pair arose decides what is known of the irreducible error.
@@ -307,7 +307,7 @@ def prepare(
         "splits": {split: tables.describe(members) for split, members in splits.items()},
     }
     majority = tables.majority_share(tables.in_all(splits), args.ties)
-    counts, edges = report.majority_bins(majority)
+    counts, edges = figures.majority_bins(majority)
     bins = edges[:-1].round(2).tolist()
     stats["histogram"] = {"majority_share_from": bins, "pairs": counts.tolist()}  # figure 4
     if paper:
@@ -321,7 +321,7 @@ def prepare(
         for split in rows:
             data.write_split(partial / f"{split}.parquet", rows[split])
         run_dir.write_json(partial / "stats.json", stats)
-    report.write_votes(majority, run / "figures" / "data_votes")
+    figures.write_votes(majority, run / "figures" / "data_votes")
     run_dir.end_stage(run, "data", settings, inputs, started)
     tables.print_counts(stats)
 
