@@ -2,11 +2,13 @@
 
 import argparse
 import copy
+import json
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pairwise import cli
+from pairwise import cli, run_dir
 from pairwise import reward_model as rm
 
 AT_ONCE = 20  # answers sampled together: bounds the memory that keys, values and logits take
@@ -113,3 +115,29 @@ def sample(model, tokenizer, prompt, count, temperature, top_p, max_tokens):
         texts += tokenizer.batch_decode(answer, skip_special_tokens=True)
         logprob += (each * real).sum(1).tolist()
     return texts, logprob
+
+
+def remembered_rows(path, key, count, make, label, write=run_dir.write_lines):
+    """Return [make(i) for i in range(count)], dicts, after write(path, rows) has written them.
+
+    Each row is kept beside `path` as soon as it is made: after a killed call, one with the same key
+    (a dict for JSON) goes on where that one was.
+    """
+    memory, rows = path.with_name(f".kept-{path.name}"), []
+    if memory.exists():
+        whole_lines = memory.read_bytes().split(b"\n")[:-1]  # A line without its end was cut off.
+        first, *rows = [json.loads(line) for line in whole_lines] or [None]
+        rows = rows if first == key else []
+    with run_dir.replacing(memory) as partial:
+        run_dir.write_lines(partial, [key, *rows])
+    progress = tqdm(initial=len(rows), total=count, desc=label, unit="prompt", leave=False)
+    with progress, open(memory, "a", encoding="utf-8") as file:
+        while len(rows) < count:
+            rows.append(make(len(rows)))
+            file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+            progress.update()
+    with run_dir.replacing(path) as partial:
+        write(partial, rows)
+    memory.unlink()
+    return rows

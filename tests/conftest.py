@@ -107,7 +107,7 @@ def data(demo, tmp_path_factory):
     """A run directory with nothing but prepared data: the demo's population, 16 prompts of 4 responses."""
     run = tmp_path_factory.mktemp("data") / "run"
     args = demo.parse_args(["--run", str(run), "--prompts", "16", "--responses", "4"])
-    demo.prepare(args, "demo", lambda: demo.comparisons(16, 4, 0), "sampled", {}, {})
+    demo.prompts.prepare(args, "demo", lambda: demo.comparisons(16, 4, 0), "sampled", {}, {})
     return run
 
 
