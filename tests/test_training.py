@@ -278,9 +278,8 @@ def test_gradient_is_the_plain_sum_over_pairs(
     monkeypatch.undo()
     total = 0.0
     for a, b, t in zip(split.a, split.b, split.p):
-        reward = rm.rewards_of(
-            model, *rm.pad([sequences[a], sequences[b]], tokenizer.pad_token_id, "cpu")
-        )
+        ids, mask = rm.pad([sequences[a], sequences[b]], tokenizer.pad_token_id, "cpu")
+        reward = model.head(rm.last_hidden(model.model, ids, mask))[:, 0]
         error = (t - torch.sigmoid(reward[0] - reward[1])) ** 2 / len(split.a)
         error.backward()
         total += error.item()
