@@ -1,4 +1,5 @@
-"""Every tool on every kind of run: it works, or says in one line why not, and nothing is changed."""
+"""Every tool on every kind of run: it works, or says in one line why not, and nothing is
+changed."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""respond.py: who answers in each mode, against brute force; steerable on the demo's viewpoints; one clear line for everything that cannot be asked."""
+"""respond.py: who answers in each mode, against brute force; steerable on the demo's viewpoints;
+one clear line for everything that cannot be asked."""
 
 import io
 import itertools
@@ -196,7 +197,7 @@ def test_consensus_by_brute_force():
 
 def by_quadrature(alpha, agreed, n):
     likelihood = [
-        2 * integrate.quad(lambda e: (1 - e) ** m * e ** (n - m), 0, 0.5)[0] for m in agreed
+        2 * integrate.quad(lambda e, m=m: (1 - e) ** m * e ** (n - m), 0, 0.5)[0] for m in agreed
     ]
     return np.array(alpha) * likelihood / np.dot(alpha, likelihood)
 
@@ -307,7 +308,8 @@ def steerable():
 
 
 def test_a_viewpoint_of_the_demo_finds_its_member(steerable):
-    """100 trials of 10 comparisons: at least as good on unseen pairs as a member drawn by weight is on average, in 80 of them."""
+    """100 trials of 10 comparisons: at least as good on unseen pairs as a member drawn by weight is
+    on average, in 80 of them."""
     split, alpha = (
         read_split(REPOSITORY / "results/demo", "test"),
         read_weights(REPOSITORY / "results/demo", 4),

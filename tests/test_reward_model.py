@@ -1,4 +1,5 @@
-"""pairwise/reward_model.py: one encoding, rewards that depend on nothing but the response, checkpoints that load."""
+"""pairwise/reward_model.py: one encoding, rewards that depend on nothing but the response,
+checkpoints that load."""
 
 import copy
 import json
@@ -18,7 +19,10 @@ from pairwise.cli import InputError
 
 ASK = [{"role": "user", "content": "how can i sleep better this week ?"}]
 ANSWER = "one way is to drink no coffee ."
-LOOP = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+LOOP = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
 OPEN = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 
 
@@ -92,7 +96,8 @@ def test_tokenizer_without_bos(own):
 
 
 def test_text_of_prompt_and_response(tokenizer):
-    """Every turn is there in order, the response ends with the model's end, and a prompt alone is ready to be answered."""
+    """Every turn is there in order, the response ends with the model's end, and a prompt alone is
+    ready to be answered."""
     chat = [{"role": "user", "content": "hey"}, {"role": "assistant", "content": "yes ?"}, *ASK]
     start = f"<|bos|><|user|>hey<|assistant|>yes ?<|eos|><|user|>{ASK[0]['content']}<|assistant|>"
     assert tokenizer.decode(rm.encode(tokenizer, chat)) == start
@@ -459,7 +464,10 @@ def test_fingerprint_follows_the_content(base, tokenizer, tmp_path):
 
 def test_a_template_that_refuses_a_role(tokenizer):
     strict = copy.deepcopy(tokenizer)
-    strict.chat_template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}{{ m.content }}{% endfor %}"
+    strict.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('no system turns') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
     chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "how ?"}]
     with pytest.raises(InputError, match="no system turns. on turns of system, user, assistant"):
         rm.encode(strict, chat, "so")

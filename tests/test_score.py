@@ -1,4 +1,5 @@
-"""score.py: the numbers of training's own scoring for a user's rows, and one clear line for every bad file."""
+"""score.py: the numbers of training's own scoring for a user's rows, and one clear line for every
+bad file."""
 
 import csv
 import json
@@ -148,7 +149,8 @@ def test_chat_messages(run, tokenizer, base, tmp_path):
 
 
 def test_ties_count_one_half(full_run, monkeypatch, tmp_path):
-    """Rewards given by hand: member 1 ties on the first pair, member 2 on the second, both on the third."""
+    """Rewards given by hand: member 1 ties on the first pair, member 2 on the second, both on the
+    third."""
     given = np.array([[1, 1, 0, 5, 5], [0, 2, 0, 3, 3]], np.float32)
     monkeypatch.setattr(score.members, "rewards_of_run", lambda *args: given)
     rows = scored(
@@ -285,7 +287,8 @@ def test_truncated_as_in_training(data, base, test_split, tmp_path):
 
 
 def test_bfloat16_run(data, base, test_split, tmp_path):
-    """The stored head is not rounded on its way back: what is scored is what was trained, to the last bit of a batch's shape."""
+    """The stored head is not rounded on its way back: what is scored is what was trained, to the
+    last bit of a batch's shape."""
     run = fresh(data, tmp_path)
     train(run, base, "--dtype", "bfloat16", "--lr", "3e-3")
     fit(run)
@@ -307,7 +310,8 @@ def test_bfloat16_run(data, base, test_split, tmp_path):
 def test_chat_template_must_be_the_run_s(data, base, tokenizer, full_run, tmp_path):
     run = fresh(data, tmp_path)
     (tmp_path / "own.jinja").write_text(
-        "{{ bos_token }}{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{{ eos_token }}"
+        "{{ bos_token }}{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}"
+        "{{ eos_token }}"
     )
     flags = ("--chat-template", str(tmp_path / "own.jinja"))
     train(run, base, *HEAD, "--epochs", "1", *flags)
