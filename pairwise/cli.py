@@ -1,6 +1,7 @@
 """The command line: errors of one line, argparse types, and how a script runs its main."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -109,3 +110,23 @@ def import_evaluator():
         )
         sys.exit(2)
     return evaluator
+
+
+def usable_cores():
+    """Count the CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def default_threads():
+    """The default of --threads: OMP_NUM_THREADS where the user has set it, else all usable cores.
+
+    Processes of one torchrun share the cores. It sets OMP_NUM_THREADS=1 by itself in each of them,
+    so that a 1 there says nothing about the user.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if threads.isdecimal() and int(threads) >= 1 and not (processes > 1 and threads == "1"):
+        return int(threads)
+    return max(1, usable_cores() // processes)
