@@ -4,7 +4,6 @@ head, rewards and everything after them are float32."""
 import argparse
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -160,8 +159,8 @@ def add_flags(parser):
     add(
         "--threads",
         type=cli.natural,
-        default=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-        help="CPU threads (default: all; of several processes, of each its share)",
+        default=cli.default_threads(),
+        help="CPU threads (default: OMP_NUM_THREADS, else all; of several processes, its share)",
     )
     add(
         "--device",
