@@ -261,7 +261,7 @@ def test_costs_no_more_passes_than_one_member(data, base, tmp_path, monkeypatch)
         rm,
         "score_sequences",
         lambda model, sequences, *args: np.zeros(
-            (len(sequences), model.num_labels), np.float32
+            (len(sequences), model.head.out_features), np.float32
         ).squeeze(),
     )
     train(fresh(data, tmp_path, "one"), base, *FULL, "--seed", "3")

@@ -61,7 +61,7 @@ def contents(run):
 @pytest.fixture
 def model(base, tokenizer):
     model = rm.load_base(base, tokenizer, torch.float32, "cpu")
-    rm.draw_head(model.score.weight, model.config, 1)
+    rm.draw_head(model.head.weight, model.model.config, 1)
     return model
 
 
@@ -282,17 +282,17 @@ def test_gradient_is_the_plain_sum_over_pairs(
         error = (t - torch.sigmoid(reward[0] - reward[1])) ** 2 / len(split.a)
         error.backward()
         total += error.item()
-    assert sum(p.numel() for p in model.parameters()) == sum(
+    assert sum(p.numel() for p in model.model.parameters()) == sum(
         grad.numel() for grad in found.values()
     )
-    for name, p in model.named_parameters():
+    for name, p in model.model.named_parameters():
         assert p.grad.abs().max() > 1e-6, name
         torch.testing.assert_close(
             found[id(p)], p.grad, atol=1e-6, rtol=0, msg=lambda said: f"{name}: {said}"
         )
     line = json.loads(log.getvalue())
     assert abs(line["loss"] - total) < 1e-6 and line["pairs"] == 72
-    norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters())).item()
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in model.model.parameters())).item()
     assert abs(line["grad_norm"] - norm) < 1e-5
     whole = [
         count for count in seen if count >= 4
@@ -313,7 +313,7 @@ def test_bfloat16_gradients_are_accumulated_in_float32(
     found = []
     for tokens in ("1", "1000000"):
         model = rm.load_base(base, tokenizer, torch.bfloat16, "cpu")
-        rm.draw_head(model.score.weight, model.config, 1)
+        rm.draw_head(model.head.weight, model.model.config, 1)
         args = arguments("--pairs-per-step", "1000", "--micro-batch-tokens", tokens)
         training.train_full(
             args,
@@ -355,7 +355,7 @@ def test_partial_last_step_is_divided_by_its_own_pairs(model, split, sequences, 
 
 def test_the_first_step_counts(model, split, sequences):
     """SOAP's first call only initialises; one step changes every parameter that has a gradient."""
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
     args = arguments("--pairs-per-step", "1000", "--lr", "1e-3", "--weight-decay", "0")
     training.train_full(
         args,
@@ -368,7 +368,7 @@ def test_the_first_step_counts(model, split, sequences):
         np.random.default_rng(0),
         io.StringIO(),
     )
-    for name, p in model.named_parameters():
+    for name, p in model.model.named_parameters():
         assert 1e-5 < (p - before[name]).abs().mean() < 1e-2, name
 
 
@@ -377,7 +377,7 @@ def test_weight_decay_is_decoupled_and_applied(base, tokenizer, split, sequences
     after = []
     for decay in ("0", "100"):
         model = rm.load_base(base, tokenizer, torch.float32, "cpu")
-        rm.draw_head(model.score.weight, model.config, 1)
+        rm.draw_head(model.head.weight, model.model.config, 1)
         args = arguments("--pairs-per-step", "1000", "--lr", "1e-3", "--weight-decay", decay)
         training.train_full(
             args,
@@ -390,7 +390,7 @@ def test_weight_decay_is_decoupled_and_applied(base, tokenizer, split, sequences
             np.random.default_rng(0),
             io.StringIO(),
         )
-        after.append(model.model.layers[0].mlp.up_proj.weight.norm().item())
+        after.append(model.model.model.layers[0].mlp.up_proj.weight.norm().item())
     assert 0.75 < after[1] / after[0] < 0.95
 
 
@@ -408,8 +408,8 @@ def test_bfloat16_trains_float32_masters(base, tokenizer, split, sequences, monk
     moves = {}
     for dtype in ("float32", "bfloat16"):
         model = rm.load_base(base, tokenizer, torch.bfloat16, "cpu")
-        model.to(getattr(torch, dtype)).score.float()
-        rm.draw_head(model.score.weight, model.config, 1)
+        model.model.to(getattr(torch, dtype)).score.float()
+        rm.draw_head(model.head.weight, model.model.config, 1)
         args = arguments(
             "--dtype",
             dtype,
@@ -436,13 +436,13 @@ def test_bfloat16_trains_float32_masters(base, tokenizer, split, sequences, monk
         moves[dtype] = torch.cat(
             [(now - before).flatten() for now, before in zip(seen["now"], seen["before"])]
         )
-        assert {p.dtype for p in model.base_model.parameters()} == {
+        assert {p.dtype for p in model.model.base_model.parameters()} == {
             getattr(torch, dtype)
-        } and model.score.weight.dtype == torch.float32
+        } and model.head.weight.dtype == torch.float32
         masters = {tuple(p.shape): [] for p in seen["now"]}
         for p in seen["now"]:
             masters[tuple(p.shape)].append(p)
-        for p in model.parameters():
+        for p in model.model.parameters():
             assert any(torch.equal(p, master.to(p.dtype)) for master in masters[tuple(p.shape)])
     survived = (moves["float32"] @ moves["bfloat16"] / moves["float32"].square().sum()).item()
     assert survived > 0.7, survived
@@ -470,8 +470,8 @@ def test_loss_falls_when_a_few_pairs_are_learnt_by_heart(model, split, sequences
 
 
 def test_which_parameters_are_preconditioned(model):
-    groups = training.parameter_groups(model)
-    names = {id(p): name for name, p in model.named_parameters()}
+    groups = training.parameter_groups(model.model)
+    names = {id(p): name for name, p in model.model.named_parameters()}
     matrices, plain = ([names[id(p)] for p in group] for group in groups)
     assert sorted(matrices + plain) == sorted(names.values())
     assert {"score.weight", "model.embed_tokens.weight", "model.norm.weight"} <= set(plain)
@@ -1018,7 +1018,7 @@ def test_head_rewards_are_the_head_on_the_base_s_features(head_run, base, tokeni
 def test_unit_scale_is_folded_into_the_head(head_run, model, split):
     """Trained on features divided by their deviation: with a vanishing learning rate the stored head is the drawn one, divided alike."""
     features = np.load(head_run.run / "features" / "train.npy")
-    drawn = model.score.weight.detach().clone().numpy()
+    drawn = model.head.weight.detach().clone().numpy()
     log = io.StringIO()
     args = arguments(
         *HEAD[:2],
@@ -1033,7 +1033,7 @@ def test_unit_scale_is_folded_into_the_head(head_run, model, split):
     )
     training.train_head(
         args,
-        model.score.weight,
+        model.head.weight,
         split,
         features,
         (split.p,),
@@ -1043,9 +1043,9 @@ def test_unit_scale_is_folded_into_the_head(head_run, model, split):
         log,
     )
     np.testing.assert_allclose(
-        model.score.weight.detach().numpy(), drawn / (features.std(0) + 1e-6), rtol=1e-5
+        model.head.weight.detach().numpy(), drawn / (features.std(0) + 1e-6), rtol=1e-5
     )
-    r = rm.score_features(torch.from_numpy(features), model.score.weight.detach())
+    r = rm.score_features(torch.from_numpy(features), model.head.weight.detach())
     expected = np.mean((split.p - 1 / (1 + np.exp(r[split.b] - r[split.a]))) ** 2)
     assert abs(json.loads(log.getvalue())["loss"] - expected) < 1e-5
 
