@@ -58,8 +58,8 @@ for word in "$@"; do # quoted as any POSIX shell reads it
     case $word in *[!A-Za-z0-9_./=:,@%+-]* | '') word="'${word//\'/$QUOTED}'" ;; esac
     COMMAND+=" $word"
 done
-WORDS=() DATA=() PRISM=() SAMPLING=() MODEL=() TRAIN=()
-RUN='' BASE='' PROMPTS='' VALID='' STOP='' SEED=0 GPUS=1 JOINT=0 HEAD=0 THREADS=${OMP_NUM_THREADS%%,*}
+WORDS=() DATA=() PRISM=() SAMPLING=() MODEL=() TRAIN=() GPUS=1 JOINT=0 HEAD=0
+RUN='' BASE='' PROMPTS='' VALID='' STOP='' SEED=0 THREADS=${OMP_NUM_THREADS%%,*}
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) exec cat "$ROOT/docs/run_all.txt" ;;
@@ -126,12 +126,5 @@ TRAINER=("$PYTHON") TRAINING=(train_rm.py --iteration "$K")
 [ "$GPUS" = 1 ] || TRAINER=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m
     torch.distributed.run --standalone --nproc-per-node "$GPUS" --) # -- as it has a --run itself
 [ $JOINT = 0 ] || TRAINING=(extras/train_joint.py --k "$K")
-"$PYTHON" - "$ROOT" "${TRAINING[@]}" --run "$RUN" --base "$BASE" "${TRAIN[@]}" <<'END'
-import sys
-from pathlib import Path
-root = sys.argv.pop(1)
-sys.path[:0] = [root, f"{root}/extras"]
-sys.argv[0] = Path(sys.argv.pop(1)).name
-__import__(sys.argv[0][:-3]).parse_args()
-END
+stage "${TRAINING[@]}" --base "$BASE" "${TRAIN[@]}" --check
 method
