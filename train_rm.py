@@ -159,7 +159,9 @@ def train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, lo
 def counts_of(args, train, identical, tied):
     """({name: count}, the same in words) of pairs with something missing; the masks: bool (N,)."""
     counts = {"identical_pairs": int(identical.sum())}
-    words = f", {identical.sum():,} pairs left out, identical after encoding" * identical.any()
+    words = f", {identical.sum():,} pairs left out, identical after encoding" * bool(
+        identical.any()
+    )
     if args.loss in ON_MAJORITY:
         counts["tied_pairs"] = int((~identical & tied).sum())
         words += f", {counts['tied_pairs']:,} dropped, their votes tie"

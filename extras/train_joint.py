@@ -117,7 +117,9 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
         write_learned_weights(run, train, scores["train"], alpha)
     facts = {"learned_weights": alpha.tolist(), "identical_pairs": int(identical.sum())}
     run_dir.end_stage(*stage, started, **stages.facts(args), **facts)
-    left_out = f", {identical.sum()} pairs left out, identical after encoding" * identical.any()
+    left_out = f", {identical.sum()} pairs left out, identical after encoding" * bool(
+        identical.any()
+    )
     weights = " ".join(f"{x:.3f}" for x in alpha.tolist())
     print(
         f"joint: {args.k} members trained on {(~identical).sum():,} pairs in "

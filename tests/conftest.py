@@ -51,18 +51,19 @@ def train(run, base, *flags, iteration=1):
     train_rm.main(train_rm.parse_args([*words, *FLAGS, *flags]))
 
 
-def export_member(run, base, j):
+def export(run, base, member):
     """extras/export_member.py in this process."""
-    module = script("export_member")
-    words = ["--run", str(run), "--base", str(base), "--member", str(j)]
-    module.main(module.parse_args([*words, *FLAGS]))
+    import export_member
+
+    words = ["--run", str(run), "--base", str(base), "--member", str(member)]
+    export_member.main(export_member.parse_args([*words, *FLAGS]))
 
 
 def squared(reward_a, reward_b, t, done):
     """--loss mse, as the training loop calls it."""
     import train_rm
 
-    return train_rm.mse(reward_a - reward_b, t, None).sum()
+    return train_rm.LOSSES["mse"](reward_a - reward_b, t, None).sum()
 
 
 def fit(run):

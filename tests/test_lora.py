@@ -6,7 +6,19 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import FLAGS, FULL, LORA, fit, fresh, leftovers, manifest, rewards, squared, train
+from conftest import (
+    FLAGS,
+    FULL,
+    LORA,
+    export,
+    fit,
+    fresh,
+    leftovers,
+    manifest,
+    rewards,
+    squared,
+    train,
+)
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -327,7 +339,7 @@ def test_killed_and_continued(data, base, tmp_path, monkeypatch, capsys, dtype):
 def test_export(lora_run, base, tmp_path, test_sequences, capsys):
     run = fresh(lora_run, tmp_path)
     before = outputs(run)
-    train(run, base, *LORA, "--export", "1")
+    export(run, base, 1)
     directory = run / "member_01"
     merged, info = AutoModelForSequenceClassification.from_pretrained(
         directory, output_loading_info=True
@@ -344,9 +356,9 @@ def test_export(lora_run, base, tmp_path, test_sequences, capsys):
     after = outputs(run)
     assert {name: after[name] for name in before} == before and not leftovers(run)
     with pytest.raises(InputError, match="member_01: already a plain directory"):
-        train(run, base, *LORA, "--export", "1")
+        export(run, base, 1)
     with pytest.raises(InputError, match="member_03: no such member"):
-        train(run, base, *LORA, "--export", "3")
+        export(run, base, 3)
     capsys.readouterr()
     train(run, base, *LORA)
     assert "skipped" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from conftest import (
     FULL,
     HEAD,
     REPOSITORY,
+    export,
     fresh,
     leftovers,
     make_base,
@@ -94,7 +96,7 @@ def test_centered_is_the_printed_objective_over_both_orders():
     """(eps - s)^2 of the pair, plus the same of the pair turned round, is 2 (t - s)^2 up to a constant."""
     s = np.linspace(0, 1, 101)
     for p, p_hat in ((0.75, 0.2), (0.0, 0.9), (0.5, 0.5)):
-        t = train_rm.TARGETS["centered"][1](p, p_hat, 2)
+        t = train_rm.TARGETS["centered"](p, p_hat, 2)
         assert (
             np.ptp((p - p_hat - s) ** 2 + ((1 - p) - (1 - p_hat) - (1 - s)) ** 2 - 2 * (t - s) ** 2)
             < 1e-12
@@ -105,7 +107,7 @@ def test_mixture_is_the_stagewise_objective():
     """(p - (1 - 1/j) p_hat - s/j)^2, of the mixture that gives the new member the share 1/j, is (t - s)^2 / j^2."""
     s = np.linspace(0, 1, 101)
     for j, p, p_hat in ((2, 0.75, 0.2), (3, 0.0, 0.9), (8, 1.0, 0.125)):
-        t = train_rm.TARGETS["mixture"][1](p, p_hat, j)
+        t = train_rm.TARGETS["mixture"](p, p_hat, j)
         np.testing.assert_allclose(
             (p - (1 - 1 / j) * p_hat - s / j) ** 2, (t - s) ** 2 / j**2, atol=1e-12
         )
@@ -805,6 +807,33 @@ def test_the_base_is_looked_for_before_anything_is_written(data, tmp_path):
     assert contents(run) == contents(data) and "member_01" not in manifest(run)
 
 
+@pytest.mark.parametrize(
+    "flag, command", [("--plan", "plan"), ("--export=1", "export_member"), ("--from", "adopt")]
+)
+def test_a_flag_that_moved_names_its_command(flag, command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train_rm.parse_args(["--run", "r", flag, "x"])
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and line.count("\n") == 1
+    assert f"{flag.split('=')[0]} is now: python extras/{command}.py " in line
+
+
+def test_flags_are_checked_and_nothing_else(tmp_path, capsys):
+    words = ["--run", str(tmp_path / "none"), "--base", "none", "--iteration", "2", "--check"]
+    train_rm.main(train_rm.parse_args(words))
+    assert not any(capsys.readouterr()) and not (tmp_path / "none").exists()
+    with pytest.raises(SystemExit):
+        train_rm.parse_args([*words, "--loss", "bt"])
+    assert "no residual" in capsys.readouterr().err
+
+
+def test_at_most_28_flags(capsys):
+    with pytest.raises(SystemExit):
+        train_rm.parse_args(["--help"])
+    flags = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.M)
+    assert 20 < len(flags) <= 28
+
+
 def test_the_script_ends_with_one_line_and_code_2(tmp_path):
     done = subprocess.run(
         [
@@ -1062,7 +1091,7 @@ def test_head_log(head_run):
 def test_export(head_run, base, tmp_path, capsys):
     run = fresh(head_run.run, tmp_path)
     head, before = rm.load_head(run / "member_01"), contents(run)
-    train(run, base, *HEAD, "--export", "1")
+    export(run, base, 1)
     assert torch.equal(rm.load_head(run / "member_01"), head)
     check_plain_directory(run, 1)
     kept = {
@@ -1073,19 +1102,19 @@ def test_export(head_run, base, tmp_path, capsys):
     assert kept == {
         name: content for name, content in before.items() if not name.startswith("member_01/")
     } and not leftovers(run)
-    train(run, base, *HEAD, "--export", "2")
+    export(run, base, 2)
     check_plain_directory(run, 2)
     capsys.readouterr()
     for again, said in (("1", "already a plain directory"), ("3", "no such member")):
         with pytest.raises(InputError, match=rf"member_0{again}: {said}"):
-            train(run, base, *HEAD, "--export", again)
+            export(run, base, again)
     train(run, base, *HEAD, iteration=2)
     assert "skipped" in capsys.readouterr().out
 
 
 def test_a_full_member_needs_no_export(full_run, base):
     with pytest.raises(InputError, match="member_01: already a plain directory"):
-        train(full_run, base, "--export", "1")
+        export(full_run, base, 1)
 
 
 # ---- continuations
