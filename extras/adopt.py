@@ -20,11 +20,7 @@ from pairwise.scale.offload import names_memory_flags
 
 def check_kind(run, j):
     """Raise InputError where the other members of the run are not existing models."""
-    if kind := run_dir.made_otherwise(run):
-        raise cli.InputError(
-            f"{run}: a {kind} run found, whose members are complete; "
-            "a run of existing models, or a new one, expected"
-        )
+    stages.check_own_run(run)
     if j > 1 and run_dir.kind_of(run) != "existing":
         raise cli.InputError(
             f"{run}: member 1 is not an existing model; a run is of existing models, the first "
@@ -49,7 +45,7 @@ def write_source(args, fingerprint):
 def main(args):
     """Score all splits and continuations with the model, unless that is done."""
     run, j, name, member = args.run, args.iteration, run_dir.member_name(args.iteration), None
-    training.settle(args)
+    stages.settle(args)
     check_kind(run, j)
     splits, _ = data.read_splits(run)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template, "--model")

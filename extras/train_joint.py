@@ -11,11 +11,11 @@ base. The error comes near the irreducible one where there are viewpoints; where
 can overfit, so choose --k and --weight-decay on validation prompts, as experiments/variants.py does
 on features. Run fit_weights.py and evaluate.py afterwards.
 
-It writes RUN/joint (a num_labels=K model; of --train head the heads alone), RUN/rewards/0j_SPLIT.npy
-and RUN/logs/joint.jsonl. The members are in the order of their learned weight, so that prefixes of
-weights.json are sensible; extras/export_member.py makes a plain directory of one. All other flags
-are train_rm.py's; of --train head the defaults are --lr 3e-2 --epochs 20 --weight-decay 0.1. Full
-training writes no checkpoints.
+It writes RUN/joint (a num_labels=K model; of --train head the heads alone), RUN/logs/joint.jsonl
+and RUN/rewards/0j_SPLIT.npy. The members are in the order of their learned weight, so that prefixes
+of weights.json are sensible; extras/export_member.py makes a plain directory of one. All other
+flags are train_rm.py's; of --train head the defaults are --lr 3e-2 --epochs 20 --weight-decay 0.1.
+Full training writes no checkpoints.
 """
 
 import time
@@ -106,7 +106,7 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
     with stages.open_log(run / "logs" / "joint.jsonl") as log:
         members, alpha = train_members(args, train, encoded["train"], ~identical, tokenizer, log)
         scores = stages.score(args, members, encoded, "joint")
-        stages.check_finite(scores, "joint", " after the last step; a lower --lr may help")
+        stages.check_finite(scores, "joint")
     for j in range(args.k):
         own = {name: np.ascontiguousarray(rewards[:, j]) for name, rewards in scores.items()}
         for name, (messages, _) in later.items():
@@ -117,13 +117,10 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
         write_learned_weights(run, train, scores["train"], alpha)
     facts = {"learned_weights": alpha.tolist(), "identical_pairs": int(identical.sum())}
     run_dir.end_stage(*stage, started, **stages.facts(args), **facts)
-    left_out = f", {identical.sum()} pairs left out, identical after encoding" * bool(
-        identical.any()
-    )
     weights = " ".join(f"{x:.3f}" for x in alpha.tolist())
     print(
         f"joint: {args.k} members trained on {(~identical).sum():,} pairs in "
-        f"{time.time() - started:.0f} s, weights {weights}{left_out}"
+        f"{time.time() - started:.0f} s, weights {weights}{stages.identical_words(identical)}"
     )
 
 
@@ -132,7 +129,7 @@ def main(args):
     if args.check:
         return
     run = args.run
-    training.settle(args)
+    stages.settle(args)
     splits, _ = data.read_splits(run)
     texts, continuations = stages.texts_of(splits), run_dir.read_continuations(run)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)

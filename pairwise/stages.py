@@ -14,6 +14,22 @@ from pairwise import reward_model as rm
 from pairwise.scale import adapter, parallel
 
 
+def settle(args):
+    """Use the threads asked for, and nothing that the seed does not decide, on a GPU too."""
+    torch.set_num_threads(args.threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def check_own_run(run):
+    """Raise InputError where the members of the run are not made one by one, by one call each."""
+    if kind := run_dir.made_otherwise(run):
+        raise cli.InputError(
+            f"{run}: a {kind} run found, whose members are complete; "
+            "a run of this script's own, or a new one, expected"
+        )
+
+
 def texts_of(splits):
     """{split: (messages (P,), responses (P,) lists of str)}."""
     return {name: (split.messages, split.responses) for name, split in splits.items()}
@@ -52,6 +68,13 @@ def encode_for(args, stage, texts, tokenizer, inputs):
 def identical_pairs(split, encoded):
     """bool (N,): pairs of one token sequence (encoded: R lists) or one feature (R, d) twice."""
     return np.array([np.all(encoded[a] == encoded[b]) for a, b in zip(split.a, split.b)])
+
+
+def identical_words(identical):
+    """What a script prints about identical pairs: nothing where there are none."""
+    return (
+        f", {identical.sum():,} pairs left out, identical after encoding" if identical.any() else ""
+    )
 
 
 @contextlib.contextmanager
@@ -94,13 +117,16 @@ def score(args, member, encoded, label):
     return scores
 
 
-def check_finite(scores, message, advice, outputs=()):
+AFTER_TRAINING = " after the last step; a lower --lr may help"
+
+
+def check_finite(scores, label, advice=AFTER_TRAINING, outputs=()):
     """Remove the outputs and raise InputError where one of {name: rewards} is not finite."""
     for name, rewards in scores.items():
         if not np.isfinite(rewards).all():
             for path in outputs if parallel.rank() == 0 else ():
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            raise cli.InputError(f"{message}: rewards of {name} are not finite{advice}")
+            raise cli.InputError(f"{label}: rewards of {name} are not finite{advice}")
 
 
 def write_rewards(run, j, scores):

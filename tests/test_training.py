@@ -575,12 +575,12 @@ def capture(monkeypatch):
     """Stop where training would begin, and keep what it is given."""
     seen = []
 
-    def stop(groups, rewards_at, steps, pairs, args, log, *more):
+    def stop(groups, rewards_at, steps, split, targets, *more):
         order = [
             sorted(int(pair) for micro in step for pair in micro) for (step,) in steps
         ]  # of one process
         (head,) = [p for p in groups[1] if p.shape == (1, 32)]
-        seen.append({"head": head.detach().clone(), "order": order, "target": pairs[2]})
+        seen.append({"head": head.detach().clone(), "order": order, "target": targets[0]})
         raise Stop
 
     monkeypatch.setattr(training, "train", stop)
