@@ -101,6 +101,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
+def with_weights(run, directory, *alpha):
+    """A copy of a run, its mixture weights set by hand: those of training depend on the CPU."""
+    run = fresh(run, directory)
+    entries = json.loads((run / "weights.json").read_text())
+    entries[len(alpha) - 1]["alpha"] = list(alpha)
+    (run / "weights.json").write_text(json.dumps(entries))
+    return run
+
+
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory):
     """made_once(name, make): a directory that make(directory) fills, once for all processes."""

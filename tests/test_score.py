@@ -8,7 +8,18 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import FLAGS, HEAD, REPOSITORY, export, fit, fresh, leftovers, rewards, train
+from conftest import (
+    FLAGS,
+    HEAD,
+    REPOSITORY,
+    export,
+    fit,
+    fresh,
+    leftovers,
+    rewards,
+    train,
+    with_weights,
+)
 
 import score
 from pairwise import reward_model as rm
@@ -150,8 +161,9 @@ def test_ties_count_one_half(full_run, monkeypatch, tmp_path):
     """Rewards given by hand: member 1 ties on the first pair, member 2 on the second, both on the third."""
     given = np.array([[1, 1, 0, 5, 5], [0, 2, 0, 3, 3]], np.float32)
     monkeypatch.setattr(score, "rewards_of_run", lambda *args: given)
+    run = with_weights(full_run, tmp_path, 0.3, 0.7)
     rows = scored(
-        full_run,
+        run,
         write(
             tmp_path / "ties.jsonl",
             [
@@ -160,8 +172,7 @@ def test_ties_count_one_half(full_run, monkeypatch, tmp_path):
             ],
         ),
     )
-    first, second = alpha_of(full_run)
-    assert 0 < first < 1 and abs(first - 0.5) > 0.01
+    first, second = alpha_of(run)
     assert rows[0]["rewards"] == [[1, 0], [1, 2], [0, 0]] and rows[1]["rewards"] == [[5, 3], [5, 3]]
     expected = [[0, 1, first / 2], [0, 2, first + second / 2], [1, 2, first + second]]
     assert rows[0]["p_hat"] == [[a, b, pytest.approx(p, abs=1e-12)] for a, b, p in expected]
