@@ -40,13 +40,13 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
+from pairwise import cli, members, ranking, rows, sampling
+from pairwise import reward_model as rm
+
 import numpy as np
 import torch
 from scipy.special import logsumexp, softmax
 from tqdm import tqdm
-
-from pairwise import cli, members, ranking, rows, sampling
-from pairwise import reward_model as rm
 
 FIELDS = {"prompt": "messages", "response_a": "text", "response_b": "text", "choice": "text"}
 CHOICES = {"a": 1.0, "tie": 0.5, "b": 0.0}

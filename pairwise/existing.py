@@ -4,12 +4,12 @@ member_0j/source.json: {model: hub id or directory, fingerprint: of its content,
 beside it chat_template.jinja, where the model has no template of its own.
 """
 
+from pairwise import cli, provenance, run_dir
+from pairwise import reward_model as rm
+
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
-
-from pairwise import cli, provenance, run_dir
-from pairwise import reward_model as rm
 
 
 def load_reward_model(name, tokenizer, dtype, device, named="--from"):

@@ -14,15 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from pairwise import cli, existing, levels, provenance, run_dir
+from pairwise import reward_model as rm
+from pairwise.scale import adapter
+
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
-
-from pairwise import cli, existing, levels, provenance, run_dir
-from pairwise import reward_model as rm
-from pairwise.scale import adapter
 
 
 class Question(NamedTuple):

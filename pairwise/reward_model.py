@@ -4,10 +4,12 @@ Parameters may be BF16; the head, the rewards and everything after them are floa
 """
 
 import argparse
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from pairwise import cli
+from pairwise.scale import packed, parallel, passes
 
 import jinja2
 import numpy as np
@@ -15,9 +17,6 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
-
-from pairwise import cli
-from pairwise.scale import packed, parallel, passes
 
 # Our own progress bars say more, and what a checkpoint lacks is checked here instead of told.
 transformers_logging.disable_progress_bar()
@@ -183,8 +182,8 @@ def add_flags(parser):
     add(
         "--threads",
         type=cli.natural,
-        default=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-        help="CPU threads (default: all; of several processes, of each its share)",
+        default=cli.default_threads(),
+        help="CPU threads (default: OMP_NUM_THREADS, else all; of several processes, its share)",
     )
     add(
         "--device",

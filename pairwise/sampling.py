@@ -4,12 +4,12 @@ import argparse
 import copy
 import json
 
+from pairwise import cli, run_dir
+from pairwise import reward_model as rm
+
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
-
-from pairwise import cli, run_dir
-from pairwise import reward_model as rm
 
 AT_ONCE = 20  # Answers sampled together; this bounds the memory of keys, values and logits.
 

@@ -3,16 +3,16 @@ changed."""
 
 import json
 
+import evaluate
+import fit_weights
+import score
+from pairwise.cli import InputError
+
 import harden
 import pytest
 import respond
 import train_joint
 from conftest import FLAGS, HEAD, export, fit, fresh, train
-
-import evaluate
-import fit_weights
-import score
-from pairwise.cli import InputError
 
 
 def arguments(*words):

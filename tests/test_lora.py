@@ -4,6 +4,15 @@ by us and by PEFT, and merged on export."""
 import io
 import json
 
+import score
+import train_rm
+from pairwise import members, training
+from pairwise import reward_model as rm
+from pairwise.cli import InputError
+from pairwise.data import read_split
+from pairwise.scale import adapter
+from pairwise.scale.offload import recompute_activations
+
 import numpy as np
 import pytest
 import torch
@@ -26,15 +35,6 @@ from safetensors.torch import load_file, save_file
 from test_offload import killed_after, outputs
 from test_training import Record
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Config
-
-import score
-import train_rm
-from pairwise import members, training
-from pairwise import reward_model as rm
-from pairwise.cli import InputError
-from pairwise.data import read_split
-from pairwise.scale import adapter
-from pairwise.scale.offload import recompute_activations
 
 
 def arguments(*flags):

@@ -5,6 +5,13 @@ import copy
 import io
 import json
 
+import train_rm
+from pairwise import members, training
+from pairwise import reward_model as rm
+from pairwise.cli import InputError
+from pairwise.data import read_split
+from pairwise.scale import packed
+
 import numpy as np
 import pytest
 import torch
@@ -22,13 +29,6 @@ from transformers import (
     Qwen3Config,
     Qwen3NextConfig,
 )
-
-import train_rm
-from pairwise import members, training
-from pairwise import reward_model as rm
-from pairwise.cli import InputError
-from pairwise.data import read_split
-from pairwise.scale import packed
 
 SHAPE = {
     "vocab_size": 400,

@@ -5,6 +5,10 @@ import copy
 import json
 import shutil
 
+from pairwise import members, provenance
+from pairwise import reward_model as rm
+from pairwise.cli import InputError
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +16,6 @@ from conftest import make_base
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-from pairwise import members, provenance
-from pairwise import reward_model as rm
-from pairwise.cli import InputError
 
 ASK = [{"role": "user", "content": "how can i sleep better this week ?"}]
 ANSWER = "one way is to drink no coffee ."

@@ -7,15 +7,26 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-from conftest import FLAGS, HEAD, REPOSITORY, export, fit, fresh, leftovers, rewards, train
-
 import score
 from pairwise import members
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
+
+import numpy as np
+import pytest
+from conftest import (
+    FLAGS,
+    HEAD,
+    REPOSITORY,
+    export,
+    fit,
+    fresh,
+    leftovers,
+    rewards,
+    train,
+    with_weights,
+)
 
 
 def write(path, rows):
@@ -153,8 +164,9 @@ def test_ties_count_one_half(full_run, monkeypatch, tmp_path):
     third."""
     given = np.array([[1, 1, 0, 5, 5], [0, 2, 0, 3, 3]], np.float32)
     monkeypatch.setattr(score.members, "rewards_of_run", lambda *args: given)
+    run = with_weights(full_run, tmp_path, 0.3, 0.7)
     rows = scored(
-        full_run,
+        run,
         write(
             tmp_path / "ties.jsonl",
             [
@@ -163,8 +175,7 @@ def test_ties_count_one_half(full_run, monkeypatch, tmp_path):
             ],
         ),
     )
-    first, second = alpha_of(full_run)
-    assert 0 < first < 1 and abs(first - 0.5) > 0.01
+    first, second = alpha_of(run)
     assert rows[0]["rewards"] == [[1, 0], [1, 2], [0, 0]] and rows[1]["rewards"] == [[5, 3], [5, 3]]
     expected = [[0, 1, first / 2], [0, 2, first + second / 2], [1, 2, first + second]]
     assert rows[0]["p_hat"] == [[a, b, pytest.approx(p, abs=1e-12)] for a, b, p in expected]

@@ -14,13 +14,13 @@ import inspect
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
 
+from pairwise import cli
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from pairwise import cli
 
 try:
     from torch.nn.attention.varlen import varlen_attn
