@@ -18,7 +18,6 @@ train prompts serve. Rewards are linear in the standardised features and fitted 
 """
 
 import dataclasses
-from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
@@ -89,9 +88,6 @@ def read_run(run, seed):
         splits["train"] = restricted(train, ~held_out)
         print(f"{run}: no validation prompts; {held_out.sum()} of its train prompts serve")
     return standardised(splits)
-
-
-# ---- fits
 
 
 def fit(train, loss, heads, l2, seed, start=None, parameters=0):
@@ -194,21 +190,17 @@ def soft_single(splits, seed):
 
 def soft_mixtures(splits, seed):
     """{M: SoftFit} of the best mixtures of M rewards trained jointly."""
-    train, fits = splits["train"], {}
-    for m in COMPONENTS:
-        fit_rewards = partial(fit_mixture, train, m, seed=seed)
-        fits[m] = best_penalty(fit_rewards, splits, f"M {m}, ")
-    return fits
-
-
-# ---- the gain
+    train = splits["train"]
+    return {
+        m: best_penalty(lambda l2, m=m: fit_mixture(train, m, l2, seed), splits, f"M {m}, ")
+        for m in COMPONENTS
+    }
 
 
 def plurality(splits, seed):
     """{single, mixture, components, gain, ci} of {name: Featured}: plurality.json."""
     single = soft_single(splits, seed)
     mixture = best_on_valid(soft_mixtures(splits, seed).values(), splits)
-    components = len(mixture.weights)
 
     def errors_on(name):
         """Squared errors of single and mixture, and pairs, summed over each prompt, (P, 3)."""
@@ -218,7 +210,7 @@ def plurality(splits, seed):
 
     better = errors_on("valid") @ [1, -1, 0]
     if better.sum() < 2 * np.sqrt(len(better)) * better.std():  # It may be noise.
-        components, mixture = 1, single
+        mixture = single
     errors = errors_on("test")
     sums = metrics.resampled(errors, 10000, seed)
     interval = np.percentile((sums[:, 0] - sums[:, 1]) / sums[:, 2], [2.5, 97.5])
@@ -226,7 +218,7 @@ def plurality(splits, seed):
     return {
         "single": single_error / pairs,
         "mixture": mixture_error / pairs,
-        "components": components,
+        "components": len(mixture.weights),
         "gain": (single_error - mixture_error) / pairs,
         "ci": interval.tolist(),
     }
