@@ -27,11 +27,9 @@ LLAMA_3_8B = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "vocab_size": 128256,
-    "max_position_embeddings": 8192,
 }
-# The counts of a run without data: prompts and pairs to train on (the paper's, where it counts
-# pairs), distinct responses of train and of all splits, and tokens of a response with its prompt,
-# which are a guess.
+# For a run without data: prompts and pairs to train on (the paper's, where it counts pairs),
+# distinct responses of train and of all splits, a guess of a response's tokens with its prompt.
 COUNTS = ("prompts", "pairs", "train", "scored", "tokens")
 PAPER = {
     "multipref": (4791, 9413, 18826, 20922, 450),
@@ -47,58 +45,38 @@ QR_RATE = 4e12  # FLOP/s of a float32 QR decomposition with a side of 1,024 to 4
 LINK = 40e9  # Bytes a second go each way between card and host (PCIe 5 x16: 64e9 at best).
 
 
-# ---- the model and its parameters
+def describe(args):
+    """Return (the base as a reward model on the meta device, its optimizer's parameter groups).
 
-
-def describe(base, dtype, rank=None):
-    """Return a base as a reward model in dtype, head in float32, on the meta device.
-
-    The base llama-3-8b needs neither network nor files. With a rank, adapters of it are on all
-    linear layers, and they alone are trained, with the head. Raises InputError where no config can
-    be read or the model has no linear head.
+    The model is in args.dtype, its head in float32. --train lora puts adapters on it; --train head
+    has empty groups. Raises InputError where no config can be read or there is no linear head.
     """
+    named, dtype = args.base == "llama-3-8b", getattr(torch, args.dtype)
     try:
-        if base == "llama-3-8b":
-            config = LlamaConfig(**LLAMA_3_8B)
-        else:
-            config = AutoConfig.from_pretrained(base)
+        config = LlamaConfig(**LLAMA_3_8B) if named else AutoConfig.from_pretrained(args.base)
         config.num_labels, config.pad_token_id = 1, None
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     except (OSError, ValueError) as error:
         raise cli.InputError(
-            f"--base {base}: no config could be read: llama-3-8b, a directory with config.json, or "
-            f"a hub id that can be reached expected ({cli.first_line(error)})"
+            f"--base {args.base}: no config could be read: llama-3-8b, a directory with config.json"
+            f", or a hub id that can be reached expected ({cli.first_line(error)})"
         ) from None
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise cli.InputError(
-            f"--base {base}: {type(model).__name__} has no linear head called score; a decoder such"
-            " as Llama or Qwen expected"
+            f"--base {args.base}: {type(model).__name__} has no linear head called score; a decoder"
+            " such as Llama or Qwen expected"
         )
     model.score.float()
-    if rank:
+    if args.train == "lora":
         with torch.device("meta"):
-            adapter.add(model, rank, rank)
-    return model
-
-
-def describe_training(args):
-    """Return (the model of args, the parameter groups that its optimizer is given: none for a head)."""
-    rank = args.lora_rank if args.train == "lora" else None
-    model = describe(args.base, getattr(torch, args.dtype), rank)
+            adapter.add(model, args.lora_rank, args.lora_rank)
     return model, ([], []) if args.train == "head" else training.parameter_groups(model)
-
-
-def weight_bytes(model):
-    return sum(p.nbytes for p in model.parameters())
-
-
-# ---- memory
 
 
 def memory(model, groups, args):
     """Return {row: (bytes on the card, bytes on the host)} of training by args.train."""
-    weights, tokens = weight_bytes(model), args.micro_batch_tokens
+    weights, tokens = budget.weight_bytes(model), args.micro_batch_tokens
     if (
         args.train == "head"
     ):  # One forward pass of the frozen base takes more than training the head.
@@ -125,10 +103,10 @@ def memory(model, groups, args):
         rows[f"{name}, float32"] = (on_card, sum(nbytes[name] for nbytes in tensors) - on_card)
     rows["copy buffers"] = (offload.BUFFERS * largest_paged, 0)
     activations, temporary = budget.passing_bytes(model, groups, args)
-    if activations >= temporary:
-        rows[f"activations, {tokens:,} tokens, recomputed"] = (activations, 0)
-    else:
-        rows["temporary in the optimizer's step (activations: less)"] = (temporary, 0)
+    larger = f"activations, {tokens:,} tokens, recomputed"
+    if temporary > activations:
+        larger = "temporary in the optimizer's step (activations: less)"
+    rows[larger] = (max(activations, temporary), 0)
     rows["reserve"] = (budget.RESERVE, 0)
     return rows
 
@@ -138,9 +116,6 @@ def totals(rows):
     return tuple(sum(nbytes[side] for nbytes in rows.values()) for side in (0, 1))
 
 
-# ---- tokens, steps, FLOPs
-
-
 def count_tokens(args):
     """Return ({prompts, pairs, train, scored, tokens}, where the numbers are from).
 
@@ -148,7 +123,7 @@ def count_tokens(args):
     the mean length of a response with its prompt.
     """
     if args.run is None or not (args.run / "data" / "train.parquet").exists():
-        name = args.run.name if args.run is not None and args.run.name in PAPER else "multipref"
+        name = args.run.name if args.run and args.run.name in PAPER else "multipref"
         source = f"assumed: {name}, its counts as published, tokens guessed"
         return dict(zip(COUNTS, PAPER[name])), source
     splits, _ = data.read_splits(args.run)
@@ -192,16 +167,13 @@ def count_steps(args, counts):
 
 
 def flops(model, groups, args, counts):
-    """Return the FLOPs of a member and of one optimizer step, as a tuple of four.
-
-    They are: of a member's training and scoring in args.dtype; of its adapters, in float32; of an
-    optimizer step's products; of its QR decompositions.
+    """Return the FLOPs (of a member in args.dtype, of its adapters in float32, both of training and
+    scoring; of one optimizer step's products, of its QR decompositions).
 
     A forward pass takes 2 FLOPs per weight and token besides the embedding's, and 2 T q a layer
     for causal attention over T tokens; backward takes twice that, or once where the weights are
     frozen; recomputation takes it once. SOAP's step of an (a, b) matrix is four products of 2 a b d
-    for each side d and, every --precondition-frequency steps, a product of 2 d^3 and a QR of
-    8/3 d^3.
+    for each side d and, every --precondition-frequency steps, one of 2 d^3 and a QR of 8/3 d^3.
     """
     adapters = sum(p.numel() for p in groups[0]) if args.train == "lora" else 0
     embedding = model.get_input_embeddings().weight.numel()
@@ -220,15 +192,6 @@ def flops(model, groups, args, counts):
     return training_flops + scoring_flops, adapter_flops, products, 8 / 3 * cubes
 
 
-# ---- what is printed
-
-
-def print_memory(rows):
-    print(f"{'memory, GiB':55}{'card':>8}{'host':>8}")
-    for name, (card, host) in [*rows.items(), ("total", totals(rows))]:
-        print(f"{name:55}{card / 2**30:8.2f}{host / 2**30:8.2f}")
-
-
 def print_work(model, groups, args, paged):
     """Print tokens, steps, FLOPs, hours and disk; paged: bytes of the optimizer on the host."""
     counts, source = count_tokens(args)
@@ -239,8 +202,7 @@ def print_work(model, groups, args, paged):
     repeats = args.members if trains else 1  # The frozen base is run once for all heads.
     hours = repeats * (work + slow / FLOAT32_RATE) / (rate * args.utilisation) / 3600
     stepping = repeats * steps * seconds / 3600
-    members, checkpoints = disk_bytes(model, groups, args)
-
+    disk, checkpoints = disk_bytes(model, groups, args)
     print(
         f"\ndata ({source}): {counts['pairs']:,} train pairs, {counts['train']:,} train responses, "
         f"{counts['scored']:,} to score, {counts['tokens']:,.0f} tokens each with the prompt"
@@ -264,14 +226,14 @@ def print_work(model, groups, args, paged):
     aside = f", {checkpoints / 1e9:,.1f} of them for checkpoints" if checkpoints else ""
     print(
         f"{args.members} members: {hours + stepping:,.1f} hours at {args.utilisation:.0%} of "
-        f"{args.tflops:,.0f} TFLOP/s{optimizer}; disk {(members + checkpoints) / 1e9:,.1f} GB{aside}"
+        f"{args.tflops:,.0f} TFLOP/s{optimizer}; disk {disk / 1e9:,.1f} GB{aside}"
     )
 
 
 def disk_bytes(model, groups, args):
-    """Return the bytes on disk of (all members, two checkpoints)."""
+    """Return the bytes on disk of (all members and two checkpoints, the checkpoints)."""
     member = {
-        "full": weight_bytes(model),
+        "full": budget.weight_bytes(model),
         "lora": sum(p.nbytes for group in groups for p in group),
         "head": 4 * model.config.hidden_size,
     }[args.train]
@@ -279,19 +241,20 @@ def disk_bytes(model, groups, args):
         sum(budget.optimizer_bytes(p, dim).values()) + 4 * p.numel() * (p.dtype == torch.float32)
         for p, dim in budget.with_dims(groups, args.max_precondition_dim)
     )
-    return args.members * member, 2 * state if args.checkpoint_minutes else 0
+    checkpoints = 2 * state if args.checkpoint_minutes else 0
+    return args.members * member + checkpoints, checkpoints
 
 
 def verdict(args):
     """Say whether training by args.train fits the card, if need be in smaller micro-batches."""
-    model, groups = describe_training(args)
+    model, groups = describe(args)
     for divisor in (1, 2, 4, 8):
         tokens = args.micro_batch_tokens // divisor
         smaller = argparse.Namespace(**vars(args) | {"micro_batch_tokens": tokens})
         card, host = totals(memory(model, groups, smaller))
         if card <= args.gpu_gb * 1e9:
             micro = f" with --micro-batch-tokens {tokens}" if divisor > 1 else ""
-            needed = (host + weight_bytes(model)) / 1e9
+            needed = (host + budget.weight_bytes(model)) / 1e9
             paged = f", with {needed:,.0f} GB of host memory" if host else ""
             return f"{args.train} fits{micro}{paged}"
     return f"{args.train} does not fit"
@@ -311,13 +274,15 @@ def print_verdicts(args):
 
 
 def main(args):
-    model, groups = describe_training(args)
+    model, groups = describe(args)
     rows = memory(model, groups, args)
+    card, host = totals(rows)
     number = sum(p.numel() for p in model.parameters())
-    print(f"{args.base}: {number:,} parameters as a reward model; --train {args.train}; ", end="")
-    print("planned, not measured\n")
-    print_memory(rows)
-    print_work(model, groups, args, totals(rows)[1])
+    print(f"{args.base}: {number:,} parameters as a reward model; --train {args.train};", end=" ")
+    print(f"planned, not measured\n\n{'memory, GiB':55}{'card':>8}{'host':>8}")
+    for name, nbytes in [*rows.items(), ("total", (card, host))]:
+        print(f"{name:55}{nbytes[0] / 2**30:8.2f}{nbytes[1] / 2**30:8.2f}")
+    print_work(model, groups, args, host)
     print_verdicts(args)
 
 
@@ -328,12 +293,7 @@ def parse_args(argv=None):
     add("--base", required=True, help="hub id, transformers directory, or llama-3-8b")
     add("--run", type=Path, help="run directory whose data/ is counted (default: the paper's data)")
     add("--members", type=cli.natural, default=8, metavar="K", help="reward models to train")
-    add(
-        "--train",
-        choices=("full", "lora", "head"),
-        default="full",
-        help="what is trained, as by train_rm.py",
-    )
+    add("--train", choices=("full", "lora", "head"), default="full", help="as of train_rm.py")
     add("--lora-rank", type=cli.natural, default=16, help="of --train lora's adapters")
     # the card
     add("--gpu-gb", type=cli.positive, default=80, help="its memory in 10^9 bytes, as on its label")
@@ -341,14 +301,13 @@ def parse_args(argv=None):
     add("--utilisation", type=cli.fraction, default=0.4, help="share of --tflops that is reached")
     training.add_flags(parser)
     args = parser.parse_args(argv)
-    lora = args.train == "lora"
-    # These are the defaults of train_rm.py on a card.
-    training.fill_in(
+    rank = args.lora_rank if args.train == "lora" else None
+    training.fill_in(  # as train_rm.py does where there is a card
         args,
         epochs=10 if args.train == "head" else 1,
-        max_precondition_dim=args.lora_rank if lora else offload.MAX_PRECONDITION_DIM,
+        max_precondition_dim=rank or offload.MAX_PRECONDITION_DIM,
         dtype="bfloat16",
-        micro_batch_tokens=4096 if lora else 8192,
+        micro_batch_tokens=4096 if rank else 8192,
     )
     return args
 

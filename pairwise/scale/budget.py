@@ -15,6 +15,11 @@ from pairwise.scale import offload
 RESERVE = 4 * 2**30
 
 
+def weight_bytes(model):
+    """Return the bytes of all parameters of a model."""
+    return sum(p.nbytes for p in model.parameters())
+
+
 def optimizer_bytes(p, max_precondition_dim):
     """Return the bytes that SOAP keeps beside a parameter p, in float32.
 
