@@ -1,4 +1,4 @@
-"""extras/plan.py: bytes against a real step, activations against a real peak, and what it prints."""
+"""extras/plan.py: bytes against a real step, activations against a peak, and what it prints."""
 
 import json
 import weakref
