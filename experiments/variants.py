@@ -190,7 +190,7 @@ def fit_single(x, split, target, l2, seed):
     return fit(
         x,
         split,
-        lambda a, b, _: train_rm.LOSSES["mse"][1](a[:, 0] - b[:, 0], goal, None).sum(),
+        lambda a, b, _: train_rm.LOSSES["mse"](a[:, 0] - b[:, 0], goal, None).sum(),
         1,
         l2,
         seed,

@@ -34,6 +34,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help explains)\n")
 
 
+def moved(argv, commands):
+    """Answer an old flag by one line that names its new command, and exit code 2.
+
+    argv: the words of the command line, None for sys.argv[1:]; commands: {old flag: new command}.
+    """
+    for word in sys.argv[1:] if argv is None else argv:
+        flag = word.split("=")[0]
+        if flag in commands:
+            print(
+                f"{Path(sys.argv[0]).name}: error: {flag} is now: {commands[flag]}", file=sys.stderr
+            )
+            sys.exit(2)
+
+
 def natural(text):
     """argparse type: an integer of at least one."""
     value = int(text)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -142,6 +143,30 @@ def pad(sequences, pad_id, device):
 # ---- model
 
 
+@dataclass
+class RewardModel:
+    """A reward model that is ready to score, and how its sequences are run.
+
+    model: transformers' *ForSequenceClassification, its head float32, dropout off.
+    packs: "varlen" or "segments", how scale/packed.py runs sequences in one row; None: they are padded.
+    skips: the token id that an existing decoder's reward is read before, where a sequence ends with it; None: there is none.
+    """
+
+    model: torch.nn.Module
+    packs: str | None = None
+    skips: int | None = None
+
+    @property
+    def head(self):
+        """The scalar head, Linear (d -> 1), or (d -> K) of a jointly trained run."""
+        return head(self.model)
+
+    @property
+    def device(self):
+        """The torch.device of its parameters."""
+        return next(self.model.parameters()).device
+
+
 def device(name=None):
     """argparse type: a device that is there, as a string; without a name, cuda where there is one."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -247,11 +272,8 @@ def load_reward_model(name, tokenizer, dtype, device, named="--from"):
         raise cli.InputError(
             f"{named} {name}: {found} found, a linear head with one output expected, called score or classifier"
         )
-    model = ready(model, device)
-    model.skips = (
-        own if hasattr(model, "score") else None
-    )  # transformers reads a decoder before the last tokens that its config calls padding
-    return model
+    # transformers reads a decoder before the last tokens that its config calls padding
+    return ready(model, device, own if hasattr(model, "score") else None)
 
 
 def load_language_model(base, device):
@@ -281,37 +303,33 @@ def head(model):
     return found if isinstance(found, torch.nn.Linear) else None
 
 
-def ready(model, device):
-    """The model on its device, head in float32, dropout off (in training too), set up to run packed rows, or padded ones."""
+def ready(model, device, skips=None):
+    """The RewardModel of a transformers model: on its device, head in float32, dropout off (in training too), set up to run
+    packed rows, or padded ones."""
     head(model).float()
     model.eval().to(device)
-    model.packs = model.skips = None
-    if hasattr(model, "score"):
-        packed.prepare(model)
-    return model
+    return RewardModel(model, packed.prepare(model) if hasattr(model, "score") else None, skips)
 
 
 def load_member(run, j, base, tokenizer, dtype, device):
     """Reward model j of a run: its directory, or the base with the head or the adapters that were trained on it, or the base itself (--from)."""
     directory = run / f"member_{j:02d}"
     if (run / "joint").is_dir() and not (directory / "config.json").exists():
-        model, weight = (
-            load_joint(run, base, tokenizer, dtype, device),
-            load_head(run / "joint")[j - 1 : j],
-        )
-        model.config.num_labels = model.num_labels = 1
-        head(model).weight, head(model).out_features = torch.nn.Parameter(weight.to(device)), 1
-        return model
+        joint = load_joint(run, base, tokenizer, dtype, device)
+        weight = load_head(run / "joint")[j - 1 : j]
+        joint.model.config.num_labels = joint.model.num_labels = 1
+        joint.head.weight, joint.head.out_features = torch.nn.Parameter(weight.to(device)), 1
+        return joint
     if (directory / "source.json").exists():
         return load_reward_model(base, tokenizer, dtype, device, f"{directory / 'source.json'}:")
     if (directory / "adapter").is_dir():
-        model = load_base(base, tokenizer, dtype, device)
-        adapter.load(model, directory / "adapter")
-        return model
+        reward_model = load_base(base, tokenizer, dtype, device)
+        adapter.load(reward_model.model, directory / "adapter")
+        return reward_model
     if (directory / "head.safetensors").exists():
-        model = load_base(base, tokenizer, dtype, device)
-        head(model).weight.data.copy_(load_head(directory))
-        return model
+        reward_model = load_base(base, tokenizer, dtype, device)
+        reward_model.head.weight.data.copy_(load_head(directory))
+        return reward_model
     if not directory.is_dir():
         raise cli.InputError(f"{directory}: no such directory")
     model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -331,13 +349,13 @@ def load_joint(run, base, tokenizer, dtype, device):
     """All rewards of a jointly trained run in one model, whose forward pass gives (n, K): run/joint, or the base with the heads of its frozen features."""
     directory, weight = run / "joint", load_head(run / "joint")
     if (directory / "head.safetensors").exists():
-        model = load_base(base, tokenizer, dtype, device, len(weight))
+        reward_model = load_base(base, tokenizer, dtype, device, len(weight))
     else:
-        model = ready(
+        reward_model = ready(
             AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype), device
         )
-    head(model).weight.data.copy_(weight)
-    return model
+    reward_model.head.weight.data.copy_(weight)
+    return reward_model
 
 
 def draw_head(weight, config, seed):
@@ -349,7 +367,7 @@ def draw_head(weight, config, seed):
 
 
 def last_hidden(model, ids, mask):
-    """Hidden state of each sequence's last real token, float32 (batch, d); padding is on the right. Of an encoder, what its head sees."""
+    """Of a transformers model, padded: hidden state of each sequence's last real token, float32 (batch, d); padding is on the right. Of an encoder, what its head sees."""
     if not hasattr(model, "score"):
         seen = []  # an encoder pools in its own way before its head
         with head(model).register_forward_pre_hook(
@@ -361,31 +379,29 @@ def last_hidden(model, ids, mask):
     return hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1].float()
 
 
-def rewards_of(model, ids, mask):
+def rewards_of(reward_model, ids, mask):
     """Rewards float32 (batch,): r_theta(x, y), the head on the last real token."""
-    return head(model)(last_hidden(model, ids, mask)).squeeze(-1)
+    return reward_model.head(last_hidden(reward_model.model, ids, mask)).squeeze(-1)
 
 
-def hidden_of_batch(model, sequences):
+def hidden_of_batch(reward_model, sequences):
     """What the head sees, float32 (n, d), with gradient: packed where the base allows it, else padded. sequences: n lists of token ids."""
-    if model.packs:
-        return packed.last_hidden(model, sequences)
-    return last_hidden(
-        model, *pad(sequences, model.config.pad_token_id, next(model.parameters()).device)
-    )
+    model = reward_model.model
+    if reward_model.packs:
+        return packed.last_hidden(model, sequences, reward_model.packs)
+    return last_hidden(model, *pad(sequences, model.config.pad_token_id, reward_model.device))
 
 
-def rewards_of_batch(model, sequences, tokens=None):
+def rewards_of_batch(reward_model, sequences, tokens=None):
     """Rewards float32 (n,), or (n, K) of K heads, with gradient, of n lists of token ids in one forward pass.
 
     Where that is more than `tokens` tokens, in several, each run again in the backward pass: a third more work, and memory for one of them.
     """
-    if tokens is None or count_tokens(model, sequences) <= tokens:
-        return head(model)(hidden_of_batch(model, sequences)).squeeze(-1)
-    anchor = torch.empty(
-        0, device=next(model.parameters()).device, requires_grad=torch.is_grad_enabled()
-    )
-    return InParts.apply(anchor, model, sequences, list(batches_of(model, sequences, tokens)))
+    if tokens is None or count_tokens(reward_model, sequences) <= tokens:
+        return reward_model.head(hidden_of_batch(reward_model, sequences)).squeeze(-1)
+    anchor = torch.empty(0, device=reward_model.device, requires_grad=torch.is_grad_enabled())
+    parts = list(batches_of(reward_model, sequences, tokens))
+    return InParts.apply(anchor, reward_model, sequences, parts)
 
 
 class InParts(torch.autograd.Function):
@@ -393,30 +409,30 @@ class InParts(torch.autograd.Function):
     part by part, in float32 (Offload), and the graph of one part is there at a time. anchor: any tensor that wants a gradient."""
 
     @staticmethod
-    def forward(ctx, anchor, model, sequences, parts):
-        ctx.model, ctx.sequences, ctx.parts = model, sequences, parts
-        return torch.cat([rewards_of_batch(model, [sequences[i] for i in part]) for part in parts])[
-            np.argsort(np.concatenate(parts))
-        ]
+    def forward(ctx, anchor, reward_model, sequences, parts):
+        ctx.reward_model, ctx.sequences, ctx.parts = reward_model, sequences, parts
+        rewards = [rewards_of_batch(reward_model, [sequences[i] for i in part]) for part in parts]
+        return torch.cat(rewards)[np.argsort(np.concatenate(parts))]
 
     @staticmethod
     def backward(ctx, grad):
         for part in ctx.parts:
             with torch.enable_grad():
-                rewards_of_batch(ctx.model, [ctx.sequences[i] for i in part]).backward(grad[part])
+                rewards = rewards_of_batch(ctx.reward_model, [ctx.sequences[i] for i in part])
+                rewards.backward(grad[part])
         return None, None, None, None
 
 
-def count_tokens(model, sequences):
+def count_tokens(reward_model, sequences):
     """Tokens that one forward pass over these sequences runs, padding included."""
-    return (
-        packed.count_tokens(sequences) if model.packs else len(sequences) * max(map(len, sequences))
-    )
+    if reward_model.packs:
+        return packed.count_tokens(sequences)
+    return len(sequences) * max(map(len, sequences))
 
 
-def check_positions(model, sequences):
+def check_positions(reward_model, sequences):
     """Raise InputError where a sequence is longer than the model has positions for."""
-    config, longest = model.config.get_text_config(), max(map(len, sequences))
+    config, longest = reward_model.model.config.get_text_config(), max(map(len, sequences))
     most = getattr(config, "max_position_embeddings", None)
     if (
         most and longest > most and not getattr(config, "relative_attention", False)
@@ -426,14 +442,14 @@ def check_positions(model, sequences):
         )
 
 
-def batches_of(model, sequences, tokens):
+def batches_of(reward_model, sequences, tokens):
     """Indices of sequences in batches that run at most `tokens` tokens each, largest first; a sequence that is longer alone is a batch."""
-    return (packed.batches if model.packs else batches)(sequences, tokens)
+    return (packed.batches if reward_model.packs else batches)(sequences, tokens)
 
 
 @torch.no_grad()
-def over_sequences(model, function, sequences, tokens, label):
-    """function(model, sequences) for all of them, in batches that run at most `tokens` tokens: float32 (sequences, ..), in their order.
+def over_sequences(reward_model, function, sequences, tokens, label):
+    """function(reward_model, sequences) for all of them, in batches that run at most `tokens` tokens: float32 (sequences, ..), in their order.
 
     Equal sequences are computed once: apart, even in one batch, they can differ in the last bit, and then they would not tie. The batches are
     dealt to the processes, and all have the result.
@@ -441,8 +457,8 @@ def over_sequences(model, function, sequences, tokens, label):
     numbers = {}
     places = [numbers.setdefault(tuple(ids), len(numbers)) for ids in sequences]
     sequences = [list(ids) for ids in numbers]
-    check_positions(model, sequences)
-    parts = list(batches_of(model, sequences, tokens))
+    check_positions(reward_model, sequences)
+    parts = list(batches_of(reward_model, sequences, tokens))
     mine = parallel.deal(parts, [sum(len(sequences[i]) for i in part) for part in parts])[
         parallel.rank()
     ]
@@ -456,7 +472,8 @@ def over_sequences(model, function, sequences, tokens, label):
         disable=parallel.rank() > 0,
     ) as bar:
         for batch in mine:
-            found.append((batch, function(model, [sequences[i] for i in batch]).cpu().numpy()))
+            values = function(reward_model, [sequences[i] for i in batch])
+            found.append((batch, values.cpu().numpy()))
             done += sum(len(sequences[i]) for i in batch)
             bar.update(len(batch))
             bar.set_postfix_str(f"{done / (time.time() - started):,.0f} tokens/s", refresh=False)
@@ -467,22 +484,27 @@ def over_sequences(model, function, sequences, tokens, label):
     return out[places]
 
 
-def score_sequences(model, sequences, tokens, label="score"):
+def score_sequences(reward_model, sequences, tokens, label="score"):
     """Rewards float32 (sequences,), each sequence scored once."""
     sequences = [
-        ids[: max((i + 1 for i, token in enumerate(ids) if token != model.skips), default=len(ids))]
+        ids[
+            : max(
+                (i + 1 for i, token in enumerate(ids) if token != reward_model.skips),
+                default=len(ids),
+            )
+        ]
         for ids in sequences
     ]
-    return over_sequences(model, rewards_of_batch, sequences, tokens, label)
+    return over_sequences(reward_model, rewards_of_batch, sequences, tokens, label)
 
 
-def features_of(model, sequences, tokens, label="features"):
+def features_of(reward_model, sequences, tokens, label="features"):
     """Last-token hidden states float32 (sequences, d): what a reward head on the frozen base sees."""
-    if not hasattr(model, "score"):
+    if not hasattr(reward_model.model, "score"):
         raise cli.InputError(
-            f"--train head: {type(model).__name__} pools with weights of its own, which have to be trained; --train full, or a decoder, expected"
+            f"--train head: {type(reward_model.model).__name__} pools with weights of its own, which have to be trained; --train full, or a decoder, expected"
         )
-    return over_sequences(model, hidden_of_batch, sequences, tokens, label)
+    return over_sequences(reward_model, hidden_of_batch, sequences, tokens, label)
 
 
 # ---- checkpoints

@@ -75,16 +75,20 @@ def build(config):
 def alone(model, sequences):
     """Rewards by transformers' plain path, one sequence at a time: what everything else is compared with."""
     out = [
-        model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
+        model.model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[
+            0, -1
+        ]
         for ids in sequences
     ]
-    return model.score(torch.stack(out)).squeeze(-1)
+    return model.head(torch.stack(out)).squeeze(-1)
 
 
 def gradient(model, values, weights):
-    model.zero_grad()
+    model.model.zero_grad()
     (values * weights).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +198,7 @@ def test_many_sequences_with_one_beginning_are_laid_out_in_groups():
 
 
 def test_alone_is_packed_in_any_company(model, mixed):
-    assert model.packs == "segments" and model.config._attn_implementation == "packed"
+    assert model.packs == "segments" and model.model.config._attn_implementation == "packed"
     with torch.no_grad():
         expected = alone(model, mixed)
         assert expected.std() > 0.02
@@ -215,7 +219,9 @@ def test_gradients_are_those_of_one_at_a_time(model, mixed):
     weights = torch.linspace(-1, 2, len(mixed))
     expected = gradient(model, alone(model, mixed), weights)
     found = gradient(model, rm.rewards_of_batch(model, mixed), weights)
-    assert found.keys() == expected.keys() and len(expected) >= len(list(model.parameters())) - 1
+    assert (
+        found.keys() == expected.keys() and len(expected) >= len(list(model.model.parameters())) - 1
+    )
     size = sum(grad.square().sum() for grad in expected.values()).sqrt()
     assert (
         sum((found[name] - expected[name]).square().sum() for name in expected).sqrt() / size < 1e-6
@@ -223,7 +229,7 @@ def test_gradients_are_those_of_one_at_a_time(model, mixed):
     for name in expected:
         assert expected[name].abs().max() > 0, name
         assert (found[name] - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
-    model.zero_grad()
+    model.model.zero_grad()
 
 
 def test_the_padded_path_still_works_beside_it(model, mixed):
@@ -241,7 +247,7 @@ def test_sharing_and_the_short_last_layer_change_nothing(mixed, monkeypatch):
     both = rm.rewards_of_batch(model, mixed)
     found = gradient(model, both, weights)
     seen = []
-    model.base_model.norm.register_forward_pre_hook(
+    model.model.base_model.norm.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].shape[1])
     )
     for share, cut in ((False, True), (True, False), (False, False)):
@@ -249,7 +255,7 @@ def test_sharing_and_the_short_last_layer_change_nothing(mixed, monkeypatch):
             if not share:
                 patch.setattr(packed, "LEAST_SHARED", 10**9)
             if not cut:
-                patch.setattr(model.base_model.layers[-1], "_forward_pre_hooks", {})
+                patch.setattr(model.model.base_model.layers[-1], "_forward_pre_hooks", {})
             values = rm.rewards_of_batch(model, mixed)
             expected = gradient(model, values, weights)
             tokens = packed.count_tokens(mixed)
@@ -311,7 +317,7 @@ def test_one_call_of_a_variable_length_kernel(name, mixed, monkeypatch):
 def test_continuations_share_their_prompt(tokenizer):
     """What a member runs to score the continuations of two prompts: each prompt once, and of the answers the rest."""
     model, seen = build(CONFIGS["llama"]), []
-    model.get_input_embeddings().register_forward_hook(
+    model.model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: seen.append(inputs[0].numel())
     )
     chats = [
@@ -357,7 +363,7 @@ def test_in_several_passes(mixed, tokens, packs):
     values = rm.rewards_of_batch(model, mixed, tokens)
     torch.testing.assert_close(values, alone(model, mixed), atol=2e-6, rtol=0)
     added = []  # the gradient comes part by part, not as one sum in the parameters' own precision
-    rm.head(model).weight.register_post_accumulate_grad_hook(added.append)
+    model.head.weight.register_post_accumulate_grad_hook(added.append)
     found = gradient(model, values, weights)
     assert len(added) == len(list(rm.batches_of(model, mixed, tokens))) > 1
     for name in expected:
@@ -367,8 +373,8 @@ def test_in_several_passes(mixed, tokens, packs):
 def test_checkpointing_of_activations_gives_the_same_gradient(mixed):
     model, weights = build(CONFIGS["llama"]), torch.linspace(-1, 2, len(mixed))
     expected = gradient(model, rm.rewards_of_batch(model, mixed), weights)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()  # transformers recomputes in training mode only; there is no dropout in this configuration
+    model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.model.train()  # transformers recomputes in training mode only; there is no dropout in this configuration
     found = gradient(model, rm.rewards_of_batch(model, mixed), weights)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -376,7 +382,7 @@ def test_checkpointing_of_activations_gives_the_same_gradient(mixed):
 def test_bfloat16(mixed):
     """As far from float32 packed as padded."""
     exact = alone(build(CONFIGS["llama"]), mixed).detach()
-    model = rm.ready(build(CONFIGS["llama"]).bfloat16(), "cpu")
+    model = rm.ready(build(CONFIGS["llama"]).model.bfloat16(), "cpu")
     assert model.packs == "segments"
     with torch.no_grad():
         found, padded = (
@@ -402,7 +408,7 @@ def test_steps_and_losses_are_those_of_padded_batches(data, base, tokenizer, mon
     sequences = rm.encode_split(tokenizer, split.messages, split.responses, 40)
     for packs in (True, False):
         model = rm.load_base(base, tokenizer, torch.float32, "cpu")
-        rm.draw_head(model.score.weight, model.config, 1)
+        rm.draw_head(model.head.weight, model.model.config, 1)
         model.packs = model.packs if packs else None
         flags = [*FLAGS, "--pairs-per-step", "12", "--micro-batch-tokens", "200", "--lr", "1e-6"]
         args = train_rm.parse_args(["--run", "r", "--base", "b", "--iteration", "1", *flags])
@@ -452,8 +458,8 @@ def test_a_base_with_other_layers_is_padded(capsys, mixed):
     said = capsys.readouterr().out
     assert model.packs is None and "padded, not packed" in said and said.count("\n") == 1
     assert (
-        model.config._attn_implementation != "packed"
-        and not model.base_model.layers[-1]._forward_pre_hooks
+        model.model.config._attn_implementation != "packed"
+        and not model.model.base_model.layers[-1]._forward_pre_hooks
     )
     with torch.no_grad():
         torch.testing.assert_close(
@@ -476,7 +482,7 @@ def test_positions_that_depend_on_the_longest_sequence_are_padded(capsys):
 def test_longer_than_the_base_has_positions_for(mixed):
     model = build(LlamaConfig(**SHAPE, max_position_embeddings=max(map(len, mixed))))
     rm.score_sequences(model, mixed, 1000)
-    model.config.max_position_embeddings -= 1
+    model.model.config.max_position_embeddings -= 1
     with pytest.raises(InputError, match="--max-length"):
         rm.score_sequences(model, mixed, 1000)
 
@@ -494,7 +500,7 @@ def test_a_base_that_comes_out_different_is_padded(fault, monkeypatch, capsys):
     else:
         monkeypatch.setattr(packed, "windows", lambda config: [4096] * 3)
     model = build(CONFIGS["llama"])
-    assert model.packs is None and model.config._attn_implementation == "sdpa"
+    assert model.packs is None and model.model.config._attn_implementation == "sdpa"
     assert "LlamaForSequenceClassification: sequences are padded" in capsys.readouterr().out
 
 
@@ -549,5 +555,5 @@ def test_an_encoder_is_trained_scored_and_saved_padded(data, tokenizer, tmp_path
     np.testing.assert_allclose(rewards(run, 2), plain, atol=1e-5)
     again = rm.load_member(run, 2, None, tokenizer, torch.float32, "cpu")
     np.testing.assert_array_equal(rm.score_sequences(again, sequences, 500), rewards(run, 2))
-    with pytest.raises(rm.InputError, match="--train head.*a decoder, expected"):
+    with pytest.raises(InputError, match="--train head.*a decoder, expected"):
         rm.features_of(again, sequences, 500)

@@ -256,7 +256,7 @@ def test_an_error_is_told_once(ran):
         and "a prompt of this step (demo-" in said[1]
     )
     (line,) = (ran[0] / "head.stderr").read_text().splitlines()
-    assert line.startswith("train_rm.py: error: 2 processes found, 1 expected: --train head, ")
+    assert line.startswith("train_rm.py: error: 2 processes found, 1 expected: --train head ")
     assert not leftovers(ran[0] / "nan") and not any((ran[0] / "nan").glob("[mlr]*/*01*"))
 
 

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import FLAGS, HEAD, REPOSITORY, fit, fresh, leftovers, rewards, train
+from conftest import FLAGS, HEAD, REPOSITORY, export, fit, fresh, leftovers, rewards, train
 
 import score
 from pairwise import reward_model as rm
@@ -32,7 +32,7 @@ def scored(run, path, *flags):
 def exported(head_run, base, tmp_path_factory):
     """The head run, with member 1 written as a plain directory."""
     run = fresh(head_run.run, tmp_path_factory.mktemp("exported"))
-    train(run, base, *HEAD, "--export", "1")
+    export(run, base, 1)
     return run
 
 

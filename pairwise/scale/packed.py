@@ -334,9 +334,10 @@ AttentionMaskInterface.register(
 )  # for calls without a Row
 
 
-def last_hidden(model, sequences):
-    """Hidden state of each sequence's last token, float32 (n, d), with gradient; sequences: n lists of token ids; model: prepared."""
-    row = Row.of(sequences, next(model.parameters()).device, model.packs == "varlen")
+def last_hidden(model, sequences, packs):
+    """Hidden state of each sequence's last token, float32 (n, d), with gradient; sequences: n lists of token ids; packs: what
+    prepare(model) returned."""
+    row = Row.of(sequences, next(model.parameters()).device, packs == "varlen")
     return _run(model, row)[row.places].float()
 
 
@@ -358,8 +359,8 @@ def _run(model, row):
 
 @torch.no_grad()
 def prepare(model):
-    """Make a reward model's base run packed rows, and set model.packs: "varlen" or "segments", or None where its rewards, packed, are not
-    those of one sequence at a time. Then it is as it was, to be padded, and the reason is printed.
+    """Make a transformers model's base run packed rows. Return how they are run, "varlen" or "segments", or None where its
+    hidden states, packed, are not those of one sequence at a time. Then it is as it was, to be padded, and the reason is printed.
 
     Three short sequences are tried, two with one beginning; sliding windows, longer than those, are compared with the configuration.
     """
@@ -371,7 +372,6 @@ def prepare(model):
     tokens = [[(start + 37 * i * i) % config.vocab_size for i in range(24)] for start in (5, 11)]
     sequences = [tokens[0] + [7, 8, 9], tokens[1], tokens[0] + [10, 11, 12, 13, 14]]
     was, reason, hook = model.config._attn_implementation, "", None
-    model.packs = None
     for varlen, cut in product(
         ([True, False] if device.type == "cuda" and "window_size" in VARLEN else [False]),
         (True, False),
@@ -402,14 +402,14 @@ def prepare(model):
                 raise NotImplementedError(
                     "windows of attention that the configuration does not explain"
                 )
-            model.packs = "varlen" if varlen else "segments"
-            return
+            return "varlen" if varlen else "segments"
         except Exception as error:  # whatever a model of another kind makes of a row
             reason = cli.first_line(error)
             model.config._attn_implementation = was
             if hook is not None:
                 hook.remove()
     print(f"{type(model).__name__}: sequences are padded, not packed ({reason})")
+    return None
 
 
 def windows(config):
