@@ -89,7 +89,7 @@ def memory(model, groups, args):
         }
     parameters = budget.with_dims(groups, args.max_precondition_dim)
     tensors = [budget.optimizer_bytes(p, dim) for p, dim in parameters]
-    sizes = [4 * offload.Part(p, dim).numbers for p, dim in parameters]
+    sizes = [4 * offload.TrainedParameter(p, dim).numbers for p, dim in parameters]
     free = args.gpu_gb * 1e9 - weights
     resident = offload.choose_resident(sizes, budget.optimizer_budget(free, model, groups, args))
     largest_paged = max((size for i, size in enumerate(sizes) if i not in resident), default=0)
@@ -301,13 +301,12 @@ def parse_args(argv=None):
     add("--utilisation", type=cli.fraction, default=0.4, help="share of --tflops that is reached")
     training.add_flags(parser)
     args = parser.parse_args(argv)
-    rank = args.lora_rank if args.train == "lora" else None
-    training.fill_in(  # as train_rm.py does where there is a card
+    args.device = "cuda"  # A plan is for a card, wherever it is made.
+    lora = args.train == "lora"
+    training.fill_in(
         args,
         epochs=10 if args.train == "head" else 1,
-        max_precondition_dim=rank or offload.MAX_PRECONDITION_DIM,
-        dtype="bfloat16",
-        micro_batch_tokens=4096 if rank else 8192,
+        max_precondition_dim=args.lora_rank if lora else offload.MAX_PRECONDITION_DIM,
     )
     return args
 

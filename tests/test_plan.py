@@ -92,7 +92,7 @@ def test_tensor_bytes_are_those_of_a_real_step(kind, tied, dtype, dim, rank, tmp
     expected = {
         "weights": sum(p.nbytes for p in real.parameters()) - adapters,
         "gradients": gradients,
-        "masters": sum(part.master.nbytes for part in optimizer.parts if part.twin),
+        "masters": sum(q.master.nbytes for q in optimizer.params if q.has_master),
         "moments": sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in states),
         "preconditioners": sum(t.nbytes for t in matrices),
     }
