@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pairwise import cli, data, report, run_dir
+from pairwise import cli, data, figures, run_dir
 
 VOTES = (
     "sampled",
@@ -249,7 +249,7 @@ def prepare(
         "splits": {split: describe(members) for split, members in kept.items()},
     }
     majority = majority_share([row for members in kept.values() for row in members], args.ties)
-    counts, edges = report.majority_bins(majority)
+    counts, edges = figures.majority_bins(majority)
     stats["histogram"] = {
         "majority_share_from": edges[:-1].round(2).tolist(),
         "pairs": counts.tolist(),
@@ -279,7 +279,7 @@ def prepare(
         for split, members in kept.items():
             data.write_split(partial / f"{split}.parquet", members)
         run_dir.write_json(partial / "stats.json", stats)
-    report.write_votes(majority, run / "figures" / "data_votes")
+    figures.write_votes(majority, run / "figures" / "data_votes")
     run_dir.end_stage(run, "data", settings, inputs, started)
     for split, s in stats["splits"].items():
         print(
