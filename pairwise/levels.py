@@ -52,13 +52,11 @@ def _apply(entry, rewards):
 
 
 def read_members(run):
-    """(source run, formulas) of a hardened run, or None for a trained one.
+    """Return (source run, formulas) of a hardened run.
 
     Raises InputError where members.json is not what harden.py writes, or its source is missing.
     """
     path = run / "members.json"
-    if not path.exists():
-        return None
     content = run_dir.read_json(path)
     try:
         source, formulas = run / content["source"], content["members"]
