@@ -1,17 +1,18 @@
-"""Every tool on every kind of run: it works, or says in one line why not, and nothing is changed."""
+"""Every tool on every kind of run: it works, or says in one line why not, and nothing is
+changed."""
 
 import json
+
+import evaluate
+import fit_weights
+import score
+from pairwise.cli import InputError
 
 import harden
 import pytest
 import respond
 import train_joint
 from conftest import FLAGS, HEAD, export, fit, fresh, train
-
-import evaluate
-import fit_weights
-import score
-from pairwise.cli import InputError
 
 
 def arguments(*words):

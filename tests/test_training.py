@@ -278,9 +278,8 @@ def test_gradient_is_the_plain_sum_over_pairs(
     monkeypatch.undo()
     total = 0.0
     for a, b, t in zip(split.a, split.b, split.p):
-        reward = rm.rewards_of(
-            model, *rm.pad([sequences[a], sequences[b]], tokenizer.pad_token_id, "cpu")
-        )
+        ids, mask = rm.pad([sequences[a], sequences[b]], tokenizer.pad_token_id, "cpu")
+        reward = model.head(rm.last_hidden(model.model, ids, mask))[:, 0]
         error = (t - torch.sigmoid(reward[0] - reward[1])) ** 2 / len(split.a)
         error.backward()
         total += error.item()
@@ -1178,7 +1177,9 @@ def test_logprob_is_that_of_the_sampled_tokens_and_their_end(
     prompt = rm.encode(tokenizer, [{"role": "user", "content": "how can i get fit ?"}])
     start = len(prompt)
     torch.manual_seed(1)
-    texts, logprob = continuations.sample(model, tokenizer, prompt, 45, temperature, top_p, 60)
+    texts, logprob = continuations.sampling.sample(
+        model, tokenizer, prompt, 45, temperature, top_p, 60
+    )
     assert [len(out.sequences) for out in outs] == [20, 20, 5] and len(texts) == len(logprob) == 45
     assert lengths[0] == start - 1 and set(lengths[1:]) == {
         20,
@@ -1217,7 +1218,7 @@ def test_sampled_frequencies_are_the_models(continuations, base, tokenizer):
     torch.manual_seed(0)
     with torch.no_grad():
         p = (model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / 0.5).softmax(-1)
-    texts, logprob = continuations.sample(model, tokenizer, prompt, 1000, 0.5, 1.0, 1)
+    texts, logprob = continuations.sampling.sample(model, tokenizer, prompt, 1000, 0.5, 1.0, 1)
     expected = {}  # several tokens can be the same text
     for token, value in enumerate(p.tolist()):
         text = tokenizer.decode([token], skip_special_tokens=True)
@@ -1252,7 +1253,7 @@ def test_a_kill_while_sampling_loses_at_most_one_prompt(
         f"; {sum(6 - len(set(row['texts'])) for row in rows)} of 18 repeat another"
         in capsys.readouterr().out
     )
-    sample, calls = continuations.sample, []
+    sample, calls = continuations.sampling.sample, []
 
     def killed(*args):
         calls.append(1)
@@ -1260,7 +1261,7 @@ def test_a_kill_while_sampling_loses_at_most_one_prompt(
             raise KeyboardInterrupt
         return sample(*args)
 
-    monkeypatch.setattr(continuations, "sample", killed)
+    monkeypatch.setattr(continuations.sampling, "sample", killed)
     with pytest.raises(KeyboardInterrupt):
         continuations.main(continuations.parse_args(["--run", str(broken), *flags]))
     assert not (broken / "continuations.parquet").exists()
