@@ -1,4 +1,6 @@
-"""train_rm.py --loss and --margin-from: each loss against scipy and finite differences, margins by hand, and the baselines as a user runs them."""
+"""train_rm.py --loss and --margin-from: each loss against scipy and finite differences, margins by
+hand, and the baselines as a user runs them.
+"""
 
 import json
 from types import SimpleNamespace
@@ -118,7 +120,9 @@ def judged(data, tmp_path_factory):
     ],
 )
 def test_the_loss_that_is_logged(judged, base, tmp_path, capsys, kind, name, flags):
-    """One step too small to change anything: its loss is the mean over the pairs, of the rewards that are stored then."""
+    """One step too small to change anything: its loss is the mean over the pairs, of the rewards
+    that are stored then.
+    """
     run = fresh(judged, tmp_path)
     train(run, base, *kind, *ONE_STEP, "--loss", name, *flags)
     split, r, entry = (
@@ -244,7 +248,8 @@ def test_refused(data, judged, base, tmp_path, capsys):
     run = fresh(data, tmp_path)
     with pytest.raises(
         InputError,
-        match=r"train.parquet: no column judgments found for --margin-from; extras/synthetic_judgments.py makes it",
+        match=r"train.parquet: no column judgments found for --margin-from; "
+        r"extras/synthetic_judgments.py makes it",
     ):
         train(run, base, *HEAD, "--loss", "margin", "--margin-from", "judgments")
     assert not (run / "logs").exists() and "member_01" not in manifest(run)

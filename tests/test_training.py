@@ -1,4 +1,6 @@
-"""train_rm.py: the targets by hand, steps and batches, and what a run directory holds after training, or after being killed."""
+"""train_rm.py: the targets by hand, steps and batches, and what a run directory holds after
+training, or after being killed.
+"""
 
 import io
 import json
@@ -93,7 +95,9 @@ def test_targets_by_hand():
 
 
 def test_centered_is_the_printed_objective_over_both_orders():
-    """(eps - s)^2 of the pair, plus the same of the pair turned round, is 2 (t - s)^2 up to a constant."""
+    """(eps - s)^2 of the pair, plus the same of the pair turned round, is 2 (t - s)^2 up to a
+    constant.
+    """
     s = np.linspace(0, 1, 101)
     for p, p_hat in ((0.75, 0.2), (0.0, 0.9), (0.5, 0.5)):
         t = train_rm.TARGETS["centered"](p, p_hat, 2)
@@ -104,7 +108,9 @@ def test_centered_is_the_printed_objective_over_both_orders():
 
 
 def test_mixture_is_the_stagewise_objective():
-    """(p - (1 - 1/j) p_hat - s/j)^2, of the mixture that gives the new member the share 1/j, is (t - s)^2 / j^2."""
+    """(p - (1 - 1/j) p_hat - s/j)^2, of the mixture that gives the new member the share 1/j, is (t
+    - s)^2 / j^2.
+    """
     s = np.linspace(0, 1, 101)
     for j, p, p_hat in ((2, 0.75, 0.2), (3, 0.0, 0.9), (8, 1.0, 0.125)):
         t = train_rm.TARGETS["mixture"](p, p_hat, j)
@@ -251,7 +257,9 @@ class Record:
 def test_gradient_is_the_plain_sum_over_pairs(
     model, tokenizer, split, sequences, monkeypatch, tokens, micro_batches
 ):
-    """Each response encoded once, accumulated over micro-batches (of one prompt, several or all), against every pair encoded by itself."""
+    """Each response encoded once, accumulated over micro-batches (of one prompt, several or all),
+    against every pair encoded by itself.
+    """
     monkeypatch.setattr(training, "SOAP", Record)
     seen = []
     monkeypatch.setattr(
@@ -288,9 +296,7 @@ def test_gradient_is_the_plain_sum_over_pairs(
     )
     for name, p in model.model.named_parameters():
         assert p.grad.abs().max() > 1e-6, name
-        torch.testing.assert_close(
-            found[id(p)], p.grad, atol=1e-6, rtol=0, msg=lambda said: f"{name}: {said}"
-        )
+        torch.testing.assert_close(found[id(p)], p.grad, atol=1e-6, rtol=0)
     line = json.loads(log.getvalue())
     assert abs(line["loss"] - total) < 1e-6 and line["pairs"] == 72
     norm = torch.sqrt(sum(p.grad.square().sum() for p in model.model.parameters())).item()
@@ -396,7 +402,9 @@ def test_weight_decay_is_decoupled_and_applied(base, tokenizer, split, sequences
 
 
 def test_bfloat16_trains_float32_masters(base, tokenizer, split, sequences, monkeypatch):
-    """At lr 1e-5 most of the float32 update is in the masters; the model stays BF16 and follows them."""
+    """At lr 1e-5 most of the float32 update is in the masters; the model stays BF16 and follows
+    them.
+    """
     seen = {}
 
     class Spy(training.SOAP):
@@ -631,7 +639,9 @@ def test_same_seed_same_bits_and_other_seed_other_rewards(full_run, data, base, 
 def test_member_two_depends_on_member_one_s_rewards_and_weight_alone(
     full_run, data, base, tmp_path
 ):
-    """Not on K, nor on how member 1 came about: here it never was in this directory, and weights.json goes further than k = 1."""
+    """Not on K, nor on how member 1 came about: here it never was in this directory, and
+    weights.json goes further than k = 1.
+    """
     run = fresh(data, tmp_path)
     (run / "rewards").mkdir()
     shutil.copy(full_run / "rewards" / "01_train.npy", run / "rewards")
@@ -978,9 +988,11 @@ Path(sys.argv[2]).write_text(json.dumps(found))
     ],
 )
 def test_killed_and_run_again(full_run, data, base, tmp_path, flags, moments):
-    """SIGKILL, at any moment: the same command ends in the same bits as if nothing had happened, and leaves nothing behind.
+    """SIGKILL, at any moment: the same command ends in the same bits as if nothing had happened,
+    and leaves nothing behind.
 
-    Moments: after a share of the time, before the n-th rename (negative: right after it), in the n-th call of the optimizer.
+    Moments: after a share of the time, before the n-th rename (negative: right after it), in the
+    n-th call of the optimizer.
     """
     runs = {
         name: fresh(data, tmp_path, name.replace(" ", "_")) for name in ("whole", "again", *moments)
@@ -1046,7 +1058,9 @@ def test_head_rewards_are_the_head_on_the_base_s_features(head_run, base, tokeni
 
 
 def test_unit_scale_is_folded_into_the_head(head_run, model, split):
-    """Trained on features divided by their deviation: with a vanishing learning rate the stored head is the drawn one, divided alike."""
+    """Trained on features divided by their deviation: with a vanishing learning rate the stored
+    head is the drawn one, divided alike.
+    """
     features = np.load(head_run.run / "features" / "train.npy")
     drawn = model.head.weight.detach().clone().numpy()
     log = io.StringIO()
