@@ -243,7 +243,7 @@ def train_full(
     groups = parameter_groups(model)
     groups[1].extend(more)
     memory = None if args.optimizer_memory_gb is None else args.optimizer_memory_gb * 2**30
-    if device.type == "cuda" and memory is None:
+    if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         memory = budget.optimizer_budget(free, model, groups, args)
     recompute_activations(model, device.type == "cuda")  # memory is what a card has least of
