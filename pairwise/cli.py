@@ -132,9 +132,7 @@ def import_evaluator():
     try:
         from pairwise import evaluator
     except ImportError:
-        exit_with(
-            f"the C++ evaluator is not built for this Python; build it with: {BUILD_COMMAND}"
-        )
+        exit_with(f"the C++ evaluator is not built for this Python; build it with: {BUILD_COMMAND}")
     return evaluator
 
 
