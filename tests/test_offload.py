@@ -359,7 +359,7 @@ def dying(owner, name, number):
     setattr(owner, name, counted)
 
 PLACES = {"step": (offload.Offload, "step"), "file": (offload, "save_file"), "random": (checkpoint, "save_file"), "rename": (os, "replace"),
-          "removal": (checkpoint.shutil, "rmtree"), "sync": (os, "fsync"), "member": (train_rm.rm, "save_member"), "end": (run_dir, "end_stage")}
+          "removal": (checkpoint.shutil, "rmtree"), "sync": (os, "fsync"), "member": (train_rm.stages.members, "save_member"), "end": (run_dir, "end_stage")}
 
 def forked(run, *death):
     child = os.fork()
