@@ -130,8 +130,8 @@ def drawn_sums(arrays, resamples, seed):
     drawn = resampled(distinct, resamples, seed)
     ends = np.cumsum([array[0].size for array in arrays])[:-1]
     return [
-        drawn[:, numbers].reshape(resamples, *array.shape[1:])
-        for numbers, array in zip(np.split(places, ends), arrays)
+        drawn.take(chosen, axis=1).reshape(resamples, *array.shape[1:])
+        for chosen, array in zip(np.split(places, ends), arrays)
     ]
 
 
