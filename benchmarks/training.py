@@ -118,7 +118,7 @@ def make_model(shape, dtype=torch.float32, device="cpu"):
 @contextlib.contextmanager
 def only(model, level):
     """The first so many of our ingredients."""
-    layer, least, packs = model.base_model.layers[-1], packed.LEAST_SHARED, model.packs
+    layer, least, packs = model.model.base_model.layers[-1], packed.LEAST_SHARED, model.packs
     hooks = dict(layer._forward_pre_hooks)
     if level < 3:
         packed.LEAST_SHARED = 10**9
@@ -136,7 +136,7 @@ def only(model, level):
 
 def ours(data, level, micro_batch_tokens):
     model = make_model(SMALL)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(model.model.parameters(), lr=1e-5, fused=True)
     lengths = np.array([len(ids) for ids in data.sequences])
 
     def size(responses):
@@ -156,7 +156,7 @@ def ours(data, level, micro_batch_tokens):
                         model, [data.sequences[i] for i in responses], micro_batch_tokens
                     )[index]
                     (
-                        train_rm.LOSSES["mse"][1](
+                        train_rm.LOSSES["mse"](
                             rewards[: len(micro)] - rewards[len(micro) :], 1, None
                         ).sum()
                         / data.pairs_per_step
@@ -226,7 +226,7 @@ def trl_trainer(model, data, micro_pairs, grouped, directory):
 
 def trl(data, micro_pairs, grouped, directory):
     model = make_model(SMALL)
-    trainer, clock = trl_trainer(model, data, micro_pairs, grouped, directory)
+    trainer, clock = trl_trainer(model.model, data, micro_pairs, grouped, directory)
 
     def call():
         trainer.train()
@@ -239,8 +239,8 @@ def check_losses(data, directory):
     """The largest difference between TRL's loss of a step and TRL's formula on our rewards. Raises AssertionError beyond 1e-5."""
     model, apart = make_model(SMALL), 0.0
     with torch.no_grad():
-        model.score.weight.mul_(20)  # a loss that is not log 2
-    trainer, _ = trl_trainer(model, data, data.pairs_per_step, False, directory)
+        model.head.weight.mul_(20)  # a loss that is not log 2
+    trainer, _ = trl_trainer(model.model, data, data.pairs_per_step, False, directory)
     for step in data.steps:
         pairs = np.concatenate(step)
         chosen, rejected = ([data.sequences[i] for i in side[pairs]] for side in (data.a, data.b))
@@ -248,7 +248,7 @@ def check_losses(data, directory):
             inputs = trainer.data_collator(
                 [{"chosen_ids": x, "rejected_ids": y} for x, y in zip(chosen, rejected)]
             )
-            theirs = trainer.compute_loss(model, inputs).item()
+            theirs = trainer.compute_loss(model.model, inputs).item()
             r = rm.rewards_of_batch(model, chosen + rejected)
         apart = max(
             apart,
@@ -364,11 +364,11 @@ def card(args):
         times.append(wait(device) - started)
     rate = 2 * n**3 / statistics.median(times)
     model = make_model(shape, dtype, device)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()  # transformers recomputes in training mode only; this configuration has no dropout
+    model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.model.train()  # transformers recomputes in training mode only; this configuration has no dropout
     data = make_data("2 responses, 8 pairs a step", args.steps, vocabulary=shape["vocab_size"])
     matrices = sum(
-        p.numel() for p in model.base_model.layers[:-1].parameters()
+        p.numel() for p in model.model.base_model.layers[:-1].parameters()
     )  # of the last layer little is run
     batches = list(rm.batches_of(model, data.sequences, args.micro_batch_tokens[-1]))
     run = sum(rm.count_tokens(model, [data.sequences[i] for i in batch]) for batch in batches)
@@ -390,7 +390,7 @@ def card(args):
     }
     layer = [
         torch.nn.Parameter(p.detach().float().clone())
-        for p in model.base_model.layers[0].parameters()
+        for p in model.model.base_model.layers[0].parameters()
         if p.ndim > 1
     ]
     del model

@@ -23,7 +23,7 @@ sys.path[:0] = [
 import continuations
 import policy_pairs
 
-from pairwise import cli, data, evaluator, ranking, reward_model, run_dir
+from pairwise import cli, data, evaluator, members, ranking, reward_model, run_dir, sampling
 
 
 def train(args, j):
@@ -102,7 +102,7 @@ def main(args):
     prompts = [reward_model.encode(tokenizer, messages) for messages in unseen]
     answers = {}
     for name, directory in policies.items():
-        model = reward_model.load_language_model(str(directory), "cpu")
+        model = sampling.load_language_model(str(directory), "cpu")
         torch.manual_seed(args.seed)
         answers[name] = [
             continuations.sample(model, tokenizer, prompt, args.count, 1.0, 1.0, args.max_tokens)[0]
@@ -122,7 +122,7 @@ def main(args):
     )
     rows = []
     for j in args.members:
-        member = reward_model.load_member(args.run, j, args.base, tokenizer, torch.float32, "cpu")
+        member = members.load_member(args.run, j, args.base, tokenizer, torch.float32, "cpu")
         sequences = [
             reward_model.encode_split(tokenizer, unseen, of, args.max_length)
             for of in answers.values()

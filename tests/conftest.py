@@ -48,17 +48,23 @@ def train(run, base, *flags, iteration=1):
     """train_rm.py in this process."""
     import train_rm
 
-    task = () if "--export" in flags else ("--iteration", str(iteration))
-    train_rm.main(
-        train_rm.parse_args(["--run", str(run), "--base", str(base), *task, *FLAGS, *flags])
-    )
+    words = ["--run", str(run), "--base", str(base), "--iteration", str(iteration)]
+    train_rm.main(train_rm.parse_args([*words, *FLAGS, *flags]))
+
+
+def export(run, base, member):
+    """extras/export_member.py in this process."""
+    import export_member
+
+    words = ["--run", str(run), "--base", str(base), "--member", str(member)]
+    export_member.main(export_member.parse_args([*words, *FLAGS]))
 
 
 def squared(reward_a, reward_b, t, done):
     """--loss mse, as the training loop calls it."""
     import train_rm
 
-    return train_rm.LOSSES["mse"][1](reward_a - reward_b, t, None).sum()
+    return train_rm.LOSSES["mse"](reward_a - reward_b, t, None).sum()
 
 
 def fit(run):
@@ -101,7 +107,7 @@ def data(demo, tmp_path_factory):
     """A run directory with nothing but prepared data: the demo's population, 16 prompts of 4 responses."""
     run = tmp_path_factory.mktemp("data") / "run"
     args = demo.parse_args(["--run", str(run), "--prompts", "16", "--responses", "4"])
-    demo.prepare(args, "demo", lambda: demo.comparisons(16, 4, 0), "sampled", {}, {})
+    demo.prompts.prepare(args, "demo", lambda: demo.comparisons(16, 4, 0), "sampled", {}, {})
     return run
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import train_joint
-from conftest import FLAGS, FULL, fit, fresh, leftovers, manifest, rewards, train
+from conftest import FLAGS, FULL, export, fit, fresh, leftovers, manifest, rewards, train
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
@@ -178,11 +178,7 @@ def test_one_model_gives_all_rewards(runs, base, tokenizer):
 def test_export_and_score(runs, base, tmp_path):
     for kind, source in runs.items():
         run = fresh(source, tmp_path, kind)
-        train_joint.main(
-            train_joint.parse_args(
-                ["--run", str(run), "--base", str(base), "--export", "2", *FLAGS]
-            )
-        )
+        export(run, base, 2)
         member, info = AutoModelForSequenceClassification.from_pretrained(
             run / "member_02", dtype=torch.float32, output_loading_info=True
         )
@@ -199,12 +195,8 @@ def test_export_and_score(runs, base, tmp_path):
         with torch.no_grad():
             found = member(input_ids=torch.tensor([sequences[0]])).logits.item()
         assert found == pytest.approx(float(rewards(run, 2)[0]), abs=2e-5)
-        with pytest.raises(InputError, match="already there"):
-            train_joint.main(
-                train_joint.parse_args(
-                    ["--run", str(run), "--base", str(base), "--export", "2", *FLAGS]
-                )
-            )
+        with pytest.raises(InputError, match="already a plain directory"):
+            export(run, base, 2)
         questions = tmp_path / f"{kind}.jsonl"
         questions.write_text(
             "".join(
@@ -261,7 +253,7 @@ def test_costs_no_more_passes_than_one_member(data, base, tmp_path, monkeypatch)
         rm,
         "score_sequences",
         lambda model, sequences, *args: np.zeros(
-            (len(sequences), model.num_labels), np.float32
+            (len(sequences), model.head.out_features), np.float32
         ).squeeze(),
     )
     train(fresh(data, tmp_path, "one"), base, *FULL, "--seed", "3")

@@ -9,7 +9,7 @@ from conftest import fresh, leftovers, script, train
 
 from pairwise.cli import InputError
 from pairwise.data import read_split
-from pairwise.run_dir import remembered_rows
+from pairwise.sampling import remembered_rows
 
 judgments = script("synthetic_judgments")
 

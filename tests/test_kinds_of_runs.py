@@ -1,4 +1,5 @@
-"""Every tool on every kind of run: it works, or says in one line why not, and nothing is changed."""
+"""Every tool on every kind of run: it works, or says in one line why not, and nothing is
+changed."""
 
 import json
 
@@ -6,7 +7,7 @@ import harden
 import pytest
 import respond
 import train_joint
-from conftest import FLAGS, HEAD, fit, fresh, train
+from conftest import FLAGS, HEAD, export, fit, fresh, train
 
 import evaluate
 import fit_weights
@@ -171,7 +172,7 @@ def test_not_hardened_twice(runs, tmp_path, kind):
 
 def test_a_pruned_run_s_members_are_links(runs, base):
     with pytest.raises(InputError, match="a link to the run that this one was pruned from"):
-        train(runs["pruned"], base, "--export", "1")
+        export(runs["pruned"], base, 1)
 
 
 def test_continuations_after_joint_training(runs, full_run, base, tmp_path):

@@ -1,4 +1,5 @@
-"""--train lora: adapters and head are trained, kept in PEFT's format, loaded with the same rewards by us and by PEFT, and merged on export."""
+"""--train lora: adapters and head are trained, kept in PEFT's format, loaded with the same rewards
+by us and by PEFT, and merged on export."""
 
 import io
 import json
@@ -6,7 +7,19 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import FLAGS, FULL, LORA, fit, fresh, leftovers, manifest, rewards, squared, train
+from conftest import (
+    FLAGS,
+    FULL,
+    LORA,
+    export,
+    fit,
+    fresh,
+    leftovers,
+    manifest,
+    rewards,
+    squared,
+    train,
+)
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -16,8 +29,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Debe
 
 import score
 import train_rm
+from pairwise import members, training
 from pairwise import reward_model as rm
-from pairwise import training
 from pairwise.cli import InputError
 from pairwise.data import read_split
 from pairwise.scale import adapter
@@ -55,9 +68,9 @@ def model(base, tokenizer):
 
 def adapted(base, tokenizer, dtype=torch.float32, seed=1):
     model = rm.load_base(base, tokenizer, dtype, "cpu")
-    rm.draw_head(model.score.weight, model.config, 1)
-    adapter.add(model, 4, 8)
-    adapter.draw(model, seed)
+    rm.draw_head(model.head.weight, model.model.config, 1)
+    adapter.add(model.model, 4, 8)
+    adapter.draw(model.model, seed)
     return model
 
 
@@ -66,9 +79,10 @@ def adapted(base, tokenizer, dtype=torch.float32, seed=1):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_trained(base, tokenizer, sequences, dtype):
-    """Adapters on every linear layer and the head, in float32; a run begins with the base's own rewards, packed."""
+    """Adapters on every linear layer and the head, in float32; a run begins with the base's own
+    rewards, packed."""
     model = adapted(base, tokenizer, dtype)
-    names = {name.removeprefix("base_model.model.") for name in adapter.trained(model)}
+    names = {name.removeprefix("base_model.model.") for name in adapter.trained(model.model)}
     parts = (
         "self_attn.q",
         "self_attn.k",
@@ -84,17 +98,17 @@ def test_what_is_trained(base, tokenizer, sequences, dtype):
         *(f"{name}.lora_{side}.weight" for name in linear for side in "AB"),
     }
     assert (
-        {p.dtype for p in adapter.trained(model).values()} == {torch.float32}
+        {p.dtype for p in adapter.trained(model.model).values()} == {torch.float32}
         and model.packs == "segments"
-        and not model.training
+        and not model.model.training
     )
-    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
-    for name, p in adapter.trained(model).items():
+    assert {p.dtype for p in model.model.parameters() if not p.requires_grad} == {dtype}
+    for name, p in adapter.trained(model.model).items():
         if ".lora_A." in name:
             assert 0.8 < p.abs().max() * p.shape[1] ** 0.5 <= 1 and p.shape[0] == 4
         assert ".lora_B." not in name or not p.any() and p.shape[1] == 4
     plain = rm.load_base(base, tokenizer, dtype, "cpu")
-    rm.draw_head(plain.score.weight, plain.config, 1)
+    rm.draw_head(plain.head.weight, plain.model.config, 1)
     np.testing.assert_array_equal(
         rm.score_sequences(model, sequences[:8], 1000),
         rm.score_sequences(plain, sequences[:8], 1000),
@@ -102,7 +116,7 @@ def test_what_is_trained(base, tokenizer, sequences, dtype):
 
 
 def test_only_adapters_and_head_change(model, split, sequences):
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
     training.train_full(
         arguments(),
         model,
@@ -114,25 +128,30 @@ def test_only_adapters_and_head_change(model, split, sequences):
         np.random.default_rng(0),
         io.StringIO(),
     )
-    for name, p in model.named_parameters():
+    for name, p in model.model.named_parameters():
         assert torch.equal(p, before[name]) == (not p.requires_grad), name
-    assert sum(p.requires_grad for p in model.parameters()) == 2 * 14 + 1
+    assert sum(p.requires_grad for p in model.model.parameters()) == 2 * 14 + 1
 
 
 def test_gradient_is_that_of_peft_s_own_padded_forward(
     model, base, tokenizer, split, sequences, tmp_path, monkeypatch
 ):
-    """Packed, in several micro-batches, with and without recomputation, against PEFT's model run pair by pair."""
+    """Packed, in several micro-batches, with and without recomputation, against PEFT's model run
+    pair by pair."""
     with torch.no_grad():
-        for name, p in adapter.trained(model).items():  # B = 0 would leave A without a gradient
+        for name, p in adapter.trained(
+            model.model
+        ).items():  # B = 0 would leave A without a gradient
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
-    adapter.save(model, base, tmp_path / "adapter")
+    adapter.save(model.model, base, tmp_path / "adapter")
     monkeypatch.setattr(training, "SOAP", Record)
     monkeypatch.setattr(training, "recompute_activations", lambda model, on: None)
     found, runs, args = [], [], arguments("--pairs-per-step", "1000", "--micro-batch-tokens", "200")
-    model.model.layers[0].self_attn.register_forward_hook(lambda *call: runs.append(len(found)))
+    model.model.model.layers[0].self_attn.register_forward_hook(
+        lambda *call: runs.append(len(found))
+    )
     for recompute in (False, True):
-        recompute_activations(model, recompute)
+        recompute_activations(model.model, recompute)
         training.train_full(
             args,
             model,
@@ -165,11 +184,15 @@ def test_gradient_is_that_of_peft_s_own_padded_forward(
     expected["base_model.model.score.weight"] = next(
         grad for name, grad in expected.items() if "score" in name
     )
-    for name, p in adapter.trained(model).items():
+    for name, p in adapter.trained(model.model).items():
         assert expected[name].abs().max() > 1e-6, name
         for grads in found:
             torch.testing.assert_close(
-                grads[id(p)], expected[name], atol=2e-6, rtol=0, msg=lambda said: f"{name}: {said}"
+                grads[id(p)],
+                expected[name],
+                atol=2e-6,
+                rtol=0,
+                msg=lambda said, name=name: f"{name}: {said}",
             )
 
 
@@ -260,11 +283,11 @@ def test_peft_and_load_member_give_the_stored_rewards(lora_run, base, tokenizer,
         assert theirs.keys() == stored.keys() and all(
             torch.equal(theirs[name], stored[name]) for name in stored
         )
-        ours = rm.load_member(lora_run, j, base, tokenizer, torch.float32, "cpu")
+        ours = members.load_member(lora_run, j, base, tokenizer, torch.float32, "cpu")
         np.testing.assert_array_equal(
             rm.score_sequences(ours, test_sequences, 1000), rewards(lora_run, j)
         )
-        assert torch.equal(ours.score.weight, stored["base_model.model.score.weight"])
+        assert torch.equal(ours.head.weight, stored["base_model.model.score.weight"])
     assert abs(rewards(lora_run, 1) - rewards(lora_run, 2)).max() > 0.1 and rewards(
         lora_run, 1, "continuations"
     ).shape == (2, 5)
@@ -323,7 +346,7 @@ def test_killed_and_continued(data, base, tmp_path, monkeypatch, capsys, dtype):
 def test_export(lora_run, base, tmp_path, test_sequences, capsys):
     run = fresh(lora_run, tmp_path)
     before = outputs(run)
-    train(run, base, *LORA, "--export", "1")
+    export(run, base, 1)
     directory = run / "member_01"
     merged, info = AutoModelForSequenceClassification.from_pretrained(
         directory, output_loading_info=True
@@ -340,32 +363,33 @@ def test_export(lora_run, base, tmp_path, test_sequences, capsys):
     after = outputs(run)
     assert {name: after[name] for name in before} == before and not leftovers(run)
     with pytest.raises(InputError, match="member_01: already a plain directory"):
-        train(run, base, *LORA, "--export", "1")
+        export(run, base, 1)
     with pytest.raises(InputError, match="member_03: no such member"):
-        train(run, base, *LORA, "--export", "3")
+        export(run, base, 3)
     capsys.readouterr()
     train(run, base, *LORA)
     assert "skipped" in capsys.readouterr().out
 
 
 def test_a_merged_weight_is_the_sum_rounded_once(base, tokenizer, sequences):
-    """In BF16, against float64; rewards of the merged model are as near to the float32 ones as those of the adapters on the BF16 base, about."""
+    """In BF16, against float64; rewards of the merged model are as near to the float32 ones as
+    those of the adapters on the BF16 base, about."""
     models = {dtype: adapted(base, tokenizer, dtype) for dtype in (torch.float32, torch.bfloat16)}
     for model in models.values():
-        for name, p in adapter.trained(model).items():
+        for name, p in adapter.trained(model.model).items():
             if ".lora_B." in name:
                 p.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
     model = models[torch.bfloat16]
-    layer = model.model.layers[1].mlp.down_proj
+    layer = model.model.model.layers[1].mlp.down_proj
     expected = (
         layer.base_layer.weight.double()
         + 2 * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
     ).bfloat16()
     exact, apart = (rm.score_sequences(models[dtype], sequences, 1000) for dtype in models)
-    adapter.merge(model)
+    adapter.merge(model.model)
     assert (
-        torch.equal(model.model.layers[1].mlp.down_proj.weight, expected)
-        and type(model.model.layers[1].mlp.down_proj) is torch.nn.Linear
+        torch.equal(model.model.model.layers[1].mlp.down_proj.weight, expected)
+        and type(model.model.model.layers[1].mlp.down_proj) is torch.nn.Linear
     )
     merged = rm.score_sequences(model, sequences, 1000)
     assert 0 < np.std(merged - exact) < 2 * np.std(apart - exact) < np.std(exact)
@@ -409,7 +433,7 @@ def damaged(lora_run, tmp_path, change):
 )
 def test_a_tensor_that_is_missing_or_wrong(lora_run, base, tokenizer, tmp_path, change, said):
     with pytest.raises(InputError, match=f"member_01/adapter/adapter_model.safetensors: .*{said}"):
-        rm.load_member(
+        members.load_member(
             damaged(lora_run, tmp_path, change), 1, base, tokenizer, torch.float32, "cpu"
         )
 
@@ -430,7 +454,8 @@ def test_files_that_are_missing_or_broken(lora_run, base, tmp_path):
         (directory / name).write_text(content) if content else (directory / name).unlink()
         with pytest.raises(
             InputError,
-            match=r"member_02/adapter/adapter_(model.safetensors: no adapter could be read|config.json: no such file)",
+            match=r"member_02/adapter/adapter_(model.safetensors: no adapter could be read|"
+            r"config.json: no such file)",
         ) as error:
             score.main(asked)
         assert "\n" not in str(error.value) and not (tmp_path / "asked-scores.jsonl").exists()

@@ -1,4 +1,5 @@
-"""pairwise/scale/packed.py: one row of tokens gives the rewards and gradients of one sequence at a time; bases that it cannot serve are padded."""
+"""pairwise/scale/packed.py: one row of tokens gives the rewards and gradients of one sequence at a
+time; bases that it cannot serve are padded."""
 
 import copy
 import io
@@ -23,8 +24,8 @@ from transformers import (
 )
 
 import train_rm
+from pairwise import members, training
 from pairwise import reward_model as rm
-from pairwise import training
 from pairwise.cli import InputError
 from pairwise.data import read_split
 from pairwise.scale import packed
@@ -72,26 +73,39 @@ def build(config):
     return rm.ready(model, "cpu")
 
 
+def padded_rewards(model, ids, mask):
+    """Rewards of padded rows, float32 (n,)."""
+    return model.head(rm.last_hidden(model.model, ids, mask)).squeeze(-1)
+
+
 def alone(model, sequences):
-    """Rewards by transformers' plain path, one sequence at a time: what everything else is compared with."""
+    """Rewards by transformers' plain path, one sequence at a time: what everything else is compared
+    with."""
     out = [
-        model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
+        model.model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[
+            0, -1
+        ]
         for ids in sequences
     ]
-    return model.score(torch.stack(out)).squeeze(-1)
+    return model.head(torch.stack(out)).squeeze(-1)
 
 
 def gradient(model, values, weights):
-    model.zero_grad()
+    model.model.zero_grad()
     (values * weights).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.fixture(scope="module")
 def mixed():
     """Three prompts of several answers, some alone, some very short, two equal; in no order."""
     rng = np.random.default_rng(0)
-    token = lambda n: rng.integers(1, 400, n).tolist()
+
+    def token(n):
+        return rng.integers(1, 400, n).tolist()
+
     prompts = [token(n) for n in (40, 25, 17)]
     found = [
         prompt + token(n)
@@ -144,13 +158,12 @@ def test_a_system_prompt_in_common_does_not_hide_the_prompts():
 
 def test_lay_out_leaves_each_sequence_a_token_of_its_own(mixed):
     groups = packed.lay_out(mixed)
-    assert sorted(i for _, members in groups for i in members) == list(range(len(mixed)))
-    for shared, members in groups:
+    assert sorted(i for _, group in groups for i in group) == list(range(len(mixed)))
+    for shared, group in groups:
         assert all(
-            mixed[i][:shared] == mixed[members[0]][:shared] and len(mixed[i]) > shared
-            for i in members
+            mixed[i][:shared] == mixed[group[0]][:shared] and len(mixed[i]) > shared for i in group
         )
-        assert (shared >= packed.LEAST_SHARED) == (len(members) > 1)
+        assert (shared >= packed.LEAST_SHARED) == (len(group) > 1)
     assert packed.count_tokens(mixed) < 0.7 * sum(map(len, mixed))
     assert packed.lay_out([[1] * 30] * 3) == [(29, [0, 1, 2])] and packed.lay_out([]) == []
 
@@ -185,7 +198,7 @@ def test_batches_run_at_most_so_many_tokens(mixed, tokens):
 
 def test_many_sequences_with_one_beginning_are_laid_out_in_groups():
     groups = packed.lay_out([[*range(50), i] for i in range(1000)])
-    assert max(len(members) for _, members in groups) == packed.MOST_SHARING and len(groups) == -(
+    assert max(len(group) for _, group in groups) == packed.MOST_SHARING and len(groups) == -(
         -1000 // packed.MOST_SHARING
     )
 
@@ -194,19 +207,19 @@ def test_many_sequences_with_one_beginning_are_laid_out_in_groups():
 
 
 def test_alone_is_packed_in_any_company(model, mixed):
-    assert model.packs == "segments" and model.config._attn_implementation == "packed"
+    assert model.packs == "segments" and model.model.config._attn_implementation == "packed"
     with torch.no_grad():
         expected = alone(model, mixed)
         assert expected.std() > 0.02
         n = len(mixed)
-        for members in [
+        for chosen in [
             list(range(n)),
             *([i] for i in range(n)),
             *([i, (i + 5) % n, (i + 3) % n] for i in range(n)),
         ]:
-            found = rm.rewards_of_batch(model, [mixed[i] for i in members])
+            found = rm.rewards_of_batch(model, [mixed[i] for i in chosen])
             assert found.dtype == torch.float32
-            torch.testing.assert_close(found, expected[members], atol=2e-6, rtol=0)
+            torch.testing.assert_close(found, expected[chosen], atol=2e-6, rtol=0)
     for tokens in (1, 60, 10**6):
         np.testing.assert_allclose(rm.score_sequences(model, mixed, tokens), expected, atol=2e-6)
 
@@ -215,7 +228,9 @@ def test_gradients_are_those_of_one_at_a_time(model, mixed):
     weights = torch.linspace(-1, 2, len(mixed))
     expected = gradient(model, alone(model, mixed), weights)
     found = gradient(model, rm.rewards_of_batch(model, mixed), weights)
-    assert found.keys() == expected.keys() and len(expected) >= len(list(model.parameters())) - 1
+    assert (
+        found.keys() == expected.keys() and len(expected) >= len(list(model.model.parameters())) - 1
+    )
     size = sum(grad.square().sum() for grad in expected.values()).sqrt()
     assert (
         sum((found[name] - expected[name]).square().sum() for name in expected).sqrt() / size < 1e-6
@@ -223,7 +238,7 @@ def test_gradients_are_those_of_one_at_a_time(model, mixed):
     for name in expected:
         assert expected[name].abs().max() > 0, name
         assert (found[name] - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
-    model.zero_grad()
+    model.model.zero_grad()
 
 
 def test_the_padded_path_still_works_beside_it(model, mixed):
@@ -231,7 +246,7 @@ def test_the_padded_path_still_works_beside_it(model, mixed):
     ids, mask = rm.pad(mixed, 0, "cpu")
     with torch.no_grad():
         torch.testing.assert_close(
-            rm.rewards_of(model, ids, mask), alone(model, mixed), atol=2e-6, rtol=0
+            padded_rewards(model, ids, mask), alone(model, mixed), atol=2e-6, rtol=0
         )
 
 
@@ -241,7 +256,7 @@ def test_sharing_and_the_short_last_layer_change_nothing(mixed, monkeypatch):
     both = rm.rewards_of_batch(model, mixed)
     found = gradient(model, both, weights)
     seen = []
-    model.base_model.norm.register_forward_pre_hook(
+    model.model.base_model.norm.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].shape[1])
     )
     for share, cut in ((False, True), (True, False), (False, False)):
@@ -249,7 +264,7 @@ def test_sharing_and_the_short_last_layer_change_nothing(mixed, monkeypatch):
             if not share:
                 patch.setattr(packed, "LEAST_SHARED", 10**9)
             if not cut:
-                patch.setattr(model.base_model.layers[-1], "_forward_pre_hooks", {})
+                patch.setattr(model.model.base_model.layers[-1], "_forward_pre_hooks", {})
             values = rm.rewards_of_batch(model, mixed)
             expected = gradient(model, values, weights)
             tokens = packed.count_tokens(mixed)
@@ -265,7 +280,8 @@ def test_sharing_and_the_short_last_layer_change_nothing(mixed, monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama", "mistral, window", "qwen2, window in some layers"])
 def test_one_call_of_a_variable_length_kernel(name, mixed, monkeypatch):
-    """The path of a GPU, with torch's kernel written out as its documentation has it: queries at the end of their keys, a window of (left, 0)."""
+    """The path of a GPU, with torch's kernel written out as its documentation has it: queries at
+    the end of their keys, a window of (left, 0)."""
     seen = []
 
     def written_out(
@@ -309,9 +325,10 @@ def test_one_call_of_a_variable_length_kernel(name, mixed, monkeypatch):
 
 
 def test_continuations_share_their_prompt(tokenizer):
-    """What a member runs to score the continuations of two prompts: each prompt once, and of the answers the rest."""
+    """What a member runs to score the continuations of two prompts: each prompt once, and of the
+    answers the rest."""
     model, seen = build(CONFIGS["llama"]), []
-    model.get_input_embeddings().register_forward_hook(
+    model.model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: seen.append(inputs[0].numel())
     )
     chats = [
@@ -329,7 +346,8 @@ def test_continuations_share_their_prompt(tokenizer):
 
 
 def test_truncated_differently(tokenizer):
-    """max_length leaves each response another piece of the prompt: little or nothing is shared, and it is right."""
+    """max_length leaves each response another piece of the prompt: little or nothing is shared, and
+    it is right."""
     model = build(CONFIGS["llama"])
     ask = [{"role": "user", "content": "one way is to run twice a week . " * 6}]
     texts = [
@@ -349,7 +367,8 @@ def test_truncated_differently(tokenizer):
 @pytest.mark.parametrize("tokens", [1, 60, 200])
 @pytest.mark.parametrize("packs", [True, False])
 def test_in_several_passes(mixed, tokens, packs):
-    """What is too much for one pass is run in several, each again in the backward pass: the same rewards and gradients."""
+    """What is too much for one pass is run in several, each again in the backward pass: the same
+    rewards and gradients."""
     model, weights = build(CONFIGS["llama"]), torch.linspace(-1, 2, len(mixed))
     expected = gradient(model, rm.rewards_of_batch(model, mixed), weights)
     model.packs = model.packs if packs else None
@@ -357,7 +376,7 @@ def test_in_several_passes(mixed, tokens, packs):
     values = rm.rewards_of_batch(model, mixed, tokens)
     torch.testing.assert_close(values, alone(model, mixed), atol=2e-6, rtol=0)
     added = []  # the gradient comes part by part, not as one sum in the parameters' own precision
-    rm.head(model).weight.register_post_accumulate_grad_hook(added.append)
+    model.head.weight.register_post_accumulate_grad_hook(added.append)
     found = gradient(model, values, weights)
     assert len(added) == len(list(rm.batches_of(model, mixed, tokens))) > 1
     for name in expected:
@@ -367,8 +386,9 @@ def test_in_several_passes(mixed, tokens, packs):
 def test_checkpointing_of_activations_gives_the_same_gradient(mixed):
     model, weights = build(CONFIGS["llama"]), torch.linspace(-1, 2, len(mixed))
     expected = gradient(model, rm.rewards_of_batch(model, mixed), weights)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()  # transformers recomputes in training mode only; there is no dropout in this configuration
+    model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers recomputes in training mode only; there is no dropout in this configuration.
+    model.model.train()
     found = gradient(model, rm.rewards_of_batch(model, mixed), weights)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -376,12 +396,12 @@ def test_checkpointing_of_activations_gives_the_same_gradient(mixed):
 def test_bfloat16(mixed):
     """As far from float32 packed as padded."""
     exact = alone(build(CONFIGS["llama"]), mixed).detach()
-    model = rm.ready(build(CONFIGS["llama"]).bfloat16(), "cpu")
+    model = rm.ready(build(CONFIGS["llama"]).model.bfloat16(), "cpu")
     assert model.packs == "segments"
     with torch.no_grad():
         found, padded = (
             rm.rewards_of_batch(model, mixed),
-            rm.rewards_of(model, *rm.pad(mixed, 0, "cpu")),
+            padded_rewards(model, *rm.pad(mixed, 0, "cpu")),
         )
     assert found.dtype == torch.float32
     assert (found - exact).abs().max() < 1.5 * (padded - exact).abs().max() + 0.005
@@ -402,7 +422,7 @@ def test_steps_and_losses_are_those_of_padded_batches(data, base, tokenizer, mon
     sequences = rm.encode_split(tokenizer, split.messages, split.responses, 40)
     for packs in (True, False):
         model = rm.load_base(base, tokenizer, torch.float32, "cpu")
-        rm.draw_head(model.score.weight, model.config, 1)
+        rm.draw_head(model.head.weight, model.model.config, 1)
         model.packs = model.packs if packs else None
         flags = [*FLAGS, "--pairs-per-step", "12", "--micro-batch-tokens", "200", "--lr", "1e-6"]
         args = train_rm.parse_args(["--run", "r", "--base", "b", "--iteration", "1", *flags])
@@ -452,8 +472,8 @@ def test_a_base_with_other_layers_is_padded(capsys, mixed):
     said = capsys.readouterr().out
     assert model.packs is None and "padded, not packed" in said and said.count("\n") == 1
     assert (
-        model.config._attn_implementation != "packed"
-        and not model.base_model.layers[-1]._forward_pre_hooks
+        model.model.config._attn_implementation != "packed"
+        and not model.model.base_model.layers[-1]._forward_pre_hooks
     )
     with torch.no_grad():
         torch.testing.assert_close(
@@ -476,14 +496,15 @@ def test_positions_that_depend_on_the_longest_sequence_are_padded(capsys):
 def test_longer_than_the_base_has_positions_for(mixed):
     model = build(LlamaConfig(**SHAPE, max_position_embeddings=max(map(len, mixed))))
     rm.score_sequences(model, mixed, 1000)
-    model.config.max_position_embeddings -= 1
+    model.model.config.max_position_embeddings -= 1
     with pytest.raises(InputError, match="--max-length"):
         rm.score_sequences(model, mixed, 1000)
 
 
 @pytest.mark.parametrize("fault", ["leak", "window"])
 def test_a_base_that_comes_out_different_is_padded(fault, monkeypatch, capsys):
-    """Attention that forgets the segments, and a window that the configuration has and the layers do not pass on."""
+    """Attention that forgets the segments, and a window that the configuration has and the layers
+    do not pass on."""
     attention = packed.attention
 
     def leak(*args, segments=None, **kwargs):
@@ -494,7 +515,7 @@ def test_a_base_that_comes_out_different_is_padded(fault, monkeypatch, capsys):
     else:
         monkeypatch.setattr(packed, "windows", lambda config: [4096] * 3)
     model = build(CONFIGS["llama"])
-    assert model.packs is None and model.config._attn_implementation == "sdpa"
+    assert model.packs is None and model.model.config._attn_implementation == "sdpa"
     assert "LlamaForSequenceClassification: sequences are padded" in capsys.readouterr().out
 
 
@@ -547,7 +568,7 @@ def test_an_encoder_is_trained_scored_and_saved_padded(data, tokenizer, tmp_path
     with torch.no_grad():
         plain = [model.eval()(input_ids=torch.tensor([ids])).logits.item() for ids in sequences]
     np.testing.assert_allclose(rewards(run, 2), plain, atol=1e-5)
-    again = rm.load_member(run, 2, None, tokenizer, torch.float32, "cpu")
+    again = members.load_member(run, 2, None, tokenizer, torch.float32, "cpu")
     np.testing.assert_array_equal(rm.score_sequences(again, sequences, 500), rewards(run, 2))
-    with pytest.raises(rm.InputError, match="--train head.*a decoder, expected"):
+    with pytest.raises(InputError, match="--train head.*a decoder, expected"):
         rm.features_of(again, sequences, 500)

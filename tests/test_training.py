@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from conftest import (
     FULL,
     HEAD,
     REPOSITORY,
+    export,
     fresh,
     leftovers,
     make_base,
@@ -30,8 +32,8 @@ from conftest import (
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import train_rm
+from pairwise import members, training
 from pairwise import reward_model as rm
-from pairwise import training
 from pairwise.cli import InputError
 from pairwise.data import read_split, write_split
 
@@ -61,7 +63,7 @@ def contents(run):
 @pytest.fixture
 def model(base, tokenizer):
     model = rm.load_base(base, tokenizer, torch.float32, "cpu")
-    rm.draw_head(model.score.weight, model.config, 1)
+    rm.draw_head(model.head.weight, model.model.config, 1)
     return model
 
 
@@ -94,7 +96,7 @@ def test_centered_is_the_printed_objective_over_both_orders():
     """(eps - s)^2 of the pair, plus the same of the pair turned round, is 2 (t - s)^2 up to a constant."""
     s = np.linspace(0, 1, 101)
     for p, p_hat in ((0.75, 0.2), (0.0, 0.9), (0.5, 0.5)):
-        t = train_rm.TARGETS["centered"][1](p, p_hat, 2)
+        t = train_rm.TARGETS["centered"](p, p_hat, 2)
         assert (
             np.ptp((p - p_hat - s) ** 2 + ((1 - p) - (1 - p_hat) - (1 - s)) ** 2 - 2 * (t - s) ** 2)
             < 1e-12
@@ -105,7 +107,7 @@ def test_mixture_is_the_stagewise_objective():
     """(p - (1 - 1/j) p_hat - s/j)^2, of the mixture that gives the new member the share 1/j, is (t - s)^2 / j^2."""
     s = np.linspace(0, 1, 101)
     for j, p, p_hat in ((2, 0.75, 0.2), (3, 0.0, 0.9), (8, 1.0, 0.125)):
-        t = train_rm.TARGETS["mixture"][1](p, p_hat, j)
+        t = train_rm.TARGETS["mixture"](p, p_hat, j)
         np.testing.assert_allclose(
             (p - (1 - 1 / j) * p_hat - s / j) ** 2, (t - s) ** 2 / j**2, atol=1e-12
         )
@@ -276,23 +278,22 @@ def test_gradient_is_the_plain_sum_over_pairs(
     monkeypatch.undo()
     total = 0.0
     for a, b, t in zip(split.a, split.b, split.p):
-        reward = rm.rewards_of(
-            model, *rm.pad([sequences[a], sequences[b]], tokenizer.pad_token_id, "cpu")
-        )
+        ids, mask = rm.pad([sequences[a], sequences[b]], tokenizer.pad_token_id, "cpu")
+        reward = model.head(rm.last_hidden(model.model, ids, mask))[:, 0]
         error = (t - torch.sigmoid(reward[0] - reward[1])) ** 2 / len(split.a)
         error.backward()
         total += error.item()
-    assert sum(p.numel() for p in model.parameters()) == sum(
+    assert sum(p.numel() for p in model.model.parameters()) == sum(
         grad.numel() for grad in found.values()
     )
-    for name, p in model.named_parameters():
+    for name, p in model.model.named_parameters():
         assert p.grad.abs().max() > 1e-6, name
         torch.testing.assert_close(
             found[id(p)], p.grad, atol=1e-6, rtol=0, msg=lambda said: f"{name}: {said}"
         )
     line = json.loads(log.getvalue())
     assert abs(line["loss"] - total) < 1e-6 and line["pairs"] == 72
-    norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters())).item()
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in model.model.parameters())).item()
     assert abs(line["grad_norm"] - norm) < 1e-5
     whole = [
         count for count in seen if count >= 4
@@ -313,7 +314,7 @@ def test_bfloat16_gradients_are_accumulated_in_float32(
     found = []
     for tokens in ("1", "1000000"):
         model = rm.load_base(base, tokenizer, torch.bfloat16, "cpu")
-        rm.draw_head(model.score.weight, model.config, 1)
+        rm.draw_head(model.head.weight, model.model.config, 1)
         args = arguments("--pairs-per-step", "1000", "--micro-batch-tokens", tokens)
         training.train_full(
             args,
@@ -355,7 +356,7 @@ def test_partial_last_step_is_divided_by_its_own_pairs(model, split, sequences, 
 
 def test_the_first_step_counts(model, split, sequences):
     """SOAP's first call only initialises; one step changes every parameter that has a gradient."""
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
     args = arguments("--pairs-per-step", "1000", "--lr", "1e-3", "--weight-decay", "0")
     training.train_full(
         args,
@@ -368,7 +369,7 @@ def test_the_first_step_counts(model, split, sequences):
         np.random.default_rng(0),
         io.StringIO(),
     )
-    for name, p in model.named_parameters():
+    for name, p in model.model.named_parameters():
         assert 1e-5 < (p - before[name]).abs().mean() < 1e-2, name
 
 
@@ -377,7 +378,7 @@ def test_weight_decay_is_decoupled_and_applied(base, tokenizer, split, sequences
     after = []
     for decay in ("0", "100"):
         model = rm.load_base(base, tokenizer, torch.float32, "cpu")
-        rm.draw_head(model.score.weight, model.config, 1)
+        rm.draw_head(model.head.weight, model.model.config, 1)
         args = arguments("--pairs-per-step", "1000", "--lr", "1e-3", "--weight-decay", decay)
         training.train_full(
             args,
@@ -390,7 +391,7 @@ def test_weight_decay_is_decoupled_and_applied(base, tokenizer, split, sequences
             np.random.default_rng(0),
             io.StringIO(),
         )
-        after.append(model.model.layers[0].mlp.up_proj.weight.norm().item())
+        after.append(model.model.model.layers[0].mlp.up_proj.weight.norm().item())
     assert 0.75 < after[1] / after[0] < 0.95
 
 
@@ -408,8 +409,8 @@ def test_bfloat16_trains_float32_masters(base, tokenizer, split, sequences, monk
     moves = {}
     for dtype in ("float32", "bfloat16"):
         model = rm.load_base(base, tokenizer, torch.bfloat16, "cpu")
-        model.to(getattr(torch, dtype)).score.float()
-        rm.draw_head(model.score.weight, model.config, 1)
+        model.model.to(getattr(torch, dtype)).score.float()
+        rm.draw_head(model.head.weight, model.model.config, 1)
         args = arguments(
             "--dtype",
             dtype,
@@ -436,13 +437,13 @@ def test_bfloat16_trains_float32_masters(base, tokenizer, split, sequences, monk
         moves[dtype] = torch.cat(
             [(now - before).flatten() for now, before in zip(seen["now"], seen["before"])]
         )
-        assert {p.dtype for p in model.base_model.parameters()} == {
+        assert {p.dtype for p in model.model.base_model.parameters()} == {
             getattr(torch, dtype)
-        } and model.score.weight.dtype == torch.float32
+        } and model.head.weight.dtype == torch.float32
         masters = {tuple(p.shape): [] for p in seen["now"]}
         for p in seen["now"]:
             masters[tuple(p.shape)].append(p)
-        for p in model.parameters():
+        for p in model.model.parameters():
             assert any(torch.equal(p, master.to(p.dtype)) for master in masters[tuple(p.shape)])
     survived = (moves["float32"] @ moves["bfloat16"] / moves["float32"].square().sum()).item()
     assert survived > 0.7, survived
@@ -470,8 +471,8 @@ def test_loss_falls_when_a_few_pairs_are_learnt_by_heart(model, split, sequences
 
 
 def test_which_parameters_are_preconditioned(model):
-    groups = training.parameter_groups(model)
-    names = {id(p): name for name, p in model.named_parameters()}
+    groups = training.parameter_groups(model.model)
+    names = {id(p): name for name, p in model.model.named_parameters()}
     matrices, plain = ([names[id(p)] for p in group] for group in groups)
     assert sorted(matrices + plain) == sorted(names.values())
     assert {"score.weight", "model.embed_tokens.weight", "model.norm.weight"} <= set(plain)
@@ -573,12 +574,12 @@ def capture(monkeypatch):
     """Stop where training would begin, and keep what it is given."""
     seen = []
 
-    def stop(groups, rewards_at, steps, pairs, args, log, *more):
+    def stop(groups, rewards_at, steps, split, targets, *more):
         order = [
             sorted(int(pair) for micro in step for pair in micro) for (step,) in steps
         ]  # of one process
         (head,) = [p for p in groups[1] if p.shape == (1, 32)]
-        seen.append({"head": head.detach().clone(), "order": order, "target": pairs[2]})
+        seen.append({"head": head.detach().clone(), "order": order, "target": targets[0]})
         raise Stop
 
     monkeypatch.setattr(training, "train", stop)
@@ -805,6 +806,33 @@ def test_the_base_is_looked_for_before_anything_is_written(data, tmp_path):
     assert contents(run) == contents(data) and "member_01" not in manifest(run)
 
 
+@pytest.mark.parametrize(
+    "flag, command", [("--plan", "plan"), ("--export=1", "export_member"), ("--from", "adopt")]
+)
+def test_a_flag_that_moved_names_its_command(flag, command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train_rm.parse_args(["--run", "r", flag, "x"])
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and line.count("\n") == 1
+    assert f"{flag.split('=')[0]} is now: python extras/{command}.py " in line
+
+
+def test_flags_are_checked_and_nothing_else(tmp_path, capsys):
+    words = ["--run", str(tmp_path / "none"), "--base", "none", "--iteration", "2", "--check"]
+    train_rm.main(train_rm.parse_args(words))
+    assert not any(capsys.readouterr()) and not (tmp_path / "none").exists()
+    with pytest.raises(SystemExit):
+        train_rm.parse_args([*words, "--loss", "bt"])
+    assert "no residual" in capsys.readouterr().err
+
+
+def test_at_most_28_flags(capsys):
+    with pytest.raises(SystemExit):
+        train_rm.parse_args(["--help"])
+    flags = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.M)
+    assert 20 < len(flags) <= 28
+
+
 def test_the_script_ends_with_one_line_and_code_2(tmp_path):
     done = subprocess.run(
         [
@@ -1011,14 +1039,16 @@ def test_head_rewards_are_the_head_on_the_base_s_features(head_run, base, tokeni
     for j in (1, 2):
         assert [path.name for path in (run / f"member_{j:02d}").iterdir()] == ["head.safetensors"]
         np.testing.assert_allclose(
-            rewards(run, j), features @ rm.load_head(run / f"member_{j:02d}").numpy()[0], atol=1e-5
+            rewards(run, j),
+            features @ members.load_head(run / f"member_{j:02d}").numpy()[0],
+            atol=1e-5,
         )
 
 
 def test_unit_scale_is_folded_into_the_head(head_run, model, split):
     """Trained on features divided by their deviation: with a vanishing learning rate the stored head is the drawn one, divided alike."""
     features = np.load(head_run.run / "features" / "train.npy")
-    drawn = model.score.weight.detach().clone().numpy()
+    drawn = model.head.weight.detach().clone().numpy()
     log = io.StringIO()
     args = arguments(
         *HEAD[:2],
@@ -1033,7 +1063,7 @@ def test_unit_scale_is_folded_into_the_head(head_run, model, split):
     )
     training.train_head(
         args,
-        model.score.weight,
+        model.head.weight,
         split,
         features,
         (split.p,),
@@ -1043,9 +1073,9 @@ def test_unit_scale_is_folded_into_the_head(head_run, model, split):
         log,
     )
     np.testing.assert_allclose(
-        model.score.weight.detach().numpy(), drawn / (features.std(0) + 1e-6), rtol=1e-5
+        model.head.weight.detach().numpy(), drawn / (features.std(0) + 1e-6), rtol=1e-5
     )
-    r = rm.score_features(torch.from_numpy(features), model.score.weight.detach())
+    r = rm.score_features(torch.from_numpy(features), model.head.weight.detach())
     expected = np.mean((split.p - 1 / (1 + np.exp(r[split.b] - r[split.a]))) ** 2)
     assert abs(json.loads(log.getvalue())["loss"] - expected) < 1e-5
 
@@ -1061,9 +1091,9 @@ def test_head_log(head_run):
 
 def test_export(head_run, base, tmp_path, capsys):
     run = fresh(head_run.run, tmp_path)
-    head, before = rm.load_head(run / "member_01"), contents(run)
-    train(run, base, *HEAD, "--export", "1")
-    assert torch.equal(rm.load_head(run / "member_01"), head)
+    head, before = members.load_head(run / "member_01"), contents(run)
+    export(run, base, 1)
+    assert torch.equal(members.load_head(run / "member_01"), head)
     check_plain_directory(run, 1)
     kept = {
         name: content
@@ -1073,19 +1103,19 @@ def test_export(head_run, base, tmp_path, capsys):
     assert kept == {
         name: content for name, content in before.items() if not name.startswith("member_01/")
     } and not leftovers(run)
-    train(run, base, *HEAD, "--export", "2")
+    export(run, base, 2)
     check_plain_directory(run, 2)
     capsys.readouterr()
     for again, said in (("1", "already a plain directory"), ("3", "no such member")):
         with pytest.raises(InputError, match=rf"member_0{again}: {said}"):
-            train(run, base, *HEAD, "--export", again)
+            export(run, base, again)
     train(run, base, *HEAD, iteration=2)
     assert "skipped" in capsys.readouterr().out
 
 
 def test_a_full_member_needs_no_export(full_run, base):
     with pytest.raises(InputError, match="member_01: already a plain directory"):
-        train(full_run, base, "--export", "1")
+        export(full_run, base, 1)
 
 
 # ---- continuations
@@ -1147,7 +1177,9 @@ def test_logprob_is_that_of_the_sampled_tokens_and_their_end(
     prompt = rm.encode(tokenizer, [{"role": "user", "content": "how can i get fit ?"}])
     start = len(prompt)
     torch.manual_seed(1)
-    texts, logprob = continuations.sample(model, tokenizer, prompt, 45, temperature, top_p, 60)
+    texts, logprob = continuations.sampling.sample(
+        model, tokenizer, prompt, 45, temperature, top_p, 60
+    )
     assert [len(out.sequences) for out in outs] == [20, 20, 5] and len(texts) == len(logprob) == 45
     assert lengths[0] == start - 1 and set(lengths[1:]) == {
         20,
@@ -1186,7 +1218,7 @@ def test_sampled_frequencies_are_the_models(continuations, base, tokenizer):
     torch.manual_seed(0)
     with torch.no_grad():
         p = (model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / 0.5).softmax(-1)
-    texts, logprob = continuations.sample(model, tokenizer, prompt, 1000, 0.5, 1.0, 1)
+    texts, logprob = continuations.sampling.sample(model, tokenizer, prompt, 1000, 0.5, 1.0, 1)
     expected = {}  # several tokens can be the same text
     for token, value in enumerate(p.tolist()):
         text = tokenizer.decode([token], skip_special_tokens=True)
@@ -1221,7 +1253,7 @@ def test_a_kill_while_sampling_loses_at_most_one_prompt(
         f"; {sum(6 - len(set(row['texts'])) for row in rows)} of 18 repeat another"
         in capsys.readouterr().out
     )
-    sample, calls = continuations.sample, []
+    sample, calls = continuations.sampling.sample, []
 
     def killed(*args):
         calls.append(1)
@@ -1229,7 +1261,7 @@ def test_a_kill_while_sampling_loses_at_most_one_prompt(
             raise KeyboardInterrupt
         return sample(*args)
 
-    monkeypatch.setattr(continuations, "sample", killed)
+    monkeypatch.setattr(continuations.sampling, "sample", killed)
     with pytest.raises(KeyboardInterrupt):
         continuations.main(continuations.parse_args(["--run", str(broken), *flags]))
     assert not (broken / "continuations.parquet").exists()
