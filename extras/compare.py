@@ -67,7 +67,7 @@ def common_start(names):
 def test_errors(run):
     """(pairs (P,), {k: {name of metrics.ERRORS: squared errors (P,)}}, {reference line: (P,) or
     None}) of a run's test split: sums over each prompt's pairs."""
-    stats = run_dir.read_json(run / "data" / "stats.json")
+    stats = data.read_stats(run)
     split = data.counted_pairs(data.read_split(run, "test"))
     if split is None:
         raise cli.InputError(f"{run / 'data' / 'test.parquet'}: no pair of at least two votes")
@@ -108,7 +108,7 @@ def compare(settings, resamples, seed):
     for run in itertools.chain(*(runs for _, runs in settings)):
         data.must_share_test_data(first, run)
     pairs, _, lines = measured[0][0]
-    stats = run_dir.read_json(first / "data" / "stats.json")
+    stats = data.read_stats(first)
     names = "floor_single", "coin_flip", "irreducible", "floor_true", "coin_true"
     result = {
         "dataset": stats["dataset"],
