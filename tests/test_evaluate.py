@@ -274,21 +274,6 @@ def test_best_size_is_the_smallest_of_those_equal_but_for_rounding():
     )
 
 
-def test_plurality_gain_where_it_was_measured(tmp_path):
-    run = tmp_path / "run"
-    make(run, continuations=False)
-    assert (
-        evaluated(run)["plurality"] is None and "Plurality" not in (run / "report.html").read_text()
-    )
-    found = {"single": 0.05, "mixture": 0.03, "components": 3, "gain": 0.02, "ci": [0.015, 0.025]}
-    (run / "plurality.json").write_text(json.dumps(found))
-    assert evaluated(run)["plurality"] == found
-    assert (
-        "a mixture of 3 rewards .0300: a gain of .0200, 95 % interval [.0150, .0250]"
-        in (run / "report.html").read_text()
-    )
-
-
 # ---- the second computation: parquet, .npy and weights.json, pair by pair
 
 
@@ -1454,26 +1439,6 @@ sys.meta_path.insert(0, Hide())
 for sys.argv in {commands!r}:
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def test_neither_stage_imports_torch(run):
-    (run / "weights.json").unlink()
-    stages = [
-        [str(REPOSITORY / name), "--run", str(run)] for name in ("fit_weights.py", "evaluate.py")
-    ]
-    done = program(
-        HIDE.format(
-            hidden=["torch", "transformers", "datasets"], error="RuntimeError", commands=stages
-        ),
-        cwd=run.parent,
-    )
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    compare(json.loads((run / "metrics.json").read_text()), expected(run), 1e-9, skip=CI)
-    hook = program(
-        HIDE.format(hidden=["torch"], error="RuntimeError", commands=[]) + "import torch",
-        cwd=run.parent,
-    )
-    assert "torch was imported" in hook.stderr  # the hook works
 
 
 @pytest.mark.parametrize("name", ["fit_weights.py", "evaluate.py"])
