@@ -6,7 +6,7 @@
 Stage j reads the prepared data, the rewards of members 1 to j-1 and their mixture weights, computes
 the residual eps_j = p - p_hat_{j-1}, trains r_j from the same base on the target that it makes, and
 scores every response. It writes RUN/member_0j, RUN/rewards/0j_SPLIT.npy and RUN/logs/0j.jsonl. On N
-GPUs (-- keeps --run from torchrun): torchrun --standalone --nproc-per-node N -- train_rm.py --run ..
+GPUs: torchrun --standalone --nproc-per-node N -- train_rm.py --run .. (-- keeps --run from it)
 """
 
 import time
@@ -236,9 +236,8 @@ def main(args):
         stages.score_continuations(args, j, member, tokenizer, texts, inputs)
 
 
-# ---- flags
+# ---- flags: SETTINGS change the result, and all members of a run have the same
 
-# These change the result, and a run holds one choice of them. Others are speed, memory and place.
 SETTINGS = ("train", "loss", "margin_from", "target", "lora_rank", "lora_alpha", *training.SETTINGS)
 OLD_FLAGS = {
     "--plan": "python extras/plan.py --base BASE",

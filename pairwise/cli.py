@@ -143,8 +143,8 @@ def usable_cores():
     return os.cpu_count()
 
 
-def default_threads():
-    """The default of --threads: OMP_NUM_THREADS where the user has set it, else all usable cores.
+def default_threads(otherwise=None):
+    """The default of --threads: OMP_NUM_THREADS where the user has set it; otherwise all cores.
 
     Processes of one torchrun share the cores. It sets OMP_NUM_THREADS=1 by itself in each of them,
     so that a 1 there says nothing about the user.
@@ -153,4 +153,4 @@ def default_threads():
     threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if threads.isdecimal() and int(threads) >= 1 and not (processes > 1 and threads == "1"):
         return int(threads)
-    return max(1, usable_cores() // processes)
+    return otherwise or max(1, usable_cores() // processes)
