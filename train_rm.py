@@ -12,16 +12,16 @@ GPUs: torchrun --standalone --nproc-per-node N -- train_rm.py --run .. (-- keeps
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
-from transformers import AutoConfig
-
 from pairwise import cli, data, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale import adapter, parallel
 from pairwise.scale.checkpoint import Checkpoints
 from pairwise.scale.offload import MAX_PRECONDITION_DIM, names_memory_flags
+
+import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+from transformers import AutoConfig
 
 # ---- the method: to add a target or a loss, write a function and name it in the table
 

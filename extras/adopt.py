@@ -11,11 +11,11 @@ import shutil
 import time
 from pathlib import Path
 
-import torch
-
 from pairwise import cli, data, existing, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale.offload import names_memory_flags
+
+import torch
 
 
 def check_kind(run, j):

@@ -8,11 +8,11 @@ of a full run is a plain directory already.
 
 from pathlib import Path
 
-import torch
-
 from pairwise import cli, members, provenance, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import adapter
+
+import torch
 
 
 def trained_in(run, j):

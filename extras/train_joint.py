@@ -21,12 +21,12 @@ Full training writes no checkpoints.
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from pairwise import cli, data, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale.offload import MAX_PRECONDITION_DIM
+
+import numpy as np
+import torch
 
 
 def mixture_error(reward_a, reward_b, target, logits, s):

@@ -6,12 +6,12 @@ import contextlib
 import os
 import shutil
 
-import numpy as np
-import torch
-
 from pairwise import cli, members, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import parallel
+
+import numpy as np
+import torch
 
 
 def settle(args):

@@ -7,15 +7,15 @@ import json
 import math
 import time
 
-import numpy as np
-import torch
-from pytorch_optimizer import SOAP
-from tqdm import tqdm
-
 from pairwise import cli
 from pairwise import reward_model as rm
 from pairwise.scale import budget, parallel
 from pairwise.scale.offload import Offload, recompute_activations
+
+import numpy as np
+import torch
+from pytorch_optimizer import SOAP
+from tqdm import tqdm
 
 # ---- steps and batches
 

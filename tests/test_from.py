@@ -5,6 +5,11 @@ through weights, report and score.py.
 import json
 import shutil
 
+import evaluate
+import score
+from pairwise.cli import InputError
+from pairwise.data import read_split
+
 import adopt
 import numpy as np
 import pytest
@@ -18,11 +23,6 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
 )
-
-import evaluate
-import score
-from pairwise.cli import InputError
-from pairwise.data import read_split
 
 
 def make_model(tokenizer, directory, seed, outputs=1, **changes):

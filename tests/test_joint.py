@@ -4,6 +4,12 @@ and the members split off it.
 
 import json
 
+import score
+from pairwise import reward_model as rm
+from pairwise import training
+from pairwise.cli import InputError
+from pairwise.data import Split, read_split
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +17,6 @@ import train_joint
 from conftest import FLAGS, FULL, export, fit, fresh, leftovers, manifest, rewards, train
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
-
-import score
-from pairwise import reward_model as rm
-from pairwise import training
-from pairwise.cli import InputError
-from pairwise.data import Split, read_split
 
 KINDS = {"full": FULL, "head": ("--train", "head", "--epochs", "5")}
 

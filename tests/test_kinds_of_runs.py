@@ -52,9 +52,8 @@ def runs(full_run, head_run, data, base, tmp_path_factory):
         )
     for kind, source in (("pruned", "full"), ("pruned hardened", "hardened")):
         made[kind] = there / "deeper" / kind
-        prune.main(
-            prune.parse_args(arguments("--run", made[source], "--beta", 2.5, "--out", made[kind]))
-        )
+        words = arguments("--run", made[source], "--beta", 2.5, "--out", made[kind])
+        prune.main(prune.parse_args(words))
     return made
 
 

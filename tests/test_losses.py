@@ -5,6 +5,11 @@ hand, and the baselines as a user runs them.
 import json
 from types import SimpleNamespace
 
+import evaluate
+import train_rm
+from pairwise.cli import InputError
+from pairwise.data import JUDGMENTS, read_split
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,11 +17,6 @@ import pytest
 import torch
 from conftest import FULL, HEAD, fit, fresh, manifest, mean_loss, rewards, train
 from scipy.special import expit, log_expit
-
-import evaluate
-import train_rm
-from pairwise.cli import InputError
-from pairwise.data import JUDGMENTS, read_split
 
 ONE_STEP = ("--pairs-per-step", "1000", "--epochs", "1", "--lr", "1e-9", "--weight-decay", "0")
 

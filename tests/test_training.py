@@ -12,6 +12,12 @@ import shutil
 import subprocess
 import sys
 
+import train_rm
+from pairwise import members, training
+from pairwise import reward_model as rm
+from pairwise.cli import InputError
+from pairwise.data import read_split, write_split
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,12 +39,6 @@ from conftest import (
     train,
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
-import train_rm
-from pairwise import members, training
-from pairwise import reward_model as rm
-from pairwise.cli import InputError
-from pairwise.data import read_split, write_split
 
 
 def arguments(*flags):
