@@ -29,11 +29,11 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-from scipy.stats import kendalltau
-
 from pairwise import cli, data, run_dir
 from pairwise.prepare import prompts
+
+import numpy as np
+from scipy.stats import kendalltau
 
 try:
     import pandas as pd

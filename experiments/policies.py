@@ -21,9 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
-import policy_pairs
-
 from pairwise import cli, data, evaluator, members, ranking, reward_model, run_dir, sampling
+
+import policy_pairs
 
 
 def train(args, j):

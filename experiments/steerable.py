@@ -17,9 +17,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
-import respond
-
 from pairwise import cli, data, run_dir
+
+import respond
 
 spec = importlib.util.spec_from_file_location("demo", cli.REPOSITORY / "data_prep" / "demo.py")
 demo = importlib.util.module_from_spec(spec)

@@ -12,11 +12,11 @@ import itertools
 import os
 from pathlib import Path
 
+from pairwise import cli, data, figures, metrics, report, run_dir
+
 import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
-
-from pairwise import cli, data, figures, metrics, report, run_dir
 
 # The reference lines that all settings share, and how the figure draws them.
 LINES = [line for line in report.REFERENCES if line[1] != "soft_single"]

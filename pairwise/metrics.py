@@ -12,10 +12,10 @@ import collections
 import itertools
 from typing import NamedTuple
 
+from pairwise import cli, run_dir, theory
+
 import numpy as np
 from scipy.special import expit
-
-from pairwise import cli, run_dir, theory
 
 evaluator = cli.import_evaluator()
 

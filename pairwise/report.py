@@ -8,10 +8,10 @@ import base64
 import textwrap
 from pathlib import Path
 
+from pairwise import figures, run_dir, theory
+
 import jinja2
 import matplotlib
-
-from pairwise import figures, run_dir, theory
 
 # What the ensemble is compared with: name, key in metrics["splits"]["test"], key of the same
 # against the true fractions, how it is computed.

@@ -5,16 +5,16 @@ import json
 import shutil
 from pathlib import Path
 
+import evaluate
+from pairwise import metrics
+from pairwise.cli import InputError
+from pairwise.data import write_split
+
 import compare
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from test_evaluate import draw_rewards, files_of, make, read_pairs
-
-import evaluate
-from pairwise import metrics
-from pairwise.cli import InputError
-from pairwise.data import write_split
 
 RESAMPLES = 400
 

@@ -12,13 +12,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pytest
-from scipy.special import expit
-from scipy.stats import binom, kendalltau, multinomial
-
 import evaluate
 import fit_weights
 from pairwise import metrics as figures
@@ -29,6 +22,13 @@ from pairwise.prepare import prompts
 from pairwise.ranking import ATTRIBUTES
 from pairwise.run_dir import hash_file
 from pairwise.weights import simplex_weights
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scipy.special import expit
+from scipy.stats import binom, kendalltau, multinomial
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOP = {"dataset", "k", "k_valid", "votes", "splits", "diversity", "plurality"}

@@ -8,13 +8,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
-from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, manifest, train
-from pytorch_optimizer import SOAP
-from transformers import AutoModelForSequenceClassification, LlamaConfig
-
 import train_rm
 from pairwise import training
 from pairwise.cli import InputError
@@ -27,6 +20,13 @@ from pairwise.scale.offload import (
     recompute_activations,
     state_shapes,
 )
+
+import numpy as np
+import pytest
+import torch
+from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, manifest, train
+from pytorch_optimizer import SOAP
+from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 
 def tiny(dtype, seed=0):

@@ -8,13 +8,13 @@ import sys
 from html.parser import HTMLParser
 from importlib.metadata import packages_distributions
 
+import evaluate
+from pairwise import figures, report
+
 import numpy as np
 import pytest
 from conftest import REPOSITORY
 from test_evaluate import CI, compare, expected, make
-
-import evaluate
-from pairwise import figures, report
 
 ALWAYS = {"calibration", "votes", "reliability", "weights", "training"}
 OF_CONTINUATIONS = {"kendall", "wins"}
