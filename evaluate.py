@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from pairwise import cli, data, diversity, metrics, ranking, report, run_dir, weights
+
+import numpy as np
 
 evaluator = cli.import_evaluator()
 

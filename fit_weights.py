@@ -11,9 +11,9 @@ Writes RUN/weights.json: for k = 1..K {k, alpha, fit: "qp", train_mse, kkt}.
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from pairwise import cli, data, run_dir, weights
+
+import numpy as np
 
 evaluator = cli.import_evaluator()
 STOP = 3  # exit code of --early-stop where no further member is worth training

@@ -19,12 +19,12 @@ at.
 
 from pathlib import Path
 
+from pairwise import cli, data, provenance, reward_model, run_dir, sampling
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-
-from pairwise import cli, data, provenance, reward_model, run_dir, sampling
 
 
 def held_out_prompts(run):

@@ -28,13 +28,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
+import train_rm
+from pairwise import cli, metrics, run_dir, theory, weights
+
 import harden
 import plurality
 import train_joint
 from plurality import L2_PENALTIES, brier
-
-import train_rm
-from pairwise import cli, metrics, run_dir, theory, weights
 
 HARD = (
     "fsam_p",

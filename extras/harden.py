@@ -29,10 +29,10 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from pairwise import cli, data, levels, run_dir, soft_model, weights
+
 import numpy as np
 from scipy.optimize import brentq
-
-from pairwise import cli, data, levels, run_dir, soft_model, weights
 
 evaluator = cli.import_evaluator()
 MOST_PAIRS = 10_000  # A layout is fitted to so many pairs; more change nothing that shows.

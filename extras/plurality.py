@@ -22,11 +22,11 @@ from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
+from pairwise import cli, data, metrics, run_dir, soft_model
+
 import numpy as np
 import torch
 from scipy.optimize import minimize
-
-from pairwise import cli, data, metrics, run_dir, soft_model
 
 L2_PENALTIES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 COMPONENTS = (1, 2, 3, 4, 6, 8)  # the numbers M of rewards in a mixture that are tried

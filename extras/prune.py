@@ -14,9 +14,9 @@ import shutil
 import time
 from pathlib import Path
 
-import numpy as np
-
 from pairwise import cli, data, run_dir, theory
+
+import numpy as np
 
 evaluator = cli.import_evaluator()
 

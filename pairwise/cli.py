@@ -132,9 +132,7 @@ def import_evaluator():
     try:
         from pairwise import evaluator
     except ImportError:
-        exit_with(
-            f"the C++ evaluator is not built for this Python; build it with: {BUILD_COMMAND}"
-        )
+        exit_with(f"the C++ evaluator is not built for this Python; build it with: {BUILD_COMMAND}")
     return evaluator
 
 
@@ -145,8 +143,8 @@ def usable_cores():
     return os.cpu_count()
 
 
-def default_threads():
-    """The default of --threads: OMP_NUM_THREADS where the user has set it, else all usable cores.
+def default_threads(otherwise=None):
+    """The default of --threads: OMP_NUM_THREADS where the user has set it; otherwise all cores.
 
     Processes of one torchrun share the cores. It sets OMP_NUM_THREADS=1 by itself in each of them,
     so that a 1 there says nothing about the user.
@@ -155,4 +153,4 @@ def default_threads():
     threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if threads.isdecimal() and int(threads) >= 1 and not (processes > 1 and threads == "1"):
         return int(threads)
-    return max(1, usable_cores() // processes)
+    return otherwise or max(1, usable_cores() // processes)

@@ -3,9 +3,9 @@
 In all docstrings: P prompts, n continuations of each, K members.
 """
 
-import numpy as np
-
 from pairwise import cli, metrics, ranking
+
+import numpy as np
 
 evaluator = cli.import_evaluator()
 

@@ -6,12 +6,12 @@ from metrics.json as evaluate.py wrote it: nothing is computed here but bins and
 
 import io
 
+from pairwise import run_dir, theory
+
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-
-from pairwise import run_dir, theory
 
 NARROW, WIDE = 3.4, 7.0  # One and two columns of a paper, in inches.
 STYLE = {

@@ -13,10 +13,10 @@ leaves, the reward of a formula is
 
 import os
 
+from pairwise import cli, run_dir
+
 import numpy as np
 from scipy.special import expit
-
-from pairwise import cli, run_dir
 
 FIELDS = {"member", "scale", "width", "offset", "taste", "taste_scale"}
 

@@ -257,12 +257,8 @@ def add_arguments(parser):
     add = parser.add_argument
     add("--run", required=True, type=Path, help="a trained run directory")
     add("--base", help="the base model, where it is no longer where the run found it")
-    add(
-        "--micro-batch-tokens",
-        type=cli.natural,
-        default=8192 if torch.cuda.is_available() else 1024,
-        help="tokens run in one forward pass",
-    )
+    tokens, words = 8192 if torch.cuda.is_available() else 1024, "tokens run in one forward pass"
+    add("--micro-batch-tokens", type=cli.natural, default=tokens, help=words)
     rm.add_flags(parser)
 
 

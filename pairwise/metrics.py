@@ -12,10 +12,10 @@ import collections
 import itertools
 from typing import NamedTuple
 
+from pairwise import cli, run_dir, theory
+
 import numpy as np
 from scipy.special import expit
-
-from pairwise import cli, run_dir, theory
 
 evaluator = cli.import_evaluator()
 
@@ -66,8 +66,8 @@ class Correlation(NamedTuple):
 
 
 def estimate(figures, resamples, seed):
-    """Copy nested dicts and lists, every Ratio and Correlation `name` replaced by its value, with its
-    95 % percentile interval over resampled prompts beside it as `name_ci`.
+    """Copy nested dicts and lists; every Ratio and Correlation `name` becomes its value, and its 95 %
+    percentile interval over resampled prompts stands beside it as `name_ci`.
 
     All figures of a call see the same resampled prompts. Values and intervals are nested lists of
     shapes (..) and (.., 2); they are None where the bottom is zero or the figure does not exist.
@@ -130,8 +130,8 @@ def drawn_sums(arrays, resamples, seed):
     drawn = resampled(distinct, resamples, seed)
     ends = np.cumsum([array[0].size for array in arrays])[:-1]
     return [
-        drawn[:, numbers].reshape(resamples, *array.shape[1:])
-        for numbers, array in zip(np.split(places, ends), arrays)
+        drawn.take(chosen, axis=1).reshape(resamples, *array.shape[1:])
+        for chosen, array in zip(np.split(places, ends), arrays)
     ]
 
 
@@ -343,8 +343,8 @@ def group_figures(split, p_hat):
 
 
 def by_label(labels):
-    """[({label, labels}, bool (P,))]: the LABELS most frequent labels of the prompts, and the others
-    together as None with their number; None and 1 stand for the prompts without a label."""
+    """[({label, labels}, bool (P,))]: the LABELS most frequent labels of the prompts, and the
+    others together as None with their number; None and 1 stand for prompts without a label."""
     counts = collections.Counter(labels)
     order = sorted(counts, key=lambda label: (-counts[label], str(label)))
     size = len(order) if len(order) <= LABELS + 1 else LABELS  # others are two labels at least
@@ -384,10 +384,7 @@ def read_prefixes(run):
 def trained_on_p(run):
     """Whether member 1 was trained on the vote fractions, as far as the manifest says: then its
     sigmoid is a soft model of them."""
-    stages = run_dir.read_json(run / "manifest.json", {}).get("stages", {})
-    settings = stages.get("member_01", {}).get("settings", {})
-    return (
-        not {"joint", "harden"} & stages.keys()
-        and settings.get("train") != "from"
-        and settings.get("loss", "mse") in ("mse", "bce")
-    )
+    if run_dir.kind_of(run, beneath=True) in ("joint", "hardened", "existing"):
+        return False
+    settings = run_dir.stages(run).get(run_dir.member_name(1), {}).get("settings", {})
+    return settings.get("loss", "mse") in ("mse", "bce")

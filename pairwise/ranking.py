@@ -24,14 +24,12 @@ ATTRIBUTES = {
 
 
 def attribute_counts(texts, patterns):
-    """float32 (attributes, P, n): how often each of the patterns, {name: regular expression}, occurs
-    in each of the texts, P lists of n str."""
+    """float32 (attributes, P, n): how often each of the patterns, {name: regular expression},
+    occurs in each of the texts, P lists of n str."""
+    compiled = [re.compile(pattern, re.IGNORECASE) for pattern in patterns.values()]
     counts = [
-        [
-            [len(re.findall(pattern, text, re.IGNORECASE)) for text in of_prompt]
-            for of_prompt in texts
-        ]
-        for pattern in patterns.values()
+        [[len(pattern.findall(text)) for text in answers] for answers in texts]
+        for pattern in compiled
     ]
     return np.array(counts, np.float32).reshape(len(patterns), len(texts), -1)
 
@@ -73,8 +71,8 @@ def policy_mixture(scores, logprob, alpha, beta):
         p_bar_j = sigmoid((r_j(y1) - r_j(y2)) / beta + log pi_0(y1) - log pi_0(y2))
         p_bar = sum_j alpha_j p_bar_j
 
-    scores (K, n), logprob (n,): log pi_0; alpha (K,); beta > 0, infinite for the base alone. Returns
-    float64 (n (n-1) / 2,), the pairs ordered as by itertools.combinations.
+    scores (K, n), logprob (n,): log pi_0; alpha (K,); beta > 0, infinite for the base alone.
+    Returns float64 (n (n-1) / 2,), the pairs ordered as by itertools.combinations.
     """
     a, b = np.triu_indices(len(logprob), 1)
     scores = np.asarray(scores, np.float64)

@@ -179,18 +179,10 @@ def add_flags(parser):
     """Add the flags of every script that runs a model."""
     add = parser.add_argument
     add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
-    add(
-        "--threads",
-        type=cli.natural,
-        default=cli.default_threads(),
-        help="CPU threads (default: OMP_NUM_THREADS, else all; of several processes, its share)",
-    )
-    add(
-        "--device",
-        type=device,
-        default=device(),
-        help="cpu or cuda (default: cuda where there is one)",
-    )
+    words = "CPU threads (default: OMP_NUM_THREADS, else all; of several processes, its share)"
+    add("--threads", type=cli.natural, default=cli.default_threads(), help=words)
+    words = "cpu or cuda (default: cuda where there is one)"
+    add("--device", type=device, default=device(), help=words)
 
 
 def read_model(auto_class, name, named, failure="the model could not be loaded", **options):

@@ -28,11 +28,11 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from pairwise import cli
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from pairwise import cli
 
 LATER_SETTINGS = {"loss": "mse"}  # what a stage had before there was such a flag
 VERSIONS_OF = ("numpy", "scipy", "torch", "transformers", "peft", "pytorch_optimizer", "pyarrow")

@@ -7,11 +7,11 @@ flips a coin with probability 2a. extras/harden.py follows p_hat with hard votes
 extras/plurality.py asks whether it takes more than one reward.
 """
 
+from pairwise import weights
+
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
-
-from pairwise import weights
 
 
 def reward_differences(rewards, a, b):

@@ -76,6 +76,11 @@ def rewards(run, j=1, split="test"):
     return np.load(run / "rewards" / f"{j:02d}_{split}.npy")
 
 
+def mean_loss(lines):
+    """The mean over the pairs of a log's lines."""
+    return sum(line["loss"] * line["pairs"] for line in lines) / sum(x["pairs"] for x in lines)
+
+
 def manifest(run):
     return json.loads((run / "manifest.json").read_text())["stages"]
 

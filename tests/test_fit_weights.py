@@ -4,16 +4,17 @@ import itertools
 import json
 import shutil
 
+import fit_weights
+from pairwise import weights
+from pairwise.cli import InputError
+from pairwise.data import write_split
+from pairwise.run_dir import write_json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-
-import fit_weights
-from pairwise.cli import InputError
-from pairwise.data import write_split
-from pairwise.run_dir import write_json
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import FULL, HEAD, fit, fresh, manifest, rewards, train
+from conftest import FULL, HEAD, fit, fresh, manifest, mean_loss, rewards, train
 from scipy.special import expit, log_expit
 
 ONE_STEP = ("--pairs-per-step", "1000", "--epochs", "1", "--lr", "1e-9", "--weight-decay", "0")
@@ -167,10 +167,8 @@ def test_a_baseline_from_training_to_metrics(judged, base, tmp_path, name, soft,
     monkeypatch.setattr(evaluate.report, "write", lambda *args: None)
     evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "10"]))
     split, r = read_split(run, "train"), rewards(run, 1, "train")
-    losses = [
-        json.loads(line)["loss"] for line in (run / "logs" / "01.jsonl").read_text().splitlines()
-    ]
-    assert np.mean(losses[-2:]) < np.mean(losses[:2])
+    lines = [json.loads(line) for line in (run / "logs" / "01.jsonl").read_text().splitlines()]
+    assert mean_loss(lines[-2:]) < mean_loss(lines[:2])
     votes = (r[split.a] > r[split.b]) + (r[split.a] == r[split.b]) / 2
     counted = split.n >= 2
     assert 0 < counted.sum() < len(counted)  # one vote is trained on, and counts in no error

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+from pairwise.scale import parallel
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,8 +15,6 @@ import torch
 from conftest import FLAGS, FULL, REPOSITORY, fresh, leftovers, manifest
 from safetensors.torch import load_file
 from test_offload import outputs
-
-from pairwise.scale import parallel
 
 SAME = (
     *FULL,

@@ -3,13 +3,13 @@
 import itertools
 import math
 
+from pairwise import theory
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import multinomial
-
-from pairwise import theory
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -147,7 +147,12 @@ def test_kept_members_by_hand():
         True,
         False,
     ]  # a weight of 1/4 may go
-    assert theory.remaining_members(votes, np.full(4, 0.25), 3).tolist() == [False, True, True, False]
+    assert theory.remaining_members(votes, np.full(4, 0.25), 3).tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]
     assert theory.remaining_members(votes, np.full(4, 0.25), 5.1).all()
     assert theory.remaining_members(votes[::-1], np.full(4, 0.25), 3).tolist() == [
         False,

@@ -35,6 +35,8 @@ def test_default_threads(threads, processes, expected, monkeypatch):
         else:
             monkeypatch.setenv(name, value)
     assert cli.default_threads() == expected
+    unset = threads in (None, "", "many", "0") or (threads, processes) == ("1", "2")
+    assert cli.default_threads(6) == (6 if unset else expected)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from pairwise import cli, data, figures, run_dir
 from pairwise.prepare import tables
+
+import numpy as np
 
 # How the votes of a pair arose decides what is known of the irreducible error.
 VOTE_KINDS = ("sampled", "population", "dependent")
