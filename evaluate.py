@@ -3,114 +3,33 @@
     python evaluate.py --run runs/demo
     python evaluate.py --run results/demo --out /tmp/demo     (a committed run stays as it is)
 
-Reads data/, rewards/ and weights.json of the run; writes metrics.json, report.html and figures/ into
-it, or into --out. CPU only, without torch, in seconds. extras/compare.py sets runs side by side.
+Reads data/, rewards/ and weights.json of the run; writes metrics.json, report.html and figures/
+into it, or into --out. CPU only, without torch, in seconds. extras/compare.py compares runs.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from pairwise import cli, data, metrics, ranking, report, run_dir
+from pairwise import cli, data, diversity, metrics, ranking, report, run_dir, weights
 
 evaluator = cli.import_evaluator()
 
-BETAS = np.logspace(
-    1, -4, 11
-)  # of appendix A's policies, from near the base to near the favourites
-CASES = 3  # prompts of which the members' favourites are shown
 FIGURES = "calibration", "votes", "reliability", "weights"  # those that every run has
 # The files whose code makes the numbers and shows them.
 CODE = (
     "evaluate.py",
     "pairwise/metrics.py",
+    "pairwise/diversity.py",
     "pairwise/ranking.py",
     "pairwise/report.py",
     "pairwise/theory.py",
     "pairwise/weights.py",
     "csrc/*.[ch]pp",
 )
-
-
-# ---- diversity on continuations: P prompts, n continuations each, K members
-
-
-def diversity(scores, texts, alpha, patterns, resamples, seed):
-    """How differently the members rank every prompt's continuations (figure 3, appendices A and G).
-
-    kendall_tau: tau-b between two members' rankings; win: how far one's favourite falls with another;
-    character: tau-b between a ranking and what shows in the texts; policy: |p_bar - p_hat| of the
-    members' optimal policies. A prompt where a ranking is constant has no tau and is left out there.
-
-    scores float32 (K, P, n); texts: of `run_dir.read_continuations`, or None; alpha (K,): the mixture
-    weights; patterns: {attribute: regular expression}.
-    """
-    k, prompts, n = scores.shape
-    counts = np.empty((0, prompts, n), np.float32)
-    if texts:
-        counts = ranking.attribute_counts(texts["texts"], patterns)
-    tau = evaluator.kendall_tau(np.concatenate([scores, counts]))  # (P, K + attributes, likewise)
-    known = ~np.isnan(tau)
-    tau, has_tau = np.where(known, tau, 0), known.astype(np.float64)
-    wins = ranking.win_shares(scores) if n > 1 else np.full((prompts, k, k), 0.5)
-    figures = {
-        "prompts": prompts,
-        "continuations": n,
-        "kendall_tau": metrics.Ratio(tau[:, :k, :k], has_tau[:, :k, :k]),
-        "constant_rankings": (~known).diagonal(axis1=1, axis2=2).sum(0)[:k].tolist(),
-        "win": metrics.Ratio(wins, np.full(prompts, float(n > 1))),
-        "repeated": None,
-        "character": None,
-        "policy": None,
-        "favourites": None,
-    }
-    if texts:
-        figures["repeated"] = prompts * n - sum(len(set(row)) for row in texts["texts"])
-        character = metrics.Ratio(tau[:, k:, :k], has_tau[:, k:, :k])
-        figures["character"] = {"attributes": list(patterns), "tau": character}
-        figures["favourites"] = favourites(scores, texts, wins)
-    if texts and texts["logprob"]:
-        distance = metrics.Ratio(*policy_distance(scores, texts, alpha))
-        figures["policy"] = {"beta": BETAS.tolist(), "distance": distance}
-    return metrics.estimate(figures, resamples, seed)
-
-
-def policy_distance(scores, texts, alpha):
-    """(float64 (P, betas), float64 (P,)): |p_bar - p_hat| with each of BETAS, summed over all pairs of a
-    prompt's distinct continuations, and the number of these pairs."""
-    sums, pairs = np.empty((len(texts["texts"]), len(BETAS))), np.empty(len(texts["texts"]))
-    for x, (answers, logprob) in enumerate(zip(texts["texts"], texts["logprob"])):
-        distinct = ranking.distinct(answers)
-        rewards, logprob = scores[:, x, distinct], np.array(logprob)[distinct]
-        p_hat = ranking.reward_mixture(rewards, alpha)
-        pairs[x] = len(p_hat)
-        for i, beta in enumerate(BETAS):
-            p_bar = ranking.policy_mixture(rewards, logprob, alpha, beta)
-            sums[x, i] = np.abs(p_bar - p_hat).sum()
-    return sums, pairs
-
-
-def favourites(scores, texts, wins):
-    """The CASES prompts on which members rank each other's favourites lowest (of equals the first), with
-    every member's favourite (appendix G)."""
-    k, best = len(scores), ranking.favourites(scores)
-    disagreement = np.zeros(scores.shape[1])
-    if k > 1:
-        disagreement = 1 - wins[:, ~np.eye(k, dtype=bool)].mean(1)
-    return [
-        {
-            "prompt_id": texts["prompt_id"][x],
-            "prompt": texts["messages"][x][-1]["content"],
-            "disagreement": float(disagreement[x]),
-            "texts": [texts["texts"][x][y] for y in best[:, x]],
-        }
-        for x in np.argsort(-np.round(disagreement, 12), kind="stable")[:CASES]
-    ]
-
-
-# ---- the whole run
 
 
 def best_size(ensemble):
@@ -174,6 +93,42 @@ def hash_inputs(run, stored):
     return data.hashes(run) | hashes | {path.name: run_dir.hash_file(path) for path in code}
 
 
+def refitted_weights(split, rewards, sizes, resamples, seed):
+    """{k: float64 (resamples, k)} of sizes k: the weights fitted to each resample of the prompts.
+
+    split: the train pairs that the weights were fitted to; rewards float32 (K, R).
+    """
+    from tqdm import tqdm  # only here: without it, numbers are derived where it is not installed
+
+    sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
+    sums = [sums[name] for name in ("vote_vote", "vote_p", "p_p", "pairs")]
+    matrices = [
+        weights.error_matrix(vote_vote / n, vote_p / n, p_p / n)
+        for vote_vote, vote_p, p_p, n in zip(*metrics.drawn_sums(sums, resamples, seed))
+    ]
+    show = {"unit": "resample", "leave": False, "mininterval": 1, "disable": None}
+    return {
+        k: np.array(
+            [weights.simplex_weights(q[:k, :k]) for q in tqdm(matrices, f"weights of {k}", **show)]
+        )
+        for k in sizes
+    }
+
+
+def refitted_intervals(forms, pairs, alphas, resamples, seed):
+    """{k: {NAME_refit_ci: limits}}: intervals that also hold what the weights owe to chance.
+
+    forms: `metrics.squared_errors` of a split; pairs (P,); alphas: `refitted_weights`.
+    """
+    sums = metrics.drawn_sums([*itertools.chain(*forms.values()), pairs], resamples, seed)
+    forms = {name: sums[3 * i : 3 * i + 3] for i, name in enumerate(forms)}
+    limits = {k: {} for k in alphas}
+    for (k, alpha), (name, form) in itertools.product(alphas.items(), forms.items()):
+        errors = metrics.not_negative(name, metrics.error_of(form, alpha)) / sums[-1]
+        limits[k][f"{name}_refit_ci"] = np.percentile(errors, [2.5, 97.5]).tolist()
+    return limits
+
+
 def compute(run, stored, args):
     """metrics.json as a dictionary."""
     sampling = args.resamples, args.seed
@@ -189,7 +144,9 @@ def compute(run, stored, args):
     if stored.scores is not None:
         alpha = np.array(stored.prefixes[-1]["alpha"])
         patterns = stored.stats.get("attributes", ranking.ATTRIBUTES)
-        result["diversity"] = diversity(stored.scores, stored.texts, alpha, patterns, *sampling)
+        result["diversity"] = diversity.measure(
+            stored.scores, stored.texts, alpha, patterns, *sampling
+        )
     soft_single = metrics.trained_on_p(run)
     counted = {name: data.counted_pairs(split) for name, split in stored.splits.items()}
     forms = {}
@@ -204,12 +161,12 @@ def compute(run, stored, args):
         fitted = counted["train"] or stored.splits["train"]
         sizes = [prefix["k"] for prefix in stored.prefixes if prefix["fit"] == "qp"]
         # Another seed, so that splits of as many prompts are not drawn alike.
-        alphas = metrics.refitted_weights(
+        alphas = refitted_weights(
             fitted, stored.rewards["train"], sizes, args.resamples, args.seed + 1
         )
         for name in forms.keys() - {"train"}:
             pairs = np.diff(counted[name].pair_start)
-            limits = metrics.refitted_intervals(forms[name], pairs, alphas, *sampling)
+            limits = refitted_intervals(forms[name], pairs, alphas, *sampling)
             for entry in result["splits"][name]["ensemble"]:
                 entry |= limits.get(entry["k"], {})
     return result
@@ -255,7 +212,7 @@ def parse_args(argv=None):
     add("--out", type=Path, help="write the results there instead of into the run")
     add("--resamples", type=cli.natural, default=10000, help="bootstrap resamples over prompts")
     add("--seed", type=cli.seed, default=0, help="of the bootstrap")
-    refit = "intervals also with the weights fitted anew to each resample of the train prompts (minutes)"
+    refit = "intervals also with weights fitted to each resample of the train prompts (minutes)"
     add("--refit", action="store_true", help=refit)
     return parser.parse_args(argv)
 

@@ -17,10 +17,10 @@ import json
 from itertools import combinations
 from pathlib import Path
 
+from pairwise import cli, members, rows, run_dir
+
 import numpy as np
 import torch
-
-from pairwise import cli, members, rows, run_dir
 
 evaluator = cli.import_evaluator()
 FIELDS = {"prompt": "messages", "responses": "json", "response_a": "text", "response_b": "text"}

@@ -156,7 +156,7 @@ def ours(data, level, micro_batch_tokens):
                         model, [data.sequences[i] for i in responses], micro_batch_tokens
                     )[index]
                     (
-                        train_rm.LOSSES["mse"][1](
+                        train_rm.LOSSES["mse"](
                             rewards[: len(micro)] - rewards[len(micro) :], 1, None
                         ).sum()
                         / data.pairs_per_step

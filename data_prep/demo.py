@@ -351,7 +351,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--texts", type=cli.natural, default=7000, help="texts that the base model reads, once"
     )
-    parser.add_argument("--threads", type=cli.natural, default=2, help="CPU threads")
+    threads = cli.default_threads(1)  # a tiny model gains little by a second
+    parser.add_argument("--threads", type=cli.natural, default=threads, help="CPU threads")
     args = parser.parse_args(argv)
     if args.prompts > len(PROMPTS):
         most = f"at most {len(PROMPTS)} expected, there are no more different ones"

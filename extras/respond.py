@@ -1,5 +1,5 @@
-"""Answer prompts with a trained run: the deployment modes of section 2, with the best of N samples of
-the base in place of fine-tuned policies.
+"""Answer prompts with a trained run: the deployment modes of section 2, with the best of N samples
+of the base in place of fine-tuned policies.
 
     python extras/respond.py --run runs/demo --mode overton "how can i get fit again ?"
     python extras/respond.py --run runs/demo --mode steerable --like mine.jsonl --json --file FILE
@@ -40,13 +40,13 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
+from pairwise import cli, members, ranking, rows, sampling
+from pairwise import reward_model as rm
+
 import numpy as np
 import torch
 from scipy.special import logsumexp, softmax
 from tqdm import tqdm
-
-from pairwise import cli, members, ranking, rows, sampling
-from pairwise import reward_model as rm
 
 FIELDS = {"prompt": "messages", "response_a": "text", "response_b": "text", "choice": "text"}
 CHOICES = {"a": 1.0, "tie": 0.5, "b": 0.0}
@@ -234,8 +234,8 @@ def shown(row):
 def shown_posterior(row):
     """Yield a table of all members, with the answer of the one that is likeliest."""
     lines, (best,) = [], row["answers"]
-    members_facts = zip(row["weights"], row["agreements"], row["posterior"])
-    for j, (weight, agreed, p) in enumerate(members_facts, 1):
+    facts = zip(row["weights"], row["agreements"], row["posterior"])
+    for j, (weight, agreed, p) in enumerate(facts, 1):
         own = [spaced(best["ranks"]), best["text"]] if j == row["member"] else ["", ""]
         lines.append([j, f"{weight:.2f}", f"{agreed:g} of {row['examples']}", f"{p:.2f}", *own])
     yield from table(["member", "weight", "agrees", "probability", "rank", "answer"], lines)
@@ -263,8 +263,10 @@ def main(args):
     examples, choices = read_examples(args.like) if args.like else ([], np.empty(0))
     alpha, settings = members.open_run(args, samples=True)
     candidates = sample_candidates(prompts, settings["base"], args)
-    asked = [members.Question(*prompt, list(counts)) for prompt, counts in zip(prompts, candidates)]
-    rewards = members.rewards_of_run(args.run, settings, examples + asked, args)
+    questions = [
+        members.Question(*prompt, list(counts)) for prompt, counts in zip(prompts, candidates)
+    ]
+    rewards = members.rewards_of_run(args.run, settings, examples + questions, args)
     start, rng = 2 * len(examples), np.random.default_rng(args.seed)
     agreed = agreements(rewards[:, :start], choices)
     for number, ((prompt, _), counts) in enumerate(zip(prompts, candidates)):

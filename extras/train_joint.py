@@ -1,288 +1,192 @@
-"""All K reward models at once, on the squared error of their mixture: one training run and one forward pass instead of K.
+"""Train all K reward models at once on the squared error of their mixture: one training, one pass.
 
-    python extras/train_joint.py --run runs/demo-joint --k 8 --base runs/demo/base --lr 3e-3          (then fit_weights.py, evaluate.py)
-    python extras/train_joint.py --run runs/mine --k 8 --base NAME_OR_DIR --train head               (K heads on features of the frozen base)
+    python extras/train_joint.py --run runs/demo-joint --k 8 --base runs/demo/base --lr 3e-3
+    python extras/train_joint.py --run runs/mine --k 8 --base NAME_OR_DIR --train head
 
 minimise  mean over train pairs of (sum_j alpha_j sigmoid(s (r_j(y1) - r_j(y2))) - p)^2
 
-over a backbone that all share, K heads on it and alpha on the simplex; s rises from 1 to --sharpen, so that soft votes become hard ones. Near the
-irreducible error where there are viewpoints; where there are none it can overfit, so choose --k and --weight-decay on validation prompts, which
-experiments/variants.py does on features.
+over a backbone that all share, K heads on it and alpha on the simplex; s rises from 1 to --sharpen,
+so that soft votes become hard ones. With --train head the K heads are on features of the frozen
+base. The error comes near the irreducible one where there are viewpoints; where there are none it
+can overfit, so choose --k and --weight-decay on validation prompts, as experiments/variants.py does
+on features. Run fit_weights.py and evaluate.py afterwards.
 
-Writes RUN/joint (a num_labels=K model; of --train head the heads alone), RUN/rewards/0j_SPLIT.npy and RUN/logs/joint.jsonl; members in order of
-their learned weight, so that prefixes of weights.json are sensible. --export J writes member J as a plain directory. All other flags are
-train_rm.py's; of --train head the defaults are --lr 3e-2 --epochs 20 --weight-decay 0.1. Full training writes no checkpoints.
+It writes RUN/joint (a num_labels=K model; of --train head the heads alone), RUN/logs/joint.jsonl
+and RUN/rewards/0j_SPLIT.npy. The members are in the order of their learned weight, so that prefixes
+of weights.json are sensible; extras/export_member.py makes a plain directory of one. All other
+flags are train_rm.py's; of --train head the defaults are --lr 3e-2 --epochs 20 --weight-decay 0.1.
+Full training writes no checkpoints.
 """
 
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from pairwise import cli, data, members, provenance, run_dir, training
+from pairwise import cli, data, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale.offload import MAX_PRECONDITION_DIM
 
+import numpy as np
+import torch
+
 
 def mixture_error(reward_a, reward_b, target, logits, s):
-    """Sum over pairs of (sum_j alpha_j sigmoid(s (r_j(x, y1) - r_j(x, y2))) - t)^2, alpha = softmax(logits).
+    """Sum over pairs of (sum_j alpha_j sigmoid(s (r_j(x, y1) - r_j(x, y2))) - t)^2.
 
-    reward_a, reward_b float32 (pairs, K); target (pairs,); logits (K,).
+    reward_a, reward_b float32 (pairs, K); target (pairs,); logits (K,), alpha = softmax(logits).
     """
     p_hat = torch.sigmoid(s * (reward_a - reward_b)) @ torch.softmax(logits, 0)
     return (p_hat - target).square().sum()
 
 
 def draw_heads(weight, seed):
-    """Draw K heads (K, d), normal with standard deviation 1 / sqrt(d): rewards of features of unit scale have variance one.
+    """Draw K heads (K, d), normal with standard deviation 1 / sqrt(d).
 
-    Heads that begin close together stay so for long: nothing but their beginning tells them apart.
+    Rewards of features of unit scale then have variance one. Heads that begin close together stay
+    so for long: nothing but their beginning tells them apart.
     """
-    weight.data.copy_(
-        torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-        / weight.shape[1] ** 0.5
-    )
+    values = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    weight.data.copy_(values / weight.shape[1] ** 0.5)
 
 
-def score_heads(features, weight):
-    """Rewards float32 (R, K) of features (R, d) under K heads (K, d)."""
-    return np.stack(
-        [rm.score_features(torch.from_numpy(features), row[None]) for row in weight.detach().cpu()],
-        axis=1,
-    )
+def train_members(args, train, encoded, keep, tokenizer, log):
+    """Train on the pairs of keep, bool (N,); return (heads' weight or RewardModel, alpha (K,)).
 
-
-def export(args):
-    """Split member args.export off joint/: a plain num_labels=1 directory."""
-    directory, entry = (
-        args.run / run_dir.member_name(args.export),
-        run_dir.read_json(args.run / "manifest.json")["stages"].get("joint"),
-    )
-    if not entry or args.export > entry["settings"]["k"] or directory.exists():
-        raise cli.InputError(
-            f"{directory}: "
-            + ("already there" if directory.exists() else "no such member of a jointly trained run")
-        )
-    provenance.check_base(entry, args.base, args.chat_template)
-    tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    model = members.load_member(
-        args.run,
-        args.export,
-        args.base,
-        tokenizer,
-        getattr(torch, entry["settings"]["dtype"]),
-        args.device,
-    )
-    with run_dir.replacing(directory) as partial:
-        members.save_member(model.model, tokenizer, partial)
-    print(f"{directory}: plain directory written")
-
-
-def main(args):
-    run, k = args.run, args.k
-    training.settle(args)
-    if args.export:
-        return export(args)
-    splits, _ = data.read_splits(run)
-    train = splits["train"]
-    tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    base = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
-    settings = {
-        name: getattr(args, name)
-        for name in ("train", "k", "sharpen", "weights", *training.SETTINGS)
-    }
-    texts = run_dir.read_continuations(run)
-    texts = texts and (texts["messages"], texts["texts"])
-    inputs = base | (
-        {"continuations.parquet": run_dir.hash_file(run / "continuations.parquet")} if texts else {}
-    )
-    names = [*splits, *(["continuations"] if texts else [])]
-    outputs = [
-        run / "joint",
-        run / "logs" / "joint.jsonl",
-        *(run_dir.reward_path(run, j, name) for j in range(1, k + 1) for name in names),
-    ]
-    entry = run_dir.read_json(run / "manifest.json", {"stages": {}})["stages"].get("joint", {})
-    if texts and entry.get("done") and "continuations.parquet" not in entry["inputs"]:
-        raise cli.InputError(
-            f"{run}: trained before its continuations.parquet was there, which is scored with the training; another --run expected"
-        )
-    if run_dir.stage_done(run, "joint", settings, inputs, outputs):
-        print(f"joint: {run / 'joint'} is there, skipped")
-        return
-    started = run_dir.begin_stage(run, "joint", settings, inputs)
+    encoded: features float32 (R, d) of the train responses, or their token ids. The heads, and the
+    mixture weights alpha, float32, are in descending order of alpha.
+    """
     torch.manual_seed(args.seed)
-    head_seed, order_seed = (
-        int(s) for s in np.random.SeedSequence([args.seed, 0]).generate_state(2)
-    )
-    rng, logits = (
-        np.random.default_rng(order_seed),
-        torch.nn.Parameter(torch.zeros(k, device=args.device)),
-    )
+    seeds = np.random.SeedSequence([args.seed, 0]).generate_state(2)
+    head_seed, order_seed = (int(seed) for seed in seeds)
+    logits = torch.nn.Parameter(torch.zeros(args.k, device=args.device))
 
     def loss(reward_a, reward_b, target, done):
         return mixture_error(reward_a, reward_b, target, logits, args.sharpen**done)
 
-    with (
-        run_dir.replacing(run / "logs" / "joint.jsonl") as partial,
-        open(partial, "w", encoding="utf-8") as log,
-    ):
-        if args.train == "head":
-            found = training.ask_features(
-                args,
-                "features",
-                {name: (s.messages, s.responses) for name, s in splits.items()},
-                tokenizer,
-                base,
-            )
-            if texts:
-                found |= training.ask_features(
-                    args, "features_continuations", {"continuations": texts}, tokenizer, inputs
-                )
-            keep = (found["train"][train.a] != found["train"][train.b]).any(1)
-            weight = torch.nn.Parameter(torch.empty(k, found["train"].shape[1], device=args.device))
-            draw_heads(weight, head_seed)
-            training.train_head(
-                args, weight, train, found["train"], (train.p,), loss, keep, rng, log, [logits]
-            )
-        else:
-            encoded = {name: (s.messages, s.responses) for name, s in splits.items()} | (
-                {"continuations": texts} if texts else {}
-            )
-            encoded = {
-                name: rm.encode_split(tokenizer, *both, args.max_length)
-                for name, both in encoded.items()
-            }
-            keep = np.array(
-                [encoded["train"][a] != encoded["train"][b] for a, b in zip(train.a, train.b)]
-            )
-            model = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device, k)
-            weight = model.head.weight
-            draw_heads(weight, head_seed)
-            training.train_full(
-                args,
-                model,
-                train,
-                encoded["train"],
-                (train.p,),
-                loss,
-                keep,
-                rng,
-                log,
-                None,
-                [logits],
-            )
-        alpha, order = (
-            torch.softmax(logits.detach(), 0),
-            torch.argsort(logits.detach(), descending=True, stable=True),
+    task = (train, encoded, (train.p,), loss, keep, np.random.default_rng(order_seed), log)
+    if args.train == "head":
+        trained = torch.nn.Parameter(torch.empty(args.k, encoded.shape[1], device=args.device))
+        weight = trained
+        draw_heads(weight, head_seed)
+        training.train_head(args, weight, *task, more=[logits])
+    else:
+        dtype = getattr(torch, args.dtype)
+        trained = rm.load_base(args.base, tokenizer, dtype, args.device, args.k)
+        weight = trained.head.weight
+        draw_heads(weight, head_seed)
+        training.train_full(args, trained, *task, more=[logits])
+    order = torch.argsort(logits.detach(), descending=True, stable=True)
+    weight.data.copy_(weight.data[order])
+    return trained, torch.softmax(logits.detach(), 0)[order]
+
+
+def write_learned_weights(run, train, rewards, alpha):
+    """Write RUN/weights.json with the learned weights alpha (K,); rewards float32 (R, K)."""
+    alpha = alpha.double().cpu().numpy()
+    alpha /= alpha.sum()
+    rewards = np.ascontiguousarray(rewards.T)
+    votes = cli.import_evaluator().votes(rewards, train.a, train.b) / 2
+    train_mse = float(np.mean((alpha @ votes - train.p) ** 2))
+    entry = {"k": len(alpha), "alpha": alpha.tolist(), "fit": "fixed", "train_mse": train_mse}
+    run_dir.write_json(run / "weights.json", [entry])
+
+
+def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
+    """Train all members, score all data with them, and write both.
+
+    stage: (run, name, settings, inputs) for run_dir's functions; texts: stages.texts_of's, with
+    those of the continuations.
+    """
+    run, train, started = args.run, splits["train"], run_dir.begin_stage(*stage)
+    continuations = {name: texts[name] for name in texts if name not in splits}
+    of_splits = {name: texts[name] for name in splits}
+    encoded = stages.encode_for(args, "features", of_splits, tokenizer, base_inputs)
+    if continuations:
+        encoded |= stages.encode_for(
+            args, "features_continuations", continuations, tokenizer, stage[3]
         )
-        weight.data.copy_(weight.data[order])
-        if args.train == "head":
-            scores = {name: score_heads(features, weight) for name, features in found.items()}
-        else:
-            scores = {
-                name: rm.score_sequences(model, ids, args.micro_batch_tokens, f"joint, {name}")
-                for name, ids in encoded.items()
-            }
-        for name, values in scores.items():
-            if not np.isfinite(values).all():
-                raise cli.InputError(
-                    f"joint: rewards of {name} are not finite after the last step; a lower --lr may help"
-                )
-    for name, values in scores.items():
-        for j in range(1, k + 1):
-            own = np.ascontiguousarray(values[:, j - 1])
-            run_dir.write_array(
-                run_dir.reward_path(run, j, name),
-                own.reshape(len(texts[0]), -1) if name == "continuations" else own,
-            )
-    with run_dir.replacing(run / "joint") as partial:
-        (
-            members.save_head(weight, partial)
-            if args.train == "head"
-            else members.save_member(model.model, tokenizer, partial)
-        )
+    identical = stages.identical_pairs(train, encoded["train"])
+    with stages.open_log(run / "logs" / "joint.jsonl") as log:
+        trained, alpha = train_members(args, train, encoded["train"], ~identical, tokenizer, log)
+        scores = stages.score(args, trained, encoded, "joint")
+        stages.check_finite(scores, "joint")
+    for j in range(args.k):
+        member = {name: np.ascontiguousarray(rewards[:, j]) for name, rewards in scores.items()}
+        for name, (messages, _) in continuations.items():
+            member[name] = member[name].reshape(len(messages), -1)
+        stages.write_rewards(run, j + 1, member)
+    stages.save(args, "joint", trained, tokenizer, run / "joint")
     if args.weights == "learned":
-        learned = alpha[order].double().cpu().numpy()
-        learned /= learned.sum()
-        votes = (
-            cli.import_evaluator().votes(np.ascontiguousarray(scores["train"].T), train.a, train.b)
-            / 2
-        )
-        train_mse = float(np.mean((learned @ votes - train.p) ** 2))
-        run_dir.write_json(
-            run / "weights.json",
-            [{"k": k, "alpha": learned.tolist(), "fit": "fixed", "train_mse": train_mse}],
-        )
-    run_dir.end_stage(
-        run,
-        "joint",
-        settings,
-        inputs,
-        started,
-        base=str(args.base),
-        learned_weights=alpha[order].tolist(),
-        threads=args.threads,
-        device=args.device,
-        micro_batch_tokens=args.micro_batch_tokens,
-        identical_pairs=int((~keep).sum()),
-    )
-    said = (
-        f", {int((~keep).sum())} pairs left out, identical after encoding" if not keep.all() else ""
-    )
-    weights = " ".join(f"{x:.3f}" for x in alpha[order].tolist())
+        write_learned_weights(run, train, scores["train"], alpha)
+    facts = {"learned_weights": alpha.tolist(), "identical_pairs": int(identical.sum())}
+    run_dir.end_stage(*stage, started, **stages.facts(args), **facts)
+    weights = " ".join(f"{x:.3f}" for x in alpha.tolist())
     print(
-        f"joint: {k} members trained on {int(keep.sum()):,} pairs in {time.time() - started:.0f} s, weights {weights}{said}"
+        f"joint: {args.k} members trained on {(~identical).sum():,} pairs in "
+        f"{time.time() - started:.0f} s, weights {weights}{stages.identical_words(identical)}"
     )
+
+
+def main(args):
+    """Train K members and score everything with them, unless that is done."""
+    if args.check:
+        return
+    run = args.run
+    stages.settle(args)
+    splits, _ = data.read_splits(run)
+    texts, continuations = stages.texts_of(splits), run_dir.read_continuations(run)
+    tokenizer = rm.load_tokenizer(args.base, args.chat_template)
+    base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
+    inputs = base_inputs
+    if continuations:
+        texts["continuations"] = continuations["messages"], continuations["texts"]
+        path = run / "continuations.parquet"
+        inputs = base_inputs | {"continuations.parquet": run_dir.hash_file(path)}
+    names = ("train", "k", "sharpen", "weights", *training.SETTINGS)
+    stage = (run, "joint", {name: getattr(args, name) for name in names}, inputs)
+    outputs = [run / "joint", run / "logs" / "joint.jsonl"]
+    outputs += [run_dir.reward_path(run, j + 1, name) for j in range(args.k) for name in texts]
+    entry = run_dir.read_json(run / "manifest.json", {"stages": {}})["stages"].get("joint", {})
+    if continuations and entry.get("done") and "continuations.parquet" not in entry["inputs"]:
+        raise cli.InputError(
+            f"{run}: trained before its continuations.parquet was there, which is scored with the "
+            "training; another --run expected"
+        )
+    if run_dir.stage_done(*stage, outputs):
+        print(f"joint: {run / 'joint'} is there, skipped")
+    else:
+        train_and_score(args, stage, splits, texts, tokenizer, base_inputs)
+
+
+OLD_FLAGS = {"--export": "python extras/export_member.py --run RUN --member J --base BASE"}
 
 
 def parse_args(argv=None):
+    cli.moved(argv, OLD_FLAGS)
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--run", required=True, type=Path, help="run directory with data/")
     add("--base", required=True, help="base model: hub id or transformers directory")
-    add(
-        "--export",
-        type=cli.natural,
-        metavar="J",
-        help="train nothing: write member J as a plain directory",
-    )
-    add("--k", type=cli.member_number, default=8, help="reward models, at least 2")
-    add(
-        "--train",
-        choices=("full", "head"),
-        default="full",
-        help="all parameters, or K heads on features of the frozen base",
-    )
-    add(
-        "--sharpen",
-        type=cli.positive,
-        default=4.0,
-        metavar="S",
-        help="the steepness of the votes at the last step; 1: soft throughout",
-    )
-    add(
-        "--weights",
-        choices=("qp", "learned"),
-        default="qp",
-        help="fit_weights.py's of the hard votes (to be run after), or those learned with the rewards",
-    )
+    add("--check", action="store_true", help="check the flags, and do nothing else")
+    add("--k", type=cli.member_number, default=8, help="reward models, at least 2 (default 8)")
+    words = "all parameters, or K heads on features of the frozen base"
+    add("--train", choices=("full", "head"), default="full", help=words)
+    words = "the steepness of the votes at the last step (default 4); 1: soft throughout"
+    add("--sharpen", type=cli.positive, default=4.0, metavar="S", help=words)
+    words = "those that fit_weights.py gives the hard votes, or those learned with the rewards"
+    add("--weights", choices=("qp", "learned"), default="qp", help=words)
     training.add_flags(parser)
     args = parser.parse_args(argv)
     if args.k < 2:
         parser.error(f"--k {args.k} found, at least 2 expected; train_rm.py trains one")
-    head, cpu = args.train == "head", args.device == "cpu"
-    training.fill_in(  # of heads: a weight decay that suits one reward keeps K of them alike
+    head = args.train == "head"
+    training.fill_in(
         args,
         lr=3e-2 if head else 2e-5,
         epochs=20 if head else 1,
-        weight_decay=0.1,
+        weight_decay=0.1,  # of heads too: one that suits a single reward keeps K of them alike
         max_precondition_dim=MAX_PRECONDITION_DIM,
-        dtype="float32" if cpu else "bfloat16",
-        micro_batch_tokens=1024 if cpu else 8192,
     )
-    args.iteration = f"1 to {args.k}"
+    args.iteration = f"1 to {args.k}"  # what the progress bar and errors call the member
     return args
 
 

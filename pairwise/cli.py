@@ -4,6 +4,7 @@ A mistake of the user's is an InputError. The script then prints its one line an
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -131,7 +132,25 @@ def import_evaluator():
     try:
         from pairwise import evaluator
     except ImportError:
-        exit_with(
-            f"the C++ evaluator is not built for this Python; build it with: {BUILD_COMMAND}"
-        )
+        exit_with(f"the C++ evaluator is not built for this Python; build it with: {BUILD_COMMAND}")
     return evaluator
+
+
+def usable_cores():
+    """Count the CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def default_threads(otherwise=None):
+    """The default of --threads: OMP_NUM_THREADS where the user has set it; otherwise all cores.
+
+    Processes of one torchrun share the cores. It sets OMP_NUM_THREADS=1 by itself in each of them,
+    so that a 1 there says nothing about the user.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if threads.isdecimal() and int(threads) >= 1 and not (processes > 1 and threads == "1"):
+        return int(threads)
+    return otherwise or max(1, usable_cores() // processes)

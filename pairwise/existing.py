@@ -4,12 +4,12 @@ member_0j/source.json: {model: hub id or directory, fingerprint: of its content,
 beside it chat_template.jinja, where the model has no template of its own.
 """
 
+from pairwise import cli, provenance, run_dir
+from pairwise import reward_model as rm
+
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
-
-from pairwise import cli, provenance, run_dir
-from pairwise import reward_model as rm
 
 
 def load_reward_model(name, tokenizer, dtype, device, named="--from"):
@@ -59,21 +59,24 @@ def read_source(directory):
     return source | {"template": template if template.exists() else None}
 
 
-def score(directories, questions, args):
-    """Return the rewards of members with these directories, float32 (K, R), as members.Kind says.
+def load(run, j, base, tokenizer, dtype, device):
+    """Load member j, from base, the model that its source.json names; members.Kind has the rest."""
+    source = run / run_dir.member_name(j) / "source.json"
+    return load_reward_model(base, tokenizer, dtype, device, f"{source}:")
+
+
+def score(run, settings, questions, args):
+    """Score with every member in its own tokens and template, as members.Kind says.
 
     All models are there before the first is run."""
-    rewards = []
-    sources = [read_source(directory) for directory in directories]
-    for j, (directory, source) in enumerate(zip(directories, sources), 1):
-        named, dtype = f"{directory / 'source.json'}:", getattr(torch, source["dtype"])
-        tokenizer = rm.load_tokenizer(source["model"], source["template"], named)
-        model = load_reward_model(source["model"], tokenizer, dtype, args.device, named)
-        sequences = rm.encode_split(
-            tokenizer,
-            [question.messages for question in questions],
-            [question.responses for question in questions],
-            source["max_length"],
-        )
-        rewards.append(rm.score_sequences(model, sequences, args.micro_batch_tokens, f"member {j}"))
+    directories = [run / run_dir.member_name(j + 1) for j in range(run_dir.count_members(run))]
+    rewards, sources = [], [read_source(directory) for directory in directories]
+    chats, texts = [q.messages for q in questions], [q.responses for q in questions]
+    for j, source in enumerate(sources, 1):
+        base, named = source["model"], f"{directories[j - 1] / 'source.json'}:"
+        tokenizer = rm.load_tokenizer(base, source["template"], named)
+        sequences = rm.encode_split(tokenizer, chats, texts, source["max_length"])
+        dtype, tokens = getattr(torch, source["dtype"]), args.micro_batch_tokens
+        reward_model = load(run, j, base, tokenizer, dtype, args.device)
+        rewards.append(rm.score_sequences(reward_model, sequences, tokens, f"member {j}"))
     return np.stack(rewards)

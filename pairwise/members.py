@@ -14,15 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from pairwise import cli, existing, levels, provenance, run_dir
+from pairwise import reward_model as rm
+from pairwise.scale import adapter
+
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
-
-from pairwise import cli, existing, levels, provenance, run_dir
-from pairwise import reward_model as rm
-from pairwise.scale import adapter
 
 
 class Question(NamedTuple):
@@ -99,11 +99,6 @@ def member_directory(run, j):
     return directory
 
 
-def member_directories(run):
-    """Return the directories of all members of a run; raise InputError where one is missing."""
-    return [member_directory(run, j) for j in range(1, run_dir.count_members(run) + 1)]
-
-
 # ---- load
 
 
@@ -150,16 +145,10 @@ def load_joint(run, base, tokenizer, dtype, device):
 def load_one_of_joint(run, j, base, tokenizer, dtype, device):
     """Load member j of a joint run: the shared model with one of its heads."""
     reward_model = load_joint(run, base, tokenizer, dtype, device)
-    weight = reward_model.head.weight.detach()[j - 1 : j].clone()
-    reward_model.model.config.num_labels = reward_model.model.num_labels = 1
-    reward_model.head.weight, reward_model.head.out_features = torch.nn.Parameter(weight), 1
+    model, head = reward_model.model, reward_model.head
+    model.config.num_labels = model.num_labels = head.out_features = 1
+    head.weight = torch.nn.Parameter(head.weight.detach()[j - 1 : j].clone())
     return reward_model
-
-
-def load_existing(run, j, base, tokenizer, dtype, device):
-    """Load member j of a run of existing models; base is the model that its source.json names."""
-    source = member_directory(run, j) / "source.json"
-    return existing.load_reward_model(base, tokenizer, dtype, device, f"{source}:")
 
 
 # ---- score
@@ -175,28 +164,26 @@ def encode_questions(source, settings, questions, args):
 
 def score_each(run, settings, questions, args):
     """Score with the members of a full or lora run, one after the other."""
-    directories, base = member_directories(run), settings["base"]
-    kind, dtype = settings["train"], getattr(torch, settings["dtype"])
-    source = directories[0] if kind == "full" else base
+    base, dtype = settings["base"], getattr(torch, settings["dtype"])
+    source = member_directory(run, 1) if settings["train"] == "full" else base
     tokenizer, sequences = encode_questions(source, settings, questions, args)
-    rewards = []
-    for j in range(1, len(directories) + 1):
-        reward_model = KINDS[kind].load(run, j, base, tokenizer, dtype, args.device)
-        tokens, label = args.micro_batch_tokens, f"member {j}"
-        rewards.append(rm.score_sequences(reward_model, sequences, tokens, label))
+    rewards, tokens = [], args.micro_batch_tokens
+    for j in range(1, run_dir.count_members(run) + 1):
+        reward_model = load_member(run, j, base, tokenizer, dtype, args.device)
+        rewards.append(rm.score_sequences(reward_model, sequences, tokens, f"member {j}"))
     return np.stack(rewards)
 
 
 def score_frozen(run, settings, questions, args):
     """Score with the heads of a head run: they share one pass over the base."""
-    directories = member_directories(run)
-    return score_heads(map(load_head, directories), settings, questions, args)
+    numbers = range(1, run_dir.count_members(run) + 1)
+    weights = [load_head(member_directory(run, j)) for j in numbers]
+    return score_heads(torch.cat(weights), settings, questions, args)
 
 
 def score_heads(weights, settings, questions, args):
-    """Score with heads on the frozen base; weights: tensors (heads, d)."""
+    """Score with K heads on the frozen base; weights: float32 (K, d)."""
     base, dtype = settings["base"], getattr(torch, settings["dtype"])
-    weights = torch.cat(list(weights))
     tokenizer, sequences = encode_questions(base, settings, questions, args)
     reward_model = rm.load_base(base, tokenizer, dtype, args.device)
     features = torch.from_numpy(rm.features_of(reward_model, sequences, args.micro_batch_tokens))
@@ -206,18 +193,12 @@ def score_heads(weights, settings, questions, args):
 def score_joint(run, settings, questions, args):
     """Score with all heads of a joint run in one pass."""
     if settings["train"] == "head":
-        return score_heads([load_head(run / "joint")], settings, questions, args)
+        return score_heads(load_head(run / "joint"), settings, questions, args)
     tokenizer, sequences = encode_questions(run / "joint", settings, questions, args)
     dtype = getattr(torch, settings["dtype"])
     reward_model = load_joint(run, settings["base"], tokenizer, dtype, args.device)
     rewards = rm.score_sequences(reward_model, sequences, args.micro_batch_tokens, "joint")
     return np.ascontiguousarray(rewards.T)
-
-
-def score_existing(run, settings, questions, args):
-    """Score with existing models, each with its own tokens and template."""
-    directories = member_directories(run)
-    return existing.score(directories, questions, args)
 
 
 def score_hardened(run, settings, questions, args):
@@ -242,7 +223,6 @@ def save_frozen(weight, directory, tokenizer, base):
 
 
 def save_joint(trained, directory, tokenizer, base):
-    """Save K heads on a frozen base, a tensor, or the RewardModel that they share."""
     save = save_frozen if isinstance(trained, torch.Tensor) else save_full
     save(trained, directory, tokenizer, base)
 
@@ -263,7 +243,7 @@ KINDS = {
     "lora": Kind(save_lora, load_lora, score_each),
     "head": Kind(save_frozen, load_frozen, score_frozen),
     "joint": Kind(save_joint, load_one_of_joint, score_joint),
-    "existing": Kind(None, load_existing, score_existing),
+    "existing": Kind(None, existing.load, existing.score),
     "hardened": Kind(None, None, score_hardened),
     "pruned": Kind(None, load_member, rewards_of_run),
 }
@@ -277,12 +257,8 @@ def add_arguments(parser):
     add = parser.add_argument
     add("--run", required=True, type=Path, help="a trained run directory")
     add("--base", help="the base model, where it is no longer where the run found it")
-    add(
-        "--micro-batch-tokens",
-        type=cli.natural,
-        default=8192 if torch.cuda.is_available() else 1024,
-        help="tokens run in one forward pass",
-    )
+    tokens, words = 8192 if torch.cuda.is_available() else 1024, "tokens run in one forward pass"
+    add("--micro-batch-tokens", type=cli.natural, default=tokens, help=words)
     rm.add_flags(parser)
 
 
@@ -314,8 +290,7 @@ def open_run(args, samples=False):
             f"{run} are, each member's source.json says"
         )
     # A directory of all weights has base and template in it.
-    if kind != "existing" and (
-        samples or entry["settings"]["train"] != "full" or args.chat_template
-    ):
+    needs_base = samples or args.chat_template or entry["settings"]["train"] != "full"
+    if kind != "existing" and needs_base:
         provenance.check_base(entry, base, args.chat_template)
     return alpha, entry["settings"] | {"base": base}

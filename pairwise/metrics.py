@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import expit
 
-from pairwise import cli, run_dir, theory, weights
+from pairwise import cli, run_dir, theory
 
 evaluator = cli.import_evaluator()
 
@@ -42,7 +42,7 @@ def coin_flip(p):
 class Ratio(NamedTuple):
     """The figure sum(top) / sum(bottom), sums over prompts.
 
-    top float64 (P, ..), None for a figure that does not exist; bottom (P,), or shaped like top.
+    top float64 (P, ..), None for a figure that does not exist; bottom (P,) or shaped like top.
     """
 
     top: np.ndarray | None
@@ -66,8 +66,8 @@ class Correlation(NamedTuple):
 
 
 def estimate(figures, resamples, seed):
-    """Copy nested dicts and lists, with the value of every Ratio and Correlation in its place, `name`,
-    and beside it, as `name_ci`, its 95 % percentile interval over resampled prompts.
+    """Copy nested dicts and lists; every Ratio and Correlation `name` becomes its value, and its 95 %
+    percentile interval over resampled prompts stands beside it as `name_ci`.
 
     All figures of a call see the same resampled prompts. Values and intervals are nested lists of
     shapes (..) and (.., 2); they are None where the bottom is zero or the figure does not exist.
@@ -91,7 +91,7 @@ def estimate(figures, resamples, seed):
 
     result = copied(figures)
     sums = [array for figure, _, _ in waiting for array in figure]
-    drawn = iter(drawn_sums(sums, resamples, seed) if sums else ())
+    drawn = iter(drawn_sums(sums, resamples, seed))
     for figure, name, copy in waiting:
         copy[name], limits = value_and_interval(figure, [next(drawn) for _ in figure])
         copy[f"{name}_ci"] = None if copy[name] is None else limits
@@ -112,32 +112,26 @@ def value_and_interval(figure, drawn):
         # Resamples without any pair that counts are left out.
         limits[:, column] = np.nanpercentile(values[:, column], [2.5, 97.5])
     shape = figure.top.shape[1:]
-    return listed(value.reshape(shape)), listed(limits.T.reshape(*shape, 2))
-
-
-def listed(values):
-    """Nested lists of an array, with None for NaN."""
-    if values.ndim:
-        return [listed(value) for value in values]
-    return None if np.isnan(values) else float(values)
+    arrays = value.reshape(shape), limits.T.reshape(*shape, 2)
+    return tuple(np.where(np.isnan(array), None, array).tolist() for array in arrays)
 
 
 def drawn_sums(arrays, resamples, seed):
     """Sums over resampled prompts, float64 (resamples, ..) each, of arrays float64 (P, ..).
 
-    A resample has the same prompts in all arrays. Columns that are equal, as those of many bottoms
-    are, are drawn once.
+    A resample has the same prompts in all arrays. Equal columns are drawn once: many figures have
+    the same bottom.
     """
-    columns = [column for array in arrays for column in array.reshape(len(array), -1).T]
+    columns = np.hstack([array.reshape(len(array), -1) for array in arrays]).T
     numbers = {}  # of the distinct columns, by their bytes
     places = [numbers.setdefault(column.tobytes(), len(numbers)) for column in columns]
-    distinct = np.empty((len(arrays[0]), len(numbers)))
-    distinct[:, places] = np.transpose(columns)
+    distinct = np.empty((len(columns[0]), len(numbers)))
+    distinct[:, places] = columns.T
     drawn = resampled(distinct, resamples, seed)
-    ends = np.cumsum([array[0].size for array in arrays])
+    ends = np.cumsum([array[0].size for array in arrays])[:-1]
     return [
-        drawn[:, places[end - array[0].size : end]].reshape(resamples, *array.shape[1:])
-        for array, end in zip(arrays, ends)
+        drawn.take(chosen, axis=1).reshape(resamples, *array.shape[1:])
+        for chosen, array in zip(np.split(places, ends), arrays)
     ]
 
 
@@ -157,8 +151,8 @@ def by_prompt(split, terms):
 
 
 def squared_errors(split, sums, rewards, soft, c):
-    """{figure of ERRORS: (A (P, K, K), b (P, K), c (P,))}, the sums of V V', V p and p^2 over each
-    prompt's pairs, from which `error_of` has the squared error of any mixture.
+    """{name of ERRORS: (A (P, K, K), b (P, K), c (P,))}: the sums of V V', V p and p^2 over each
+    prompt's pairs, of which `error_of` makes the squared error of any mixture.
 
     sums: evaluator.pair_statistics of the votes against p; rewards float32 (K, R); soft float64
     (K, N): sigmoid(r_j(a) - r_j(b)); c (N,): terms of the irreducible error, or None.
@@ -177,11 +171,11 @@ def squared_errors(split, sums, rewards, soft, c):
 
 
 def error_of(form, alpha):
-    """Sum of (p_hat - p)^2 = alpha'A alpha - 2 alpha'b + c, whose mean over pairs is the calibration
-    error (2), the Brier score.
+    """Squared error of a mixture, summed over pairs: (p_hat - p)^2 = alpha'A alpha - 2 alpha'b + c.
 
-    form: A (.., K, K), b (.., K), c (..,) of `squared_errors`; alpha float64 (.., k): the weights of
-    the first k members. Returns float64 (..,).
+    Its mean over pairs is the calibration error, equation (2), also called the Brier score. form:
+    A (.., K, K), b (.., K), c (..,) of `squared_errors`; alpha float64 (.., k): the weights of the
+    first k members. Returns float64 (..,).
     """
     k = alpha.shape[-1]
     a, b, c = form[0][..., :k, :k], form[1][..., :k], form[2]
@@ -294,21 +288,21 @@ def member_figures(split, sums, form):
 
 
 def member_rows(entry):
-    """The members of a split's entry as a list, each with the two numbers below which every beta makes
-    it an outlier (theorem 3): the infimum of Phi is unknown, and the best member's Phi and the mean
-    of min(p, 1-p) bound it."""
+    """The members of a split's entry as a list, each with the two numbers below which every beta
+    makes it an outlier (theorem 3): the infimum of Phi is unknown, and the best member's Phi and
+    the mean of min(p, 1-p) bound it."""
     excess, phis = entry["ensemble"][-1]["excess"], entry["members"]["disagreement"]
+    bounds = min(phis), 1 - entry["majority_mean"]
     rows = []
     for j, phi in enumerate(phis):
         row = {"j": j + 1} | {name: values[j] for name, values in entry["members"].items()}
         if row["accuracy"] is None:  # no pair has a majority
             row["accuracy_ci"] = None
-        row["outlier_below"] = None
-        if excess is not None:
-            row["outlier_below"] = [
-                theory.outlier_below(phi, bound, max(0.0, excess))
-                for bound in (min(phis), 1 - entry["majority_mean"])
-            ]
+        row["outlier_below"] = (
+            None
+            if excess is None
+            else [theory.outlier_below(phi, bound, max(0.0, excess)) for bound in bounds]
+        )
         rows.append(row)
     return rows
 
@@ -349,8 +343,8 @@ def group_figures(split, p_hat):
 
 
 def by_label(labels):
-    """[({label, labels}, bool (P,))]: the LABELS most frequent labels of the prompts, and the others
-    together as None with their number; None with the number 1 are the prompts without a label."""
+    """[({label, labels}, bool (P,))]: the LABELS most frequent labels of the prompts, and the
+    others together as None with their number; None and 1 stand for prompts without a label."""
     counts = collections.Counter(labels)
     order = sorted(counts, key=lambda label: (-counts[label], str(label)))
     size = len(order) if len(order) <= LABELS + 1 else LABELS  # others are two labels at least
@@ -362,51 +356,12 @@ def by_label(labels):
     return [(head, of_prompt == i) for i, head in enumerate(heads)]
 
 
-# ---- weights fitted anew
-
-
-def refitted_weights(split, rewards, sizes, resamples, seed):
-    """{k: float64 (resamples, k)} of sizes k: the weights fitted to each resample of the prompts.
-
-    split: the train pairs that the weights were fitted to; rewards float32 (K, R).
-    """
-    from tqdm import tqdm  # only here: without it, numbers are derived where it is not installed
-
-    sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
-    sums = [sums[name] for name in ("vote_vote", "vote_p", "p_p", "pairs")]
-    matrices = [
-        weights.error_matrix(vote_vote / n, vote_p / n, p_p / n)
-        for vote_vote, vote_p, p_p, n in zip(*drawn_sums(sums, resamples, seed))
-    ]
-    show = {"unit": "resample", "leave": False, "mininterval": 1, "disable": None}
-    return {
-        k: np.array(
-            [weights.simplex_weights(q[:k, :k]) for q in tqdm(matrices, f"weights of {k}", **show)]
-        )
-        for k in sizes
-    }
-
-
-def refitted_intervals(forms, pairs, alphas, resamples, seed):
-    """{k: {NAME_refit_ci: limits}}: intervals that also hold what the weights owe to chance.
-
-    forms: `squared_errors` of a split; pairs (P,); alphas: `refitted_weights`.
-    """
-    sums = drawn_sums([*itertools.chain(*forms.values()), pairs], resamples, seed)
-    forms = {name: sums[3 * i : 3 * i + 3] for i, name in enumerate(forms)}
-    limits = {k: {} for k in alphas}
-    for (k, alpha), (name, form) in itertools.product(alphas.items(), forms.items()):
-        errors = not_negative(name, error_of(form, alpha)) / sums[-1]
-        limits[k][f"{name}_refit_ci"] = np.percentile(errors, [2.5, 97.5]).tolist()
-    return limits
-
-
 # ---- a run's files
 
 
 def read_prefixes(run):
-    """The entries of weights.json, {k, alpha, fit, ..}. Raises InputError unless they are of as many
-    members as the rewards."""
+    """The entries of weights.json, {k, alpha, fit, ..}. Raises InputError unless they are of as
+    many members as the rewards."""
     k, path = run_dir.count_members(run), run / "weights.json"
     prefixes = run_dir.read_json(path)
     try:
@@ -427,12 +382,9 @@ def read_prefixes(run):
 
 
 def trained_on_p(run):
-    """Whether member 1 was trained on the vote fractions, as far as the manifest says: then its sigmoid
-    is a soft model of them."""
-    stages = run_dir.read_json(run / "manifest.json", {}).get("stages", {})
-    settings = stages.get("member_01", {}).get("settings", {})
-    return (
-        not {"joint", "harden"} & stages.keys()
-        and settings.get("train") != "from"
-        and settings.get("loss", "mse") in ("mse", "bce")
-    )
+    """Whether member 1 was trained on the vote fractions, as far as the manifest says: then its
+    sigmoid is a soft model of them."""
+    if run_dir.kind_of(run, beneath=True) in ("joint", "hardened", "existing"):
+        return False
+    settings = run_dir.stages(run).get(run_dir.member_name(1), {}).get("settings", {})
+    return settings.get("loss", "mse") in ("mse", "bce")

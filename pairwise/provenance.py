@@ -3,9 +3,9 @@
 import hashlib
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from pairwise import cli, run_dir
+
+from transformers import AutoConfig
 
 
 def fingerprint(base):

@@ -148,6 +148,7 @@ def origin(stages):
     shown_alone = ("target", "train", "base", "seed")
     keys = dict.fromkeys(key for entry in settings for key in entry if key not in shown_alone)
     others = {key: ", ".join(distinct(settings, key)) for key in keys}
+    commits = distinct(stages.values(), "git_commit")  # "+" at the end: changed since
     versions = {k: v for stage in stages.values() for k, v in (stage.get("versions") or {}).items()}
     return {
         "base": distinct([*settings, *stages.values()], "base"),
@@ -157,7 +158,7 @@ def origin(stages):
         "data_seeds": distinct([stages.get("data", {}).get("settings") or {}], "seed"),
         "settings": [f"{key} {text}" for key, text in others.items() if text],
         "dates": sorted(distinct(stages.values(), "date")),
-        "commits": distinct(stages.values(), "git_commit"),
+        "commits": [x[:12] + "+" * x.endswith("+") for x in commits],
         "versions": [f"{name} {version}" for name, version in sorted(versions.items())],
         "commands": list(dict.fromkeys(x["command"] for x in stages.values() if x.get("command"))),
     }

@@ -1,13 +1,15 @@
-"""A reward model: a base model with a scalar head, one encode() for every use, and the forward pass.
+"""A reward model: a base model with a scalar head, one encode() for all, and the forward pass.
 
 Parameters may be BF16; the head, the rewards and everything after them are float32.
 """
 
 import argparse
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from pairwise import cli
+from pairwise.scale import packed, parallel, passes
 
 import jinja2
 import numpy as np
@@ -15,9 +17,6 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
-
-from pairwise import cli
-from pairwise.scale import packed, parallel, passes
 
 # Our own progress bars say more, and what a checkpoint lacks is checked here instead of told.
 transformers_logging.disable_progress_bar()
@@ -180,18 +179,10 @@ def add_flags(parser):
     """Add the flags of every script that runs a model."""
     add = parser.add_argument
     add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
-    add(
-        "--threads",
-        type=cli.natural,
-        default=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-        help="CPU threads (default: all; of several processes, of each its share)",
-    )
-    add(
-        "--device",
-        type=device,
-        default=device(),
-        help="cpu or cuda (default: cuda where there is one)",
-    )
+    words = "CPU threads (default: OMP_NUM_THREADS, else all; of several processes, its share)"
+    add("--threads", type=cli.natural, default=cli.default_threads(), help=words)
+    words = "cpu or cuda (default: cuda where there is one)"
+    add("--device", type=device, default=device(), help=words)
 
 
 def read_model(auto_class, name, named, failure="the model could not be loaded", **options):
@@ -279,11 +270,6 @@ def last_hidden(model, ids, mask):
     return hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1].float()
 
 
-def rewards_of(reward_model, ids, mask):
-    """Return the rewards r_theta(x, y), float32 (n,): the head on the last real token."""
-    return reward_model.head(last_hidden(reward_model.model, ids, mask)).squeeze(-1)
-
-
 def hidden_of_batch(reward_model, sequences):
     """Return what the head sees, float32 (n, d), with gradient; sequences: n lists of token ids."""
     model = reward_model.model
@@ -293,7 +279,8 @@ def hidden_of_batch(reward_model, sequences):
 
 
 def rewards_of_batch(reward_model, sequences, tokens=None):
-    """Return the rewards of n lists of token ids, float32 (n,), of K heads (n, K), with gradient.
+    """Return the rewards r_theta(x, y) of n lists of token ids, float32 (n,), of K heads (n, K),
+    with gradient: the head on the last real token.
 
     They are run in one forward pass. Where that is more than `tokens` tokens, in several, each run
     again in the backward pass: a third more work, and memory for one of them."""

@@ -1,8 +1,16 @@
-"""train_rm.py --from: existing reward models as members, with the rewards that transformers gives, through weights, report and score.py."""
+"""extras/adopt.py: existing reward models as members, with the rewards that transformers gives,
+through weights, report and score.py.
+"""
 
 import json
 import shutil
 
+import evaluate
+import score
+from pairwise.cli import InputError
+from pairwise.data import read_split
+
+import adopt
 import numpy as np
 import pytest
 import torch
@@ -15,11 +23,6 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
 )
-
-import evaluate
-import score
-from pairwise.cli import InputError
-from pairwise.data import read_split
 
 
 def make_model(tokenizer, directory, seed, outputs=1, **changes):
@@ -42,7 +45,9 @@ def make_model(tokenizer, directory, seed, outputs=1, **changes):
 
 @pytest.fixture(scope="module")
 def models(demo, data, tokenizer, tmp_path_factory):
-    """Three models of different sizes, tokens and templates; of the second, padding is the token that ends its template; the third is an encoder."""
+    """Three models of different sizes, tokens and templates; of the second, padding is the token
+    that ends its template; the third is an encoder.
+    """
     folder, texts = tmp_path_factory.mktemp("models"), sum(read_split(data, "train").responses, [])
     other = demo.train_tokenizer(texts, 300)
     other.chat_template = (
@@ -82,14 +87,9 @@ def models(demo, data, tokenizer, tmp_path_factory):
     ]
 
 
-def adopt(run, model, j=1, *flags):
-    import train_rm
-
-    train_rm.main(
-        train_rm.parse_args(
-            ["--run", str(run), "--from", str(model), "--iteration", str(j), *FLAGS, *flags]
-        )
-    )
+def adopt_model(run, model, j=1, *flags):
+    words = ["--run", str(run), "--model", str(model), "--iteration", str(j)]
+    adopt.main(adopt.parse_args([*words, *FLAGS, *flags]))
 
 
 def by_transformers(model, messages, responses):
@@ -116,7 +116,7 @@ def ensemble(data, full_run, models, tmp_path_factory):
     run = fresh(data, tmp_path_factory.mktemp("ensemble"))
     shutil.copy(full_run / "continuations.parquet", run)
     for j, model in enumerate(models, 1):
-        adopt(run, model, j, *(("--max-length", "200") if j == 3 else ()))
+        adopt_model(run, model, j, *(("--max-length", "200") if j == 3 else ()))
         fit(run)
     return run
 
@@ -229,10 +229,10 @@ def test_a_template_of_ones_own_is_kept(data, models, tmp_path):
         fresh(data, tmp_path),
     )
     (bare / "chat_template.jinja").unlink()
-    with pytest.raises(InputError, match=f"--from {bare} has no chat template; name a Jinja file"):
-        adopt(run, bare)
+    with pytest.raises(InputError, match=f"--model {bare} has no chat template; name a Jinja file"):
+        adopt_model(run, bare)
     template.write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
-    adopt(run, bare, 1, "--chat-template", str(template))
+    adopt_model(run, bare, 1, "--chat-template", str(template))
     fit(run)
     template.unlink()
     path = questions(run, tmp_path / "mine.jsonl")
@@ -248,7 +248,7 @@ def test_again_it_is_skipped_and_others_are_refused(
 ):
     run = fresh(ensemble, tmp_path)
     before = (run / "manifest.json").read_bytes()
-    adopt(run, models[0])
+    adopt_model(run, models[0])
     assert (
         "is there, skipped" in capsys.readouterr().out
         and (run / "manifest.json").read_bytes() == before
@@ -258,19 +258,19 @@ def test_again_it_is_skipped_and_others_are_refused(
         ((models[0], 1, "--max-length", "64"), "max-length was 2048, is 64"),
     ):
         with pytest.raises(InputError, match=said):
-            adopt(run, *words)
+            adopt_model(run, *words)
     for j in (1, 4):
         with pytest.raises(InputError, match="train was from, is head"):
             train(run, base, *HEAD, iteration=j)
     trained = fresh(head_run.run, tmp_path, "trained")
     with pytest.raises(InputError, match="train was head, is from"):
-        adopt(trained, models[0])
-    with pytest.raises(InputError, match="member 1 is not one of --from"):
-        adopt(trained, models[0], 3)
+        adopt_model(trained, models[0])
+    with pytest.raises(InputError, match="member 1 is not an existing model"):
+        adopt_model(trained, models[0], 3)
     assert not (trained / "member_03").exists() and (run / "manifest.json").read_bytes() == before
 
 
-def test_refused_models(data, tokenizer, base, models, tmp_path, capsys):
+def test_refused_models(data, tokenizer, base, tmp_path):
     run = fresh(data, tmp_path)
     for model, said in (
         (
@@ -281,17 +281,10 @@ def test_refused_models(data, tokenizer, base, models, tmp_path, capsys):
         (tmp_path / "none", "no tokenizer could be loaded"),
     ):
         with pytest.raises(InputError, match=said) as error:
-            adopt(run, model)
-        assert str(error.value).startswith(f"--from {model}: ") and "\n" not in str(error.value)
+            adopt_model(run, model)
+        assert str(error.value).startswith(f"--model {model}: ") and "\n" not in str(error.value)
     assert (
         not list(run.glob("member_*"))
         and not (run / "rewards").exists()
         and "member_01" not in manifest(run)
     )
-    for words, said in (
-        (["--base", "x"], "not allowed with argument"),
-        (["--plan"], "not allowed with argument"),
-    ):
-        with pytest.raises(SystemExit):
-            adopt(run, models[0], 1, *words)
-        assert said in capsys.readouterr().err

@@ -1,20 +1,22 @@
-"""Joint training: the mixture's loss against brute force, the run it makes, one model of K heads and the members split off it."""
+"""Joint training: the mixture's loss against brute force, the run it makes, one model of K heads
+and the members split off it.
+"""
 
 import json
-
-import numpy as np
-import pytest
-import torch
-import train_joint
-from conftest import FLAGS, FULL, fit, fresh, leftovers, manifest, rewards, train
-from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification
 
 import score
 from pairwise import reward_model as rm
 from pairwise import training
 from pairwise.cli import InputError
 from pairwise.data import Split, read_split
+
+import numpy as np
+import pytest
+import torch
+import train_joint
+from conftest import FLAGS, FULL, export, fit, fresh, leftovers, manifest, rewards, train
+from safetensors import safe_open
+from transformers import AutoModelForSequenceClassification
 
 KINDS = {"full": FULL, "head": ("--train", "head", "--epochs", "5")}
 
@@ -81,7 +83,9 @@ def test_loss_of_one_head_swap_and_order():
 
 
 def test_finds_two_opposed_viewpoints():
-    """Half of the voters follow a direction, half another: K = 2 heads recover them, which no single reward can."""
+    """Half of the voters follow a direction, half another: K = 2 heads recover them, which no
+    single reward can.
+    """
     rng = np.random.default_rng(0)
     x, w = (
         rng.normal(size=(400, 6)).astype(np.float32),
@@ -105,9 +109,10 @@ def test_finds_two_opposed_viewpoints():
     args = train_joint.parse_args(["--run", "x", "--base", "x", "--k", "2", "--train", "head"])
     weight, logits = torch.nn.Parameter(torch.empty(2, 6)), torch.nn.Parameter(torch.zeros(2))
     train_joint.draw_heads(weight, 0)
-    loss = lambda first, second, target, done: train_joint.mixture_error(
-        first, second, target, logits, 4.0**done
-    )
+
+    def loss(first, second, target, done):
+        return train_joint.mixture_error(first, second, target, logits, 4.0**done)
+
     with open("/dev/null", "w") as log:
         training.train_head(
             args,
@@ -151,7 +156,9 @@ def test_writes_what_the_others_read(run, data, base):
 
 
 def test_one_model_gives_all_rewards(runs, base, tokenizer):
-    """joint/ of a full run is a plain num_labels=3 model, whose outputs in a padded batch are the stored rewards."""
+    """joint/ of a full run is a plain num_labels=3 model, whose outputs in a padded batch are the
+    stored rewards.
+    """
     model, info = AutoModelForSequenceClassification.from_pretrained(
         runs["full"] / "joint", dtype=torch.float32, output_loading_info=True
     )
@@ -178,11 +185,7 @@ def test_one_model_gives_all_rewards(runs, base, tokenizer):
 def test_export_and_score(runs, base, tmp_path):
     for kind, source in runs.items():
         run = fresh(source, tmp_path, kind)
-        train_joint.main(
-            train_joint.parse_args(
-                ["--run", str(run), "--base", str(base), "--export", "2", *FLAGS]
-            )
-        )
+        export(run, base, 2)
         member, info = AutoModelForSequenceClassification.from_pretrained(
             run / "member_02", dtype=torch.float32, output_loading_info=True
         )
@@ -199,12 +202,8 @@ def test_export_and_score(runs, base, tmp_path):
         with torch.no_grad():
             found = member(input_ids=torch.tensor([sequences[0]])).logits.item()
         assert found == pytest.approx(float(rewards(run, 2)[0]), abs=2e-5)
-        with pytest.raises(InputError, match="already there"):
-            train_joint.main(
-                train_joint.parse_args(
-                    ["--run", str(run), "--base", str(base), "--export", "2", *FLAGS]
-                )
-            )
+        with pytest.raises(InputError, match="already a plain directory"):
+            export(run, base, 2)
         questions = tmp_path / f"{kind}.jsonl"
         questions.write_text(
             "".join(

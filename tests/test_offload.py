@@ -101,7 +101,7 @@ def run_plainly(dtype, steps, seed=0):
 
 
 def masters_of(offload):
-    return [part.value() for part in offload.parts]
+    return [param.value() for param in offload.params]
 
 
 def steps_of(offload, model, steps):
@@ -117,7 +117,7 @@ def share_of_all(share, dtype):
         None
         if share is None
         else int(
-            share * 4 * sum(part.numbers for part in Offload(groups_of(tiny(dtype)), soap).parts)
+            share * 4 * sum(part.numbers for part in Offload(groups_of(tiny(dtype)), soap).params)
         )
     )
 
@@ -143,9 +143,9 @@ def test_masters_hold_what_bfloat16_cannot():
     model = tiny(torch.bfloat16)
     offload = Offload(groups_of(model), soap, 0)
     steps_of(offload, model, range(2))
-    for master, part in zip(masters_of(offload), offload.parts):
+    for master, part in zip(masters_of(offload), offload.params):
         assert torch.equal(master.to(part.p.dtype), part.p)
-    assert not torch.equal(masters_of(offload)[0], offload.parts[0].p.float())
+    assert not torch.equal(masters_of(offload)[0], offload.params[0].p.float())
 
 
 def test_state_shapes_are_the_library_s():
@@ -189,12 +189,12 @@ def test_buffers_are_allocated_once_and_hold_the_largest():
     model = tiny(torch.bfloat16)
     offload = Offload(groups_of(model), soap, 0)
     places = [offload.host.data_ptr(), *(buffer.data_ptr() for buffer in offload.buffers)]
-    assert offload.buffers[0].nbytes == 4 * max(part.numbers for part in offload.parts)
+    assert offload.buffers[0].nbytes == 4 * max(part.numbers for part in offload.params)
     steps_of(offload, model, range(4))
     assert [offload.host.data_ptr(), *(buffer.data_ptr() for buffer in offload.buffers)] == places
     assert all(
         places[0] <= part.host.data_ptr() < places[0] + offload.host.nbytes
-        for part in offload.parts
+        for part in offload.params
     )
     held = [
         t
@@ -261,7 +261,7 @@ def streams(monkeypatch):
         lambda device: SimpleNamespace(wait_event=lambda event: event[0].run(event[1])),
     )
     monkeypatch.setattr(
-        "pairwise.offload._side_stream", lambda device: made.append(SideStream()) or made[-1]
+        "pairwise.scale.offload._side_stream", lambda device: made.append(SideStream()) or made[-1]
     )
     return made
 
@@ -336,7 +336,7 @@ def test_only_safetensors_and_json(tmp_path):
     size = sum(
         path.stat().st_size for path in (tmp_path / "checkpoint_01").rglob("[0-9]*.safetensors")
     )
-    assert offload.nbytes * 0.98 < size < offload.nbytes + 500 * len(offload.parts)
+    assert offload.nbytes * 0.98 < size < offload.nbytes + 500 * len(offload.params)
 
 
 HARNESS = """
@@ -359,7 +359,7 @@ def dying(owner, name, number):
     setattr(owner, name, counted)
 
 PLACES = {"step": (offload.Offload, "step"), "file": (offload, "save_file"), "random": (checkpoint, "save_file"), "rename": (os, "replace"),
-          "removal": (checkpoint.shutil, "rmtree"), "sync": (os, "fsync"), "member": (train_rm.rm, "save_member"), "end": (train_rm, "end_stage")}
+          "removal": (checkpoint.shutil, "rmtree"), "sync": (os, "fsync"), "member": (train_rm.stages.members, "save_member"), "end": (run_dir, "end_stage")}
 
 def forked(run, *death):
     child = os.fork()

@@ -27,7 +27,7 @@ HARNESS = """
 import json, os, signal, sys, threading
 from pathlib import Path
 import torch, tqdm, train_rm
-from pairwise import run_dir, training
+from pairwise import cli, run_dir, training
 from pairwise.scale import checkpoint, offload
 
 PLACES = {"step": (offload.Offload, "step"), "file": (offload, "save_file"), "sync": (os, "fsync"), "error": (torch, "sigmoid")}
@@ -44,7 +44,7 @@ def held(path):
     close = offload.Offload.close
     def told(self):
         tensors = [t for state in self.optimizer.state.values() for t in offload._tensors(state)]
-        tensors += [part.master for part in self.parts if part.twin]
+        tensors += [part.master for part in self.params if part.has_master]
         Path(path).write_text(str(sum(t.untyped_storage().nbytes() for t in tensors)))
         close(self)
     offload.Offload.close = told
@@ -58,7 +58,7 @@ def process(rank, job):
     if job.get("held"):
         held(f"{job['run']}-held-{rank}")
     sys.argv[0] = "train_rm.py"
-    run_dir.run_main(train_rm.main, train_rm.parse_args(["--run", job["run"], "--iteration", "1", *flags, *job["flags"]]))
+    cli.run_main(train_rm.main, train_rm.parse_args(["--run", job["run"], "--iteration", "1", *flags, *job["flags"]]))
 
 def started(rank, job, store):
     child = os.fork()
@@ -256,7 +256,7 @@ def test_an_error_is_told_once(ran):
         and "a prompt of this step (demo-" in said[1]
     )
     (line,) = (ran[0] / "head.stderr").read_text().splitlines()
-    assert line.startswith("train_rm.py: error: 2 processes found, 1 expected: --train head, ")
+    assert line.startswith("train_rm.py: error: 2 processes found, 1 expected: --train head ")
     assert not leftovers(ran[0] / "nan") and not any((ran[0] / "nan").glob("[mlr]*/*01*"))
 
 
@@ -318,14 +318,14 @@ def test_run_all_starts_it(tmp_path, flags, expected):
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ | {"PYTHON": str(tmp_path / "python")},
+        env=os.environ | {"PYTHON": str(tmp_path / "python"), "OMP_NUM_THREADS": ""},
     )
     lines = [
         line
         for line in done.stdout.replace(f"{REPOSITORY}/", "").splitlines()
         if "--iteration" in line and not line.startswith("- ")
     ]
-    words = f"--base {tmp_path}/run/base --lr 3e-3 --threads 2 --dtype float32"
+    words = f"--base {tmp_path}/run/base --threads 1 --lr 3e-3 --dtype float32"
     assert lines == [f"{expected} --run {tmp_path}/run --iteration {j} {words}" for j in (1, 2)]
 
 

@@ -1,4 +1,4 @@
-"""train_rm.py --plan: bytes against the tensors of a real step, activations against the peak of backward(), and the lines that are printed."""
+"""extras/plan.py: bytes against a real step, activations against a peak, and what it prints."""
 
 import json
 import weakref
@@ -6,25 +6,22 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import fresh
+from conftest import fresh, script
 from pytorch_optimizer import SOAP
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
 
-import train_rm
+from pairwise import cli, training
 from pairwise import reward_model as rm
-from pairwise import training
-from pairwise.cli import InputError
-from pairwise.data import read_splits
-from pairwise.scale import adapter, budget
-from pairwise.scale.offload import Offload, recompute_activations
+from pairwise.scale import adapter, budget, offload
 
+plan = script("plan")
 GIB = 2**30
 
 
 def arguments(*flags):
-    return train_rm.parse_args(["--plan", "--base", "llama-3-8b", *flags])
+    return plan.parse_args(["--base", "llama-3-8b", *map(str, flags)])
 
 
 def config_of(kind, h=48, m=96, layers=2, heads=4, kv=2, vocab=200):
@@ -39,114 +36,78 @@ def config_of(kind, h=48, m=96, layers=2, heads=4, kv=2, vocab=200):
 
 
 def test_llama_3_8b():
-    config, model = budget.describe("llama-3-8b", torch.bfloat16)
-    assert sum(p.numel() for p in model.parameters()) == 7_504_928_768 and {
-        p.device.type for p in model.parameters()
-    } == {"meta"}
-    args = arguments()
-    groups = training.parameter_groups(model)
-    for dim, gib in (
-        (4096, 36.6),
-        (14335, 36.6),
-        (14336, 184),
-        (1024, 0.5),
-    ):  # computed by hand from the shapes
-        found = (
-            sum(
-                budget.optimizer_bytes(p, d)["preconditioners"]
-                for d, group in zip((dim, 1), groups)
-                for p in group
-            )
-            / GIB
-        )
-        assert found == pytest.approx(gib, rel=0.01), dim
-    rows, fits = budget.memory(model, groups, args, 80e9)
-    assert (
-        fits
-        and 70e9 < sum(card for card, _ in rows.values()) <= 80e9
-        and 100e9 < sum(host for _, host in rows.values()) < 130e9
-    )
-    rows, fits = budget.memory(model, groups, args, 80e9, 0)
-    assert (
-        fits
-        and sum(card for card, _ in rows.values()) < 76e9
-        and sum(host for _, host in rows.values()) == pytest.approx(129e9, rel=0.01)
-    )
-    assert budget.memory(model, groups, args, 250e9)[0]["masters, float32"][1] == 0
-    for card, optimizer_memory in ((24e9, None), (48e9, None), (80e9, 60 * GIB)):
-        assert not budget.memory(model, groups, args, card, optimizer_memory)[1]
+    model, groups = plan.describe(arguments())
+    assert sum(p.numel() for p in model.parameters()) == 7_504_928_768
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    # These were computed by hand from the shapes.
+    for dim, gib in ((4096, 36.6), (14335, 36.6), (14336, 184), (1024, 0.5)):
+        parameters = budget.with_dims(groups, dim)
+        nbytes = sum(budget.optimizer_bytes(p, d)["preconditioners"] for p, d in parameters)
+        assert nbytes / GIB == pytest.approx(gib, rel=0.01), dim
+    card, host = plan.totals(plan.memory(model, groups, arguments()))
+    assert 70e9 < card <= 80e9 and 100e9 < host < 130e9
+    card, host = plan.totals(plan.memory(model, groups, arguments("--optimizer-memory-gb", 0)))
+    assert card < 76e9 and host == pytest.approx(129e9, rel=0.01)
+    rows = plan.memory(model, groups, arguments("--gpu-gb", 250))
+    assert rows["masters, float32"][1] == 0
+    for card, flags in ((24e9, ()), (48e9, ()), (80e9, ("--optimizer-memory-gb", 60))):
+        args = arguments("--gpu-gb", card / 1e9, *flags)
+        assert plan.totals(plan.memory(model, groups, args))[0] > card
 
 
 @pytest.mark.parametrize("kind, tied", [(LlamaConfig, False), (Qwen2Config, True)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("dim, rank", [(4096, None), (48, None), (5, 5)])
 def test_tensor_bytes_are_those_of_a_real_step(kind, tied, dtype, dim, rank, tmp_path):
-    """Of all parameters, or of adapters of a rank."""
+    """They are, of all parameters, or of adapters of a rank."""
     config = config_of(kind)
     config.tie_word_embeddings = tied
     config.save_pretrained(tmp_path)
-    config, model = budget.describe(str(tmp_path), getattr(torch, dtype), rank)
-    args = arguments(
-        "--dtype",
-        dtype,
-        *(
-            ("--train", "lora", "--lora-rank", str(rank))
-            if rank
-            else ("--max-precondition-dim", str(dim))
-        ),
+    kind_flags = (
+        ("--train", "lora", "--lora-rank", rank) if rank else ("--max-precondition-dim", dim)
     )
-    rows, _ = budget.memory(model, training.parameter_groups(model), args, 80e9)
-    real = AutoModelForSequenceClassification.from_config(config, dtype=getattr(torch, dtype))
+    args = arguments("--base", tmp_path, "--dtype", dtype, *kind_flags)
+    model, groups = plan.describe(args)
+    rows = plan.memory(model, groups, args)
+    real = AutoModelForSequenceClassification.from_config(model.config, dtype=getattr(torch, dtype))
     real.score.float()
     if rank:
         adapter.add(real, rank, rank)
-    groups = [
-        {"params": group, "max_precondition_dim": d}
-        for group, d in zip(training.parameter_groups(real), (dim, 1))
-    ]
-    offload = Offload(groups, lambda groups: SOAP(groups, precondition_frequency=1))
-    gradients = 0
+    optimizer = offload.Offload(
+        [
+            {"params": group, "max_precondition_dim": d}
+            for group, d in zip(training.parameter_groups(real), (dim, 1))
+        ],
+        lambda groups: SOAP(groups, precondition_frequency=1),
+    )
+    ids = torch.arange(1, 9)[None]
     for _ in range(3):
-        real.score(
-            real.model(input_ids=torch.arange(1, 9)[None], use_cache=False)
-            .last_hidden_state[:, -1]
-            .float()
-        ).sum().backward()
-        gradients = sum(g.nbytes for g in offload.gradients())
-        offload.step(1e-3)
+        hidden = real.model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+        real.score(hidden.float()).sum().backward()
+        gradients = sum(g.nbytes for g in optimizer.gradients())
+        optimizer.step(1e-3)
     adapters = sum(p.nbytes for name, p in real.named_parameters() if "lora_" in name)
-    found = {
+    states = optimizer.optimizer.state.values()
+    matrices = [t for state in states for name in ("GG", "Q") for t in state[name] if len(t)]
+    expected = {
         "weights": sum(p.nbytes for p in real.parameters()) - adapters,
         "gradients": gradients,
-        "masters": sum(part.master.nbytes for part in offload.parts if part.twin),
-        "moments": sum(
-            state[name].nbytes
-            for state in offload.optimizer.state.values()
-            for name in ("exp_avg", "exp_avg_sq")
-        ),
-        "preconditioners": sum(
-            t.nbytes
-            for state in offload.optimizer.state.values()
-            for name in ("GG", "Q")
-            for t in state[name]
-            if len(t)
-        ),
+        "masters": sum(q.master.nbytes for q in optimizer.params if q.has_master),
+        "moments": sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in states),
+        "preconditioners": sum(t.nbytes for t in matrices),
     }
-    found |= {"adapters of rank 5": adapters} if rank else {}
-    assert (
-        found
-        == {
-            name.split(",")[0]: card
-            for name, (card, _) in rows.items()
-            if name.split(",")[0] in found
-        }
-        and found["preconditioners"]
-    )
-    assert sum(host for _, host in rows.values()) == 0
+    if rank:
+        expected["adapters of rank 5"] = adapters
+    planned = {name.split(",")[0]: card for name, (card, _) in rows.items()}
+    assert {name: planned[name] for name in expected} == expected and matrices
+    assert plan.totals(rows)[1] == 0
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of the tensors alive at a time that operations have made, but for those of a parameter's shape."""
+    """It counts the bytes of the tensors that operations have made and that are alive at a time.
+
+    Those of a parameter's shape are left out.
+    """
 
     def __init__(self, model):
         super().__init__()
@@ -182,7 +143,7 @@ def test_activations(kind, dtype, width, shape, rank):
     ).eval()
     if rank:
         adapter.add(model, rank, rank)
-    recompute_activations(model)
+    offload.recompute_activations(model)
     with Peak(model) as memory:
         model.model(input_ids=torch.randint(1, 200, (4, 200)), use_cache=False).last_hidden_state[
             :, -1
@@ -194,7 +155,7 @@ def test_activations(kind, dtype, width, shape, rank):
 
 def test_activations_of_llama_3_8b():
     """Against a run on fake tensors."""
-    config = LlamaConfig(**budget.LLAMA_3_8B)
+    config = LlamaConfig(**plan.LLAMA_3_8B)
     for tokens, gb in ((4096, 2.2), (8192, 4.4), (16384, 8.9)):
         assert budget.activation_bytes(config, tokens, 2) / 1e9 == pytest.approx(gb, rel=0.03)
 
@@ -203,147 +164,109 @@ def test_the_step_s_temporary_tensors_fit():
     """What is set aside for a step of one parameter is not less than what the library takes."""
     for shape, dim in (((96, 160), 4096), ((96, 160), 96), ((128, 128), 4096), ((400, 64), 1)):
         p = torch.nn.Parameter(torch.randn(shape))
-        offload = Offload(
+        optimizer = offload.Offload(
             [{"params": [p], "max_precondition_dim": dim}],
             lambda groups: SOAP(groups, precondition_frequency=2),
         )
         for step in range(4):
             p.grad = torch.randn(shape)
+            state = optimizer.optimizer.state.get(p, {})
+            matrices = [t for name in ("GG", "Q") for t in state.get(name, ()) if len(t)]
+            moments = [state[name] for name in ("exp_avg", "exp_avg_sq") if step]
             with Peak(torch.nn.Linear(1, 1)) as memory:
-                kept = [
-                    p,
-                    p.grad,
-                    *(
-                        t
-                        for name in ("GG", "Q")
-                        for t in offload.optimizer.state.get(p, {}).get(name, ())
-                        if len(t)
-                    ),
-                ]
-                kept += [
-                    offload.optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq") if step
-                ]
-                memory.alive = {t.untyped_storage()._cdata: 0 for t in kept}
-                offload.step(1e-3)
+                known = [p, p.grad, *matrices, *moments]
+                memory.alive = {t.untyped_storage()._cdata: 0 for t in known}
+                optimizer.step(1e-3)
             if step:
                 assert memory.peak <= budget.step_bytes(p, dim)
 
 
-def test_tokens_and_pairs_are_the_data_s(data, base, tokenizer, tmp_path, capsys):
+def test_tokens_and_pairs_are_the_data_s(data, base, tokenizer, tmp_path):
     run = fresh(data, tmp_path)
-    splits, _ = read_splits(run)
-    counts, source = budget.count_tokens(
-        train_rm.parse_args(["--plan", "--run", str(run), "--base", str(base)])
-    )
+    splits, _ = plan.data.read_splits(run)
+    counts, source = plan.count_tokens(arguments("--run", run, "--base", base))
     lengths = [
         len(ids)
-        for s in splits.values()
-        for ids in rm.encode_split(tokenizer, s.messages, s.responses, None)
+        for split in splits.values()
+        for ids in rm.encode_split(tokenizer, split.messages, split.responses, None)
     ]
-    assert (counts["prompts"], counts["pairs"], counts["train"], counts["scored"]) == (
-        12,
-        72,
-        48,
-        64,
-    )
+    assert [counts[name] for name in ("prompts", "pairs", "train", "scored")] == [12, 72, 48, 64]
     assert counts["tokens"] == pytest.approx(np.mean(lengths)) and "its tokenizer" in source
-    counts, source = budget.count_tokens(arguments("--run", str(run)))
+    counts, source = plan.count_tokens(arguments("--run", run))
     assert 5 < counts["tokens"] < 60 and "characters / 4" in source
-    counts, source = budget.count_tokens(arguments("--run", "nowhere/personalllm"))
+    counts, source = plan.count_tokens(arguments("--run", "nowhere/personalllm"))
     assert counts["pairs"] == 263_256 and source.startswith("assumed: personalllm")
-    assert (
-        budget.count_steps(arguments(), counts) == 9402 / 2
-    )  # 28 pairs a prompt: two prompts in a step of 64
-    assert (
-        budget.count_steps(arguments("--pairs-per-step", "20", "--epochs", "2"), counts)
-        == 2 * 13163
-    )
+    # With 28 pairs a prompt, a step of 64 has two prompts.
+    assert plan.count_steps(arguments(), counts) == 9402 / 2
+    args = arguments("--pairs-per-step", 20, "--epochs", 2)
+    assert plan.count_steps(args, counts) == 2 * 13163
 
 
 def test_flops_by_hand():
-    """Twice the weights per token forward, four times that in training, and attention; one member's steps."""
-    config, model = budget.describe("llama-3-8b", torch.bfloat16)
+    """Twice the weights per token forward, four times that in training, and attention."""
+    model, groups = plan.describe(arguments())
     counts = {"tokens": 500, "train": 1000, "scored": 1100, "pairs": 500}
-    work, slow, products, refresh = budget.flops(
-        config, model, training.parameter_groups(model), arguments(), counts
-    )
+    work, slow, products, refresh = plan.flops(model, groups, arguments(), counts)
     dense = 7_504_928_768 - 128256 * 4096
-    assert (
-        work == pytest.approx((2 * dense + 2 * 500 * 4096 * 32) * 500 * (4 * 1000 + 1100))
-        and slow == 0
-    )
+    per_token = 2 * dense + 2 * 500 * 4096 * 32
+    assert work == pytest.approx(per_token * 500 * (4 * 1000 + 1100)) and slow == 0
     per_layer = 8 * (2 * 2 * 4096**3 + 2 * 1024 * 4096 * (1024 + 4096) + 3 * 14336 * 4096**2)
     cubes = (2 * 2 * 4096**3 + 2 * (1024**3 + 4096**3) + 3 * 4096**3) / 5
-    assert products == pytest.approx(32 * (per_layer + 2 * cubes)) and refresh == pytest.approx(
-        32 * 8 / 3 * cubes
-    )
-    assert (
-        budget.flops(
-            config, model, training.parameter_groups(model), arguments("--train", "head"), counts
-        )[0]
-        < work / 4
-    )
+    assert products == pytest.approx(32 * (per_layer + 2 * cubes))
+    assert refresh == pytest.approx(32 * 8 / 3 * cubes)
+    head = arguments("--train", "head")
+    assert plan.flops(*plan.describe(head), head, counts)[0] < work / 4
 
 
 def test_flops_of_adapters_by_hand():
-    """Frozen weights take part forward, in the recomputation and in the gradient of their input; adapters, in float32, in their own too."""
-    config, model = budget.describe("llama-3-8b", torch.bfloat16, 16)
+    """Frozen weights count forward, recomputed and in their input's gradient; adapters always."""
+    args = arguments("--train", "lora")
+    model, groups = plan.describe(args)
     counts = {"tokens": 500, "train": 1000, "scored": 1100, "pairs": 500}
-    args, groups = arguments("--train", "lora"), training.parameter_groups(model)
     adapters = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     assert sum(p.numel() for p in groups[0]) == adapters
-    work, slow, products, refresh = budget.flops(config, model, groups, args, counts)
+    work, slow, products, refresh = plan.flops(model, groups, args, counts)
     dense, attention = 7_504_928_768 - 128256 * 4096, 2 * 500 * 4096 * 32
-    assert work == pytest.approx(
-        500 * (1000 * (6 * dense + 4 * attention) + 1100 * (2 * dense + attention))
-    )
+    trained, scored = 1000 * (6 * dense + 4 * attention), 1100 * (2 * dense + attention)
+    assert work == pytest.approx(500 * (trained + scored))
     assert slow == pytest.approx(500 * (1000 * 8 + 1100 * 2) * adapters)
     assert products + refresh == pytest.approx(adapters * 8 * 16, rel=0.05)
 
 
 def test_adapters_of_llama_3_8b_fit_24_gb():
-    _, model = budget.describe("llama-3-8b", torch.bfloat16, 16)
-    groups = training.parameter_groups(model)
-    rows, fits = budget.memory(model, groups, arguments("--train", "lora"), 24e9)
-    assert fits and rows["adapters of rank 16, float32"] == (4 * 41_943_040, 0)
-    assert not budget.memory(
-        model, groups, arguments("--train", "lora", "--micro-batch-tokens", "8192"), 24e9
-    )[1]
+    flags = ("--train", "lora", "--gpu-gb", 24)
+    model, groups = plan.describe(arguments(*flags))
+    rows = plan.memory(model, groups, arguments(*flags))
+    assert rows["adapters of rank 16, float32"] == (4 * 41_943_040, 0)
+    assert plan.totals(rows)[0] <= 24e9
+    larger = plan.memory(model, groups, arguments(*flags, "--micro-batch-tokens", 8192))
+    assert plan.totals(larger)[0] > 24e9
 
 
 def test_what_is_printed(capsys):
-    train_rm.main(arguments("--gpu-gb", "80", "--members", "4"))
-    said = capsys.readouterr().out
+    plan.main(arguments("--gpu-gb", 80, "--members", 4))
+    out = capsys.readouterr().out
+    for words in ("7,504,928,768 parameters", "assumed: multipref", "4 members"):
+        assert words in out
+    assert "a card of 80 GB: full fits, with " in out
+    assert "GB of host memory; lora fits; head fits" in out
+    plan.main(arguments("--gpu-gb", 24))
     assert (
-        "7,504,928,768 parameters" in said and "assumed: multipref" in said and "4 members" in said
-    )
-    assert (
-        "a card of 80 GB: full fits, with " in said
-        and "GB of host memory; lora fits; head fits" in said
-    )
-    train_rm.main(arguments("--gpu-gb", "24"))
-    assert (
-        "a card of 24 GB: full does not fit; lora fits with --micro-batch-tokens 4096; head fits; a smaller"
-        in capsys.readouterr().out
-    )
-    train_rm.main(arguments("--gpu-gb", "24", "--train", "lora"))
-    said = capsys.readouterr().out
-    assert (
-        "a card of 24 GB: full does not fit; lora fits; head fits\n" in said
-        and "8 members: " in said
-        and "more in float32 in the adapters" in said
-    )
-    train_rm.main(arguments("--gpu-gb", "8", "--train", "head"))
+        "a card of 24 GB: full does not fit; lora fits with --micro-batch-tokens 4096; head fits; "
+        "a smaller"
+    ) in capsys.readouterr().out
+    plan.main(arguments("--gpu-gb", 24, "--train", "lora"))
+    out = capsys.readouterr().out
+    assert "a card of 24 GB: full does not fit; lora fits; head fits\n" in out
+    assert "8 members: " in out and "more in float32 in the adapters" in out
+    plan.main(arguments("--gpu-gb", 8, "--train", "head"))
     assert "full does not fit; lora does not fit; head does not fit" in capsys.readouterr().out
 
 
-def test_what_is_refused(tmp_path):
-    with pytest.raises(
-        InputError, match=f"--base {tmp_path}: no config could be read: llama-3-8b, a directory"
-    ):
-        train_rm.main(arguments("--base", str(tmp_path)))
-    with pytest.raises(SystemExit):  # --run is optional for a plan alone
-        train_rm.parse_args(["--iteration", "1", "--base", "b"])
+def test_a_base_without_a_config(tmp_path):
+    expected = f"--base {tmp_path}: no config could be read: llama-3-8b, a directory"
+    with pytest.raises(cli.InputError, match=expected):
+        plan.main(arguments("--base", tmp_path))
 
 
 def test_a_base_without_a_head(tmp_path):
@@ -355,5 +278,5 @@ def test_a_base_without_a_head(tmp_path):
         "intermediate_size": 32,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="no linear head called score"):
-        budget.describe(str(tmp_path), torch.float32)
+    with pytest.raises(cli.InputError, match="no linear head called score"):
+        plan.describe(arguments("--base", tmp_path))

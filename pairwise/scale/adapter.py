@@ -1,7 +1,8 @@
-"""Low-rank adapters (Hu et al., arXiv 2106.09685) on all linear layers of a frozen base, through PEFT, beside the reward head, which is trained too.
+"""Low-rank adapters (Hu et al., arXiv 2106.09685) on all linear layers of a frozen base, by PEFT.
 
-A linear layer W x becomes W x + (alpha / rank) B A x with A (rank, in) and B (out, rank) in float32, W in the base's dtype. PEFT is imported where
-it is used: that takes two seconds, which other kinds of training need not wait.
+A linear layer W x becomes W x + (alpha / rank) B A x with A (rank, in) and B (out, rank) in float32
+and W in the base's dtype; the reward head is trained too. PEFT is imported where it is used: that
+takes two seconds, for which other kinds of training need not wait.
 """
 
 import copy
@@ -14,27 +15,27 @@ from pairwise import cli, run_dir
 
 
 def add(model, rank, alpha):
-    """Freeze a reward model but for its head, and put adapters on the linear layers of its base; their values are draw's or load's."""
+    """Freeze a reward model but for its head, and put adapters on the linear layers of its base.
+
+    draw or load gives the adapters their values. Raises InputError where the base pools with
+    weights of its own: they are drawn with the head, and an adapter cannot carry them.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
-    if not hasattr(
-        model, "score"
-    ):  # its pooler is drawn with the head, and an adapter cannot carry it
+    if not hasattr(model, "score"):
         raise cli.InputError(
-            f"--train lora: {type(model).__name__} pools with weights of its own, which have to be trained; --train full, or a decoder, "
-            "expected"
+            f"--train lora: {type(model).__name__} pools with weights of its own, which have to be "
+            "trained; --train full, or a decoder, expected"
         )
-    inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="SEQ_CLS"),
-        model.eval(),
-    )
+    place = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, **place), model.eval())
     model.eval().score.requires_grad_(True)
     for p in trained(model).values():
         p.data = p.data.float()
 
 
 def trained(model):
-    """{name in PEFT's files: parameter} of all that is trained: every A and B, and the head."""
+    """Return {name in PEFT's files: parameter} of all that is trained: A, B and the head."""
     return {
         "base_model.model." + name.replace(".default.", "."): p
         for name, p in model.named_parameters()
@@ -43,7 +44,7 @@ def trained(model):
 
 
 def draw(model, seed):
-    """Draw every A anew as PEFT does, uniform up to 1 / sqrt(in). B is zero, so training begins at the base."""
+    """Draw every A as PEFT does, uniform up to 1 / sqrt(in); B is zero, as training starts."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in trained(model).items():
         if ".lora_A." in name:
@@ -51,60 +52,54 @@ def draw(model, seed):
 
 
 def save(model, base, directory):
-    """Write adapter_config.json and adapter_model.safetensors as PEFT does, float32, the head among the tensors."""
+    """Write adapters and head, float32, as PEFT does: a config and a safetensors file."""
     config = copy.copy(model.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = str(base), True
-    config.target_modules, config.modules_to_save = (
-        sorted(config.target_modules),
-        ["score"],
-    )  # a set has another order in every process
+    config.target_modules = sorted(config.target_modules)  # a set's order differs by process
+    config.modules_to_save = ["score"]
     config.save_pretrained(directory)
-    save_file(
-        {name: p.detach().cpu().contiguous() for name, p in trained(model).items()},
-        directory / "adapter_model.safetensors",
-        {"format": "pt"},
-    )
+    tensors = {name: p.detach().cpu().contiguous() for name, p in trained(model).items()}
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
 
 
 def load(model, directory):
-    """Put the adapters and the head that save() wrote into a base. Raises InputError where a tensor is missing, of another shape or one too many."""
-    config, path = (
-        run_dir.read_json(directory / "adapter_config.json"),
-        directory / "adapter_model.safetensors",
-    )
+    """Put the adapters and the head that save() wrote into a base.
+
+    Raises InputError where a tensor is missing, of another shape or one too many.
+    """
+    config = run_dir.read_json(directory / "adapter_config.json")
+    path = directory / "adapter_model.safetensors"
     try:
-        rank, alpha, found = config["r"], config["lora_alpha"], load_file(path)
+        rank, alpha, tensors = config["r"], config["lora_alpha"], load_file(path)
     except (KeyError, OSError, SafetensorError) as error:
-        raise cli.InputError(
-            f"{path}: no adapter could be read ({cli.first_line(error)})"
-        ) from None
+        words = cli.first_line(error)
+        raise cli.InputError(f"{path}: no adapter could be read ({words})") from None
     add(model, rank, alpha)
-    shapes = [
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        for tensors in (found, trained(model))
-    ]
-    wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: tuple(p.shape) for name, p in trained(model).items()}
+    wrong = sorted({name for name, _ in shapes.items() ^ expected.items()})
     if wrong:
+        name = wrong[0]
         raise cli.InputError(
-            f"{path}: {wrong[0]} (and {len(wrong) - 1} more): {shapes[0].get(wrong[0], 'no tensor')} found, "
-            f"{shapes[1].get(wrong[0], 'no tensor')} expected"
+            f"{path}: {name} (and {len(wrong) - 1} more): {shapes.get(name, 'no tensor')} found, "
+            f"{expected.get(name, 'no tensor')} expected"
         )
     for name, p in trained(model).items():
-        p.data.copy_(found[name])
+        p.data.copy_(tensors[name])
 
 
 def merge(model):
-    """Add every adapter to the weight beside it and take it out: a plain reward model.
+    """Add every adapter to the weight beside it and take it out, which leaves a plain reward model.
 
-    The sum is made in float32 and rounded to the weight's dtype. BF16 has 8 bits: each weight is off by up to 2^-9 of itself, and where an adapter
-    changes it by less, that change is lost or doubled. Rewards move by about as much as BF16's own rounding moves them.
+    The sum is made in float32 and rounded to the weight's dtype. BF16 has 8 bits: each weight is
+    off by up to 2^-9 of itself, and where an adapter changes it by less, that change is lost or
+    doubled. Rewards move by about as much as BF16's own rounding moves them.
     """
     from peft.tuners.lora import LoraLayer
 
-    for name, layer in [
-        found for found in model.named_modules() if isinstance(found[1], LoraLayer)
-    ]:
-        weight = layer.base_layer.weight.data
-        weight.copy_(weight.float() + layer.get_delta_weight("default"))
-        model.set_submodule(name, layer.base_layer)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            weight = layer.base_layer.weight.data
+            weight.copy_(weight.float() + layer.get_delta_weight("default"))
+            model.set_submodule(name, layer.base_layer)
     del model.peft_config

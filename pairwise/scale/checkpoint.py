@@ -1,8 +1,9 @@
-"""Checkpoints of a training under way: RUN/checkpoint_0J/STEP/, written aside and renamed, then the older one removed. When the member itself is
-written and its rewards are not, RUN/checkpoint_0J/trained.json says so instead.
+"""Checkpoints of a training under way: RUN/checkpoint_0J/STEP/.
 
-One holds the masters and the optimizer's state (Offload.save), the log so far, torch's random state, and the settings and inputs that it
-belongs to. Order and content of the steps follow from the seed, so the number of steps done says where the data stand. No pickle.
+Each is written aside and renamed, then the one before it is removed. When the member itself is
+written and its rewards are not, RUN/checkpoint_0J/trained.json says so instead. A checkpoint holds
+masters and optimizer state (Offload.save), the log so far, torch's random state, and the settings
+and inputs that it belongs to. The seed decides the steps, so their number says where data stand.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from pairwise.scale import parallel
 
 
 class Checkpoints:
-    """Those of one member; settings and inputs as in the manifest, minutes between two of them (0: none are written)."""
+    """Those of one member, with its settings and inputs; minutes lie between two (0: none)."""
 
     def __init__(self, run, j, settings, inputs, minutes):
         self.directory, self.member = run / f"checkpoint_{j:02d}", run / f"member_{j:02d}"
@@ -27,12 +28,13 @@ class Checkpoints:
         self.seconds, self.last = 60 * minutes, time.time()
 
     def due(self):
+        """Return whether the minutes since the last checkpoint are over, by the first's clock."""
         return self.seconds > 0 and parallel.of_first(
             lambda: time.time() - self.last >= self.seconds
         )
 
     def write(self, optimizer, log):
-        """Write the state after len(log) steps; log: the JSON lines so far. Each process writes what it owns, the first all else."""
+        """Write the state after len(log) steps: each process what it owns, the first the rest."""
         path, first = self.directory / f"{len(log):06d}", parallel.rank() == 0
         with run_dir.replacing(path) if first else contextlib.nullcontext() as partial:
             if first:
@@ -40,77 +42,74 @@ class Checkpoints:
                 save_file(_random_state(), partial / "random.safetensors")
             partial = parallel.gathered(partial)[0]
             state = self.key | {"log": log, "optimizer": optimizer.save(partial)}
-            parallel.gathered(None)  # all is written
+            parallel.gathered(None)  # By now all is written.
             if first:
-                (partial / "state.json").write_text(
-                    json.dumps(state, allow_nan=False), encoding="utf-8"
-                )
-                for (
-                    file
-                ) in partial.iterdir():  # on the disk before it counts: a power cut is a kill too
+                text = json.dumps(state, allow_nan=False)
+                (partial / "state.json").write_text(text, encoding="utf-8")
+                for file in partial.iterdir():  # All is on the disk before a power cut counts.
                     with open(file, "rb") as opened:
                         os.fsync(opened.fileno())
         self._remove_all_but(path)
         self.last = time.time()
 
     def resume(self, optimizer):
-        """Put the newest checkpoint's state into `optimizer` and return its log lines: [] where there is none of these settings and inputs."""
-        found = sorted(
-            path for path in self.directory.glob("[0-9]*") if (path / "state.json").is_file()
-        )
-        path, log = None, []
-        if found:
-            facts = run_dir.read_json(found[-1] / "state.json")
-            if {name: facts[name] for name in self.key} == self.key:
-                path, log = found[-1], facts["log"]
-                optimizer.load(path, facts["optimizer"])
-                _set_random_state(load_file(path / "random.safetensors"))
-                print(f"{path}: continued after step {len(log)}", flush=True)
+        """Put the newest checkpoint into the optimizer; return its log lines, [] without one."""
+        paths = [path.parent for path in self.directory.glob("[0-9]*/state.json")]
+        newest, log = max(paths, default=None), []
+        if newest:
+            state = run_dir.read_json(newest / "state.json")
+            if {name: state[name] for name in self.key} == self.key:
+                log = state["log"]
+                optimizer.load(newest, state["optimizer"])
+                _set_random_state(load_file(newest / "random.safetensors"))
+                print(f"{newest}: continued after step {len(log)}", flush=True)
             else:
-                print(f"{found[-1]}: made with other arguments or inputs, not used", flush=True)
-        parallel.gathered(None)  # all have read
-        self._remove_all_but(path)
+                print(f"{newest}: made with other arguments or inputs, not used", flush=True)
+                newest = None
+        parallel.gathered(None)  # By now all have read.
+        self._remove_all_but(newest)
         return log
 
     def finish(self):
-        """Training is done and the member written: that is kept in place of the checkpoints until its rewards are there too."""
-        with run_dir.replacing(self.directory / "trained.json") as partial:
-            partial.write_text(json.dumps(self.key, allow_nan=False), encoding="utf-8")
+        """Keep the member, which is written, in place of checkpoints until its rewards are too."""
+        run_dir.write_json(self.directory / "trained.json", self.key)
         self._remove_all_but(self.directory / "trained.json")
 
     def finished(self):
-        """Whether finish() was called with these settings and inputs."""
-        return (
-            self.member.is_dir()
-            and run_dir.read_json(self.directory / "trained.json", {}) == self.key
-        )
+        """Return whether finish() was called with these settings and inputs."""
+        key = run_dir.read_json(self.directory / "trained.json", {})
+        return self.member.is_dir() and key == self.key
 
     def check_disk(self, nbytes, member):
-        """Raise InputError where the disk does not hold a checkpoint of nbytes beside the one before it, and the member of `member` bytes."""
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
-        there = sum(file.stat().st_size for file in self.directory.rglob("*") if file.is_file())
-        need, free = (
-            (2 * nbytes if self.seconds else 0) + member - there,
-            shutil.disk_usage(self.directory.parent).free,
-        )
+        """Raise InputError where the disk holds too little for two checkpoints and the member.
+
+        A checkpoint has nbytes, the member `member` bytes; old checkpoints' bytes count as free.
+        """
+        place = self.directory.parent
+        place.mkdir(parents=True, exist_ok=True)
+        files = [file for file in self.directory.rglob("*") if file.is_file()]
+        need = (2 * nbytes if self.seconds else 0) + member
+        need -= sum(file.stat().st_size for file in files)
+        free = shutil.disk_usage(place).free
         if need > free:
             hint = "; --checkpoint-minutes 0 writes no checkpoints" if self.seconds else ""
             raise cli.InputError(
-                f"{self.directory.parent}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for checkpoints and the member{hint}"
+                f"{place}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for checkpoints "
+                f"and the member{hint}"
             )
 
     def remove(self):
+        """Remove all checkpoints."""
         if parallel.rank() == 0:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _remove_all_but(self, path):
+        """Remove all but one path of the directory, or the directory where the path is None."""
         if path is None:
             return self.remove()
         for other in self.directory.iterdir() if parallel.rank() == 0 else []:
-            if other.is_dir() and other != path:
-                shutil.rmtree(other)
-            elif other != path:
-                other.unlink()
+            if other != path:
+                shutil.rmtree(other) if other.is_dir() else other.unlink()
 
 
 def _random_state():

@@ -1,10 +1,13 @@
-"""SOAP (Vyas et al., arXiv 2409.11321) within a memory budget. The optimizer is the library's, unmodified: this only moves its tensors.
+"""SOAP (Vyas et al., arXiv 2409.11321) within a memory budget.
 
-What it keeps beside a BF16 parameter of shape (a, b) is a float32 master and two moments (a, b), and for every dimension d of at most
-max_precondition_dim a covariance GG and its eigenbasis Q, both (d, d). What does not fit on the device lies in one block of host memory and is
-copied to the device for its turn in step(), one parameter at a time, while the one before it is computed and the one before that is copied back.
-With several processes each owns a share of the parameters: it alone has their masters and state, is sent their gradients, steps them and sends
-the others the result.
+The optimizer is the library's, unmodified: this only moves its tensors. What SOAP keeps beside a
+BF16 parameter of shape (a, b) is a float32 master and two moments (a, b), and for every dimension d
+of at most max_precondition_dim a covariance GG and its eigenbasis Q, both (d, d). What does not fit
+on the device lies in one block of host memory. In step() it is copied to the device for its turn,
+one parameter at a time, while the one before it is computed and the one before that is copied back.
+
+Of several processes each owns some parameters: it alone has their masters and state, is sent their
+gradients, steps them and sends the others the result.
 """
 
 import functools
@@ -22,203 +25,196 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pairwise import cli
 from pairwise.scale import parallel
 
-MAX_PRECONDITION_DIM = 4096  # of full training
-PAGED = {"paged": True}  # in place of the state of a parameter whose turn it is not
-BUFFERS = 3  # on the device: one is filled, one computed, one copied back, as the link goes both ways at once
-ALIGN = 16  # numbers: 64 bytes, as torch's own allocator, so that a copy is computed with the same instructions
+MAX_PRECONDITION_DIM = 4096  # This is the default of full training.
+PAGED = {"paged": True}  # This stands for the state of a parameter whose turn it is not.
+BUFFERS = 3  # One is filled, one computed on and one copied back: the link goes both ways at once.
+ALIGN = 16  # Tensors begin at 64 bytes, as torch's do, so that the same instructions compute them.
 
 
 def state_shapes(shape, max_precondition_dim):
-    """Shapes of the library's float32 state of a parameter: exp_avg, exp_avg_sq, then every GG, then every Q (SOAP.init_pre_conditioner)."""
+    """Return the shapes of the library's float32 state of a parameter of that shape.
+
+    They are exp_avg, exp_avg_sq, then every GG, then every Q (SOAP.init_pre_conditioner).
+    """
     sides = [(d, d) for d in shape if d <= max_precondition_dim] if len(shape) > 1 else []
     return [tuple(shape)] * 2 + sides * 2
 
 
-def choose_resident(sizes, budget):
-    """Indices of the parameters whose master and state stay on the device; sizes: bytes of each; budget: bytes, None for no limit.
+def aligned(numel):
+    """Return the numbers that a tensor of numel numbers takes in memory."""
+    return math.ceil(numel / ALIGN) * ALIGN
 
-    BUFFERS for the largest of the others are taken from the budget too. Every byte that moves, moves twice a step: the most bytes stay that can.
+
+def choose_resident(sizes, budget):
+    """Return the indices of the parameters whose master and state stay on the device, as a set.
+
+    sizes: bytes of each; budget: bytes, None for no limit, of which the buffers, each as large as
+    the largest of the others, are taken too. As many bytes stay as can: others move twice a step.
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     if budget is None or sum(sizes) <= budget:
         return set(order)
     best, most = set(), 0
-    for k, largest in enumerate(
-        order
-    ):  # the largest that moves; before it all stay, after it those that there is room for
-        chosen, used = set(order[:k]), sum(sizes[i] for i in order[:k]) + BUFFERS * sizes[largest]
+    # The largest that moves is order[k]: all before it stay, and after it those that fit.
+    for k, largest in enumerate(order):
+        chosen, buffers = set(order[:k]), BUFFERS * sizes[largest]
+        used = sum(sizes[i] for i in chosen)
         for i in order[k + 1 :]:
-            if used + sizes[i] <= budget:
+            if buffers + used + sizes[i] <= budget:
                 chosen.add(i)
                 used += sizes[i]
-        if used <= budget and used - BUFFERS * sizes[largest] > most:
-            best, most = chosen, used - BUFFERS * sizes[largest]
+        if buffers + used <= budget and used > most:
+            best, most = chosen, used
     return best
 
 
-class Part:
-    """One parameter p, the float32 master that the optimizer knows (p itself where it is float32), its place in host memory or None."""
+class TrainedParameter:
+    """A parameter p, the float32 master that the optimizer knows, and its place in host memory.
+
+    The master is p itself where p is float32. Resident parameters have no place on the host.
+    """
 
     def __init__(self, p, dim):
-        self.p, self.master, self.host = p, None, None
-        self.twin = p.dtype != torch.float32
-        self.shapes = [tuple(p.shape)] * self.twin + state_shapes(p.shape, dim)
-        self.strides = [None] * len(
-            self.shapes
-        )  # of each tensor as the library left it: a transposed basis stays one, to the last bit
-        self.numbers = sum(
-            math.ceil(math.prod(shape) / ALIGN) * ALIGN for shape in self.shapes
-        )  # float32 numbers in memory
+        self.p, self.dim, self.master, self.host = p, dim, None, None
+        self.has_master = p.dtype != torch.float32
+        self.shapes = [tuple(p.shape)] * self.has_master + state_shapes(p.shape, dim)
+        # A basis that the library left transposed stays so, for the same bits in products.
+        self.strides = [None] * len(self.shapes)
+        self.numbers = sum(aligned(math.prod(shape)) for shape in self.shapes)
 
     def views(self, flat):
-        """The master (of a twin) and the state as views of flat, float32 (numbers,)."""
-        out, at = [], 0
+        """Return (the master, None if it is p; the state) as views of flat, float32 (numbers,)."""
+        tensors, at = [], 0
         for shape, stride in zip(self.shapes, self.strides):
-            numel = math.prod(shape)
-            out.append(
-                flat[at : at + numel].as_strided(shape, stride)
-                if stride
-                else flat[at : at + numel].view(shape)
-            )
-            at += math.ceil(numel / ALIGN) * ALIGN
-        return out
+            numbers = flat[at : at + math.prod(shape)]
+            tensors.append(numbers.as_strided(shape, stride) if stride else numbers.view(shape))
+            at += aligned(len(numbers))
+        return (tensors[0], tensors[1:]) if self.has_master else (None, tensors)
+
+    def keep_strides(self, strides):
+        """Keep the strides of the library's state, where it has any yet."""
+        if strides:
+            self.strides[self.has_master :] = strides
 
     def value(self):
-        """The master where it lies between steps."""
-        return (
-            self.views(self.host)[0]
-            if self.twin and self.host is not None
-            else self.master.detach()
-        )
+        """Return the master where it lies between steps."""
+        paged = self.has_master and self.host is not None
+        return self.views(self.host)[0] if paged else self.master.detach()
+
+    def add_gradient(self, p):
+        """Add p's gradient to the master's, in float32, and free it."""
+        before = self.master.grad
+        self.master.grad = p.grad.float() if before is None else before.add_(p.grad)
+        p.grad = None
 
 
 class Offload:
-    """The optimizer of `groups` [{"params", "max_precondition_dim"}, ..] that make(groups) builds, with float32 masters and gradients.
+    """The optimizer of `groups` that make(groups) builds, with float32 masters and gradients.
 
-    Gradients of BF16 parameters are added up in float32 as backward() yields them, and freed. budget: bytes of the device for masters,
-    state and copy buffers; None: everything stays there. Whatever the budget, the numbers are those of everything resident.
+    groups: [{"params", "max_precondition_dim"}, ..]; budget: bytes of the device for masters, state
+    and buffers, None to keep all there; no number depends on it. nbytes: of masters and state.
     Raises InputError where host memory does not suffice.
     """
 
     def __init__(self, groups, make, budget=None):
-        self.parts = [
-            Part(p, group["max_precondition_dim"]) for group in groups for p in group["params"]
+        self.params = [
+            TrainedParameter(p, group["max_precondition_dim"])
+            for group in groups
+            for p in group["params"]
         ]
-        self.nbytes = 4 * sum(
-            part.numbers + part.p.numel() * (not part.twin) for part in self.parts
-        )  # of masters and state
-        dealt = parallel.deal(range(len(self.parts)), [part.numbers for part in self.parts])
-        self.owners, self.mine = (
-            {i: process for process, share in enumerate(dealt) for i in share},
-            dealt[parallel.rank()],
-        )
-        resident = choose_resident([4 * self.parts[i].numbers for i in self.mine], budget)
-        self.resident = [i for k, i in enumerate(self.mine) if k in resident]
-        self.paged = [i for k, i in enumerate(self.mine) if k not in resident]
-        self.device, self.calls = self.parts[0].p.device, 0
-        self.into, self.back = [
-            _side_stream(self.device) if self.paged else None for _ in range(2)
-        ]  # streams of copies to the device and from it
-        if self.paged:
+        sizes = [param.numbers for param in self.params]
+        self.nbytes = 4 * sum(q.numbers + q.p.numel() * (not q.has_master) for q in self.params)
+        by_process = parallel.deal(range(len(sizes)), sizes)
+        self.owners = {i: process for process, owned in enumerate(by_process) for i in owned}
+        self.owned = by_process[parallel.rank()]
+        resident = choose_resident([4 * sizes[i] for i in self.owned], budget)
+        self.resident = [i for k, i in enumerate(self.owned) if k in resident]
+        self.paged = [i for k, i in enumerate(self.owned) if k not in resident]
+        self.device, self.calls = self.params[0].p.device, 0
+        self.into = self.back = None
+        if self.paged:  # Copies to the device and from it have streams of their own.
+            self.into, self.back = _side_stream(self.device), _side_stream(self.device)
             self._allocate()
-        for i, part in enumerate(self.parts):
-            if part.twin and self.owners[i] != parallel.rank():
-                part.master = torch.zeros((), device=self.device).expand(
-                    part.p.shape
-                )  # its shape alone, for the gradient
-            elif part.twin and part.host is None:
-                part.master = part.p.detach().float()
-            elif part.twin:
-                part.master = part.views(self.buffers[0])[
-                    0
-                ]  # not its values, which come with its turn; its shape, for the gradient
-                part.views(part.host)[0].copy_(part.p.detach())
-            else:
-                part.master = part.p
+        for i, param in enumerate(self.params):
+            param.master = self._make_master(i, param)
         self.hooks = [
-            part.p.register_post_accumulate_grad_hook(functools.partial(_add_gradient, part.master))
-            for part in self.parts
-            if part.twin
+            param.p.register_post_accumulate_grad_hook(param.add_gradient)
+            for param in self.params
+            if param.has_master
         ]
-        dims = [group["max_precondition_dim"] for group in groups for _ in group["params"]]
-        self.optimizer = make(
-            [
-                {"params": [part.master], "max_precondition_dim": dim}
-                for part, dim in zip(self.parts, dims)
-            ]
-        )
-        self.groups = list(
-            self.optimizer.param_groups
-        )  # one of its own per parameter, with its own count of steps
+        # Every parameter is a group of its own, with its own count of steps.
+        groups = [{"params": [q.master], "max_precondition_dim": q.dim} for q in self.params]
+        self.optimizer = make(groups)
+        self.groups = list(self.optimizer.param_groups)
+
+    def _make_master(self, i, param):
+        """Return parameter i's master; of a paged one, and of other processes', the shape alone."""
+        if not param.has_master:
+            return param.p
+        if self.owners[i] != parallel.rank():
+            return torch.zeros((), device=self.device).expand(param.p.shape)
+        if param.host is None:
+            return param.p.detach().float()
+        param.views(param.host)[0].copy_(param.p.detach())
+        return param.views(self.buffers[0])[0]
 
     def _allocate(self):
-        """Host memory in one block and BUFFERS on the device, each the size of the largest paged parameter; once."""
-        parts = [self.parts[i] for i in self.paged]
-        need, have = (
-            4 * sum(part.numbers for part in parts),
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // parallel.count(),
-        )
+        """Allocate a block of host memory, and buffers on the device for the largest parameter."""
+        paged = [self.params[i] for i in self.paged]
+        need = 4 * sum(param.numbers for param in paged)
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // parallel.count()
         if need > have:
             raise cli.InputError(
-                f"{need / 1e9:.0f} GB of host memory needed for the optimizer, {have / 1e9:.0f} GB are there; a larger "
-                "--optimizer-memory-gb or a smaller --max-precondition-dim may do; --plan says what fits"
+                f"{need / 1e9:.0f} GB of host memory needed for the optimizer, {have / 1e9:.0f} GB "
+                "are there; a larger --optimizer-memory-gb or a smaller --max-precondition-dim may "
+                "do; extras/plan.py says what fits"
             )
-        host = torch.empty(need // 4, dtype=torch.float32)
-        if self.into:  # registered rather than allocated as pinned memory: that would be rounded up to a power of two
-            code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
-            if code:
+        self.host = torch.empty(need // 4, dtype=torch.float32)
+        if self.into:  # Memory that is allocated as pinned is rounded up to a power of two.
+            place = (self.host.data_ptr(), self.host.nbytes, 0)
+            if code := int(torch.cuda.cudart().cudaHostRegister(*place)):
                 raise cli.InputError(
-                    f"{host.nbytes / 2**30:.0f} GiB of host memory could not be pinned for the optimizer (CUDA error {code}); "
-                    "more memory or a larger --optimizer-memory-gb may do"
+                    f"{self.host.nbytes / 2**30:.0f} GiB of host memory could not be pinned for "
+                    f"the optimizer (CUDA error {code}); more memory or a larger "
+                    "--optimizer-memory-gb may do"
                 )
-        for part, flat in zip(parts, host.split([part.numbers for part in parts])):
-            part.host = flat
-        self.host = host
-        self.buffers = [
-            torch.empty(
-                max(part.numbers for part in parts), dtype=torch.float32, device=self.device
-            )
-            for _ in range(BUFFERS)
-        ]
-        self.loaded, self.stored = (
-            [None] * BUFFERS,
-            [None] * BUFFERS,
-        )  # of each buffer, the event after which it is filled, and copied back
+        for param, flat in zip(paged, self.host.split([param.numbers for param in paged])):
+            param.host = flat
+        largest = max(param.numbers for param in paged)
+        self.buffers = [torch.empty(largest, device=self.device) for _ in range(BUFFERS)]
+        # After these events a buffer is filled, and copied back.
+        self.loaded, self.stored = [None] * BUFFERS, [None] * BUFFERS
 
     def gradients(self):
-        """Float32 gradients, in the order of the parameters; those that this process owns."""
-        return [
-            self.parts[i].master.grad for i in self.mine if self.parts[i].master.grad is not None
-        ]
+        """Return the float32 gradients of the parameters that this process owns, in their order."""
+        masters = [self.params[i].master for i in self.owned]
+        return [master.grad for master in masters if master.grad is not None]
 
     def sum_gradients(self):
-        """Send the gradients to the processes that own their parameters, in sum; a process that had none to add adds zero."""
+        """Send the gradients' sums to the owners; a process without a gradient adds zero."""
         if parallel.count() == 1:
             return
-        found = zip(*parallel.gathered([part.master.grad is not None for part in self.parts]))
-        for i, anywhere in enumerate(map(any, found)):
+        present = parallel.gathered([param.master.grad is not None for param in self.params])
+        for i, anywhere in enumerate(map(any, zip(*present))):
             if anywhere:
-                master = self.parts[i].master
-                total = (
-                    torch.zeros(master.shape, device=self.device)
-                    if master.grad is None
-                    else master.grad
-                )
+                master = self.params[i].master
+                total = master.grad
+                if total is None:
+                    total = torch.zeros(master.shape, device=self.device)
                 dist.reduce(total, self.owners[i])
                 master.grad = total if self.owners[i] == parallel.rank() else None
 
-    def _send(self):
+    def _broadcast(self):
         """Give all processes the parameters as their owners have them."""
-        for i, part in enumerate(self.parts if parallel.count() > 1 else []):
-            dist.broadcast(part.p.detach(), self.owners[i])
+        for i, param in enumerate(self.params if parallel.count() > 1 else []):
+            dist.broadcast(param.p.detach(), self.owners[i])
 
     def step(self, lr):
-        """One step of all parameters with the gradients so far, summed over processes, which are then forgotten."""
+        """Step all parameters with the gradients so far, and forget these."""
         for group in self.groups:
             group["lr"] = lr
-        calls = (
-            1 if self.calls else 2
-        )  # the library's first call only initialises the preconditioners; the second uses this gradient
+        # The library's first call initialises the preconditioners, the second uses the gradient.
+        calls = 1 if self.calls else 2
         self.calls += calls
         turns = len(self.paged)
         if turns:
@@ -226,159 +222,133 @@ class Offload:
         for turn in range(max(1, turns)):
             if turn + 1 < turns:
                 self._load(turn + 1)
-            self._call(
-                self.resident[turn :: turns or 1], calls
-            )  # a share of the residents each turn: work for while copies run
+            # Every turn steps some of the residents, so that there is work while copies run.
+            self._call(self.resident[turn :: turns or 1], calls)
             if turns:
                 self._step_paged(turn, calls)
         with torch.no_grad():
             for i in self.resident:
-                if self.parts[i].twin:
-                    self.parts[i].p.copy_(self.parts[i].master)
-        self._send()
-        for part in self.parts:
-            part.master.grad = None
+                if self.params[i].has_master:
+                    self.params[i].p.copy_(self.params[i].master)
+        self._broadcast()
+        for param in self.params:
+            param.master.grad = None
 
-    def _call(self, which, calls):
-        self.optimizer.param_groups = [self.groups[i] for i in which]
-        torch.backends.cuda.matmul.allow_tf32 = (
-            True  # a GPU's float32 products at eight times the rate; of their factors 11 bits count
-        )
-        for _ in range(calls if which else 0):
+    def _call(self, indices, calls):
+        """Let the library step some parameters."""
+        self.optimizer.param_groups = [self.groups[i] for i in indices]
+        # A GPU's products are eight times as fast where 11 bits of their factors count.
+        torch.backends.cuda.matmul.allow_tf32 = True
+        for _ in range(calls if indices else 0):
             self.optimizer.step()
         torch.backends.cuda.matmul.allow_tf32 = False
 
     def _load(self, turn):
-        """Copy to the device, when what was in the buffer before is back on the host; so is then this parameter, from the step before."""
-        part, buffer = self.parts[self.paged[turn]], turn % BUFFERS
+        """Copy a parameter to its buffer, when what was there (and so it too) is on the host."""
+        param, buffer = self.params[self.paged[turn]], turn % BUFFERS
         if self.stored[buffer]:
             self.into.wait_event(self.stored[buffer])
-        with torch.cuda.stream(self.into):  # no stream, no effect
-            self.buffers[buffer][: part.numbers].copy_(part.host, non_blocking=True)
+        with torch.cuda.stream(self.into):  # A stream that is None has no effect.
+            self.buffers[buffer][: param.numbers].copy_(param.host, non_blocking=True)
             self.loaded[buffer] = self.into.record_event() if self.into else None
 
     @torch.no_grad()
     def _step_paged(self, turn, calls):
         """Step the parameter that has been copied to its buffer, and copy it back."""
         i, state, buffer = self.paged[turn], self.optimizer.state, turn % BUFFERS
-        part = self.parts[i]
-        flat = self.buffers[buffer][: part.numbers]
+        param = self.params[i]
+        flat = self.buffers[buffer][: param.numbers]
         if self.into:
             torch.cuda.current_stream(self.device).wait_event(self.loaded[buffer])
-        views = part.views(flat)
-        if part.twin:
-            part.master.data = views[0]
-        if part.master in state:
-            state[part.master] = _state(self.groups[i], views[part.twin :])
+        master, before = param.views(flat)
+        if param.has_master:
+            param.master.data = master
+        if param.master in state:
+            state[param.master] = _state_of(self.groups[i], before)
         self._call([i], calls)
-        found = _tensors(state.get(part.master))
-        # Most state is changed in place; the first call's and every new basis are tensors of the library's own, and are copied in.
-        part.strides[part.twin :] = [tensor.stride() for tensor in found] or part.strides[
-            part.twin :
-        ]
-        for tensor, was, view in zip(found, views[part.twin :], part.views(flat)[part.twin :]):
-            if tensor is not was:
+        after = _tensors(state.get(param.master))
+        param.keep_strides([tensor.stride() for tensor in after])
+        # Most state is changed in place; the first call's and new bases are the library's tensors.
+        for tensor, old, view in zip(after, before, param.views(flat)[1]):
+            if tensor is not old:
                 view.copy_(tensor)
-        if found:  # it has one, but not here: these views are the next parameter's, and the library's own tensors are freed
-            state[part.master] = PAGED
-        if part.twin:
-            part.p.copy_(part.master)
+        if after:  # The views will be the next parameter's, and the library's tensors are freed.
+            state[param.master] = PAGED
+        if param.has_master:
+            param.p.copy_(param.master)
         if self.back:
             self.back.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.back):
-            part.host.copy_(flat, non_blocking=True)
+            param.host.copy_(flat, non_blocking=True)
             self.stored[buffer] = self.back.record_event() if self.back else None
 
     def close(self):
-        """Let go of the parameters: no more gradients are taken from them, and no memory is held or pinned."""
+        """Take no more gradients, and pin no more memory."""
         for hook in self.hooks:
             hook.remove()
         if self.back:
             self.back.synchronize()
             torch.cuda.cudart().cudaHostUnregister(self.host.data_ptr())
 
-    # ---- checkpoints
-
     def save(self, directory):
-        """Write masters and state to `directory`, a safetensors file per parameter, by its owner; what load() needs besides, for JSON."""
+        """Write what this process owns, a file a parameter; return facts for load(), in JSON."""
         if self.back:
             self.back.synchronize()
-        for i in self.mine:
-            part = self.parts[i]
-            if part.host is None:
-                tensors = _tensors(self.optimizer.state.get(part.master))
+        for i in self.owned:
+            param = self.params[i]
+            if param.host is None:
+                state = _tensors(self.optimizer.state.get(param.master))
             else:
-                tensors = part.views(part.host)[part.twin :] if part.strides[-1] else []
-            flat = [
-                tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors
-            ]  # as it lies in memory
-            named = {"master": part.value().contiguous()} | {
-                f"state {k}": tensor for k, tensor in enumerate(flat)
-            }
-            save_file(
-                named,
-                directory / f"{i:04d}.safetensors",
-                {"strides": json.dumps([tensor.stride() for tensor in tensors])},
-            )
+                state = param.views(param.host)[1] if param.strides[-1] else []
+            tensors = {"master": param.value().contiguous()}
+            for k, tensor in enumerate(state):  # as it lies in memory
+                tensors[f"state {k}"] = tensor.as_strided((tensor.numel(),), (1,))
+            strides = json.dumps([tensor.stride() for tensor in state])
+            save_file(tensors, directory / f"{i:04d}.safetensors", {"strides": strides})
         return {"calls": self.calls}
 
     @torch.no_grad()
     def load(self, directory, facts):
-        """Take up what save() has written and returned, whatever the budgets and the number of processes then and now."""
+        """Take up what save() wrote and returned, whatever the budgets and processes were then."""
         self.calls = facts["calls"]
-        for i in self.mine:
-            part, group = self.parts[i], self.groups[i]
+        for i in self.owned:
+            param, group = self.params[i], self.groups[i]
             group["step"] = self.calls
             with safe_open(directory / f"{i:04d}.safetensors", "pt") as file:
-                strides = json.loads(file.metadata()["strides"])
-                part.strides[part.twin :] = (
-                    map(tuple, strides) if strides else part.strides[part.twin :]
-                )
-                if part.host is None:
-                    views = [
-                        torch.empty_strided(shape, stride, device=self.device)
-                        for shape, stride in zip(part.shapes[part.twin :], strides)
-                    ]
+                strides = [tuple(stride) for stride in json.loads(file.metadata()["strides"])]
+                param.keep_strides(strides)
+                if param.host is None:
+                    layouts = zip(param.shapes[param.has_master :], strides)
+                    state = [torch.empty_strided(*layout, device=self.device) for layout in layouts]
                 else:
-                    views = part.views(part.host)[part.twin :]
-                part.value().copy_(file.get_tensor("master"))
-                part.p.copy_(part.value())
-                for k, view in enumerate(views if strides else []):
-                    view.as_strided((view.numel(),), (1,)).copy_(file.get_tensor(f"state {k}"))
+                    state = param.views(param.host)[1]
+                param.value().copy_(file.get_tensor("master"))
+                param.p.copy_(param.value())
+                for k, tensor in enumerate(state if strides else []):
+                    tensor.as_strided((tensor.numel(),), (1,)).copy_(file.get_tensor(f"state {k}"))
             if strides:
-                self.optimizer.state[part.master] = (
-                    PAGED if part.host is not None else _state(group, views)
-                )
-        self._send()
+                paged = param.host is not None
+                self.optimizer.state[param.master] = PAGED if paged else _state_of(group, state)
+        self._broadcast()
 
 
 def _side_stream(device):
-    """Where copies run beside the computation; None on a CPU, where everything is done in turn."""
+    """Return a stream for copies beside the computation; None on a CPU, which does all in turn."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def _add_gradient(master, p):
-    master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-    p.grad = None
-
-
 def _tensors(state):
-    """The tensors of the library's state of a parameter, in state_shapes' order; none before its first step."""
-    return (
-        [
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            *(m for name in ("GG", "Q") for m in state[name] if len(m)),
-        ]
-        if state
-        else []
-    )
+    """Return the tensors of the library's state of a parameter, in state_shapes' order."""
+    if not state:  # It has none before the first step.
+        return []
+    matrices = [matrix for name in ("GG", "Q") for matrix in state[name] if len(matrix)]
+    return [state["exp_avg"], state["exp_avg_sq"], *matrices]
 
 
-def _state(group, tensors):
-    """The library's state of a parameter made of `tensors`, in state_shapes' order; a side without preconditioner is an empty list."""
+def _state_of(group, tensors):
+    """Return the library's state of a parameter made of `tensors`, in state_shapes' order."""
     tensors, (p,) = iter(tensors), group["params"]
-    keep = [d <= group["max_precondition_dim"] for d in p.shape] if p.ndim > 1 else [False]
+    has_matrix = [d <= group["max_precondition_dim"] for d in p.shape] if p.ndim > 1 else [False]
     beta = group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
     state = {
         "exp_avg": next(tensors),
@@ -386,21 +356,18 @@ def _state(group, tensors):
         "precondition_frequency": group["precondition_frequency"],
         "shampoo_beta": beta,
     }
-    return state | {name: [next(tensors) if kept else [] for kept in keep] for name in ("GG", "Q")}
-
-
-# ---- activations, and what to say when memory does not suffice
+    for name in ("GG", "Q"):  # A side without a preconditioner is an empty list.
+        state[name] = [next(tensors) if present else [] for present in has_matrix]
+    return state
 
 
 def recompute_activations(model, on=True):
-    """Keep of every layer its input alone and compute the rest again in backward(); the gradients are the same.
+    """Keep of every layer its input alone and compute the rest again in backward().
 
-    transformers does so in layers that are in training mode; only they are put in it, not the dropout inside them. A model without such layers is
-    left as it is.
+    The gradients are the same. transformers does so in layers that are in training mode; only they
+    are put in it, not the dropout inside them. A model without such layers is left as it is.
     """
-    layers = [
-        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if layers and on:
         model.activation_checkpointing_enable({"use_reentrant": False})
     elif layers:
@@ -410,27 +377,24 @@ def recompute_activations(model, on=True):
 
 
 def names_memory_flags(main):
-    """Decorator of main(args): where memory runs out, an InputError that names the flags to lower."""
+    """Decorate main(args): where memory runs out, an InputError names the flags to lower."""
 
     @functools.wraps(main)
-    def told(args):
+    def wrapped(args):
         try:
             return main(args)
-        except (
-            MemoryError,
-            RuntimeError,
-        ) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU's allocator raises
-            said = re.search("not enough memory|can't allocate memory|out of memory", str(error))
-            if not said and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU's allocator raises.
+        except (MemoryError, RuntimeError) as error:
+            words = "not enough memory|can't allocate memory|out of memory"
+            out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if not out_of_memory and not re.search(words, str(error)):
                 raise
-            gb = (
-                "as much as was free"
-                if args.optimizer_memory_gb is None
-                else f"{args.optimizer_memory_gb:g}"
-            )
+            gb = args.optimizer_memory_gb
+            gb = "as much as was free" if gb is None else f"{gb:g}"
             raise cli.InputError(
-                f"out of memory; lower --micro-batch-tokens (now {args.micro_batch_tokens}) or --optimizer-memory-gb (now {gb}); "
-                f"--plan says what fits ({cli.first_line(error)[:150]})"
+                f"out of memory; lower --micro-batch-tokens (now {args.micro_batch_tokens}) or "
+                f"--optimizer-memory-gb (now {gb}); extras/plan.py says what fits "
+                f"({cli.first_line(error)[:150]})"
             ) from None
 
-    return told
+    return wrapped

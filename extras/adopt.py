@@ -1,0 +1,90 @@
+"""Make an existing reward model member J of a run: nothing is trained, it scores all data.
+
+    python extras/adopt.py --run RUN --iteration J --model MODEL          (then fit_weights.py)
+
+MODEL is a hub id or a directory with num_labels 1. All members of its run are such models, of any
+kind, each with its own tokens, chat template, --dtype and --max-length. It writes
+RUN/rewards/0j_SPLIT.npy and RUN/member_0j, which says where the model is.
+"""
+
+import shutil
+import time
+from pathlib import Path
+
+from pairwise import cli, data, existing, provenance, run_dir, stages, training
+from pairwise import reward_model as rm
+from pairwise.scale.offload import names_memory_flags
+
+import torch
+
+
+def check_kind(run, j):
+    """Raise InputError where the other members of the run are not existing models."""
+    stages.check_own_run(run)
+    if j > 1 and run_dir.kind_of(run) != "existing":
+        raise cli.InputError(
+            f"{run}: member 1 is not an existing model; a run is of existing models, the first "
+            "with --iteration 1, or of trained ones"
+        )
+
+
+def write_source(args, fingerprint):
+    """Write RUN/member_0j: where the model is, what identifies it, and how it scored the data."""
+    directory = args.run / run_dir.member_name(args.iteration)
+    local = Path(args.base).is_dir()
+    source = {"model": str(Path(args.base).resolve()) if local else args.base}
+    source |= {"fingerprint": fingerprint, "dtype": args.dtype, "max_length": args.max_length}
+    with run_dir.replacing(directory) as partial:
+        partial.mkdir()
+        run_dir.write_json(partial / "source.json", source)
+        if args.chat_template:
+            shutil.copy(args.chat_template, partial / "chat_template.jinja")
+
+
+@names_memory_flags
+def main(args):
+    """Score all splits and continuations with the model, unless that is done."""
+    run, j, name, member = args.run, args.iteration, run_dir.member_name(args.iteration), None
+    stages.settle(args)
+    check_kind(run, j)
+    splits, _ = data.read_splits(run)
+    tokenizer = rm.load_tokenizer(args.base, args.chat_template, "--model")
+    inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
+    settings = {"train": "from", "dtype": args.dtype, "max_length": args.max_length}
+    stage, texts = (run, name, settings, inputs), run_dir.read_continuations(run)
+    outputs = [run / name, *(run_dir.reward_path(run, j, split) for split in splits)]
+    if run_dir.stage_done(*stage, outputs):
+        print(f"member {j}: {run / name} is there, skipped")
+    else:
+        dtype = getattr(torch, args.dtype)
+        member = existing.load_reward_model(args.base, tokenizer, dtype, args.device, "--model")
+        started = run_dir.begin_stage(*stage)
+        encoded = stages.encode(args, stages.texts_of(splits), tokenizer)
+        scores = stages.score(args, member, encoded, f"member {j}")
+        stages.check_finite(scores, f"--model {args.base}", "; --dtype float32 may help")
+        stages.write_rewards(run, j, scores)
+        write_source(args, inputs["base model"])
+        run_dir.end_stage(*stage, started, **stages.facts(args))
+        print(f"member {j}: {args.base} scored all data in {time.time() - started:.0f} s")
+    if texts:
+        stages.score_continuations(args, j, member, tokenizer, texts, inputs)
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--run", required=True, type=Path, help="run directory with data/")
+    words = "make the model member J, 1 to 99"
+    add("--iteration", required=True, type=cli.member_number, metavar="J", help=words)
+    words = "reward model: hub id or transformers directory"
+    add("--model", required=True, dest="base", metavar="MODEL", help=words)
+    rm.add_flags(parser)
+    training.add_scoring_flags(parser)
+    parser.set_defaults(train="from", optimizer_memory_gb=None)
+    args = parser.parse_args(argv)
+    training.fill_in(args)
+    return args
+
+
+if __name__ == "__main__":
+    cli.run_main(main, parse_args())

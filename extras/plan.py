@@ -1,0 +1,315 @@
+"""Print what training takes before it starts: memory on card and host, tokens, FLOPs, disk, hours.
+
+    python extras/plan.py --base llama-3-8b                                       (10 seconds)
+    python extras/plan.py --base NAME_OR_DIR --run runs/mine --gpu-gb 24 --train lora --members 4
+
+No weights are read, no card is needed and nothing is trained: the model is made on torch's meta
+device, which has shapes alone. Bytes of tensors are exact, everything else is an estimate. The
+flags of training are those of train_rm.py; those that change no size or time have no effect here.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaConfig
+
+from pairwise import cli, data, training
+from pairwise import reward_model as rm
+from pairwise.scale import adapter, budget, offload
+
+LLAMA_3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+# For a run without data: prompts and pairs to train on (the paper's, where it counts pairs),
+# distinct responses of train and of all splits, a guess of a response's tokens with its prompt.
+COUNTS = ("prompts", "pairs", "train", "scored", "tokens")
+PAPER = {
+    "multipref": (4791, 9413, 18826, 20922, 450),
+    "personalllm": (9402, 263256, 75216, 83216, 450),
+    "helpsteer2": (10643, 10643, 21286, 23652, 600),
+    "tldr": (729, 3217, 6434, 13834, 550),
+}
+SAMPLE = 1000  # So many responses are tokenized to count the tokens of all.
+# Float32 products reach this part of the BF16 rate (H100: 50 of 790 TFLOP/s), and the optimizer's,
+# whose factors are rounded to 11 bits, that one (H100: 495 of 989 at best).
+FLOAT32_RATE, TF32_RATE = 1 / 16, 1 / 2
+QR_RATE = 4e12  # FLOP/s of a float32 QR decomposition with a side of 1,024 to 4,096 are assumed.
+LINK = 40e9  # Bytes a second go each way between card and host (PCIe 5 x16: 64e9 at best).
+
+
+def describe(args):
+    """Return (the base as a reward model on the meta device, its optimizer's parameter groups).
+
+    The model is in args.dtype, its head in float32. --train lora puts adapters on it; --train head
+    has empty groups. Raises InputError where no config can be read or there is no linear head.
+    """
+    named, dtype = args.base == "llama-3-8b", getattr(torch, args.dtype)
+    try:
+        config = LlamaConfig(**LLAMA_3_8B) if named else AutoConfig.from_pretrained(args.base)
+        config.num_labels, config.pad_token_id = 1, None
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise cli.InputError(
+            f"--base {args.base}: no config could be read: llama-3-8b, a directory with config.json"
+            f", or a hub id that can be reached expected ({cli.first_line(error)})"
+        ) from None
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise cli.InputError(
+            f"--base {args.base}: {type(model).__name__} has no linear head called score; a decoder"
+            " such as Llama or Qwen expected"
+        )
+    model.score.float()
+    if args.train == "lora":
+        with torch.device("meta"):
+            adapter.add(model, args.lora_rank, args.lora_rank)
+    return model, ([], []) if args.train == "head" else training.parameter_groups(model)
+
+
+def memory(model, groups, args):
+    """Return {row: (bytes on the card, bytes on the host)} of training by args.train."""
+    weights, tokens = budget.weight_bytes(model), args.micro_batch_tokens
+    if (
+        args.train == "head"
+    ):  # One forward pass of the frozen base takes more than training the head.
+        width = model.get_input_embeddings().weight.element_size()
+        activations = 3 * width * (model.config.hidden_size + budget.mlp_size(model.config))
+        return {
+            f"weights, {args.dtype}": (weights, 0),
+            f"activations, {tokens:,} tokens, forward": (tokens * activations, 0),
+            "reserve": (budget.RESERVE, 0),
+        }
+    parameters = budget.with_dims(groups, args.max_precondition_dim)
+    tensors = [budget.optimizer_bytes(p, dim) for p, dim in parameters]
+    sizes = [4 * offload.TrainedParameter(p, dim).numbers for p, dim in parameters]
+    free = args.gpu_gb * 1e9 - weights
+    resident = offload.choose_resident(sizes, budget.optimizer_budget(free, model, groups, args))
+    largest_paged = max((size for i, size in enumerate(sizes) if i not in resident), default=0)
+    adapter_bytes = sum(p.nbytes for p in groups[0]) if args.train == "lora" else 0
+    rows = {f"weights, {args.dtype}": (weights - adapter_bytes, 0)}
+    if adapter_bytes:
+        rows[f"adapters of rank {args.lora_rank}, float32"] = (adapter_bytes, 0)
+    rows["gradients, float32"] = (4 * sum(p.numel() for p, _ in parameters), 0)
+    for name in ("masters", "moments", "preconditioners"):
+        on_card = sum(tensors[i][name] for i in resident)
+        rows[f"{name}, float32"] = (on_card, sum(nbytes[name] for nbytes in tensors) - on_card)
+    rows["copy buffers"] = (offload.BUFFERS * largest_paged, 0)
+    activations, temporary = budget.passing_bytes(model, groups, args)
+    larger = f"activations, {tokens:,} tokens, recomputed"
+    if temporary > activations:
+        larger = "temporary in the optimizer's step (activations: less)"
+    rows[larger] = (max(activations, temporary), 0)
+    rows["reserve"] = (budget.RESERVE, 0)
+    return rows
+
+
+def totals(rows):
+    """Return the bytes of all rows of memory(): (on the card, on the host)."""
+    return tuple(sum(nbytes[side] for nbytes in rows.values()) for side in (0, 1))
+
+
+def count_tokens(args):
+    """Return ({prompts, pairs, train, scored, tokens}, where the numbers are from).
+
+    train and scored count the distinct responses of the train split and of all splits; tokens is
+    the mean length of a response with its prompt.
+    """
+    if args.run is None or not (args.run / "data" / "train.parquet").exists():
+        name = args.run.name if args.run and args.run.name in PAPER else "multipref"
+        source = f"assumed: {name}, its counts as published, tokens guessed"
+        return dict(zip(COUNTS, PAPER[name])), source
+    splits, _ = data.read_splits(args.run)
+    texts = [
+        (messages, text)
+        for split in splits.values()
+        for messages, responses in zip(split.messages, split.responses)
+        for text in responses
+    ]
+    places = np.linspace(0, len(texts) - 1, min(len(texts), SAMPLE)).round().astype(int)
+    sample = [texts[i] for i in np.unique(places)]
+    lengths, method = token_counts(args, sample)
+    if len(sample) < len(texts):
+        method += f" from {len(sample):,} responses"
+    train = splits["train"]
+    sizes = (len(train.prompt_id), len(train.a), int(train.response_start[-1]), len(texts))
+    counts = dict(zip(COUNTS, (*sizes, float(np.mean(lengths)))))
+    return counts, f"{args.run}, tokens by {method}"
+
+
+def token_counts(args, sample):
+    """Return (the tokens of each (messages, response) of a sample, how they were counted)."""
+    try:
+        if args.base == "llama-3-8b":
+            raise cli.InputError("llama-3-8b stands for dimensions alone")
+        tokenizer = rm.load_tokenizer(args.base, args.chat_template)
+        lengths = [len(rm.encode(tokenizer, *pair, args.max_length)) for pair in sample]
+        return lengths, "its tokenizer"
+    except cli.InputError:
+        texts = ("".join(m["content"] for m in messages) + text for messages, text in sample)
+        lengths = [min(args.max_length, len(text) / 4) for text in texts]
+        return lengths, "characters / 4, as no tokenizer was found"
+
+
+def count_steps(args, counts):
+    """Return about how many optimizer steps a member takes, with whole prompts of the mean size."""
+    mean, pairs = max(1, counts["pairs"] / max(1, counts["prompts"])), args.pairs_per_step
+    if args.train != "head" and mean <= pairs:
+        pairs = pairs // mean * mean
+    return math.ceil(counts["pairs"] / pairs) * args.epochs
+
+
+def flops(model, groups, args, counts):
+    """Return the FLOPs (of a member in args.dtype, of its adapters in float32, both of training and
+    scoring; of one optimizer step's products, of its QR decompositions).
+
+    A forward pass takes 2 FLOPs per weight and token besides the embedding's, and 2 T q a layer
+    for causal attention over T tokens; backward takes twice that, or once where the weights are
+    frozen; recomputation takes it once. SOAP's step of an (a, b) matrix is four products of 2 a b d
+    for each side d and, every --precondition-frequency steps, one of 2 d^3 and a QR of 8/3 d^3.
+    """
+    adapters = sum(p.numel() for p in groups[0]) if args.train == "lora" else 0
+    embedding = model.get_input_embeddings().weight.numel()
+    dense = sum(p.numel() for p in model.parameters()) - embedding - adapters
+    attention = 2 * counts["tokens"] * budget.query_size(model.config)
+    attention *= model.config.num_hidden_layers
+    trained = counts["tokens"] * counts["train"] * args.epochs * (args.train != "head")
+    scored = counts["tokens"] * counts["scored"]
+    training_flops = trained * (2 * dense * (3 if adapters else 4) + 4 * attention)
+    scoring_flops = scored * (2 * dense + attention)
+    adapter_flops = 2 * adapters * (4 * trained + scored)
+    largest = args.max_precondition_dim
+    sides = [(p.numel(), d) for p in groups[0] for d in p.shape if d <= largest]
+    cubes = sum(d**3 for _, d in sides) / args.precondition_frequency
+    products = sum(8 * numel * d for numel, d in sides) + 2 * cubes
+    return training_flops + scoring_flops, adapter_flops, products, 8 / 3 * cubes
+
+
+def print_work(model, groups, args, paged):
+    """Print tokens, steps, FLOPs, hours and disk; paged: bytes of the optimizer on the host."""
+    counts, source = count_tokens(args)
+    work, slow, products, refresh = flops(model, groups, args, counts)
+    steps, rate, trains = count_steps(args, counts), args.tflops * 1e12, args.train != "head"
+    # Copies to and from the host overlap with the computation of an optimizer step.
+    seconds = max(products / (rate * TF32_RATE) + refresh / QR_RATE, paged / LINK)
+    repeats = args.members if trains else 1  # The frozen base is run once for all heads.
+    hours = repeats * (work + slow / FLOAT32_RATE) / (rate * args.utilisation) / 3600
+    stepping = repeats * steps * seconds / 3600
+    disk, checkpoints = disk_bytes(model, groups, args)
+    print(
+        f"\ndata ({source}): {counts['pairs']:,} train pairs, {counts['train']:,} train responses, "
+        f"{counts['scored']:,} to score, {counts['tokens']:,.0f} tokens each with the prompt"
+    )
+    responses = counts["train"] * args.epochs if trains else counts["scored"]
+    million = f"{counts['tokens'] * responses / 1e6:,.1f} M tokens"
+    tokens = f"{million} trained" if trains else f"{million} through the frozen base, once"
+    more = f", {slow:.2e} more in float32 in the adapters" if args.train == "lora" else ""
+    print(
+        f"{'a member' if trains else 'all members'}: {tokens}, about {steps:,} steps of "
+        f"{args.pairs_per_step} pairs, {work:.2e} FLOPs{more}"
+    )
+    copies = f", {paged / 1e9:,.0f} GB each way at {LINK / 1e9:.0f} GB/s" if paged else ""
+    if trains:
+        print(
+            f"an optimizer step: {seconds:.1f} s; products {products:.2e} FLOPs at "
+            f"{rate * TF32_RATE / 1e12:,.0f} TFLOP/s, QR {refresh:.2e} at {QR_RATE / 1e12:.0f} "
+            f"(assumed){copies}"
+        )
+    optimizer = f", {stepping:,.1f} of them in the optimizer" if trains else ""
+    aside = f", {checkpoints / 1e9:,.1f} of them for checkpoints" if checkpoints else ""
+    print(
+        f"{args.members} members: {hours + stepping:,.1f} hours at {args.utilisation:.0%} of "
+        f"{args.tflops:,.0f} TFLOP/s{optimizer}; disk {disk / 1e9:,.1f} GB{aside}"
+    )
+
+
+def disk_bytes(model, groups, args):
+    """Return the bytes on disk of (all members and two checkpoints, the checkpoints)."""
+    member = {
+        "full": budget.weight_bytes(model),
+        "lora": sum(p.nbytes for group in groups for p in group),
+        "head": 4 * model.config.hidden_size,
+    }[args.train]
+    state = sum(
+        sum(budget.optimizer_bytes(p, dim).values()) + 4 * p.numel() * (p.dtype == torch.float32)
+        for p, dim in budget.with_dims(groups, args.max_precondition_dim)
+    )
+    checkpoints = 2 * state if args.checkpoint_minutes else 0
+    return args.members * member + checkpoints, checkpoints
+
+
+def verdict(args):
+    """Say whether training by args.train fits the card, if need be in smaller micro-batches."""
+    model, groups = describe(args)
+    for divisor in (1, 2, 4, 8):
+        tokens = args.micro_batch_tokens // divisor
+        smaller = argparse.Namespace(**vars(args) | {"micro_batch_tokens": tokens})
+        card, host = totals(memory(model, groups, smaller))
+        if card <= args.gpu_gb * 1e9:
+            micro = f" with --micro-batch-tokens {tokens}" if divisor > 1 else ""
+            needed = (host + budget.weight_bytes(model)) / 1e9
+            paged = f", with {needed:,.0f} GB of host memory" if host else ""
+            return f"{args.train} fits{micro}{paged}"
+    return f"{args.train} does not fit"
+
+
+def print_verdicts(args):
+    """Print which kinds of training fit the card; those not asked for have their defaults."""
+    dims = {"full": offload.MAX_PRECONDITION_DIM, "lora": args.lora_rank, "head": 1}
+    dims[args.train] = args.max_precondition_dim
+    verdicts = [
+        verdict(argparse.Namespace(**vars(args) | {"train": train, "max_precondition_dim": dim}))
+        for train, dim in dims.items()
+    ]
+    too_small = args.train != "head" and f"{args.train} does not fit" in verdicts
+    hint = "; a smaller --max-precondition-dim or base may" if too_small else ""
+    print(f"a card of {args.gpu_gb:g} GB: {'; '.join(verdicts)}{hint}")
+
+
+def main(args):
+    model, groups = describe(args)
+    rows = memory(model, groups, args)
+    card, host = totals(rows)
+    number = sum(p.numel() for p in model.parameters())
+    print(f"{args.base}: {number:,} parameters as a reward model; --train {args.train};", end=" ")
+    print(f"planned, not measured\n\n{'memory, GiB':55}{'card':>8}{'host':>8}")
+    for name, nbytes in [*rows.items(), ("total", (card, host))]:
+        print(f"{name:55}{nbytes[0] / 2**30:8.2f}{nbytes[1] / 2**30:8.2f}")
+    print_work(model, groups, args, host)
+    print_verdicts(args)
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    # what is planned
+    add("--base", required=True, help="hub id, transformers directory, or llama-3-8b")
+    add("--run", type=Path, help="run directory whose data/ is counted (default: the paper's data)")
+    add("--members", type=cli.natural, default=8, metavar="K", help="reward models to train")
+    add("--train", choices=("full", "lora", "head"), default="full", help="as of train_rm.py")
+    add("--lora-rank", type=cli.natural, default=16, help="of --train lora's adapters")
+    # the card
+    add("--gpu-gb", type=cli.positive, default=80, help="its memory in 10^9 bytes, as on its label")
+    add("--tflops", type=cli.positive, default=790, help="its BF16 rate in large products (790)")
+    add("--utilisation", type=cli.fraction, default=0.4, help="share of --tflops that is reached")
+    training.add_flags(parser)
+    args = parser.parse_args(argv)
+    args.device = "cuda"  # A plan is for a card, wherever it is made.
+    lora = args.train == "lora"
+    training.fill_in(
+        args,
+        epochs=10 if args.train == "head" else 1,
+        max_precondition_dim=args.lora_rank if lora else offload.MAX_PRECONDITION_DIM,
+    )
+    return args
+
+
+if __name__ == "__main__":
+    cli.run_main(main, parse_args())

@@ -1,0 +1,164 @@
+"""What stages of training share besides the loop: data encoded for a member, and the member saved,
+scored and entered in the run. A member is a RewardModel, or the weight (K, d) of heads alone.
+"""
+
+import contextlib
+import os
+import shutil
+
+from pairwise import cli, members, run_dir
+from pairwise import reward_model as rm
+from pairwise.scale import parallel
+
+import numpy as np
+import torch
+
+
+def settle(args):
+    """Use the threads asked for, and nothing that the seed does not decide, on a GPU too."""
+    torch.set_num_threads(args.threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def check_own_run(run):
+    """Raise InputError where the members of the run are not made one by one, by one call each."""
+    if kind := run_dir.made_otherwise(run):
+        raise cli.InputError(
+            f"{run}: a {kind} run found, whose members are complete; "
+            "a run of this script's own, or a new one, expected"
+        )
+
+
+def texts_of(splits):
+    """{split: (messages (P,), responses (P,) lists of str)}."""
+    return {name: (split.messages, split.responses) for name, split in splits.items()}
+
+
+def encode(args, texts, tokenizer):
+    """{name: token ids of every distinct response with its prompt, R lists}; texts: texts_of's."""
+    return {
+        name: rm.encode_split(tokenizer, messages, responses, args.max_length)
+        for name, (messages, responses) in texts.items()
+    }
+
+
+def encode_for(args, stage, texts, tokenizer, inputs):
+    """{name: what a member is trained on and scores}: token ids, R lists; of --train head features.
+
+    Features are float32 (R, d), one per response under the frozen base, computed once for all
+    members of a run in a stage of its own, which is called `stage` and made from `inputs`.
+    """
+    if args.train != "head":
+        return encode(args, texts, tokenizer)
+    settings = {name: getattr(args, name) for name in ("max_length", "dtype")}
+    paths = {name: args.run / "features" / f"{name}.npy" for name in texts}
+    if not run_dir.stage_done(args.run, stage, settings, inputs, list(paths.values())):
+        started = run_dir.begin_stage(args.run, stage, settings, inputs)
+        base = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
+        for name, sequences in encode(args, texts, tokenizer).items():
+            label = f"features, {name}"
+            features = rm.features_of(base, sequences, args.micro_batch_tokens, label)
+            run_dir.write_array(paths[name], features)
+        facts = {"threads": args.threads, "device": args.device}
+        run_dir.end_stage(args.run, stage, settings, inputs, started, **facts)
+    return {name: np.load(path) for name, path in paths.items()}
+
+
+def identical_pairs(split, encoded):
+    """bool (N,): pairs of one token sequence (encoded: R lists) or one feature (R, d) twice."""
+    return np.array([np.all(encoded[a] == encoded[b]) for a, b in zip(split.a, split.b)])
+
+
+def identical_words(identical):
+    """What a script prints about identical pairs: nothing where there are none."""
+    return (
+        f", {identical.sum():,} pairs left out, identical after encoding" if identical.any() else ""
+    )
+
+
+@contextlib.contextmanager
+def open_log(path, written=True):
+    """Yield a file that becomes `path` at the end; where it is not `written`, it goes nowhere."""
+    place = run_dir.replacing(path) if written else contextlib.nullcontext(os.devnull)
+    with place as partial, open(partial, "w", encoding="utf-8") as log:
+        yield log
+
+
+def save(args, kind, member, tokenizer, directory):
+    """Write what training made of the base, in the format of its kind (members.KINDS)."""
+    with run_dir.replacing(directory) as partial:
+        members.KINDS[kind].save(member, partial, tokenizer, args.base)
+
+
+def load(args, j, tokenizer):
+    """Member j of a run as a RewardModel."""
+    dtype = getattr(torch, args.dtype)
+    return members.load_member(args.run, j, args.base, tokenizer, dtype, args.device)
+
+
+def score(args, member, encoded, label):
+    """{name: rewards float32 (R,), or (R, K) of several heads}; encoded: encode_for's."""
+    if not isinstance(member, torch.Tensor):
+        return {
+            name: rm.score_sequences(member, ids, args.micro_batch_tokens, f"{label}, {name}")
+            for name, ids in encoded.items()
+        }
+    heads, scores = member.detach().cpu(), {}
+    for name, features in encoded.items():
+        features = torch.from_numpy(features)
+        rewards = np.stack([rm.score_features(features, head[None]) for head in heads], axis=1)
+        scores[name] = rewards[:, 0] if len(heads) == 1 else rewards
+    return scores
+
+
+AFTER_TRAINING = " after the last step; a lower --lr may help"
+
+
+def check_finite(scores, label, advice=AFTER_TRAINING, outputs=()):
+    """Remove the outputs and raise InputError where one of {name: rewards} is not finite."""
+    for name, rewards in scores.items():
+        if not np.isfinite(rewards).all():
+            for path in outputs if parallel.rank() == 0 else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            raise cli.InputError(f"{label}: rewards of {name} are not finite{advice}")
+
+
+def write_rewards(run, j, scores):
+    """Write RUN/rewards/0j_NAME.npy, float32, of {name: rewards}."""
+    for name, rewards in scores.items():
+        run_dir.write_array(run_dir.reward_path(run, j, name), rewards)
+
+
+def facts(args):
+    """What the manifest records of a training or scoring besides its settings."""
+    names = ("threads", "device", "micro_batch_tokens")
+    return {"base": str(args.base)} | {name: getattr(args, name) for name in names}
+
+
+def score_continuations(args, j, member, tokenizer, texts, inputs):
+    """Write RUN/rewards/0j_continuations.npy, float32 (prompts, n).
+
+    It is a stage of its own, so that continuations may come later. member: as for `score`, or None
+    where it has yet to be loaded; texts: run_dir.read_continuations(run); inputs: {name: hash} that
+    the member was made from, of which the data's do not count.
+    """
+    run, path = args.run, run_dir.reward_path(args.run, j, "continuations")
+    hashes = {"continuations.parquet": run_dir.hash_file(run / "continuations.parquet")}
+    hashes["base model"] = inputs["base model"]
+    rewards_before = {name: inputs[name] for name in inputs if name.startswith("rewards of")}
+    stage = (run, f"{run_dir.member_name(j)}_continuations", {}, hashes | rewards_before)
+    if parallel.of_first(lambda: run_dir.stage_done(*stage, [path])):
+        return
+    started = parallel.of_first(lambda: run_dir.begin_stage(*stage))
+    texts = {"continuations": (texts["messages"], texts["texts"])}
+    encoded = encode_for(args, "features_continuations", texts, tokenizer, hashes)
+    if args.train == "head":
+        member = members.load_head(run / run_dir.member_name(j))
+    elif member is None:
+        member = load(args, j, tokenizer)
+    rewards = score(args, member, encoded, f"member {j}")
+    if parallel.rank() == 0:
+        prompts = len(texts["continuations"][0])
+        run_dir.write_array(path, rewards["continuations"].reshape(prompts, -1))
+        run_dir.end_stage(*stage, started)
