@@ -1,4 +1,4 @@
-"""The simulated population: its truth is exact, its floors are what the README says, its text shows every attribute."""
+"""The simulated population: its truth is exact, its floors are high, its text shows attributes."""
 
 import itertools
 import math
@@ -45,7 +45,7 @@ def test_no_single_reward_and_no_coin_explains_the_population():
 
 
 def test_preferences_depend_on_the_context():
-    """The same two responses, another asker, another majority: no reward that ignores the prompt will do."""
+    """Another asker, another majority: no reward that ignores the prompt will do."""
     attributes = demo.draw_attributes(np.random.default_rng(1), 40)
     shares = np.stack([demo.population_share(context, attributes) for context in demo.CONTEXTS])
     assert np.mean((shares.max(0) > 0.5) & (shares.min(0) < 0.5)) > 0.1
@@ -68,7 +68,7 @@ def test_same_seed_same_data_other_seed_other_data():
 
 def test_all_pairs_of_distinct_responses():
     made = drawn(7, 5, 0)
-    for prompt_id, rows in itertools.groupby(made, lambda c: c.prompt_id):
+    for _, rows in itertools.groupby(made, lambda c: c.prompt_id):
         rows = list(rows)
         assert len(rows) == 10
         assert len({c.response_a for c in rows} | {c.response_b for c in rows}) == 5

@@ -1,4 +1,4 @@
-"""The data sets from a hub: a server on this machine that answers the hub's HTTP API, which the scripts ask through `datasets`."""
+"""The data sets from a hub: a server on this machine answers the HTTP API that `datasets` asks."""
 
 import gzip
 import hashlib
@@ -88,7 +88,7 @@ class Hub(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, unquote(url.path)))
         words = (
             unquote(url.path).strip("/").split("/")
-        )  # datasets/ID/resolve/REV/PATH, or api/datasets/ID[/(revision|tree|paths-info)/REV[/PATH]]
+        )  # datasets/ID/resolve/REV/PATH, or api/datasets/ID[/(revision|tree|..)/REV[/PATH]]
         start = words.index("datasets") + 1 if "datasets" in words else len(words)
         repo, (what, *rest) = (
             "/".join(words[start : start + 2]),
@@ -190,7 +190,10 @@ def environment(address, home):
 
 
 def run_all(address, home, jobs):
-    """[(exit code, stdout, last line of stderr)] of the scripts with these words, one after the other in one process, for the imports' sake."""
+    """Return [(exit code, stdout, last line of stderr)] of the scripts with these words.
+
+    They run one after the other in one process, as imports take seconds.
+    """
     jobs = [
         [str(REPOSITORY / "data_prep" / f"{name}.py"), *map(str, words)] for name, *words in jobs
     ]
@@ -232,7 +235,10 @@ def card(*configs):
 
 @pytest.fixture(scope="module")
 def from_hub(tmp_path_factory):
-    """Every data set made from the hub and from the same files: ({name: (exit code, stdout, stderr)}, the directory, the requests)."""
+    """Make every data set from the hub and from the same files.
+
+    Returns ({name: (exit code, stdout, stderr)}, the directory, the requests).
+    """
     tmp = tmp_path_factory.mktemp("hub")
 
     def parquet(name, rows):
@@ -532,7 +538,7 @@ def test_hub_that_is_not_there(tmp_path):
 
 
 def test_script_itself_and_prism_within_run_all(tmp_path):
-    """The exit code of the process; and run_all.sh's own flag where it is run_all.sh's command that is repeated."""
+    """The process has the exit code; a repeated command of run_all.sh has run_all.sh's own flag."""
     run = tmp_path / "run"
     (run / "data").mkdir(parents=True)
     (run / "data" / "stats.json").write_text("{}")
@@ -564,6 +570,7 @@ def test_script_itself_and_prism_within_run_all(tmp_path):
         "prism.py: error: HannahRoseKirk/prism-alignment could not be read from the hub ("
     )
     assert line.endswith(
-        "datasets/HannahRoseKirk/prism-alignment and run: bash run_all.sh multipref 4 --prism-source PATH\n"
+        "datasets/HannahRoseKirk/prism-alignment and run: "
+        "bash run_all.sh multipref 4 --prism-source PATH\n"
     )
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -1,4 +1,4 @@
-"""Synthetic judgments: what an answer says, position bias that cancels, votes that stay as they are, and a kill that loses nothing."""
+"""Synthetic judgments: position bias cancels, votes stay as they are, a kill loses nothing."""
 
 import json
 
@@ -52,7 +52,7 @@ def judge(run, base, *flags):
 
 
 def by_length(asked):
-    """In place of a language model: prefers the longer answer, and calls every fifth time something else than A or B."""
+    """Stand in for a language model: prefer the longer answer, every fifth time name no choice."""
 
     def ask(model, tokenizer, chat, times, args):
         asked.append(chat[0]["content"])

@@ -1,4 +1,4 @@
-"""A member's preference pairs for DPO: what is chosen, what is never, and the form that TRL reads."""
+"""A member's preference pairs for DPO: what is chosen, and the form that TRL reads."""
 
 import json
 

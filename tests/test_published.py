@@ -1,4 +1,4 @@
-"""The converters of the published data sets: rows in their native schemas, with the votes and counts that follow from them worked out by hand."""
+"""The published data sets: rows in their native schemas; votes and counts worked out by hand."""
 
 import copy
 import gzip
@@ -56,7 +56,7 @@ def folder(path, splits, ending=".jsonl"):
 
 
 def both(expected):
-    """Votes by (prompt, response, other response), in both orders of the responses, as by_texts gives them."""
+    """Return votes by (prompt, response, other response) in both orders, as by_texts does."""
     return expected | {
         (prompt, b, a): (votes_b, votes_a, ties)
         for (prompt, a, b), (votes_a, votes_b, ties) in expected.items()
@@ -158,7 +158,10 @@ def personalllm(prompt, scores, responses=FRUIT):
 
 
 def ladder(i, model):
-    """Six prefer the later answer; llama3 too, but it cannot tell 2 from 3, 4 from 5, 6 from 7; two prefer the earlier one; one tells nothing."""
+    """Six prefer the later answer, two the earlier one, one tells nothing.
+
+    llama3 prefers the later one too, but cannot tell 2 from 3, 4 from 5, 6 from 7.
+    """
     if model in ("gemma_2b", "gemma_7b"):
         return -i
     return {"llama3_sfairx": i // 2, "oasst_pythia_1b": 0.25}.get(model, i)
@@ -412,11 +415,9 @@ def test_multipref(tmp_path):
         stats["other_readings"]["--ties half"] == other["here"]
         and other["other_readings"]["--ties drop"] == stats["here"]
     )
-    ties_in_n = stats[
-        "other_readings"
-    ][
+    ties_in_n = stats["other_readings"][
         "--ties in n"
-    ]  # without the pair of ties alone: 6, 3, 3, 1, 1, 4 and 4 votes for the side that has more, of 8, 4, ..
+    ]  # Without ties alone: 6, 3, 3, 1, 1, 4 and 4 votes for the larger side, of 8, 4, ..
     assert ties_in_n["pairs"] == 7 and ties_in_n["annotators_mean"] == 32 / 7
     assert ties_in_n["majority_mean"] == pytest.approx((6 / 8 + (3 + 3 + 1 + 1 + 4 + 4) / 4) / 7)
 
@@ -503,7 +504,9 @@ RATED = {
     [
         (
             (),
-            {  # by position: P1 4 2, 3 3, 1 3; P2 0 4, 1 4; P3 2 2, 2 2; P6 1 3, 2 2, 3 1; P7 4 1, 2 2
+            {
+                # By position: P1 4 2, 3 3, 1 3; P2 0 4, 1 4; P3 2 2, 2 2; P6 1 3, 2 2, 3 1;
+                # P7 4 1, 2 2.
                 ("P1", "apple", "pear"): (1, 1, 1),
                 ("P2", "apple", "pear"): (0, 2, 0),
                 ("Why?", "apple", "pear"): (4, 0, 0),
@@ -533,7 +536,9 @@ RATED = {
         ),
         (
             ("--annotators", "cross"),
-            {  # P1: 4 beats all four, 3 beats 2 and 0 and ties twice, 1 beats 0 alone; P2: 0 ties once, 1 beats 0 and ties once
+            {
+                # P1: 4 beats all four, 3 beats 2 and 0 and ties twice, 1 beats 0 alone; P2: 0 ties
+                # once, 1 beats 0 and ties once.
                 ("P1", "apple", "pear"): (7, 3, 2),
                 ("P2", "apple", "pear"): (1, 7, 2),
                 ("Why?", "apple", "pear"): (16, 0, 0),
@@ -636,7 +641,8 @@ def test_answers_in_two_splits_are_not_compared(tmp_path):
         ),
         ("<extra_id_1>User\nHi", "u", ["Hi"]),
         (
-            "Hi<extra_id_1>Assistant\nA<extra_id_1>User\nB<extra_id_1>Assistant\nC<extra_id_1>User\nD",
+            "Hi<extra_id_1>Assistant\nA<extra_id_1>User\nB"
+            "<extra_id_1>Assistant\nC<extra_id_1>User\nD",
             "uauau",
             ["Hi", *"ABCD"],
         ),
@@ -1061,7 +1067,10 @@ NORMAL, EXPERT, STRENGTH = (
     "expert_worker_annotations",
     "all_preferences_unprocessed",
 )
-VOCABULARY = "one of A-is-clearly-better, A-is-slightly-better, Tie, B-is-slightly-better, B-is-clearly-better expected"
+VOCABULARY = (
+    "one of A-is-clearly-better, A-is-slightly-better, Tie, B-is-slightly-better, "
+    "B-is-clearly-better expected"
+)
 RATING, STRENGTHS = "one of 0, 1, 2, 3, 4 expected", "one of -100, -3, -2, -1, 0, 1, 2, 3 expected"
 BAD = [  # data set, where in the third row, what is there, what the line must say
     ("multipref", ("text",), GONE, "text: nothing found, text expected"),
@@ -1132,7 +1141,8 @@ BAD = [  # data set, where in the third row, what is there, what the line must s
         "helpsteer2",
         ("helpfulness",),
         3,
-        "helpfulness: 3 found, each annotator's rating, as in disagreements/disagreements.jsonl.gz, expected",
+        "helpfulness: 3 found, each annotator's rating, as in "
+        "disagreements/disagreements.jsonl.gz, expected",
     ),
     (
         "helpsteer2",
@@ -1455,7 +1465,10 @@ def test_unknown_speaker(tmp_path):
 def test_bad_place_is_one_line(tmp_path, kind):
     assert "nowhere.jsonl: " in refused(kind, tmp_path, tmp_path / "nowhere.jsonl")
     empty = folder(tmp_path / "empty", {})
-    nothing = f"{empty}: no file named train*, validation* or test* found, with an ending .parquet, .json or .jsonl, also .gz"
+    nothing = (
+        f"{empty}: no file named train*, validation* or test* found, "
+        "with an ending .parquet, .json or .jsonl, also .gz"
+    )
     assert refused(kind, tmp_path, empty) == nothing
     for name in ("data.jsonl", "train.csv", "train.txt", "README.md", "training"):
         (empty / name).write_text("x")
@@ -1475,7 +1488,8 @@ def test_bad_place_is_one_line(tmp_path, kind):
         (
             "helpsteer2",
             HELPSTEER2[:3],
-            "1 prompts found, at least three expected (1 dropped: answer without a second one beside it)",
+            "1 prompts found, at least three expected "
+            "(1 dropped: answer without a second one beside it)",
         ),
         (
             "helpsteer2",
@@ -1502,7 +1516,8 @@ def test_bad_place_is_one_line(tmp_path, kind):
         (
             "personalllm",
             PERSONALLLM["test"],
-            "2 prompts found, at least three expected (7 dropped: empty response; 1 dropped: fewer than two votes)",
+            "2 prompts found, at least three expected "
+            "(7 dropped: empty response; 1 dropped: fewer than two votes)",
         ),
     ],
 )
@@ -1520,8 +1535,8 @@ def test_train_that_is_in_test(tmp_path):
         ),
     )
     assert (
-        f"0 train prompts, at least 1 expected (3 dropped: label on a CNN/DM article; 1 dropped: train {AGAIN})"
-        in said
+        "0 train prompts, at least 1 expected "
+        f"(3 dropped: label on a CNN/DM article; 1 dropped: train {AGAIN})" in said
     )
 
 
@@ -1864,7 +1879,8 @@ def test_prism_draws_by_the_seed(tmp_path, prepared, capsys):
     [
         (
             [*PRISM[:2], conversation(3, "guided", "x")],
-            "c.jsonl line 3: conversation_type: 'guided' found, one of unguided, values guided, controversy guided expected",
+            "c.jsonl line 3: conversation_type: 'guided' found, "
+            "one of unguided, values guided, controversy guided expected",
         ),
         (
             [PRISM[0], changed(PRISM[1], ("conversation_type",), GONE)],
@@ -1880,7 +1896,8 @@ def test_prism_draws_by_the_seed(tmp_path, prepared, capsys):
         ),
         (
             PRISM[10:12],
-            "no English prompt of a values guided or controversy guided conversation found, 50 expected",
+            "no English prompt of a values guided or controversy guided conversation found, "
+            "50 expected",
         ),
         ("{", "c.jsonl line 1: not JSON"),
     ],
@@ -1984,7 +2001,9 @@ def test_export(tmp_path, exported, capsys):
         for line in (tmp_path / "new" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     folded = said("Be kind.\n\nHi", "Hello", "Why?")
-    expected = [  # chosen, rejected, p, n, pair_id: the votes, turned where b has more of them; x's third pair is even
+    # chosen, rejected, p, n, pair_id: the votes are turned where b has more of them, and the third
+    # pair of x is even.
+    expected = [
         (said("Q", "apple"), said("Q", "pear"), 3 / 4, 4, "x/0/1"),
         (said("Q", "fig"), said("Q", "pear"), 4 / 5, 5, "x/2/1"),
         ([*folded, *said("", "Zoë\n")[1:]], [*folded, *said("", "pear")[1:]], 1, 2, "y/0/1"),

@@ -1,4 +1,4 @@
-"""data_prep/votes.py: what a user's file becomes, worked out by hand, and one clear line for every bad file."""
+"""data_prep/votes.py: what a user's file becomes, by hand; every bad file has a clear line."""
 
 import csv
 import gzip
@@ -86,7 +86,7 @@ def prepared(tmp_path, rows, *flags, name="mine.jsonl", run="run"):
 
 
 def by_texts(splits):
-    """{(prompt, response, other response): (votes for it, votes for the other, ties)}, each pair in both orders."""
+    """Return {(prompt, response, other): (votes for it, for the other, ties)}, in both orders."""
     found = {}
     for members in splits.values():
         for r in members:
