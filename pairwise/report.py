@@ -33,7 +33,8 @@ LEGEND = (
     "votes are made hard. excess: Brier - C_hat. true err.: mean (p_hat - p_true)^2, where the "
     "truth is known. L1: mean |p_hat - p|. r: Pearson's correlation of p_hat and p over both "
     "orders of every pair (higher is better). Phi: mean share of annotators that the member votes "
-    "against. regret: Phi beyond that of always siding with the majority. -: does not exist."
+    "against. regret: Phi beyond that of always siding with the majority. accuracy: unsuitable, "
+    "for comparison with other work. -: does not exist."
 )
 
 
@@ -95,10 +96,10 @@ def table(metrics):
         f"{split['annotators_mean']:.1f} votes a pair. All errors: lower is better."
     )
     head = ("k", "Brier", "95 % interval", "soft", "excess", "true err.", "L1", "r")
-    form = "{:>3}  {:>6}  {:>14}  {:>6}  {:>6}  {:>9}  {:>5}  {:>6}  "
-    lines = [*textwrap.wrap(title, 100), "", form.format(*head) + "mixture weights"]
+    columns = "{:>3}  {:>6}  {:>14}  {:>6}  {:>6}  {:>9}  {:>5}  {:>6}  "
+    lines = [*textwrap.wrap(title, 100), "", columns.format(*head) + "mixture weights"]
     for entry in split["ensemble"]:
-        row = form.format(entry["k"], *cells(entry, *ERRORS, none="-"))
+        row = columns.format(entry["k"], *cells(entry, *ERRORS, none="-"))
         alpha = " ".join(figures.short(a).ljust(3) for a in entry["alpha"])
         indent = {"initial_indent": row, "subsequent_indent": " " * len(row)}
         lines += textwrap.wrap(alpha, 100, **indent)
@@ -106,31 +107,27 @@ def table(metrics):
         k = metrics["k_valid"]
         lines.append(f"on validation prompts the Brier score is least with k = {k}")
 
-    form = "{:<42}{:>6}  {:>14}  {:>9}"
-    lines += ["", form.format("reference lines", "Brier", "95 % interval", "true err.")]
+    columns = "{:<42}{:>6}  {:>14}  {:>9}"
+    lines += ["", columns.format("reference lines", "Brier", "95 % interval", "true err.")]
     for name, brier, limits, true_error, _ in references(split):
-        lines.append(
-            form.format(
-                name, figures.num(brier, "-"), interval(limits, "-"), figures.num(true_error, "-")
-            )
-        )
+        errors = figures.num(brier, "-"), interval(limits, "-"), figures.num(true_error, "-")
+        lines.append(columns.format(name, *errors))
 
-    form = "{:>6}  {:>6}  {:>6}  {:>14}  {:>6}  {:>8}"
+    columns = "{:>6}  {:>6}  {:>6}  {:>14}  {:>6}  {:>8}"
     head = ("member", "Brier", "Phi", "95 % interval", "regret", "accuracy")
-    warning = "  (accuracy: unsuitable, for comparison with other work)"
-    lines += ["", form.format(*head) + warning]
+    lines += ["", columns.format(*head)]
     keys = ("brier", "disagreement", "disagreement_ci", "regret", "accuracy")
-    lines += [form.format(m["j"], *cells(m, *keys, none="-")) for m in split["members"]]
+    lines += [columns.format(m["j"], *cells(m, *keys, none="-")) for m in split["members"]]
     return "\n".join([*lines, "", *textwrap.wrap(LEGEND, 100)])
 
 
 # ---- what report.html.jinja shows
 
 
-def distinct(stages, key):
-    """The different values of a key of dicts, in order; of an absolute path the last two parts."""
-    values = dict.fromkeys(str(stage[key]) for stage in stages if stage.get(key) is not None)
-    return ["/".join(Path(v).parts[-2:]) if Path(v).is_absolute() else v for v in values]
+def distinct(dicts, key):
+    """The different values of a key, in order, as texts; of an absolute path the last two parts."""
+    texts = dict.fromkeys(str(entry[key]) for entry in dicts if entry.get(key) is not None)
+    return ["/".join(Path(x).parts[-2:]) if Path(x).is_absolute() else x for x in texts]
 
 
 def origin(stages):
@@ -148,7 +145,8 @@ def origin(stages):
     shown_alone = ("target", "train", "base", "seed")
     keys = dict.fromkeys(key for entry in settings for key in entry if key not in shown_alone)
     others = {key: ", ".join(distinct(settings, key)) for key in keys}
-    commits = distinct(stages.values(), "git_commit")  # "+" at the end: changed since
+    # A commit ends in + where files had been changed since.
+    commits = distinct(stages.values(), "git_commit")
     versions = {k: v for stage in stages.values() for k, v in (stage.get("versions") or {}).items()}
     return {
         "base": distinct([*settings, *stages.values()], "base"),
@@ -190,7 +188,7 @@ def favourites(cases):
     return shown
 
 
-def values(metrics, weights, stages):
+def page_values(metrics, weights, stages):
     """All that report.html.jinja shows, but the figures."""
     split, diversity = metrics["splits"]["test"], metrics["diversity"] or {}
     outlier_limits = [member["outlier_below"] or [None] for member in split["members"]]
@@ -269,7 +267,7 @@ def write(out, metrics, weights, manifest, logs, p, p_hat):
     for name in drawn.keys() - images.keys():  # An earlier evaluation may have drawn them.
         for kind in ("png", "pdf"):
             (out / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
-    shown = values(metrics, weights, manifest.get("stages") or {})
+    shown = page_values(metrics, weights, manifest.get("stages") or {})
     page = render(Path(__file__).with_name("report.html.jinja"), images=images, **shown)
     with run_dir.replacing(out / "report.html") as partial:
         partial.write_text(page, encoding="utf-8")
