@@ -22,10 +22,10 @@ import itertools
 import math
 import time
 
-import numpy as np
-
 from pairwise import cli, data, run_dir
 from pairwise.prepare import prompts
+
+import numpy as np
 
 # ---- text: every attribute shows in a few regular words
 
@@ -263,10 +263,10 @@ def new_llama(tokenizer):
 
 def pretrain(chats, seed, batch=64, lr=3e-3):
     """Train a tiny Llama to predict the chats' next tokens, once; return (model, tokenizer)."""
+    from pairwise import reward_model
+
     import torch
     from tqdm import trange
-
-    from pairwise import reward_model
 
     tokenizer = train_tokenizer([text for chat in chats for text in chat], vocabulary=1200)
     torch.manual_seed(seed)

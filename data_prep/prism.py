@@ -16,12 +16,12 @@ import os
 import re
 from pathlib import Path
 
+from pairwise import cli, data, rows, run_dir
+from pairwise.prepare import published
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from pairwise import cli, data, rows, run_dir
-from pairwise.prepare import published
 
 TYPES = ("unguided", "values guided", "controversy guided")
 DATA = published.Published(

@@ -12,11 +12,11 @@ a system text is put in front of the first user turn.
 import json
 from pathlib import Path
 
+from pairwise import cli, data, run_dir
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from pairwise import cli, data, run_dir
 
 
 def alternating_turns(messages):

@@ -11,9 +11,9 @@ ranks lowest. No pair occurs twice, and none has equal rewards.
 import itertools
 from pathlib import Path
 
-import numpy as np
-
 from pairwise import cli, ranking, run_dir
+
+import numpy as np
 
 
 def pairs(texts, rewards, count, rng):

@@ -15,12 +15,12 @@ import json
 import re
 from pathlib import Path
 
+from pairwise import cli, data, provenance, reward_model, run_dir, sampling
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-
-from pairwise import cli, data, provenance, reward_model, run_dir, sampling
 
 QUESTION = """Two answers to the same message follow the conversation below. Say which one most \
 people would rather have got: the one that is correct where there is a right answer, and helpful \

@@ -22,11 +22,11 @@ DIR/data/stats.json holds counts, flags, and how the votes arose: `sampled`, `po
 import dataclasses
 import itertools
 
+from pairwise import cli, run_dir
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from pairwise import cli, run_dir
 
 SPLITS = ("train", "valid", "test")
 JUDGMENTS = pa.list_(pa.struct([("a", pa.int32()), ("b", pa.int32())]))

@@ -10,10 +10,10 @@ import reprlib
 import zlib
 from pathlib import Path
 
+from pairwise import cli
+
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from pairwise import cli
 
 # ---- one reader for each ending
 #

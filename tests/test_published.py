@@ -7,15 +7,15 @@ import os
 import subprocess
 import sys
 
+from pairwise import figures
+from pairwise.cli import InputError
+from pairwise.data import write_split
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import REPOSITORY, script
 from test_votes import by_texts, save
-
-from pairwise import figures
-from pairwise.cli import InputError
-from pairwise.data import write_split
 
 SCRIPTS = {
     name: script(name)

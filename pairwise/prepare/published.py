@@ -13,10 +13,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from pairwise import cli, rows, run_dir
 from pairwise.prepare import prompts
+
+from tqdm import tqdm
 
 THEIR_SPLITS = ("train", "validation", "test")  # as the files of a published data set name them
 ENDINGS = ".parquet, .json or .jsonl"
