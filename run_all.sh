@@ -1,60 +1,72 @@
 #!/usr/bin/env bash
-# The method, stage by stage: votes -> data -> K times (train a reward model on the residual, refit the weights) -> metrics and report.
+# The method: votes -> data -> K times (train on the residual, refit the weights) -> report.
+#     bash run_all.sh [DATASET|FILE] [K] [flags]          (default: demo 4; --help lists the flags)
 set -eo pipefail
 
-usage() {
-    cat <<'END'
-bash run_all.sh [DATASET|FILE] [K] [flags]        default: demo 4
+method() {
+    # ---- data: prompts, their responses, pairs with votes; for the demo its base model too
+    stage "data_prep/$SCRIPT.py" --seed "$SEED" "${DATA[@]}"
 
-  DATASET   demo: a simulated population with known truth and its own tiny Llama; about 3 minutes on 2 cores
-            multipref, personalllm, helpsteer2, tldr: the paper's, from the hub or --source PATH, with Llama-3-8B
-  FILE      your votes, .jsonl .json .csv .parquet, also .gz; one comparison a row: prompt, response_a, response_b and
-            votes_a, votes_b (ties) | p, n | choice; needs --base. See the README and data_prep/votes.py --help
-  K         members of the ensemble, 1 to 99
+    # ---- continuations: sampled once from the base, ranked by every member (figure 3)
+    if [ "$PROMPTS" != 0 ]; then
+        [ $FROM = test ] || stage data_prep/prism.py --count "$PROMPTS" --seed "$SEED" "${PRISM[@]}"
+        stage data_prep/continuations.py --base "$BASE" --prompts "$PROMPTS" --count "$TEXTS" \
+            --seed "$SEED" "${SAMPLING[@]}" "${MODEL[@]}"
+    fi
 
-  --run DIR            run directory (default runs/DATASET; for a file, runs/ and its stem)
-  --base NAME_OR_DIR   base model: hub id or transformers directory with a chat template, or with --chat-template FILE
-  --seed S             of the training (default 0)
-  --data-seed S        of the data: population, split, orientation (default 0)
-  --gpus N             train on N GPUs of this machine, by torchrun (default 1); without GPUs, N processes on the CPU
-  --continuations N    sample continuations for each of N prompts, for the diversity measurement: 100, demo 20
-                       (default: a FILE 0; demo 10 test prompts; the paper's 50 of PRISM, tldr test prompts)
-                       --temperature X  --top-p X  --max-tokens N: of their sampling
-  --joint              train all K members at once, on the error of their mixture (train_joint.py --help)
-  --early-stop[=N]     train no further member once the last N (1) did not lower the Brier score on the validation
-                       prompts, which --valid-share makes (demo: .1 as it is); K is then the largest size
-  data flags           --ties drop|half  --test-share X  --valid-share X  --min-votes 1|2
-                       FILE: --votes sampled|population|dependent    demo: --prompts N  --responses N  --texts N
-                       the paper's: --source PATH  --prism-source PATH  --revision R  --beaver published|negated
-                       --annotators zip|cross|preference  --cnndm drop|keep    (data_prep/NAME.py --help)
-  any other flag       of train_rm.py: --train full|lora|head  --target p|residual|centered|mixture  --lr X  --epochs N
-                       --loss mse|bce|bt|margin, of which the last two are for K = 1 or --target p  --pairs-per-step N
-                       --dtype bfloat16|float32  --threads N ... (train_rm.py --help; --joint: train_joint.py --help)
+    # ---- forward stagewise additive modelling: member j is trained on what members 1 to j-1 leave
+    # over, then the weights of all j are refitted; or --joint trains all members at once
+    for ((j = 1; j <= K && !JOINT; j++)); do
+        "${TRAINER[@]}" "$ROOT/train_rm.py" --run "$RUN" --iteration $j --base "$BASE" "${TRAIN[@]}"
+        stage fit_weights.py $STOP && STATUS=0 || STATUS=$?
+        # 3 says that --early-stop wants no member after those that are there. The loop still goes
+        # through these, as one of them may have been killed while it scored continuations.
+        [[ $STATUS = [03] ]] || exit $STATUS
+        [ $STATUS = 0 ] || is_trained $((j + 1)) || break
+    done
+    if [ $JOINT = 1 ]; then
+        stage extras/train_joint.py --k "$K" --base "$BASE" "${TRAIN[@]}"
+        [[ " ${TRAIN[*]} " = *" --weights learned "* ]] || stage fit_weights.py
+    fi
 
-Finished stages are skipped; a larger K continues the run (not with --joint); other arguments need another --run.
-PYTHON=/path/to/python uses an environment of your own. The result is RUN/report.html and RUN/metrics.json.
-END
+    # ---- metrics, figures, report
+    ! is_trained $((K + 1)) || echo "$RUN holds more than K = $K members from before;" \
+        "the report covers them all, and its row k = $K is what was asked for"
+    stage evaluate.py
 }
 
-fail() {
-    echo "run_all.sh: error: $1" >&2
-    exit 2
-}
+# What a data set brings. The paper names no base; for TL;DR it took one that had been through RLHF.
+# PersonalLLM's 263,256 pairs are 523 steps of 512; at 64 the optimizer would take most of the time.
+# script: base model, prompts x continuations, where the prompts are from, flags of the training
+DEFAULTS='
+demo        RUN/base                        10 20  test  --lr 3e-3
+multipref   OpenRLHF/Llama-3-8b-sft-mixture 50 100 prism
+personalllm OpenRLHF/Llama-3-8b-sft-mixture 50 100 prism --pairs-per-step 512 --precondition-frequency 10
+helpsteer2  OpenRLHF/Llama-3-8b-sft-mixture 50 100 prism
+tldr        OpenRLHF/Llama-3-8b-rlhf-100k   50 100 test
+votes       --base                          0  100 test'
 
-# ---- arguments -------------------------------------------------------------------------------------------------------------------
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+stage() { "$PYTHON" "$ROOT/$1" --run "$RUN" "${@:2}"; }
+is_trained() { [ -e "$RUN/rewards/$(printf %02d "$1")_test.npy" ]; }
+fail() { echo "run_all.sh: error: $*" >&2; exit 2; }
+expect() { [[ $1 =~ ^($2)$ ]] || fail "$3 found, $4 expected"; }
+
+# ---- arguments: of the data, the sampling, all that runs a model; any other is the training's
 COMMAND='bash run_all.sh' QUOTED="'\\''"
 for word in "$@"; do # quoted as any POSIX shell reads it
     case $word in *[!A-Za-z0-9_./=:,@%+-]* | '') word="'${word//\'/$QUOTED}'" ;; esac
     COMMAND+=" $word"
 done
-EVERYWHERE=() # flags of every stage that runs a model
-WORDS=() DATA=() TRAIN=() RUN='' BASE='' CONTINUATIONS='' DATA_SEED=0 PRISM=() SAMPLING=() GPUS=1 STOP=() JOINT=0
+WORDS=() DATA=() PRISM=() SAMPLING=() MODEL=() TRAIN=() GPUS=1 JOINT=0 HEAD=0
+RUN='' BASE='' PROMPTS='' VALID='' STOP='' SEED=0 THREADS=${OMP_NUM_THREADS%%,*}
 while [ $# -gt 0 ]; do
     case $1 in
-        -h | --help) usage; exit 0 ;;
-        --plan) fail "--plan is train_rm.py's: python train_rm.py --plan --base llama-3-8b" ;;
-        --early-stop | --early-stop=*) STOP=("$1"); shift; continue ;; # has a value only with =, so that the next word can be K
+        -h | --help) exec cat "$ROOT/docs/run_all.txt" ;;
+        --plan) fail "--plan is a command of its own: python extras/plan.py --base llama-3-8b" ;;
+        --iteration | --k) fail "$1 is set by run_all.sh, or the scripts are called by hand" ;;
         --joint) JOINT=1; shift; continue ;;
+        --early-stop | --early-stop=*) STOP=$1; shift; continue ;; # the next word can be K
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
         --*) [[ $# -ge 2 && $2 != --* ]] || fail "$1 needs a value" ;;
         *) WORDS+=("$1"); shift; continue ;;
@@ -62,109 +74,57 @@ while [ $# -gt 0 ]; do
     case $1 in
         --run) RUN=$2 ;;
         --base) BASE=$2 ;;
-        --data-seed) DATA_SEED=$2 ;;
+        --data-seed) SEED=$2 ;;
         --gpus) GPUS=$2 ;;
-        --continuations) CONTINUATIONS=$2 ;;
-        --source | --revision | --ties | --min-votes | --test-share | --valid-share | --votes | --beaver | --annotators | --cnndm) DATA+=("$1" "$2") ;;
-        --prompts | --responses | --texts) DATA+=("$1" "$2") ;;
-        --temperature | --top-p | --max-tokens) SAMPLING+=("$1" "$2") ;;
+        --continuations) PROMPTS=$2 ;;
         --prism-source) PRISM=(--source "$2") ;;
-        --threads | --device | --chat-template) EVERYWHERE+=("$1" "$2") TRAIN+=("$1" "$2") ;;
-        --iteration | --export | --k | --from) fail "$1 is the training's own; run_all.sh sets it, or the scripts are called by hand" ;;
+        --valid-share) VALID=$2 DATA+=("$1" "$2") ;;
+        --source | --revision | --ties | --min-votes | --test-share | --votes | --beaver | \
+            --annotators | --cnndm | --prompts | --responses | --texts) DATA+=("$1" "$2") ;;
+        --temperature | --top-p | --max-tokens) SAMPLING+=("$1" "$2") ;;
+        --threads | --device | --chat-template) MODEL+=("$1" "$2") ;;
         *) TRAIN+=("$1" "$2") ;;
     esac
     shift 2
 done
 [ ${#WORDS[@]} -le 2 ] || fail "'${WORDS[2]}' found, at most a data set and K expected"
-DATASET=${WORDS[0]:-demo} K=${WORDS[1]:-4}
-[[ $K =~ ^[1-9][0-9]?$ ]] || fail "K = '$K' found, a number from 1 to 99 expected"
-[[ $DATA_SEED =~ ^[0-9]+$ ]] || fail "--data-seed '$DATA_SEED' found, a number of at least 0 expected"
-[[ "${STOP[*]}" =~ ^(|--early-stop|--early-stop=[1-9][0-9]*)$ ]] || fail "$STOP found, --early-stop or --early-stop=N with N of at least 1 expected"
-[[ $CONTINUATIONS =~ ^(|0|[1-9][0-9]*)$ ]] || fail "--continuations '$CONTINUATIONS' found, a number of at least 0 expected"
-[[ $GPUS =~ ^[1-9][0-9]*$ ]] || fail "--gpus '$GPUS' found, a number of at least 1 expected"
-[[ $GPUS = 1 || " ${TRAIN[*]} " != *" --train head "* ]] || fail "--gpus is for all parameters; --train head runs on one"
-
-[[ $JOINT = 0 || $GPUS = 1 && ${#STOP[@]} = 0 ]] || fail "--joint trains all members at once, on one GPU: without --gpus and --early-stop"
-
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ $DATASET = demo || ! -f $DATASET || $DATASET = */* ]] || DATASET=./$DATASET # a file that is there is a file, whatever its ending
+DATASET=${WORDS[0]:-demo} K=${WORDS[1]:-4} SCRIPT=$DATASET NAME=$DATASET
+[[ " ${TRAIN[*]} " != *" --train head "* ]] || HEAD=1
+expect "$K" '[1-9][0-9]?' "K = '$K'" "a number from 1 to 99"
+expect "$SEED" '[0-9]+' "--data-seed '$SEED'" "a number of at least 0"
+expect "$PROMPTS" '|0|[1-9][0-9]*' "--continuations '$PROMPTS'" "a number of at least 0"
+expect "$GPUS" '[1-9][0-9]*' "--gpus '$GPUS'" "a number of at least 1"
+expect "$STOP" '|--early-stop(=[1-9][0-9]*)?' "$STOP" "--early-stop or --early-stop=N, N > 0,"
+[[ $GPUS = 1 || $HEAD = 0 ]] || fail "--gpus is for all parameters; --train head runs on one"
+[[ $JOINT = 0 || $GPUS$STOP = 1 ]] || fail "--joint runs on one GPU, and without --early-stop"
+[[ $DATASET = demo || ! -f $DATASET || $DATASET = */* ]] || DATASET=./$DATASET # whatever its ending
 case $DATASET in
-    demo)
-        PREPARE=demo NAME=demo
-        TRAIN=(--threads 2 --dtype float32 "${TRAIN[@]}")
-        [[ $JOINT = 1 && " ${TRAIN[*]} " = *" --train head "* ]] || TRAIN=(--lr 3e-3 "${TRAIN[@]}")
-        EVERYWHERE=(--threads 2 "${EVERYWHERE[@]}")
-        CONTINUATIONS=${CONTINUATIONS:-10} COUNT=20 SAMPLING=(--top-p 0.9 "${SAMPLING[@]}") ;; # of its tiny base the whole vocabulary is noise
-    multipref | personalllm | helpsteer2 | tldr)
-        PREPARE=$DATASET NAME=$DATASET
-        case $DATASET in # the paper names neither; for TL;DR it took a model that RLHF had been through
-            tldr) BASE=${BASE:-OpenRLHF/Llama-3-8b-rlhf-100k} ;;
-            *) BASE=${BASE:-OpenRLHF/Llama-3-8b-sft-mixture} ;;
-        esac
-        # 263,256 pairs: 523 steps of 512; at 64 the optimizer would take most of the time
-        [[ $DATASET != personalllm || " ${TRAIN[*]} " = *" --train head "* ]] || TRAIN=(--pairs-per-step 512 --precondition-frequency 10 "${TRAIN[@]}")
-        CONTINUATIONS=${CONTINUATIONS:-50} COUNT=100 ;;
+    demo) # its base is tiny: one thread is enough, and the tail of what it says is noise
+        MODEL=(--threads "${THREADS:-1}" "${MODEL[@]}") VALID=${VALID:-0.1}
+        SAMPLING=(--top-p 0.9 "${SAMPLING[@]}") TRAIN=(--dtype float32 "${TRAIN[@]}") ;;
+    multipref | personalllm | helpsteer2 | tldr) ;;
     */* | *.jsonl | *.json | *.csv | *.parquet | *.gz)
-        PREPARE=votes NAME=$(basename "$DATASET" .gz) NAME=${NAME%.*}
-        DATA=(--source "$DATASET" "${DATA[@]}")
-        CONTINUATIONS=${CONTINUATIONS:-0} COUNT=100
-        [[ " ${DATA[*]:2} " != *" --source "* ]] || fail "$DATASET is the file; --source is for multipref, personalllm, helpsteer2 and tldr"
-        [ -n "$BASE" ] || fail "$DATASET: a file of your own needs --base NAME_OR_DIR, the model to start from" ;;
-    *) fail "unknown data set '$DATASET'; demo, multipref, personalllm, helpsteer2, tldr, or a file ending in .jsonl, .json, .csv or .parquet (also .gz) expected" ;;
+        SCRIPT=votes NAME=$(basename "$DATASET" .gz) NAME=${NAME%.*}
+        [[ " ${DATA[*]} " != *" --source "* ]] || fail "--source is for the paper's, not $DATASET"
+        [ -n "$BASE" ] || fail "$DATASET: a file of your own needs --base, the model to start from"
+        DATA=(--source "$DATASET" "${DATA[@]}") ;;
+    *) fail "unknown data set '$DATASET'; demo, multipref, personalllm, helpsteer2, tldr, or a" \
+        "file ending in .jsonl, .json, .csv or .parquet (also .gz) expected" ;;
 esac
-if [ ${#PRISM[@]} -gt 0 ]; then
-    [[ $DATASET =~ ^(multipref|personalllm|helpsteer2)$ && $CONTINUATIONS != 0 ]] || fail "--prism-source is given, but no PRISM prompts are needed"
-fi
-if [ ${#STOP[@]} -gt 0 ]; then
-    VALID=$([ "$DATASET" = demo ] && echo .1 || echo 0)
-    for ((i = 0; i < ${#DATA[@]}; i += 2)); do [ "${DATA[i]}" != --valid-share ] || VALID=${DATA[i + 1]}; done
-    [[ $VALID = *[1-9]* ]] || fail "--early-stop needs validation prompts, which nothing is trained on: --valid-share 0.1, say"
-fi
-RUN=${RUN:-runs/$NAME}
-BASE=${BASE:-$RUN/base}
+read -r _ BASE_HERE PROMPTS_HERE TEXTS FROM FLAGS <<<"$(grep "^$SCRIPT " <<<"$DEFAULTS")"
+RUN=${RUN:-runs/$NAME} BASE=${BASE:-${BASE_HERE/#RUN/$RUN}} PROMPTS=${PROMPTS:-$PROMPTS_HERE}
+case $SCRIPT$JOINT$HEAD in demo11 | personalllm?1) FLAGS='' ;; esac # as these are not for heads
+TRAIN=("${MODEL[@]}" $FLAGS "${TRAIN[@]}")
+[[ ${#PRISM[@]} = 0 || $FROM = prism && $PROMPTS != 0 ]] ||
+    fail "--prism-source is given, but no PRISM prompts are needed"
+[[ -z $STOP || $VALID = *[1-9]* ]] || fail "$STOP needs validation prompts: --valid-share 0.1, say"
 
+# ---- the environment, then the training's flags: a wrong one fails before anything runs
 source "$ROOT/pairwise/environment.sh"
 export PAIRWISE_COMMAND=$COMMAND
-TRAINER=("$PYTHON") # -- as torchrun would take --run for a flag of its own
-[ "$GPUS" = 1 ] || TRAINER=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" --)
-stage() { "$PYTHON" "$ROOT/$1" --run "$RUN" "${@:2}"; }
-# The training flags are tried first: a wrong one fails before anything runs.
-SCRIPT=(train_rm --iteration "$K")
-[ $JOINT = 0 ] || SCRIPT=(train_joint --k "$K")
-"$PYTHON" - "$ROOT" "${SCRIPT[@]}" --run "$RUN" --base "$BASE" "${TRAIN[@]}" <<'END'
-import sys
-root = sys.argv.pop(1)
-sys.path[:0] = [root, f"{root}/extras"]
-sys.argv[0] = f"{sys.argv[1]}.py"
-__import__(sys.argv.pop(1)).parse_args()
-END
-
-# ---- data: prompts, distinct responses, pairs with their votes; the demo's base model too ------------------------------------------
-stage "data_prep/$PREPARE.py" --seed "$DATA_SEED" "${DATA[@]}"
-
-# ---- continuations: sampled once from the base, ranked by every member (figure 3) ----------------------------------------------------
-if [ "$CONTINUATIONS" != 0 ]; then
-    case $DATASET in multipref | personalllm | helpsteer2) stage data_prep/prism.py --count "$CONTINUATIONS" --seed "$DATA_SEED" "${PRISM[@]}" ;; esac
-    stage data_prep/continuations.py --base "$BASE" --prompts "$CONTINUATIONS" --count "$COUNT" --seed "$DATA_SEED" "${SAMPLING[@]}" "${EVERYWHERE[@]}"
-fi
-
-# ---- forward stagewise additive modelling: member j on what members 1..j-1 leave over, then the weights of all j ----------------------
-if [ $JOINT = 1 ]; then # or all members at once, on the error of their mixture
-    stage extras/train_joint.py --k "$K" --base "$BASE" "${TRAIN[@]}"
-    [[ " ${TRAIN[*]} " = *" --weights learned "* ]] || stage fit_weights.py
-fi
-for ((j = 1; j <= K && !JOINT; j++)); do
-    "${TRAINER[@]}" "$ROOT/train_rm.py" --run "$RUN" --iteration "$j" --base "$BASE" "${TRAIN[@]}"
-    stage fit_weights.py "${STOP[@]}" || {
-        CODE=$?
-        [ $CODE = 3 ] || exit $CODE # 3: --early-stop, and no member was worth training after those that are there
-        [ -e "$RUN/rewards/$(printf %02d $((j + 1)))_test.npy" ] || break # those are gone through, as one may have been killed while it scored continuations
-    }
-done
-
-if [ -e "$RUN/rewards/$(printf %02d $((K + 1)))_test.npy" ]; then
-    echo "$RUN holds more than K = $K members from before; the report covers them all, and its row k = $K is what was asked for"
-fi
-
-# ---- metrics, figures, report ---------------------------------------------------------------------------------------------------------
-stage evaluate.py
+TRAINER=("$PYTHON") TRAINING=(train_rm.py --iteration "$K")
+[ "$GPUS" = 1 ] || TRAINER=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m
+    torch.distributed.run --standalone --nproc-per-node "$GPUS" --) # -- as it has a --run itself
+[ $JOINT = 0 ] || TRAINING=(extras/train_joint.py --k "$K")
+stage "${TRAINING[@]}" --base "$BASE" "${TRAIN[@]}" --check
+method

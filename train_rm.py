@@ -4,25 +4,24 @@
     python train_rm.py --run runs/multipref --iteration 1 --base OpenRLHF/Llama-3-8b-sft-mixture
 
 Stage j reads the prepared data, the rewards of members 1 to j-1 and their mixture weights, computes
-the residual eps_j = p - p_hat_{j-1}, trains r_j from the same base on the target that --target makes of
-it, and scores every response. It writes RUN/member_0j, RUN/rewards/0j_SPLIT.npy and
-RUN/logs/0j.jsonl. On N GPUs of one machine (the lone -- keeps --run from torchrun):
-torchrun --standalone --nproc-per-node N -- train_rm.py --run ..
+the residual eps_j = p - p_hat_{j-1}, trains r_j from the same base on the target that it makes, and
+scores every response. It writes RUN/member_0j, RUN/rewards/0j_SPLIT.npy and RUN/logs/0j.jsonl. On N
+GPUs: torchrun --standalone --nproc-per-node N -- train_rm.py --run .. (-- keeps --run from it)
 """
 
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
-from transformers import AutoConfig
-
-from pairwise import cli, data, run_dir, stages, training
+from pairwise import cli, data, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale import adapter, parallel
 from pairwise.scale.checkpoint import Checkpoints
 from pairwise.scale.offload import MAX_PRECONDITION_DIM, names_memory_flags
+
+import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+from transformers import AutoConfig
 
 # ---- the method: to add a target or a loss, write a function and name it in the table
 
@@ -56,8 +55,7 @@ TARGETS = {"p": vote_fraction, "residual": residual, "centered": centered, "mixt
 def target_of(name, p, rewards, alpha, a, b):
     """Target t_j, float64 (N,), of stage j = len(alpha) + 1.
 
-    p (N,): vote fractions; rewards float32 (j-1, R), alpha (j-1,): the ensemble so far; a, b (N,):
-    the responses of each pair.
+    p (N,): vote fractions; rewards float32 (j-1, R), alpha (j-1,): the ensemble; a, b (N,): pairs.
     """
     if not len(alpha):
         return p
@@ -96,14 +94,11 @@ ON_MAJORITY = {"bt", "margin"}
 
 
 def margin_of(split, source):
-    """m = |sum - n/2| / (n/2), float64 (N,) in [0, 1]: equation 3 of Beyond the Binary.
-
-    source: "judgments", or "votes" or None for the votes. Without a judgment m is 0.
-    """
+    """m = |sum - n/2| / (n/2), float64 (N,) in [0, 1]: equation 3 of Beyond the Binary."""
     first, n = split.votes_a, split.n
     if source == "judgments":
         first, n = split.judgments[:, 0], split.judgments.sum(1)
-    return np.abs(2 * first - n) / np.maximum(n, 1)
+    return np.abs(2 * first - n) / np.maximum(n, 1)  # 0 without a judgment
 
 
 def formula(function):
@@ -130,9 +125,9 @@ def targets_of_stage(args, train):
 
 
 def train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, log):
-    """Train member j on the pairs of keep, bool (N,); return a head's weight (1, d) or a RewardModel.
+    """Train member j on the pairs of keep, bool (N,); return a head's weight or a RewardModel.
 
-    encoded: features float32 (R, d) of the train responses, or their token ids; targets: (t, m).
+    encoded: {split: features float32 (R, d), or token ids, R lists}; targets: (t, m).
     """
     torch.manual_seed(args.seed)
     seeds = np.random.SeedSequence([args.seed, args.iteration]).generate_state(3)
@@ -141,9 +136,9 @@ def train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, lo
     def loss(reward_a, reward_b, t, m, done):
         return LOSSES[args.loss](reward_a - reward_b, t, m).sum()
 
-    task = (train, encoded, targets, loss, keep, np.random.default_rng(order_seed), log)
+    task = (train, encoded["train"], targets, loss, keep, np.random.default_rng(order_seed), log)
     if args.train == "head":
-        weight = torch.nn.Parameter(torch.empty(1, encoded.shape[1], device=args.device))
+        weight = torch.nn.Parameter(torch.empty(1, encoded["train"].shape[1], device=args.device))
         rm.draw_head(weight, AutoConfig.from_pretrained(args.base), head_seed)
         training.train_head(args, weight, *task)
         return weight
@@ -156,20 +151,20 @@ def train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, lo
     return member
 
 
-def counts_of(args, train, identical, tied):
-    """({name: count}, the same in words) of pairs with something missing; the masks: bool (N,)."""
-    counts = {"identical_pairs": int(identical.sum())}
-    words = f", {identical.sum():,} pairs left out, identical after encoding" * bool(
-        identical.any()
-    )
+def facts_of(args, train, identical, tied):
+    """(facts for the manifest, words on pairs that lack something); identical, tied: bool (N,)."""
+    target, loss = formula(TARGETS[args.target]), formula(LOSSES[args.loss])
+    facts = stages.facts(args) | {"target_formula": target, "loss_formula": loss}
+    facts |= {"processes": parallel.count(), "identical_pairs": int(identical.sum())}
+    words = stages.identical_words(identical)
     if args.loss in ON_MAJORITY:
-        counts["tied_pairs"] = int((~identical & tied).sum())
-        words += f", {counts['tied_pairs']:,} dropped, their votes tie"
+        facts["tied_pairs"] = int((~identical & tied).sum())
+        words += f", {facts['tied_pairs']:,} dropped, their votes tie"
     if args.margin_from == "judgments":
         unjudged = ~identical & ~tied & (train.judgments.sum(1) == 0)
-        counts["pairs_without_judgment"] = int(unjudged.sum())
+        facts["pairs_without_judgment"] = int(unjudged.sum())
         words += f", {unjudged.sum():,} trained on without a judgment, m = 0"
-    return counts, words
+    return facts, words
 
 
 def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkpoints):
@@ -181,34 +176,26 @@ def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkp
     directory, log_path = run / run_dir.member_name(j), run / "logs" / f"{j:02d}.jsonl"
     train, (*targets, tied) = splits["train"], targets
     started = parallel.of_first(lambda: run_dir.begin_stage(*stage))
-    texts = stages.texts_of(splits)
-    encoded = stages.encode_for(args, "features", texts, tokenizer, base_inputs)
+    encoded = stages.encode_for(args, "features", stages.texts_of(splits), tokenizer, base_inputs)
     identical = stages.identical_pairs(train, encoded["train"])
     keep = ~identical & ~tied
-    # A call that was killed while it scored has trained the member; a head is trained again.
-    trained = parallel.of_first(checkpoints.finished)
+    trained = parallel.of_first(checkpoints.finished)  # by a call that was killed while it scored
     if trained and args.train != "head":
         member = stages.load(args, j, tokenizer)
     else:
         with stages.open_log(log_path, first and not trained) as log:
-            task = (train, encoded["train"], targets, keep, tokenizer, checkpoints)
-            member = train_member(args, *task, log)
+            member = train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, log)
     if first and not trained:
-        stages.save(args, member, tokenizer, directory)
+        stages.save(args, args.train, member, tokenizer, directory)
         checkpoints.finish()
     scores = stages.score(args, member, encoded, f"member {j}")
-    advice = " after the last step; a lower --lr may help"
-    outputs = [directory, log_path, checkpoints.directory]
-    stages.check_finite(scores, f"member {j}", advice, outputs)
-    counts, words = counts_of(args, train, identical, tied)
-    counts["target_formula"] = formula(TARGETS[args.target])
-    counts["loss_formula"] = formula(LOSSES[args.loss])
+    outputs = (directory, log_path, checkpoints.directory)
+    stages.check_finite(scores, f"member {j}", outputs=outputs)
+    facts, words = facts_of(args, train, identical, tied)
     if first:
         stages.write_rewards(run, j, scores)
-        facts = stages.facts(args) | counts
-        run_dir.end_stage(*stage, started, processes=parallel.count(), **facts)
-    seconds = time.time() - started
-    print(f"member {j}: trained on {keep.sum():,} pairs in {seconds:.0f} s{words}")
+        run_dir.end_stage(*stage, started, **facts)
+    print(f"member {j}: trained on {keep.sum():,} pairs in {time.time() - started:.0f} s{words}")
     return member
 
 
@@ -219,28 +206,22 @@ def main(args):
     if args.check:
         return
     run, j, name, member = args.run, args.iteration, run_dir.member_name(args.iteration), None
-    if parallel.count() > 1 and args.train == "head":
+    if (count := parallel.count()) > 1 and args.train == "head":
         raise cli.InputError(
-            f"{parallel.count()} processes found, 1 expected: --train head shares no work; "
-            "leave torchrun out"
+            f"{count} processes found, 1 expected: --train head shares no work; leave out torchrun"
         )
-    if kind := run_dir.made_otherwise(run):
-        raise cli.InputError(
-            f"{run}: a {kind} run found, whose members are complete; "
-            "a run of this script's own, or a new one, expected"
-        )
-    training.settle(args)
+    stages.check_own_run(run)
+    stages.settle(args)
     # The data and the ensemble so far are read before the base model is looked for.
     splits, _ = data.read_splits(run)
     targets = targets_of_stage(args, splits["train"])
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    base_inputs = data.hashes(run) | rm.base_hashes(args.base, args.chat_template)
+    base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     if j > 1:  # the members of a run differ in their residual only
         run_dir.must_agree(run, run_dir.member_name(1), settings, base_inputs)
-    paths = {i: run_dir.reward_path(run, i, "train") for i in range(1, j)}
-    ensemble = {f"rewards of member {i}": run_dir.hash_file(path) for i, path in paths.items()}
-    inputs = base_inputs | ensemble
+    paths = {f"rewards of member {i}": run_dir.reward_path(run, i, "train") for i in range(1, j)}
+    inputs = base_inputs | {label: run_dir.hash_file(path) for label, path in paths.items()}
     stage = (run, name, settings, inputs)
     outputs = [run / name, run / "logs" / f"{j:02d}.jsonl"]
     outputs += [run_dir.reward_path(run, j, split) for split in splits]
@@ -249,16 +230,14 @@ def main(args):
     if parallel.of_first(lambda: run_dir.stage_done(*stage, outputs)):
         print(f"member {j}: {run / name} is there, skipped")
     else:
-        task = (splits, targets, tokenizer, base_inputs, checkpoints)
-        member = train_and_score(args, stage, *task)
+        member = train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkpoints)
     checkpoints.remove()
     if texts:
         stages.score_continuations(args, j, member, tokenizer, texts, inputs)
 
 
-# ---- flags
+# ---- flags: SETTINGS change the result, and all members of a run have the same
 
-# These change the result, and a run holds one choice of them. Others are speed, memory and place.
 SETTINGS = ("train", "loss", "margin_from", "target", "lora_rank", "lora_alpha", *training.SETTINGS)
 OLD_FLAGS = {
     "--plan": "python extras/plan.py --base BASE",
@@ -278,8 +257,7 @@ def parse_args(argv=None):
     words = "all parameters (appendix F.1), low-rank adapters and the head, or the head (section 4)"
     add("--train", choices=("full", "lora", "head"), default="full", help=words)
     add("--lora-rank", type=cli.natural, help="of adapters on all linear layers (default 16)")
-    words = "adapters are scaled by alpha / rank (default: twice the rank)"
-    add("--lora-alpha", type=cli.positive, help=words)
+    add("--lora-alpha", type=cli.positive, help="over the rank: their scale (default 2 x rank)")
     words = "; ".join(f"{name}: {formula(loss)}" for name, loss in LOSSES.items())
     words += ". The last two have no residual: --iteration 1 or --target p; tied votes are dropped"
     add("--loss", choices=tuple(LOSSES), default="mse", help=words)

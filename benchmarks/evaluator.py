@@ -29,11 +29,11 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-from scipy.stats import kendalltau
-
 from pairwise import cli, data, run_dir
 from pairwise.prepare import prompts
+
+import numpy as np
+from scipy.stats import kendalltau
 
 try:
     import pandas as pd
@@ -48,7 +48,7 @@ except ImportError as error:
 
 evaluator = cli.import_evaluator()
 sys.path.insert(0, str(cli.REPOSITORY))  # evaluate.py's own bootstrap is what is timed
-from evaluate import resampled
+from pairwise.metrics import resampled
 
 K, RESAMPLES, BLOCK, OURS = 8, 10_000, 2**14, "this repository"
 LOWER = np.tril_indices(K, -1)

@@ -1,77 +1,51 @@
-"""The demo: a simulated population with known truth, and a tiny Llama that has read the same kind of text.
+"""The demo: a simulated population with known truth, and a tiny Llama that has read its language.
 
     python data_prep/demo.py --run runs/demo --seed 0          (about a minute on 2 cores)
 
-Writes RUN/data (the contract of pairwise/run_dir.py, with p_true) and RUN/base, a plain transformers directory: the base model.
+Writes RUN/data (the contract of pairwise/data.py, with p_true) and RUN/base, a plain transformers
+directory: the base model.
 
-The population. Five viewpoints with unequal weights judge a response by its visible attributes; what they like depends on who is
-asking, so no single reward explains the votes. A flaw (a rude remark) is disliked by all. Within a viewpoint people differ by logistic
-noise, so the share of the population that prefers a to b is exactly
-    p_true = sum_v weight_v sigmoid((u_v(x, a) - u_v(x, b)) / noise),   u_v(x, y) = (TASTE_v + CONTEXT_v[x]) . attributes(y).
-A vote draws an annotator from that population. The numbers below were fixed by looking at p_true alone: the error floor of any single
-reward, mean min(p_true, 1 - p_true)^2, and that of a coin flip, mean (p_true - 1/2)^2, are both well above .05.
+The population. Five viewpoints with unequal weights judge a response by its visible attributes;
+what they like depends on who is asking, so no single reward explains the votes. A flaw (a rude
+remark) is disliked by all. Within a viewpoint people differ by logistic noise, so the fraction of
+the population that prefers a to b is exactly
+
+    p_true = sum_v weight_v sigmoid((u_v(x, a) - u_v(x, b)) / noise),
+    u_v(x, y) = (TASTE_v + CONTEXT_v[x]) . attributes(y).
+
+A vote draws an annotator from that population. The numbers below were fixed by looking at p_true
+alone: the error floor of any single reward, mean min(p_true, 1 - p_true)^2, and that of a coin
+flip, mean (p_true - 1/2)^2, are both well above .05.
 """
 
 import itertools
 import math
 import time
 
-import numpy as np
-
 from pairwise import cli, data, run_dir
-from pairwise.prepare.prompts import Comparison, add_arguments, prepare
+from pairwise.prepare import prompts
+
+import numpy as np
 
 # ---- text: every attribute shows in a few regular words
 
-TOPICS = {
-    "sleep better": (
-        "go to bed at ten",
-        "turn off the screen",
-        "drink no coffee",
-        "walk in the evening",
-    ),
-    "save money": ("write down every cost", "cook at home", "cancel one plan", "set a small goal"),
-    "pass the exam": (
-        "read one chapter a day",
-        "solve old tests",
-        "teach a friend",
-        "rest before the day",
-    ),
-    "find a new job": (
-        "update your letter",
-        "call two people",
-        "practise the talk",
-        "look every morning",
-    ),
-    "get fit": ("take the stairs", "run twice a week", "lift light weights", "stretch each day"),
-    "grow tomatoes": ("use rich soil", "water at dawn", "give them sun", "tie up the stems"),
-    "calm my dog": (
-        "play before noon",
-        "keep a steady hour",
-        "use a soft voice",
-        "reward the quiet",
-    ),
-    "learn to cook": ("start with soup", "buy a sharp knife", "taste as you go", "repeat one dish"),
-    "write a speech": (
-        "open with a story",
-        "keep three points",
-        "read it aloud",
-        "end with thanks",
-    ),
-    "move to a new town": (
-        "visit it in winter",
-        "ask about rent",
-        "pack one room a day",
-        "meet the neighbours",
-    ),
-    "talk to my son": (
-        "listen before you speak",
-        "choose a quiet time",
-        "ask about his day",
-        "share a meal",
-    ),
-    "fix my bike": ("clean the chain", "check the brakes", "fill the tyres", "oil the gears"),
+FOUR_TIPS = {
+    "sleep better": "go to bed at ten; turn off the screen; drink no coffee; walk in the evening",
+    "save money": "write down every cost; cook at home; cancel one plan; set a small goal",
+    "pass the exam": "read one chapter a day; solve old tests; teach a friend; rest before the day",
+    "find a new job": "update your letter; call two people; practise the talk; look every morning",
+    "get fit": "take the stairs; run twice a week; lift light weights; stretch each day",
+    "grow tomatoes": "use rich soil; water at dawn; give them sun; tie up the stems",
+    "calm my dog": "play before noon; keep a steady hour; use a soft voice; reward the quiet",
+    "learn to cook": "start with soup; buy a sharp knife; taste as you go; repeat one dish",
+    "write a speech": "open with a story; keep three points; read it aloud; end with thanks",
+    "move to a new town": "visit it in winter; ask about rent; pack one room a day; "
+    "meet the neighbours",
+    "talk to my son": "listen before you speak; choose a quiet time; ask about his day; "
+    "share a meal",
+    "fix my bike": "clean the chain; check the brakes; fill the tyres; oil the gears",
 }
+TOPICS = {topic: tuple(tips.split("; ")) for topic, tips in FOUR_TIPS.items()}
 CONTEXTS = {
     "hurry": "i am in a hurry",
     "sad": "i feel low today",
@@ -79,17 +53,9 @@ CONTEXTS = {
     "study": "i want to understand it",
 }
 WHEN = (
-    "this week",
-    "before summer",
-    "after the holidays",
-    "on my own",
-    "with my sister",
-    "without much help",
-    "for the first time",
-    "at last",
-    "again",
-    "this year",
-)
+    "this week; before summer; after the holidays; on my own; with my sister; "
+    "without much help; for the first time; at last; again; this year"
+).split("; ")
 ASK = (
     "how can i {topic} {when} ?",
     "what helps to {topic} {when} ?",
@@ -103,7 +69,9 @@ WARM = "i feel with you and i am glad that you ask ."
 EVIDENCE = "research with many people shows that this works ."
 HEDGE = "perhaps it depends , i may be wrong ."
 RUDE = "what a stupid question ."
-PATTERNS = {  # by what each shows, in any text that the base writes: for the members' characters
+# By these regular expressions an attribute is seen in any text that the base writes: the report
+# says with them what each member likes.
+PATTERNS = {
     "long": r"then .* then |3 \)",
     "hedged": "perhaps",
     "formal": "dear reader",
@@ -116,31 +84,32 @@ PATTERNS = {  # by what each shows, in any text that the base writes: for the me
 
 
 def write_prompt(topic, context, when, ask):
-    """The user's text."""
+    """Return the user's text."""
     return f"{CONTEXTS[context]} . {ASK[ask].format(topic=topic, when=when)}"
 
 
 def write_response(topic, attributes, tips):
-    """The assistant's text. attributes: {name: 0 or 1}; tips: indices into the topic's advice, in order."""
+    """Return the assistant's text.
+
+    attributes: {name: 0 or 1}; tips: indices into the topic's advice, in order.
+    """
     advice = [TOPICS[topic][i] for i in tips[: 4 if attributes["long"] else 2]]
     lead = "you must" if attributes["direct"] else "one way is to"
     if attributes["list"]:
-        body = f"{lead} : " + " ".join(
-            f"{number} ) {tip} ;" for number, tip in enumerate(advice, 1)
-        )
+        items = " ".join(f"{number} ) {tip} ;" for number, tip in enumerate(advice, 1))
+        body = f"{lead} : {items}"
     else:
-        body = " ".join(
-            f"{lead if number == 0 else 'then'} {tip} ." for number, tip in enumerate(advice)
-        )
-    parts = [
+        first, *others = advice
+        body = " ".join([f"{lead} {first} .", *(f"then {tip} ." for tip in others)])
+    sentences = (
         OPENING[attributes["formal"]],
         RUDE if attributes["rude"] else "",
         WARM if attributes["warm"] else "",
         body,
         EVIDENCE if attributes["evidence"] else "",
         HEDGE if attributes["hedged"] else "",
-    ]
-    return " ".join(part for part in parts if part)
+    )
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 # ---- population (fixed by p_true alone)
@@ -167,12 +136,12 @@ IN_CONTEXT = {
     ("casual", "hurry"): (-0.6, 0.0, 0.0, 0.0, -0.6, 0.6, 0.6, 0.0),
 }
 NOISE = 0.5
-ANNOTATORS = 4
+ANNOTATORS = 4  # votes a pair
 RUDE_SHARE = 0.3  # of the responses; the other attributes are fair coins
 
 
 def utilities(context, attributes):
-    """u_v(x, y), float64 (viewpoints, responses); attributes: float64 (responses, attributes)."""
+    """Return u_v(x, y), float64 (viewpoints, responses), of attributes (responses, attributes)."""
     tastes = [
         np.array(taste) + np.array(IN_CONTEXT.get((name, context), 0.0))
         for name, (_, taste) in VIEWPOINTS.items()
@@ -181,85 +150,88 @@ def utilities(context, attributes):
 
 
 def population_share(context, attributes):
-    """p_true of every ordered pair, float64 (responses, responses): the share of the population that prefers row to column."""
+    """Return p_true of every ordered pair, float64 (responses, responses).
+
+    It is the fraction of the population that prefers the row to the column.
+    """
     weights = np.array([weight for weight, _ in VIEWPOINTS.values()])
     u = utilities(context, attributes)
     return np.tensordot(weights, 1 / (1 + np.exp(-(u[:, :, None] - u[:, None, :]) / NOISE)), axes=1)
 
 
 def draw_attributes(rng, count):
-    """float64 (count, attributes) of zeros and ones."""
+    """Draw attributes, float64 (count, attributes) of zeros and ones."""
     chance = [RUDE_SHARE if name == "rude" else 0.5 for name in ATTRIBUTES]
     return (rng.random((count, len(ATTRIBUTES))) < chance).astype(float)
 
 
-def respond(rng, topic, row):
-    """One response text for a row of attributes."""
-    return write_response(topic, dict(zip(ATTRIBUTES, row.astype(int))), rng.permutation(4))
+def respond(rng, topic, attributes):
+    """Return a response with these attributes, (attributes,) of zeros and ones."""
+    return write_response(topic, dict(zip(ATTRIBUTES, attributes.astype(int))), rng.permutation(4))
 
 
-def comparisons(prompts, responses, seed):
-    """Yield a Comparison for every pair of responses to every prompt, with the votes of ANNOTATORS drawn from the population."""
+def comparisons(prompt_count, responses, seed):
+    """Yield a Comparison for every pair of responses to every prompt.
+
+    Its votes are those of ANNOTATORS drawn from the population.
+    """
     rng = np.random.default_rng([seed, 0])
-    for number, which in enumerate(sorted(rng.choice(len(PROMPTS), prompts, replace=False))):
-        topic, context, when, ask = PROMPTS[which]
-        attributes, texts = [], []
-        while len(texts) < responses:
-            row = draw_attributes(rng, 1)[0]
-            text = respond(rng, topic, row)
-            if text not in texts:
-                attributes.append(row)
-                texts.append(text)
-        share = population_share(context, np.array(attributes))
+    drawn = sorted(rng.choice(len(PROMPTS), prompt_count, replace=False))
+    for number, drawn_prompt in enumerate(drawn):
+        topic, context, when, ask = PROMPTS[drawn_prompt]
+        attributes_of = {}  # text: its attributes
+        while len(attributes_of) < responses:
+            attributes = draw_attributes(rng, 1)[0]
+            attributes_of.setdefault(respond(rng, topic, attributes), attributes)
+        texts = list(attributes_of)
+        p_true = population_share(context, np.array(list(attributes_of.values())))
         messages = [{"role": "user", "content": write_prompt(topic, context, when, ask)}]
         for a, b in itertools.combinations(range(responses), 2):
-            votes_a = int(rng.binomial(ANNOTATORS, share[a, b]))
-            yield Comparison(
-                f"demo-{number:04d}",
-                messages,
-                texts[a],
-                texts[b],
-                votes_a,
-                ANNOTATORS - votes_a,
-                0,
-                float(share[a, b]),
+            votes_a = int(rng.binomial(ANNOTATORS, p_true[a, b]))
+            yield prompts.Comparison(
+                prompt_id=f"demo-{number:04d}",
+                messages=messages,
+                response_a=texts[a],
+                response_b=texts[b],
+                votes_a=votes_a,
+                votes_b=ANNOTATORS - votes_a,
+                ties=0,
+                p_true=float(p_true[a, b]),
             )
 
 
 # ---- base model
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
 def pretraining_chats(split, count, rng):
-    """(prompt text, response text) pairs: train prompts of the demo, fresh responses. No vote is seen."""
-    for number in range(count):
+    """Yield (prompt text, response text): train prompts, fresh responses. No vote is seen."""
+    for _ in range(count):
         text = split.messages[rng.integers(len(split.messages))][-1]["content"]
         topic = next(topic for topic in TOPICS if f" {topic} " in text)
         yield text, respond(rng, topic, draw_attributes(rng, 1)[0])
 
 
 def train_tokenizer(texts, vocabulary):
-    """A byte-level BPE tokenizer with a chat template and a pad token of its own."""
+    """Return a byte-level BPE tokenizer with a chat template and a pad token of its own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"]
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|bos|>",
@@ -269,67 +241,90 @@ def train_tokenizer(texts, vocabulary):
     )
 
 
-def pretrain(chats, seed, batch=64, lr=3e-3):
-    """A Llama of about a million parameters, trained to predict the next token of the chats once. Returns (model, tokenizer)."""
-    import torch
-    from tqdm import tqdm
+def new_llama(tokenizer):
+    """Return an untrained Llama of about a million parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from pairwise.reward_model import encode, pad
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pretrain(chats, seed, batch=64, lr=3e-3):
+    """Train a tiny Llama to predict the chats' next tokens, once; return (model, tokenizer)."""
+    from pairwise import reward_model
+
+    import torch
+    from tqdm import trange
 
     tokenizer = train_tokenizer([text for chat in chats for text in chat], vocabulary=1200)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    model = new_llama(tokenizer)
     sequences = [
-        encode(tokenizer, [{"role": "user", "content": prompt}], response)
+        reward_model.encode(tokenizer, [{"role": "user", "content": prompt}], response)
         for prompt, response in chats
     ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     steps = math.ceil(len(sequences) / batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / steps)))
-    )
+
+    def lr_factor(step):
+        """Warm up over 20 steps, then fall as a cosine to zero."""
+        return min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
     started, tokens = time.time(), 0
-    with tqdm(range(steps), desc="base", unit="step", mininterval=1) as bar:
+    with trange(steps, desc="base", unit="step", mininterval=1) as bar:
         for step in bar:
-            ids, mask = pad(
-                sequences[step * batch : (step + 1) * batch], tokenizer.pad_token_id, "cpu"
-            )
-            loss = model(
-                input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)
-            ).loss
+            in_batch = sequences[step * batch : (step + 1) * batch]
+            ids, mask = reward_model.pad(in_batch, tokenizer.pad_token_id, "cpu")
+            labels = ids.masked_fill(mask == 0, -100)
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             tokens += int(mask.sum())
-            bar.set_postfix_str(
-                f"loss {loss.item():.3f} {tokens / (time.time() - started):,.0f} tokens/s",
-                refresh=False,
-            )
+            rate = tokens / (time.time() - started)
+            bar.set_postfix_str(f"loss {loss.item():.3f} {rate:,.0f} tokens/s", refresh=False)
     return model, tokenizer
 
 
-def main(args):
+def make_base(args):
+    """Train the base model on RUN/data's train prompts and write RUN/base."""
     import torch
 
-    run = args.run
+    run, settings = args.run, {"seed": args.seed, "texts": args.texts}
+    inputs = data.hashes(run)
+    if run_dir.stage_done(run, "base", settings, inputs, [run / "base"]):
+        print(f"base: {run / 'base'} is there, skipped")
+        return
+    started = run_dir.begin_stage(run, "base", settings, inputs)
+    torch.set_num_threads(args.threads)
+    train, rng = data.read_split(run, "train"), np.random.default_rng([args.seed, 2])
+    model, tokenizer = pretrain(list(pretraining_chats(train, args.texts, rng)), args.seed)
+    with run_dir.replacing(run / "base") as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    run_dir.end_stage(run, "base", settings, inputs, started, threads=args.threads)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    seconds = time.time() - started
+    print(f"base: {size:,} parameters, trained on {args.texts:,} texts in {seconds:.0f} s")
+
+
+def main(args):
     settings = {"prompts": args.prompts, "responses": args.responses}
-    prepare(
+    prompts.prepare(
         args,
         "demo",
         lambda: comparisons(args.prompts, args.responses, args.seed),
@@ -338,32 +333,12 @@ def main(args):
         settings,
         facts={"attributes": PATTERNS},
     )
-
-    settings = {"seed": args.seed, "texts": args.texts}
-    inputs = data.hashes(run)
-    if run_dir.stage_done(run, "base", settings, inputs, [run / "base"]):
-        print(f"base: {run / 'base'} is there, skipped")
-        return
-    started = run_dir.begin_stage(run, "base", settings, inputs)
-    torch.set_num_threads(args.threads)
-    chats = list(
-        pretraining_chats(
-            data.read_split(run, "train"), args.texts, np.random.default_rng([args.seed, 2])
-        )
-    )
-    model, tokenizer = pretrain(chats, args.seed)
-    with run_dir.replacing(run / "base") as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    run_dir.end_stage(run, "base", settings, inputs, started, threads=args.threads)
-    print(
-        f"base: {sum(p.numel() for p in model.parameters()):,} parameters, trained on {args.texts:,} texts in {time.time() - started:.0f} s"
-    )
+    make_base(args)
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    add_arguments(parser, test_share=0.2, valid_share=0.1)
+    prompts.add_arguments(parser, test_share=0.2, valid_share=0.1)
     parser.add_argument(
         "--prompts", type=cli.natural, default=500, help="prompts of the population's data set"
     )
@@ -376,12 +351,12 @@ def parse_args(argv=None):
     parser.add_argument(
         "--texts", type=cli.natural, default=7000, help="texts that the base model reads, once"
     )
-    parser.add_argument("--threads", type=cli.natural, default=2, help="CPU threads")
+    threads = cli.default_threads(1)  # a tiny model gains little by a second
+    parser.add_argument("--threads", type=cli.natural, default=threads, help="CPU threads")
     args = parser.parse_args(argv)
     if args.prompts > len(PROMPTS):
-        parser.error(
-            f"--prompts {args.prompts}: at most {len(PROMPTS)} expected, there are no more different ones"
-        )
+        most = f"at most {len(PROMPTS)} expected, there are no more different ones"
+        parser.error(f"--prompts {args.prompts}: {most}")
     if args.responses < 2:
         parser.error(f"--responses {args.responses}: at least 2 expected")
     return args

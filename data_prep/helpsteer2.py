@@ -1,46 +1,51 @@
-"""HelpSteer2 (nvidia/HelpSteer2): two answers to every prompt, each rated for helpfulness by 2 to 5 annotators; RUN/data.
+"""HelpSteer2: two answers to every prompt, each rated for helpfulness by 2 to 5 annotators.
 
-    python data_prep/helpsteer2.py --run runs/helpsteer2                     (from the hub: disagreements/)
+    python data_prep/helpsteer2.py --run runs/helpsteer2           (from the hub: disagreements/)
     python data_prep/helpsteer2.py --run runs/helpsteer2 --source disagreements.jsonl.gz
-    python data_prep/helpsteer2.py --run runs/helpsteer2 --annotators preference --source preference.jsonl.gz
+    python data_prep/helpsteer2.py --run runs/helpsteer2 --annotators preference \\
+        --source preference.jsonl.gz
 
-A row of the disagreements is one answer: prompt, response and helpfulness, a list of ratings from 0 to 4; two rows in succession are the answers to
-one prompt. Ratings are not votes, and nothing says which rating of the one answer is from the annotator of which of the other:
+Source: nvidia/HelpSteer2. Writes RUN/data. A row of the disagreements is one answer: prompt,
+response and helpfulness, a list of ratings from 0 to 4; two rows in succession are the answers to
+one prompt. Ratings are not votes, and nothing says which rating of the one answer is from the
+annotator of which of the other:
 
-    --annotators zip         (default) the ratings are matched by position, up to the shorter list; equal ratings are a tie
-    --annotators cross       every rating of the one with every rating of the other: more votes, but not independent ones
-    --annotators preference  another file: each annotator's own comparison, all_preferences_unprocessed[].strength from -3 to 3, above 0 where
+    --annotators zip         (default) the ratings are matched by position, up to the shorter list;
+                             equal ratings are a tie
+    --annotators cross       every rating of the one is matched with every rating of the other:
+                             more votes, but not independent ones
+    --annotators preference  another file has each annotator's own comparison,
+                             all_preferences_unprocessed[].strength from -3 to 3, above 0 where
                              response 2 is better; -100, neither answer is any good, is left out
 
-The paper's 21,000 pairs are more than there are; it is the number of rated responses, so it is put beside both.
-The disagreements have no official split: 10 % of the prompts are held out. The preference rows say train or val. Prompts of several turns,
-written with <extra_id_1>, become chat messages.
+The paper's 21,000 pairs are more than there are; it is the number of rated responses, so it is put
+beside both. The disagreements have no official split: 10 % of the prompts are held out. The
+preference rows say train or val. Prompts of several turns, written with <extra_id_1>, become chat
+messages.
 """
 
 import re
 from itertools import product
 
-from pairwise import cli
-from pairwise.prepare.prompts import IN_N, Comparison
-from pairwise.prepare.published import Published, parser, prepare_published
-from pairwise.rows import list_of, one_of, string, wrong
+from pairwise import cli, rows
+from pairwise.prepare import prompts, published
 
 HUB, STRENGTHS = "nvidia/HelpSteer2", (-100, *range(-3, 4))
-RATINGS = Published(
-    "helpsteer2",
-    HUB,
-    {"data_dir": "disagreements"},
-    "disagreements/disagreements.jsonl.gz",
-    {"train": 23652},
-    ("prompt", "response", "helpfulness"),
+RATINGS = published.Published(
+    name="helpsteer2",
+    hub=HUB,
+    options={"data_dir": "disagreements"},
+    files="disagreements/disagreements.jsonl.gz",
+    rows={"train": 23652},
+    fields=("prompt", "response", "helpfulness"),
 )
-PREFERENCES = Published(
-    "helpsteer2",
-    HUB,
-    {"data_dir": "preference"},
-    "preference/preference.jsonl.gz",
-    {"train": 9125},
-    ("split", "prompt", "response_1", "response_2", "all_preferences_unprocessed"),
+PREFERENCES = published.Published(
+    name="helpsteer2",
+    hub=HUB,
+    options={"data_dir": "preference"},
+    files="preference/preference.jsonl.gz",
+    rows={"train": 9125},
+    fields=("split", "prompt", "response_1", "response_2", "all_preferences_unprocessed"),
 )
 PAPER = {
     "responses": 21000,
@@ -54,61 +59,50 @@ PAPER = {
 
 
 def messages(where, prompt):
-    """Chat messages of a prompt in which later turns begin with a line <extra_id_1>Assistant or <extra_id_1>User."""
+    """Return the chat messages of a prompt.
+
+    In it later turns begin with a line <extra_id_1>Assistant or <extra_id_1>User.
+    """
     first, *rest = re.split(r"\n?<extra_id_1>([^\n]*)\n?", prompt)
     turns = [{"role": "user", "content": first}] if first or not rest else []
     for speaker, content in zip(rest[::2], rest[1::2]):
-        turns.append(
-            {
-                "role": one_of(
-                    where, "prompt: <extra_id_1>", speaker.strip().lower(), ("user", "assistant")
-                ),
-                "content": content,
-            }
-        )
+        speaker = speaker.strip().lower()
+        role = rows.one_of(where, "prompt: <extra_id_1>", speaker, ("user", "assistant"))
+        turns.append({"role": role, "content": content})
     return turns
 
 
-def comparison(split, where, prompt, first, second, compared):
-    """compared: above 0 for each vote for the second answer, below 0 for the first, 0 for a tie."""
+def comparison(split, where, prompt, answers, strengths):
+    """Return the Comparison of two answers, or the reason why there is none.
+
+    strengths: a number for each vote, above 0 for the second answer, below 0 for the first, 0 for a
+    tie.
+    """
     context = messages(where, prompt)
     if context[-1]["role"] != "user":
         return "prompt that does not end with a turn of the user's"
-    a, b = sum(x < 0 for x in compared), sum(x > 0 for x in compared)
-    return Comparison(
-        None, context, first, second, a, b, len(compared) - a - b, split=split, where=where
-    )
+    votes_a = sum(strength < 0 for strength in strengths)
+    votes_b = sum(strength > 0 for strength in strengths)
+    votes = (votes_a, votes_b, len(strengths) - votes_a - votes_b)
+    return prompts.Comparison(None, context, *answers, *votes, split=split, where=where)
 
 
-def rated(rows, args):
-    """The Comparison of every two rows in succession with the same prompt."""
-    waiting = None
-    for split, where, row in rows:
-        prompt, response = (
-            string(where, "prompt", row.get("prompt")),
-            string(where, "response", row.get("response")),
-        )
-        if isinstance(row.get("helpfulness"), (int, float)):
-            raise wrong(
-                where,
-                "helpfulness",
-                row["helpfulness"],
-                "each annotator's rating, as in disagreements/disagreements.jsonl.gz,",
-            )
-        ratings = [
-            one_of(where, "helpfulness", rating, range(5))
-            for rating in list_of(where, "helpfulness", row.get("helpfulness"), int)
-        ]
+def rated(source_rows, args):
+    """Yield the Comparison of every two rows in succession with the same prompt."""
+    match = zip if args.annotators == "zip" else product
+    waiting = None  # the (split, prompt, response, ratings) that may have a second answer
+    for split, where, row in source_rows:
+        prompt = rows.string(where, "prompt", row.get("prompt"))
+        response = rows.string(where, "response", row.get("response"))
+        ratings = row.get("helpfulness")
+        if isinstance(ratings, (int, float)):
+            expected = "each annotator's rating, as in disagreements/disagreements.jsonl.gz,"
+            raise rows.wrong(where, "helpfulness", ratings, expected)
+        for rating in rows.list_of(where, "helpfulness", ratings, int):
+            rows.one_of(where, "helpfulness", rating, range(5))
         if waiting and waiting[:2] == (split, prompt):
-            match = zip if args.annotators == "zip" else product
-            yield comparison(
-                split,
-                where,
-                prompt,
-                waiting[2],
-                response,
-                [y - x for x, y in match(waiting[3], ratings)],
-            )
+            strengths = [second - first for first, second in match(waiting[3], ratings)]
+            yield comparison(split, where, prompt, (waiting[2], response), strengths)
             waiting = None
         else:
             if waiting:
@@ -118,61 +112,40 @@ def rated(rows, args):
         yield "answer without a second one beside it"
 
 
-def preferred(rows, args):
-    """The Comparison of every row of the preference file."""
-    for _, where, row in rows:
-        split = {"train": "train", "val": "test"}[
-            one_of(where, "split", row.get("split"), ("train", "val"))
-        ]
-        answers = [string(where, field, row.get(field)) for field in ("response_1", "response_2")]
-        annotations = list_of(
-            where, "all_preferences_unprocessed", row.get("all_preferences_unprocessed"), dict
-        )
+def preferred(source_rows, args):
+    """Yield the Comparison of every row of the preference file."""
+    ours, field = {"train": "train", "val": "test"}, "all_preferences_unprocessed"
+    for _, where, row in source_rows:
+        split = ours[rows.one_of(where, "split", row.get("split"), ours)]
+        answers = [rows.string(where, name, row.get(name)) for name in ("response_1", "response_2")]
         strengths = [
-            one_of(
-                where,
-                "all_preferences_unprocessed: strength",
-                annotation.get("strength"),
-                STRENGTHS,
-            )
-            for annotation in annotations
+            rows.one_of(where, f"{field}: strength", annotation.get("strength"), STRENGTHS)
+            for annotation in rows.list_of(where, field, row.get(field), dict)
         ]
-        yield comparison(
-            split,
-            where,
-            string(where, "prompt", row.get("prompt")),
-            *answers,
-            [strength for strength in strengths if strength != -100],
-        )
+        prompt = rows.string(where, "prompt", row.get("prompt"))
+        strengths = [strength for strength in strengths if strength != -100]
+        yield comparison(split, where, prompt, answers, strengths)
 
 
 def main(args):
-    ties = ("drop", "half", IN_N)
+    choices = {"annotators": ("zip", "cross"), "ties": ("drop", "half", prompts.IN_N)}
     if args.annotators == "preference":
-        prepare_published(
-            args,
-            PREFERENCES,
-            preferred,
-            "sampled",
-            PAPER,
-            {"annotators": ("preference",), "ties": ties},
-        )
+        choices["annotators"] = ("preference",)
+        published.prepare_published(args, PREFERENCES, preferred, "sampled", PAPER, choices)
     else:
         votes = "sampled" if args.annotators == "zip" else "dependent"
-        prepare_published(
-            args, RATINGS, rated, votes, PAPER, {"annotators": ("zip", "cross"), "ties": ties}
-        )
+        published.prepare_published(args, RATINGS, rated, votes, PAPER, choices)
 
 
 def parse_args(argv=None):
-    made = parser(__doc__)
-    made.add_argument(
+    parser = published.parser(__doc__)
+    parser.add_argument(
         "--annotators",
         choices=("zip", "cross", "preference"),
         default="zip",
         help="what a vote is (above)",
     )
-    return made.parse_args(argv)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

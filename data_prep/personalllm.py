@@ -1,22 +1,22 @@
-"""PersonalLLM (namkoong-lab/PersonalLLM): eight answers to every prompt, scored by ten reward models; RUN/data with every pair of answers.
+"""PersonalLLM: eight answers to every prompt, scored by ten reward models.
 
     python data_prep/personalllm.py --run runs/personalllm                   (from the hub)
     python data_prep/personalllm.py --run runs/personalllm --source DIR
 
-A row is a prompt: prompt, response_1 .. response_8 and response_1_gemma_2b .. response_8_oasst_pythia_1b, a score for each answer and reward
-model. Each reward model is one annotator and votes for the answer that it scores higher; equal scores are a tie. The ten are the whole population, so
-there is no sampling error. The official split is kept. Equal answers to a prompt count once.
+Source: namkoong-lab/PersonalLLM. Writes RUN/data with every pair of answers. A row is a prompt:
+prompt, response_1 .. response_8 and response_1_gemma_2b .. response_8_oasst_pythia_1b, a score for
+each answer and reward model. Each reward model is one annotator and votes for the answer that it
+scores higher; equal scores are a tie. The ten are the whole population, so there is no sampling
+error. The official split is kept. Equal answers to a prompt count once.
 
-beaver_7b is a cost model, for which lower should be better; the published scores are used as they are, as public code does, unless
---beaver negated. The paper doesn't say.
+beaver_7b is a cost model, for which lower should be better; the published scores are used as they
+are, as public code does, unless --beaver negated. The paper does not say.
 """
 
 from itertools import combinations
 
-from pairwise import cli
-from pairwise.prepare.prompts import Comparison
-from pairwise.prepare.published import Published, parser, prepare_published
-from pairwise.rows import string, wrong
+from pairwise import cli, rows
+from pairwise.prepare import prompts, published
 
 ANNOTATORS = (
     "gemma_2b",
@@ -32,13 +32,13 @@ ANNOTATORS = (
 )
 RESPONSES = tuple(f"response_{i}" for i in range(1, 9))
 SCORES = tuple(f"{response}_{annotator}" for response in RESPONSES for annotator in ANNOTATORS)
-DATA = Published(
-    "personalllm",
-    "namkoong-lab/PersonalLLM",
-    {},
-    "its train and test files",
-    {"train": 9402, "test": 1000},
-    ("prompt", *RESPONSES, *SCORES),
+DATA = published.Published(
+    name="personalllm",
+    hub="namkoong-lab/PersonalLLM",
+    options={},
+    files="its train and test files",
+    rows={"train": 9402, "test": 1000},
+    fields=("prompt", *RESPONSES, *SCORES),
 )
 PAPER = {
     "pairs": 263256,
@@ -51,71 +51,60 @@ PAPER = {
 
 
 def score(where, row, field):
+    """Return a reward model's score. Raises InputError unless it is a finite number."""
     value = row.get(field)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not abs(value) < float("inf")
-    ):
-        raise wrong(where, field, value, "a finite number")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) < float("inf"):
+        raise rows.wrong(where, field, value, "a finite number")
     return value
 
 
-def comparisons(rows, args):
-    """The Comparison of every two answers of every row."""
-    seen = (
-        set()
-    )  # a prompt may occur twice, and so may an answer to it: the annotators are the same ten
-    signs = [
-        -1 if annotator == "beaver_7b" and args.beaver == "negated" else 1
-        for annotator in ANNOTATORS
-    ]
-    for split, where, row in rows:
-        messages = [{"role": "user", "content": string(where, "prompt", row.get("prompt"))}]
-        answers = [string(where, response, row.get(response)) for response in RESPONSES]
+def comparisons(source_rows, args):
+    """Yield the Comparison of every two answers of every row."""
+    # A prompt may occur twice, and so may an answer to it: the annotators are the same ten.
+    seen = set()
+    signs = dict.fromkeys(ANNOTATORS, 1)
+    if args.beaver == "negated":
+        signs["beaver_7b"] = -1
+    for split, where, row in source_rows:
+        prompt = rows.string(where, "prompt", row.get("prompt"))
+        answers = [rows.string(where, response, row.get(response)) for response in RESPONSES]
         scores = [
-            [
-                sign * score(where, row, f"{response}_{annotator}")
-                for sign, annotator in zip(signs, ANNOTATORS)
-            ]
+            [signs[name] * score(where, row, f"{response}_{name}") for name in ANNOTATORS]
             for response in RESPONSES
         ]
         for i, j in combinations(range(len(RESPONSES)), 2):
-            pair = (split, messages[0]["content"], *sorted((answers[i], answers[j])))
+            pair = (split, prompt, *sorted((answers[i], answers[j])))
             if pair in seen:
                 yield "pair of answers that is there already"
                 continue
             seen.add(pair)
-            a = sum(x > y for x, y in zip(scores[i], scores[j]))
-            b = sum(x < y for x, y in zip(scores[i], scores[j]))
-            yield Comparison(
-                None,
-                messages,
-                answers[i],
-                answers[j],
-                a,
-                b,
-                len(ANNOTATORS) - a - b,
+            votes_a = sum(x > y for x, y in zip(scores[i], scores[j]))
+            votes_b = sum(x < y for x, y in zip(scores[i], scores[j]))
+            yield prompts.Comparison(
+                prompt_id=None,
+                messages=[{"role": "user", "content": prompt}],
+                response_a=answers[i],
+                response_b=answers[j],
+                votes_a=votes_a,
+                votes_b=votes_b,
+                ties=len(ANNOTATORS) - votes_a - votes_b,
                 split=split,
                 where=where,
             )
 
 
 def main(args):
-    prepare_published(
-        args, DATA, comparisons, "population", PAPER, {"beaver": ("published", "negated")}
-    )
+    choices = {"beaver": ("published", "negated")}
+    published.prepare_published(args, DATA, comparisons, "population", PAPER, choices)
 
 
 def parse_args(argv=None):
-    made = parser(__doc__)
-    made.add_argument(
-        "--beaver",
-        choices=("published", "negated"),
-        default="published",
-        help="the sign of the cost model's scores",
-    )
-    return made.parse_args(argv)
+    parser = published.parser(__doc__)
+    beaver_help = "the sign of the cost model's scores"
+    signs = ("published", "negated")
+    parser.add_argument("--beaver", choices=signs, default="published", help=beaver_help)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,103 +1,104 @@
-"""PRISM (HannahRoseKirk/prism-alignment): prompts on values and controversies, for the diversity measurement (section 5, figure 3).
+"""PRISM: prompts on values and controversies, for the diversity measurement (section 5, figure 3).
 
-    python data_prep/prism.py --run runs/multipref                           (from the hub: conversations)
+    python data_prep/prism.py --run runs/multipref            (from the hub: conversations)
     python data_prep/prism.py --run runs/multipref --source conversations.jsonl
 
-Writes RUN/prompts.parquet: prompt_id and messages of --count opening prompts in English, drawn by the seed from the conversations that were to be
-about values or about a controversy. data_prep/continuations.py then takes these instead of test prompts. None of them is a train prompt of RUN/data.
+Source: HannahRoseKirk/prism-alignment. Writes RUN/prompts.parquet: prompt_id and messages of
+--count opening prompts in English, drawn by the seed from the conversations that were to be about
+values or about a controversy. data_prep/continuations.py then takes these instead of test prompts.
+None of them is a train prompt of RUN/data.
 
-The paper's 50 are not published. The conversations name no language, so English is told by its commonest words (`is_english`).
+The paper's 50 are not published. The conversations name no language, so English is told by its
+commonest words (`is_english`).
 """
 
 import os
 import re
 from pathlib import Path
 
+from pairwise import cli, data, rows, run_dir
+from pairwise.prepare import published
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pairwise import cli, data, run_dir
-from pairwise.prepare.published import Published, Source, add_source_arguments
-from pairwise.rows import one_of, string, text
-
 TYPES = ("unguided", "values guided", "controversy guided")
-DATA = Published(
-    "prism",
-    "HannahRoseKirk/prism-alignment",
-    {"name": "conversations"},
-    "conversations.jsonl",
-    {"train": 8011},
-    ("conversation_id", "conversation_type", "opening_prompt"),
+DATA = published.Published(
+    name="prism",
+    hub="HannahRoseKirk/prism-alignment",
+    options={"name": "conversations"},
+    files="conversations.jsonl",
+    rows={"train": 8011},
+    fields=("conversation_id", "conversation_type", "opening_prompt"),
 )
-# Common in English, and not words of the other languages that PRISM's prompts are in (so not a, as, best, by, do, for, has, i, in, is, of, on, was, will).
+# They are common in English, and no words of the other languages that PRISM's prompts are in (so
+# a, as, best, by, do, for, has, i, in, is, of, on, was and will are not among them).
 WORDS = frozenset(
-    """about and any are because believe but can could did does feel find from get give god good have help how if into it its know life like
-    make many money more most much my not one other people right should some than that the their them there they think this to true want what when where
-    which who why with world would wrong you your""".split()
+    """about and any are because believe but can could did does feel find from get give god good
+    have help how if into it its know life like make many money more most much my not one other
+    people right should some than that the their them there they think this to true want what when
+    where which who why with world would wrong you your""".split()
 )
 
 
 def is_english(prompt):
-    """True where at least a quarter of the words are common English ones and nearly all letters are ASCII."""
+    """Tell whether a quarter of the words or more are in WORDS, and nearly all letters ASCII."""
     words = re.findall(r"[^\W\d_]+", prompt.lower())
     letters = "".join(words)
-    return sum(word in WORDS for word in words) >= max(1, len(words) / 4) and sum(
-        letter.isascii() for letter in letters
-    ) >= 0.95 * len(letters)
+    common = sum(word in WORDS for word in words)
+    ascii_letters = sum(letter.isascii() for letter in letters)
+    return common >= max(1, len(words) / 4) and ascii_letters >= 0.95 * len(letters)
 
 
-def opening_prompts(rows):
-    """{prompt: conversation_id} of the distinct opening prompts in English on values or a controversy."""
-    found = {}
-    for _, where, row in rows:
-        guided = (
-            one_of(where, "conversation_type", row.get("conversation_type"), TYPES) != "unguided"
-        )
-        prompt = string(where, "opening_prompt", row.get("opening_prompt")).strip()
-        if guided and is_english(prompt):
-            found.setdefault(prompt, text(where, "conversation_id", row.get("conversation_id")))
-    return found
+def opening_prompts(source_rows):
+    """Return {prompt: conversation_id} of the distinct opening prompts of the kind."""
+    ids = {}
+    for _, where, row in source_rows:
+        kind = rows.one_of(where, "conversation_type", row.get("conversation_type"), TYPES)
+        prompt = rows.string(where, "opening_prompt", row.get("opening_prompt")).strip()
+        if kind != "unguided" and is_english(prompt):
+            name = rows.text(where, "conversation_id", row.get("conversation_id"))
+            ids.setdefault(prompt, name)
+    return ids
 
 
 def main(args):
     run, train = args.run, data.read_split(args.run, "train")
-    source = Source(
-        args, DATA, "--prism-source" if os.environ.get("PAIRWISE_COMMAND") else "--source"
-    )
+    # run_all.sh, which sets PAIRWISE_COMMAND, has its own name for the flag.
+    flag = "--prism-source" if os.environ.get("PAIRWISE_COMMAND") else "--source"
+    source, path = published.Source(args, DATA, flag), run / "prompts.parquet"
     settings, inputs = {"count": args.count, "seed": args.seed}, data.hashes(run) | source.inputs
-    if run_dir.stage_done(run, "prompts", settings, inputs, [run / "prompts.parquet"]):
-        print(f"prompts: {run / 'prompts.parquet'} is there, skipped")
+    if run_dir.stage_done(run, "prompts", settings, inputs, [path]):
+        print(f"prompts: {path} is there, skipped")
         return
-    trained = {messages[0]["content"].strip() for messages in train.messages if len(messages) == 1}
-    prompts = {
-        prompt: name
-        for prompt, name in opening_prompts(source.rows()).items()
-        if prompt not in trained
-    }
-    if not prompts:
-        raise cli.InputError(
-            f"{DATA.hub}: no English prompt of a values guided or controversy guided conversation found, {args.count} expected"
-        )
-    if len(prompts) < args.count:
-        print(f"prompts: only {len(prompts)} of the kind, all of them taken")
-    order = np.random.default_rng([args.seed, 4]).permutation(len(prompts))[: args.count]
-    listed = list(prompts.items())
-    rows = [
+    ids = opening_prompts(source.rows())
+    for messages in train.messages:
+        if len(messages) == 1:
+            ids.pop(messages[0]["content"].strip(), None)
+    if not ids:
+        kind = "English prompt of a values guided or controversy guided conversation"
+        raise cli.InputError(f"{DATA.hub}: no {kind} found, {args.count} expected")
+    if len(ids) < args.count:
+        print(f"prompts: only {len(ids)} of the kind, all of them taken")
+    order = np.random.default_rng([args.seed, 4]).permutation(len(ids))[: args.count]
+    candidates = list(ids.items())
+    prompt_rows = [
         {"prompt_id": name, "messages": [{"role": "user", "content": prompt}]}
-        for prompt, name in (listed[i] for i in sorted(order))
+        for prompt, name in (candidates[i] for i in sorted(order))
     ]
     started = run_dir.begin_stage(run, "prompts", settings, inputs)
-    with run_dir.replacing(run / "prompts.parquet") as partial:
-        pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
+    with run_dir.replacing(path) as partial:
+        pq.write_table(pa.Table.from_pylist(prompt_rows), partial, compression="zstd")
     run_dir.end_stage(run, "prompts", settings, inputs, started, source=source.facts)
-    print(f"prompts: {len(rows)} of {len(prompts):,} English prompts on values or a controversy")
+    of_all = f"{len(prompt_rows)} of {len(ids):,} English prompts"
+    print(f"prompts: {of_all} on values or a controversy")
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--run", required=True, type=Path, help="run directory with data/")
-    add_source_arguments(parser)
+    published.add_source_arguments(parser)
     parser.add_argument("--count", type=cli.natural, default=50, help="prompts")
     parser.add_argument("--seed", type=cli.seed, default=0)
     return parser.parse_args(argv)

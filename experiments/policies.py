@@ -1,11 +1,14 @@
-"""Two members turned into policies by TRL's DPOTrainer, and what differs between the policies' answers to prompts that neither has seen.
+"""Turn two members into policies by TRL's DPOTrainer, and tell what differs between the policies'
+answers to prompts that neither has seen.
 
     bash run_all.sh demo 4 --run runs/policies --continuations 60
-    python experiments/policies.py --run runs/policies --members 1 2 --out runs/policies/dpo          (about ten minutes on one thread)
+    python experiments/policies.py --run runs/policies --members 1 2 --out runs/policies/dpo
 
-Prints two tables over the test prompts that have no continuations, with standard errors over prompts: the share of the base's and of each policy's
-answers in which an attribute shows, beside Kendall's tau of the members' rewards with it on the continuations; and how each member rewards the answers.
-Needs benchmarks/requirements.txt. Other flags are those of TRL's DPO script: --learning_rate 1e-5, say.
+The second takes about ten minutes on one thread. It prints two tables over the test prompts that
+have no continuations, with standard errors over prompts: the fraction of the base's and of each
+policy's answers in which an attribute shows, beside Kendall's tau of the members' rewards with it
+on the continuations; and how each member rewards the answers. It needs benchmarks/requirements.txt.
+Other flags are those of TRL's DPO script: --learning_rate 1e-5, say.
 """
 
 import os
@@ -16,31 +19,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[:0] = [
-    str(Path(__file__).resolve().parent.parent),
-    str(Path(__file__).resolve().parent.parent / "data_prep"),
-]
-import continuations
-import policy_pairs
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
+from pairwise import cli, data, evaluator, members, ranking, reward_model, run_dir, sampling
 
-from pairwise import cli, data, evaluator, ranking, reward_model, run_dir
+import policy_pairs
 
 
 def train(args, j):
-    """Directory of policy j."""
+    """Train policy j on pairs of its member's rewards; return its directory."""
     directory = args.out / f"policy_{j:02d}"
-    policy_pairs.main(
-        policy_pairs.parse_args(
-            [
-                "--run",
-                str(args.run),
-                "--member",
-                str(j),
-                "--out",
-                str(directory / "pairs" / "train.jsonl"),
-            ]
-        )
-    )
+    pairs = directory / "pairs" / "train.jsonl"
+    words = ["--run", str(args.run), "--member", str(j), "--out", str(pairs)]
+    policy_pairs.main(policy_pairs.parse_args(words))
     flags = {
         "model_name_or_path": args.base,
         "dataset_name": directory / "pairs",
@@ -54,85 +45,93 @@ def train(args, j):
         "seed": args.seed,
     }
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    subprocess.run(
-        [sys.executable, "-m", "trl.scripts.dpo", "--use_cpu", *words, *args.dpo], check=True
-    )
+    command = [sys.executable, "-m", "trl.scripts.dpo", "--use_cpu", *words, *args.dpo]
+    subprocess.run(command, check=True)
     return directory / "model"
 
 
-def cell(values):
-    """Mean and standard error of values (prompts,)."""
+def with_error(values):
+    """The mean and the standard error of values (prompts,), in words."""
     return f"{values.mean():.3f} ± {values.std(ddof=1) / np.sqrt(len(values)):.3f}"
 
 
-def table(head, rows):
+def print_table(head, rows):
     """Print a table as Markdown has it."""
-    print(
-        "", *("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)), sep="\n"
-    )
+    print()
+    for row in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(row) + " |")
+
+
+def unseen_prompts(args, continuations):
+    """The messages of test prompts without continuations, --prompts at most."""
+    test, with_continuations = data.read_split(args.run, "test"), set(continuations["prompt_id"])
+    prompts = zip(test.prompt_id, test.messages)
+    unseen = [messages for name, messages in prompts if name not in with_continuations]
+    unseen = unseen[: args.prompts]
+    if len(unseen) < 2:
+        raise cli.InputError(
+            f"{args.run}: {len(unseen)} test prompts without continuations found, "
+            "at least 2 expected"
+        )
+    return unseen
+
+
+def tau_with_attributes(args, texts, patterns):
+    """Kendall's tau (attributes, members) of the members' rewards of the continuations with what
+    shows in them, averaged over prompts."""
+    counts = ranking.attribute_counts(texts, patterns)
+    rewards = run_dir.read_rewards(args.run, "continuations", max(args.members), counts.shape[1:])[
+        [j - 1 for j in args.members]
+    ]
+    tau = np.nanmean(evaluator.kendall_tau(np.concatenate([rewards, counts])), 0)
+    return tau[len(rewards) :, : len(rewards)]
+
+
+def sample_answers(args, policies, tokenizer, prompts):
+    """{policy: lists of --count answers to every prompt}."""
+    encoded = [reward_model.encode(tokenizer, messages) for messages in prompts]
+    answers = {}
+    for name, directory in policies.items():
+        model = sampling.load_language_model(str(directory), "cpu")
+        torch.manual_seed(args.seed)
+        answers[name] = [
+            sampling.sample(model, tokenizer, prompt, args.count, 1.0, 1.0, args.max_tokens)[0]
+            for prompt in encoded
+        ]
+    return answers
+
+
+def mean_rewards(args, j, tokenizer, prompts, answers):
+    """Member j's mean reward of each prompt's answers, float32 (prompts,)."""
+    member = members.load_member(args.run, j, args.base, tokenizer, torch.float32, "cpu")
+    sequences = reward_model.encode_split(tokenizer, prompts, answers, args.max_length)
+    return reward_model.score_sequences(member, sequences, 8192).reshape(len(prompts), -1).mean(1)
 
 
 def main(args):
     torch.set_num_threads(args.threads)
     args.base = args.base or args.run / "base"
-    texts, patterns = (
-        run_dir.read_continuations(args.run),
-        run_dir.read_json(args.run / "data" / "stats.json").get("attributes", ranking.ATTRIBUTES),
-    )
-    test = data.read_split(args.run, "test")
-    unseen = [
-        messages
-        for name, messages in zip(test.prompt_id, test.messages)
-        if name not in set(texts["prompt_id"])
-    ][: args.prompts]
-    if len(unseen) < 2:
-        raise cli.InputError(
-            f"{args.run}: {len(unseen)} test prompts without continuations found, at least 2 expected"
-        )
-    counts = ranking.attribute_counts(texts["texts"], patterns)
-    rewards = run_dir.read_rewards(args.run, "continuations", max(args.members), counts.shape[1:])[
-        [j - 1 for j in args.members]
-    ]
-    tau = np.nanmean(evaluator.kendall_tau(np.concatenate([rewards, counts])), 0)[
-        len(rewards) :, : len(rewards)
-    ]
+    continuations = run_dir.read_continuations(args.run)
+    stats = run_dir.read_json(args.run / "data" / "stats.json")
+    patterns = stats.get("attributes", ranking.ATTRIBUTES)
+    prompts = unseen_prompts(args, continuations)
+    tau = tau_with_attributes(args, continuations["texts"], patterns)
 
     policies = {"base": args.base} | {f"policy {j}": train(args, j) for j in args.members}
     tokenizer = reward_model.load_tokenizer(args.base, args.chat_template)
-    prompts = [reward_model.encode(tokenizer, messages) for messages in unseen]
-    answers = {}
-    for name, directory in policies.items():
-        model = reward_model.load_language_model(str(directory), "cpu")
-        torch.manual_seed(args.seed)
-        answers[name] = [
-            continuations.sample(model, tokenizer, prompt, args.count, 1.0, 1.0, args.max_tokens)[0]
-            for prompt in prompts
-        ]
-    shown = {name: ranking.attribute_counts(of, patterns) > 0 for name, of in answers.items()}
-    table(
-        ["attribute", *policies, *(f"tau of member {j}" for j in args.members)],
-        [
-            [
-                list(patterns)[i],
-                *(cell(of[i].mean(1)) for of in shown.values()),
-                *(f"{x:.2f}" for x in tau[i]),
-            ]
-            for i in np.argsort(-np.abs(tau[:, 0] - tau[:, -1]), kind="stable")
-        ],
-    )
+    answers = sample_answers(args, policies, tokenizer, prompts)
+    shows = {name: ranking.attribute_counts(x, patterns) > 0 for name, x in answers.items()}
+    rows = []
+    for i in np.argsort(-np.abs(tau[:, 0] - tau[:, -1]), kind="stable"):
+        fractions = [with_error(shown[i].mean(1)) for shown in shows.values()]
+        rows.append([list(patterns)[i], *fractions, *(f"{x:.2f}" for x in tau[i])])
+    print_table(["attribute", *policies, *(f"tau of member {j}" for j in args.members)], rows)
+
     rows = []
     for j in args.members:
-        member = reward_model.load_member(args.run, j, args.base, tokenizer, torch.float32, "cpu")
-        sequences = [
-            reward_model.encode_split(tokenizer, unseen, of, args.max_length)
-            for of in answers.values()
-        ]
-        given = [
-            reward_model.score_sequences(member, of, 8192).reshape(len(unseen), -1).mean(1)
-            for of in sequences
-        ]
-        rows.append([f"member {j}", *map(cell, given)])
-    table(["mean reward by", *policies], rows)
+        rewards = [mean_rewards(args, j, tokenizer, prompts, x) for x in answers.values()]
+        rows.append([f"member {j}", *map(with_error, rewards)])
+    print_table(["mean reward by", *policies], rows)
 
 
 def parse_args(argv=None):

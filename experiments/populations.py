@@ -1,13 +1,17 @@
-"""Simulated populations with features and known truth: a run directory that variants.py and plurality.py read, no base model.
+"""Simulate a population with features and known truth: a run directory that variants.py and
+extras/plurality.py read, without a base model.
 
-    python experiments/populations.py --run runs/camps --population camps --seed 0          (a second)
+    python experiments/populations.py --run runs/camps --population camps --seed 0      (a second)
 
-A response is a feature x ~ N(0, I), a voter a direction w who prefers the response with the larger w'x; p_true is the share of the voters.
+A response is a feature x ~ N(0, I), a voter a direction w who prefers the response with the larger
+w'x; p_true is the fraction of the voters who prefer the first.
 
     clusters    three directions at random, voters within a tenth of theirs
     continuum   directions spread around a common one, as far as it is long
-    camps       two groups, .6 and .4 of the voters, who agree on one direction and are opposed on another, half as far around each
-    single      one direction for all, who vote as sigmoid(2 w'(x1 - x2)): noise and no second viewpoint
+    camps       two groups, .6 and .4 of the voters, who agree on one direction and are opposed on
+                another, half as far around each
+    single      one direction for all, who vote as sigmoid(2 w'(x1 - x2)): noise and no second
+                viewpoint
 """
 
 import sys
@@ -22,7 +26,7 @@ PROMPTS = {"train": 300, "valid": 60, "test": 150}
 
 
 def directions(name, d, voters, rng):
-    """Voters' directions (voters, d)."""
+    """The voters' directions, float64 (voters, d)."""
 
     def unit(*shape):
         x = rng.normal(size=(*shape, d))
@@ -38,65 +42,54 @@ def directions(name, d, voters, rng):
     return np.repeat(unit(1), voters, 0)
 
 
-def population(name, number, d, responses, votes, voters):
-    """{split: (rows of the contract, features float32 (R, d))} of one population."""
-    rng = np.random.default_rng([number, sum(name.encode())])
-    w, made = directions(name, d, voters, rng), {}
+def prompt_row(prompt_id, x, p, a, b, votes_a, votes):
+    """A prompt as data.write_split takes it; x (responses, d); p, a, b, votes_a: of its pairs."""
+    pairs = [
+        {"a": int(i), "b": int(j), "votes_a": float(n), "votes_b": float(votes - n), "ties": 0.0}
+        for i, j, n in zip(a, b, votes_a)
+    ]
+    return {
+        "prompt_id": prompt_id,
+        "messages": [{"role": "user", "content": prompt_id}],
+        "responses": [f"response {i}" for i in range(len(x))],
+        "pairs": pairs,
+        "p_true": p.tolist(),
+    }
+
+
+def population(name, seed, d, responses, votes, voters):
+    """{split: (prompt rows, features float32 (R, d))} of one population."""
+    rng = np.random.default_rng([seed, sum(name.encode())])
+    w, splits = directions(name, d, voters, rng), {}
     first, second = np.triu_indices(responses, 1)
     for split, prompts in PROMPTS.items():
         rows, features = [], rng.normal(size=(prompts, responses, d)).astype(np.float32)
         for i, x in enumerate(features):
-            swap = (
-                rng.random(len(first)) < 0.5
-            )  # which response stands first carries no information
+            swap = rng.random(len(first)) < 0.5  # Who stands first carries no information.
             a, b = np.where(swap, second, first), np.where(swap, first, second)
             margin = (x[a] - x[b]) @ w.T  # (pairs, voters)
-            p = (
-                1 / (1 + np.exp(-2 * margin)) if name == "single" else (margin > 0).astype(float)
-            ).mean(1)
-            count = rng.binomial(votes, p)
-            pairs = [
-                {
-                    "a": int(j),
-                    "b": int(k),
-                    "votes_a": float(c),
-                    "votes_b": float(votes - c),
-                    "ties": 0.0,
-                }
-                for j, k, c in zip(a, b, count)
-            ]
-            rows.append(
-                {
-                    "prompt_id": f"{split} {i}",
-                    "messages": [{"role": "user", "content": f"{split} {i}"}],
-                    "responses": [f"response {j}" for j in range(responses)],
-                    "pairs": pairs,
-                    "p_true": p.tolist(),
-                }
-            )
-        made[split] = rows, features.reshape(-1, d)
-    return made
+            prefers = (margin > 0).astype(float)
+            if name == "single":
+                prefers = 1 / (1 + np.exp(-2 * margin))
+            p = prefers.mean(1)
+            rows.append(prompt_row(f"{split} {i}", x, p, a, b, rng.binomial(votes, p), votes))
+        splits[split] = rows, features.reshape(-1, d)
+    return splits
 
 
 def main(args):
-    settings = {
-        name: getattr(args, name)
-        for name in ("population", "seed", "dimension", "responses", "votes", "voters")
-    }
+    names = ("population", "seed", "dimension", "responses", "votes", "voters")
+    settings = {name: getattr(args, name) for name in names}
     if run_dir.stage_done(args.run, "data", settings, {}, [args.run / "data" / "test.parquet"]):
         return
     started = run_dir.begin_stage(args.run, "data", settings, {})
     (args.run / "data").mkdir(exist_ok=True)
-    for split, (rows, features) in population(
-        args.population, args.seed, args.dimension, args.responses, args.votes, args.voters
-    ).items():
+    for split, (rows, features) in population(*settings.values()).items():
         data.write_split(args.run / "data" / f"{split}.parquet", rows)
         run_dir.write_array(args.run / "features" / f"{split}.npy", features)
-    run_dir.write_json(
-        args.run / "data" / "stats.json",
-        settings
-        | {"dataset": f"{args.population} {args.seed}", "votes": "sampled", "ties": "drop"},
-    )
+    dataset = f"{args.population} {args.seed}"
+    stats = settings | {"dataset": dataset, "votes": "sampled", "ties": "drop"}
+    run_dir.write_json(args.run / "data" / "stats.json", stats)
     run_dir.end_stage(args.run, "data", settings, {}, started)
 
 

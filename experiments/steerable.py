@@ -1,19 +1,25 @@
-"""Does --mode steerable find the right member? The demo's viewpoints are known: one makes a few comparisons, and members are judged on the rest.
+"""Does respond.py --mode steerable find the right member? The demo's viewpoints are known: one
+makes a few comparisons, and members are judged on the rest.
 
     python experiments/steerable.py --run results/demo          (seconds; stored rewards, no model)
 
-A trial draws --comparisons pairs of the test prompts; a viewpoint of data_prep/demo.py, drawn by its weight, chooses in each with its own noise.
-What counts is the share of that viewpoint's votes on all other pairs that the chosen member sides with, beside that of a member drawn by weight, on
-average.
+A trial draws --comparisons pairs of the test prompts; a viewpoint of data_prep/demo.py, drawn by
+its weight, chooses in each with its own noise. What counts is the fraction of that viewpoint's
+votes on all other pairs that the chosen member sides with, on average, beside that of a member
+drawn by weight.
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
-from respond import agreements, posterior
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
 from pairwise import cli, data, run_dir
+
+import respond
 
 spec = importlib.util.spec_from_file_location("demo", cli.REPOSITORY / "data_prep" / "demo.py")
 demo = importlib.util.module_from_spec(spec)
@@ -35,67 +41,64 @@ def attributes_of(topic, text):
     return np.array([shows[name] for name in demo.ATTRIBUTES], float)
 
 
-def choice_shares(split):
-    """Share of each viewpoint's votes that prefer a, float64 (viewpoints, N)."""
-    u = []
+def viewpoint_preferences(split):
+    """The fraction of each viewpoint's votes that prefer a, float64 (viewpoints, N)."""
+    utilities = []
     for messages, texts in zip(split.messages, split.responses):
-        asked = messages[-1]["content"]
-        topic = next(topic for topic in demo.TOPICS if f" {topic} " in asked)
-        context = next(name for name, words in demo.CONTEXTS.items() if asked.startswith(words))
-        u.append(demo.utilities(context, np.array([attributes_of(topic, text) for text in texts])))
-    u = np.concatenate(u, axis=1)
+        question = messages[-1]["content"]
+        topic = next(topic for topic in demo.TOPICS if f" {topic} " in question)
+        contexts = demo.CONTEXTS.items()
+        context = next(name for name, words in contexts if question.startswith(words))
+        attributes = np.array([attributes_of(topic, text) for text in texts])
+        utilities.append(demo.utilities(context, attributes))
+    u = np.concatenate(utilities, axis=1)
     return 1 / (1 + np.exp(-(u[:, split.a] - u[:, split.b]) / demo.NOISE))
 
 
-def trials(rewards, alpha, shares, a, b, count, comparisons, rng):
-    """Yield (viewpoint, chosen, its probability, agreement on unseen pairs (K,)). rewards: float32 (K, R); shares: float64 (viewpoints, N)."""
-    both = rewards[:, np.stack([a, b], 1)]
+def trials(rewards, alpha, preferences, a, b, count, comparisons, rng):
+    """Yield (viewpoint, chosen member, its probability, agreement on unseen pairs (K,)).
+
+    rewards float32 (K, R); alpha (K,); preferences float64 (viewpoints, N); a, b (N,).
+    """
+    k = len(alpha)
+    rewards_of_pairs = rewards[:, np.stack([a, b], 1)]
     weights = [weight for weight, _ in demo.VIEWPOINTS.values()]
     for _ in range(count):
-        viewpoint = rng.choice(len(shares), p=weights)
+        viewpoint = rng.choice(len(preferences), p=weights)
         seen, unseen = np.split(rng.permutation(len(a)), [comparisons])
-        choices = (rng.random(comparisons) < shares[viewpoint, seen]).astype(float)
-        p = posterior(
-            alpha, agreements(both[:, seen].reshape(len(alpha), -1), choices), comparisons
+        choices = (rng.random(comparisons) < preferences[viewpoint, seen]).astype(float)
+        agreed = respond.agreements(rewards_of_pairs[:, seen].reshape(k, -1), choices)
+        p = respond.posterior(alpha, agreed, comparisons)
+        agreed_unseen = respond.agreements(
+            rewards_of_pairs[:, unseen].reshape(k, -1), preferences[viewpoint, unseen]
         )
-        yield (
-            viewpoint,
-            int(p.argmax()),
-            float(p.max()),
-            agreements(both[:, unseen].reshape(len(alpha), -1), shares[viewpoint, unseen])
-            / len(unseen),
-        )
+        yield viewpoint, int(p.argmax()), float(p.max()), agreed_unseen / len(unseen)
 
 
 def main(args):
     split, k = data.read_split(args.run, "test"), run_dir.count_members(args.run)
     alpha = run_dir.read_weights(args.run, k)
-    shares = choice_shares(split)
-    rewards, rng = (
-        run_dir.read_rewards(args.run, "test", k, split.response_start[-1:]),
-        np.random.default_rng(args.seed),
-    )
-    found = list(
-        trials(rewards, alpha, shares, split.a, split.b, args.trials, args.comparisons, rng)
-    )
-    viewpoint, chosen, sure = (np.array(column) for column in list(zip(*found))[:3])
-    agreement = np.stack([each for *_, each in found])
+    rewards = run_dir.read_rewards(args.run, "test", k, (int(split.response_start[-1]),))
+    rng, prefers = np.random.default_rng(args.seed), viewpoint_preferences(split)
+    results = trials(rewards, alpha, prefers, split.a, split.b, args.trials, args.comparisons, rng)
+    viewpoint, chosen, probability, agreement = map(np.array, zip(*results))
     own, drawn = agreement[np.arange(len(chosen)), chosen], agreement @ alpha
-    best = chosen == agreement.argmax(1)
+    best, is_best = agreement.max(1), chosen == agreement.argmax(1)
     print(
-        f"{args.trials} trials of {args.comparisons} comparisons; share of the viewpoint's other votes that a member agrees with: the chosen "
-        f"{own.mean():.3f}, one drawn by weight {drawn.mean():.3f}, the best {agreement.max(1).mean():.3f}"
+        f"{args.trials} trials of {args.comparisons} comparisons; share of the viewpoint's other "
+        f"votes that a member agrees with: the chosen {own.mean():.3f}, "
+        f"one drawn by weight {drawn.mean():.3f}, the best {best.mean():.3f}"
     )
     print(
-        f"the chosen at least as well as the drawn in {(own >= drawn).mean():.2f} of the trials; the best of all in {best.mean():.2f}, "
-        f"its own probability {sure.mean():.2f}"
+        f"the chosen at least as well as the drawn in {(own >= drawn).mean():.2f} of the trials; "
+        f"the best of all in {is_best.mean():.2f}, its own probability {probability.mean():.2f}"
     )
     for v, name in enumerate(demo.VIEWPOINTS):
         at = viewpoint == v
         if at.any():
             print(
-                f"  {name:8} {at.sum()} trials: {own[at].mean():.3f}, {drawn[at].mean():.3f}, {agreement[at].max(1).mean():.3f}; "
-                f"{(own[at] >= drawn[at]).mean():.2f}"
+                f"  {name:8} {at.sum()} trials: {own[at].mean():.3f}, {drawn[at].mean():.3f}, "
+                f"{best[at].mean():.3f}; {(own[at] >= drawn[at]).mean():.2f}"
             )
 
 

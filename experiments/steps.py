@@ -1,10 +1,13 @@
-"""Steps made of whole prompts beside steps of shuffled pairs: what the fast kind costs in calibration.
+"""Steps made of whole prompts beside steps of shuffled pairs: what the fast kind costs in
+calibration.
 
-    python experiments/steps.py --run runs/demo --out results/steps_demo.csv --lr 3e-3          (an hour on one thread)
+    python experiments/steps.py --run runs/demo --out results/steps_demo.csv --lr 3e-3
     python experiments/steps.py --run runs/mine --out mine.csv --base NAME_OR_DIR --train head
 
-RUN: a finished run directory (of a head run with features/), of which the data and the base are taken, or --base. Everything else is the same in
-both: pairs, head, optimizer, at most 64 pairs a step (whole prompts fill it less well: in the demo 90 steps of 60 pairs beside 85). Other flags are train_rm.py's.
+The first takes an hour on one thread. RUN is a finished run directory (of a head run with
+features/), of which the data and the base are taken, or --base. All else is the same for both
+kinds of steps: pairs, head, optimizer, at most 64 pairs a step (whole prompts fill it less well: in
+the demo 90 steps of 60 pairs beside 85). Other flags are train_rm.py's.
 """
 
 import csv
@@ -17,92 +20,74 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import fit_weights
 import train_rm
-from pairwise import cli, data, training
+from pairwise import cli, data, run_dir, training
 
 WHOLE, SHUFFLED = training.steps_of_prompts, training.steps_of_pairs
+COLUMNS = ("seed", "steps", "k", "brier", "brier_soft", "true_error", "tokens", "seconds")
 
 
 def shuffled(pair_start, keep, pairs_per_step, rng):
-    """As steps_of_prompts, with each pair where chance puts it."""
-    return [
-        [np.array([pair]) for pair in step[0]] for step in SHUFFLED(keep, pairs_per_step, 1, rng)
-    ]
+    """Steps as of steps_of_prompts, with each pair where chance puts it."""
+    steps = SHUFFLED(keep, pairs_per_step, 1, rng)
+    return [[np.array([pair]) for pair in step[0]] for step in steps]
 
 
 def whole(pair_start):
-    """As steps_of_pairs, with the pairs of a prompt in one step; pair_start (P+1,)."""
-    return lambda keep, pairs_per_step, epochs, rng: [
-        [np.concatenate(step)]
-        for _ in range(epochs)
-        for step in WHOLE(pair_start, keep, pairs_per_step, rng)
-    ]
+    """A function like steps_of_pairs, with all pairs of a prompt in one step; pair_start (P+1,)."""
+
+    def steps(keep, pairs_per_step, epochs, rng):
+        epochs = [WHOLE(pair_start, keep, pairs_per_step, rng) for _ in range(epochs)]
+        return [[np.concatenate(step)] for epoch in epochs for step in epoch]
+
+    return steps
+
+
+def begin_run(source, run):
+    """Make `run` of the data, and the features where there are any, of `source`."""
+    for name in ("data", "features"):
+        (run / name).symlink_to((source / name).resolve())
+    stages = run_dir.read_json(source / "manifest.json")["stages"]
+    stages = {name: stages[name] for name in ("data", "base", "features") if name in stages}
+    run_dir.write_json(run / "manifest.json", {"stages": stages})
+
+
+def train_and_evaluate(args, run, base, seed):
+    """Train and weigh --k members in `run`, and evaluate them; return (tokens, seconds)."""
+    started = time.time()
+    flags = ["--run", run, "--base", base, "--seed", seed, "--threads", args.threads]
+    for j in range(1, args.k + 1):
+        words = [*map(str, flags), "--device", "cpu", "--iteration", str(j), *args.training]
+        train_rm.main(train_rm.parse_args(words))
+        fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
+    seconds = time.time() - started
+    evaluate.main(evaluate.parse_args(["--run", str(run)]))
+    logs = [path.read_text().splitlines() for path in (run / "logs").glob("*.jsonl")]
+    return sum(json.loads(line)["tokens"] for lines in logs for line in lines), seconds
 
 
 def main(args):
     base, pair_start = args.base or args.run / "base", data.read_split(args.run, "train").pair_start
+    kinds = {"prompts": (WHOLE, whole(pair_start)), "pairs": (shuffled, SHUFFLED)}
     with open(args.out, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(
-            ["seed", "steps", "k", "brier", "brier_soft", "true_error", "tokens", "seconds"]
-        )
-        for number in args.seeds:
-            for name, of_prompts, of_pairs in (
-                ("prompts", WHOLE, whole(pair_start)),
-                ("pairs", shuffled, SHUFFLED),
-            ):
-                training.steps_of_prompts, training.steps_of_pairs = of_prompts, of_pairs
+        rows.writerow(COLUMNS)
+        for seed in args.seeds:
+            for name, functions in kinds.items():
+                training.steps_of_prompts, training.steps_of_pairs = functions
                 with tempfile.TemporaryDirectory() as directory:
                     run = Path(directory)
-                    for kept in ("data", "features"):
-                        (run / kept).symlink_to((args.run / kept).resolve())
-                    manifest = json.loads((args.run / "manifest.json").read_text())
-                    manifest["stages"] = {
-                        stage: entry
-                        for stage, entry in manifest["stages"].items()
-                        if stage in ("data", "base", "features")
-                    }
-                    (run / "manifest.json").write_text(json.dumps(manifest))
-                    started = time.time()
-                    for j in range(1, args.k + 1):
-                        flags = [
-                            "--run",
-                            run,
-                            "--base",
-                            base,
-                            "--iteration",
-                            j,
-                            "--seed",
-                            number,
-                            "--threads",
-                            args.threads,
-                            "--device",
-                            "cpu",
-                        ]
-                        train_rm.main(train_rm.parse_args([*map(str, flags), *args.training]))
-                        fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
-                    seconds = time.time() - started
-                    evaluate.main(evaluate.parse_args(["--run", str(run)]))
-                    tokens = sum(
-                        json.loads(line)["tokens"]
-                        for path in (run / "logs").glob("*.jsonl")
-                        for line in path.read_text().splitlines()
-                    )
-                    for entry in json.loads((run / "metrics.json").read_text())["splits"]["test"][
-                        "ensemble"
-                    ]:
-                        figures = [
-                            "" if entry[name] is None else f"{entry[name]:.6f}"
-                            for name in ("brier", "brier_soft", "true_error")
-                        ]
-                        rows.writerow(
-                            [number, name, entry["k"], *figures, tokens, f"{seconds:.0f}"]
-                        )
-                    file.flush()
+                    begin_run(args.run, run)
+                    tokens, seconds = train_and_evaluate(args, run, base, seed)
+                    test = run_dir.read_json(run / "metrics.json")["splits"]["test"]
+                for entry in test["ensemble"]:
+                    errors = [entry[name] for name in ("brier", "brier_soft", "true_error")]
+                    errors = ["" if error is None else f"{error:.6f}" for error in errors]
+                    rows.writerow([seed, name, entry["k"], *errors, tokens, f"{seconds:.0f}"])
+                file.flush()
 
 
 def parse_args(argv=None):
@@ -111,6 +96,8 @@ def parse_args(argv=None):
     add("--run", required=True, type=Path, help="a finished run directory")
     add("--base", help="base model (default: RUN/base)")
     add("--k", type=cli.natural, default=4, help="members")
+    add("--out", type=Path, required=True, help="FILE.csv")
+    add("--threads", type=cli.natural, default=os.cpu_count(), help="CPU threads (default: all)")
     add(
         "--seeds",
         type=cli.seed,
@@ -118,8 +105,6 @@ def parse_args(argv=None):
         default=[0, 1, 2, 3, 4],
         help="of training; the data stay",
     )
-    add("--out", type=Path, required=True, help="FILE.csv")
-    add("--threads", type=cli.natural, default=os.cpu_count(), help="CPU threads (default: all)")
     args, args.training = parser.parse_known_args(argv)
     return args
 

@@ -11,20 +11,16 @@ import shutil
 import time
 from pathlib import Path
 
-import torch
-
-from pairwise import cli, data, run_dir, stages, training
+from pairwise import cli, data, existing, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale.offload import names_memory_flags
+
+import torch
 
 
 def check_kind(run, j):
     """Raise InputError where the other members of the run are not existing models."""
-    if kind := run_dir.made_otherwise(run):
-        raise cli.InputError(
-            f"{run}: a {kind} run found, whose members are complete; "
-            "a run of existing models, or a new one, expected"
-        )
+    stages.check_own_run(run)
     if j > 1 and run_dir.kind_of(run) != "existing":
         raise cli.InputError(
             f"{run}: member 1 is not an existing model; a run is of existing models, the first "
@@ -49,11 +45,11 @@ def write_source(args, fingerprint):
 def main(args):
     """Score all splits and continuations with the model, unless that is done."""
     run, j, name, member = args.run, args.iteration, run_dir.member_name(args.iteration), None
-    training.settle(args)
+    stages.settle(args)
     check_kind(run, j)
     splits, _ = data.read_splits(run)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template, "--model")
-    inputs = data.hashes(run) | rm.base_hashes(args.base, args.chat_template)
+    inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     settings = {"train": "from", "dtype": args.dtype, "max_length": args.max_length}
     stage, texts = (run, name, settings, inputs), run_dir.read_continuations(run)
     outputs = [run / name, *(run_dir.reward_path(run, j, split) for split in splits)]
@@ -61,7 +57,7 @@ def main(args):
         print(f"member {j}: {run / name} is there, skipped")
     else:
         dtype = getattr(torch, args.dtype)
-        member = rm.load_reward_model(args.base, tokenizer, dtype, args.device, "--model")
+        member = existing.load_reward_model(args.base, tokenizer, dtype, args.device, "--model")
         started = run_dir.begin_stage(*stage)
         encoded = stages.encode(args, stages.texts_of(splits), tokenizer)
         scores = stages.score(args, member, encoded, f"member {j}")

@@ -8,11 +8,11 @@ of a full run is a plain directory already.
 
 from pathlib import Path
 
-import torch
-
-from pairwise import cli, run_dir
+from pairwise import cli, members, provenance, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import adapter
+
+import torch
 
 
 def trained_in(run, j):
@@ -46,10 +46,10 @@ def write_plain(model, tokenizer, directory):
     """
     if not directory.exists():
         with run_dir.replacing(directory) as partial:
-            rm.save_member(model, tokenizer, partial)
+            members.save_member(model, tokenizer, partial)
         return
     partial = directory.with_name(f".partial-{directory.name}")
-    rm.save_member(model, tokenizer, partial)
+    members.save_member(model, tokenizer, partial)
     for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         path.replace(directory / path.name)
     partial.rmdir()
@@ -61,10 +61,10 @@ def main(args):
     stage = trained_in(run, args.member)
     torch.set_num_threads(args.threads)
     entry = run_dir.read_json(run / "manifest.json")["stages"][stage]
-    rm.check_base(entry, args.base, args.chat_template)
+    provenance.check_base(entry, args.base, args.chat_template)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     dtype = getattr(torch, entry["settings"]["dtype"])
-    member = rm.load_member(run, args.member, args.base, tokenizer, dtype, args.device)
+    member = members.load_member(run, args.member, args.base, tokenizer, dtype, args.device)
     if (directory / "adapter").exists():
         adapter.merge(member.model)
     write_plain(member.model, tokenizer, directory)

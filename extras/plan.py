@@ -12,13 +12,13 @@ import argparse
 import math
 from pathlib import Path
 
-import numpy as np
-import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaConfig
-
 from pairwise import cli, data, training
 from pairwise import reward_model as rm
 from pairwise.scale import adapter, budget, offload
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaConfig
 
 LLAMA_3_8B = {
     "hidden_size": 4096,

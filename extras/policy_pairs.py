@@ -1,74 +1,64 @@
-"""One member's preferences among the continuations, as TRL's DPOTrainer reads them: what turns member j into policy j.
+"""One member's preferences among the continuations, as TRL's DPOTrainer reads them.
 
-    python extras/policy_pairs.py --run runs/demo --member 1 --out runs/demo-policy-1/pairs/train.jsonl
+    python extras/policy_pairs.py --run runs/demo --member 1 --out runs/policy1/pairs/train.jsonl
 
-A row is a pair: prompt, the conversation; chosen and rejected, each the answer as a turn of the assistant. Of a prompt's distinct continuations the
-chosen is drawn from the quarter that the member ranks highest, the rejected from the quarter that it ranks lowest; no pair twice, none of equal rewards.
+They turn member j into policy j. A row is a pair: prompt, the conversation; chosen and rejected,
+each the answer as a turn of the assistant. Of a prompt's distinct continuations the chosen one is
+drawn from the quarter that the member ranks highest, the rejected one from the quarter that it
+ranks lowest. No pair occurs twice, and none has equal rewards.
 """
 
 import itertools
 from pathlib import Path
 
-import numpy as np
+from pairwise import cli, ranking, run_dir
 
-from pairwise import cli, run_dir
-from pairwise.ranking import distinct
+import numpy as np
 
 
 def pairs(texts, rewards, count, rng):
-    """At most `count` index pairs (chosen, rejected) of a prompt's texts (n,), by rewards (n,)."""
-    best = distinct(texts)
-    best = best[np.argsort(-rewards[best], kind="stable")]
-    quarter = max(1, len(best) // 4)
-    found = [
-        (a, b)
-        for a, b in itertools.product(best[:quarter], best[-quarter:])
-        if rewards[a] > rewards[b]
+    """Draw at most `count` index pairs (chosen, rejected) of a prompt's texts, by rewards (n,)."""
+    ranked = ranking.distinct(texts)
+    ranked = ranked[np.argsort(-rewards[ranked], kind="stable")]
+    quarter = max(1, len(ranked) // 4)
+    candidates = [
+        (chosen, rejected)
+        for chosen, rejected in itertools.product(ranked[:quarter], ranked[-quarter:])
+        if rewards[chosen] > rewards[rejected]
     ]
-    return [found[i] for i in rng.permutation(len(found))[:count]]
+    return [candidates[i] for i in rng.permutation(len(candidates))[:count]]
 
 
 def main(args):
-    texts = run_dir.read_continuations(args.run)
-    if texts is None:
-        raise cli.InputError(
-            f"{args.run / 'continuations.parquet'}: no such file; data_prep/continuations.py makes it"
-        )
-    shape = len(texts["texts"]), len(texts["texts"][0])
+    continuations = run_dir.read_continuations(args.run)
+    if continuations is None:
+        path = args.run / "continuations.parquet"
+        raise cli.InputError(f"{path}: no such file; data_prep/continuations.py makes it")
+    messages, texts = continuations["messages"], continuations["texts"]
+    shape = len(texts), len(texts[0])
     rewards = run_dir.read_rewards(args.run, "continuations", args.member, shape)[-1]
     rng, rows = np.random.default_rng([args.seed, args.member]), []
-    for messages, answers, of_prompt in zip(texts["messages"], texts["texts"], rewards):
-        for pair in pairs(answers, of_prompt, args.pairs, rng):
+    for prompt, answers, prompt_rewards in zip(messages, texts, rewards):
+        for pair in pairs(answers, prompt_rewards, args.pairs, rng):
             chosen, rejected = ([{"role": "assistant", "content": answers[i]}] for i in pair)
-            rows.append({"prompt": messages, "chosen": chosen, "rejected": rejected})
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     if not rows:
-        raise cli.InputError(
-            f"{args.run}: member {args.member} prefers no continuation to another, no pair can be exported"
-        )
+        indifferent = f"member {args.member} prefers no continuation to another"
+        raise cli.InputError(f"{args.run}: {indifferent}, no pair can be exported")
     with run_dir.replacing(args.out) as partial:
         run_dir.write_lines(partial, rows)
-    print(
-        f"policy_pairs: {len(rows):,} pairs of member {args.member} from {shape[0]:,} prompts in {args.out}"
-    )
+    source = f"member {args.member} from {len(texts):,} prompts"
+    print(f"policy_pairs: {len(rows):,} pairs of {source} in {args.out}")
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add(
-        "--run",
-        required=True,
-        type=Path,
-        help="run directory with continuations.parquet and the member's rewards of it",
-    )
+    run_help = "run directory with continuations.parquet and the member's rewards of it"
+    add("--run", required=True, type=Path, help=run_help)
     add("--member", required=True, type=cli.natural, metavar="J")
-    add(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="JSON lines; TRL takes the directory that it is alone in",
-    )
+    out_help = "JSON lines; TRL takes the directory that it is alone in"
+    add("--out", required=True, type=Path, metavar="FILE", help=out_help)
     add("--pairs", type=cli.natural, default=8, help="of each prompt, at most")
     add("--seed", type=cli.seed, default=0)
     return parser.parse_args(argv)

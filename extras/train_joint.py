@@ -11,22 +11,22 @@ base. The error comes near the irreducible one where there are viewpoints; where
 can overfit, so choose --k and --weight-decay on validation prompts, as experiments/variants.py does
 on features. Run fit_weights.py and evaluate.py afterwards.
 
-It writes RUN/joint (a num_labels=K model; of --train head the heads alone), RUN/rewards/0j_SPLIT.npy
-and RUN/logs/joint.jsonl. The members are in the order of their learned weight, so that prefixes of
-weights.json are sensible; extras/export_member.py makes a plain directory of one. All other flags
-are train_rm.py's; of --train head the defaults are --lr 3e-2 --epochs 20 --weight-decay 0.1. Full
-training writes no checkpoints.
+It writes RUN/joint (a num_labels=K model; of --train head the heads alone), RUN/logs/joint.jsonl
+and RUN/rewards/0j_SPLIT.npy. The members are in the order of their learned weight, so that prefixes
+of weights.json are sensible; extras/export_member.py makes a plain directory of one. All other
+flags are train_rm.py's; of --train head the defaults are --lr 3e-2 --epochs 20 --weight-decay 0.1.
+Full training writes no checkpoints.
 """
 
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from pairwise import cli, data, run_dir, stages, training
+from pairwise import cli, data, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale.offload import MAX_PRECONDITION_DIM
+
+import numpy as np
+import torch
 
 
 def mixture_error(reward_a, reward_b, target, logits, s):
@@ -64,19 +64,19 @@ def train_members(args, train, encoded, keep, tokenizer, log):
 
     task = (train, encoded, (train.p,), loss, keep, np.random.default_rng(order_seed), log)
     if args.train == "head":
-        members = torch.nn.Parameter(torch.empty(args.k, encoded.shape[1], device=args.device))
-        weight = members
+        trained = torch.nn.Parameter(torch.empty(args.k, encoded.shape[1], device=args.device))
+        weight = trained
         draw_heads(weight, head_seed)
         training.train_head(args, weight, *task, more=[logits])
     else:
         dtype = getattr(torch, args.dtype)
-        members = rm.load_base(args.base, tokenizer, dtype, args.device, args.k)
-        weight = members.head.weight
+        trained = rm.load_base(args.base, tokenizer, dtype, args.device, args.k)
+        weight = trained.head.weight
         draw_heads(weight, head_seed)
-        training.train_full(args, members, *task, more=[logits])
+        training.train_full(args, trained, *task, more=[logits])
     order = torch.argsort(logits.detach(), descending=True, stable=True)
     weight.data.copy_(weight.data[order])
-    return members, torch.softmax(logits.detach(), 0)[order]
+    return trained, torch.softmax(logits.detach(), 0)[order]
 
 
 def write_learned_weights(run, train, rewards, alpha):
@@ -97,33 +97,32 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
     those of the continuations.
     """
     run, train, started = args.run, splits["train"], run_dir.begin_stage(*stage)
-    later = {name: texts[name] for name in texts if name not in splits}
+    continuations = {name: texts[name] for name in texts if name not in splits}
     of_splits = {name: texts[name] for name in splits}
     encoded = stages.encode_for(args, "features", of_splits, tokenizer, base_inputs)
-    if later:
-        encoded |= stages.encode_for(args, "features_continuations", later, tokenizer, stage[3])
+    if continuations:
+        encoded |= stages.encode_for(
+            args, "features_continuations", continuations, tokenizer, stage[3]
+        )
     identical = stages.identical_pairs(train, encoded["train"])
     with stages.open_log(run / "logs" / "joint.jsonl") as log:
-        members, alpha = train_members(args, train, encoded["train"], ~identical, tokenizer, log)
-        scores = stages.score(args, members, encoded, "joint")
-        stages.check_finite(scores, "joint", " after the last step; a lower --lr may help")
+        trained, alpha = train_members(args, train, encoded["train"], ~identical, tokenizer, log)
+        scores = stages.score(args, trained, encoded, "joint")
+        stages.check_finite(scores, "joint")
     for j in range(args.k):
-        own = {name: np.ascontiguousarray(rewards[:, j]) for name, rewards in scores.items()}
-        for name, (messages, _) in later.items():
-            own[name] = own[name].reshape(len(messages), -1)
-        stages.write_rewards(run, j + 1, own)
-    stages.save(args, members, tokenizer, run / "joint")
+        member = {name: np.ascontiguousarray(rewards[:, j]) for name, rewards in scores.items()}
+        for name, (messages, _) in continuations.items():
+            member[name] = member[name].reshape(len(messages), -1)
+        stages.write_rewards(run, j + 1, member)
+    stages.save(args, "joint", trained, tokenizer, run / "joint")
     if args.weights == "learned":
         write_learned_weights(run, train, scores["train"], alpha)
     facts = {"learned_weights": alpha.tolist(), "identical_pairs": int(identical.sum())}
     run_dir.end_stage(*stage, started, **stages.facts(args), **facts)
-    left_out = f", {identical.sum()} pairs left out, identical after encoding" * bool(
-        identical.any()
-    )
     weights = " ".join(f"{x:.3f}" for x in alpha.tolist())
     print(
         f"joint: {args.k} members trained on {(~identical).sum():,} pairs in "
-        f"{time.time() - started:.0f} s, weights {weights}{left_out}"
+        f"{time.time() - started:.0f} s, weights {weights}{stages.identical_words(identical)}"
     )
 
 
@@ -132,11 +131,11 @@ def main(args):
     if args.check:
         return
     run = args.run
-    training.settle(args)
+    stages.settle(args)
     splits, _ = data.read_splits(run)
     texts, continuations = stages.texts_of(splits), run_dir.read_continuations(run)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-    base_inputs = data.hashes(run) | rm.base_hashes(args.base, args.chat_template)
+    base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     inputs = base_inputs
     if continuations:
         texts["continuations"] = continuations["messages"], continuations["texts"]

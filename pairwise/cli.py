@@ -1,26 +1,33 @@
-"""The command line: errors of one line, argparse types, and how a script runs its main."""
+"""The command line, as all scripts share it: errors of one line, argparse types, running `main`.
+
+A mistake of the user's is an InputError. The script then prints its one line and exits with code 2.
+"""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
 BUILD_COMMAND = f"cd {REPOSITORY} && python setup.py build_ext --inplace"
+
+# ---- errors
 
 
 class InputError(Exception):
-    """Something the user can mend; its text is the one line that is printed before exit code 2."""
+    """Something that the user can mend. Its text is the one line that is printed."""
 
 
 def first_line(error):
-    """What an exception of a library says, as part of a message of one line."""
+    """Return the first line of what a library's exception says, to be quoted in a message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+# ---- arguments
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, with an error of one line instead of the whole usage."""
+    """An ArgumentParser whose errors are one line, without the whole usage before it."""
 
     def __init__(self, doc, **kwargs):
         super().__init__(
@@ -42,14 +49,11 @@ def moved(argv, commands):
     for word in sys.argv[1:] if argv is None else argv:
         flag = word.split("=")[0]
         if flag in commands:
-            print(
-                f"{Path(sys.argv[0]).name}: error: {flag} is now: {commands[flag]}", file=sys.stderr
-            )
-            sys.exit(2)
+            exit_with(f"{flag} is now: {commands[flag]}")
 
 
 def natural(text):
-    """argparse type: an integer of at least one."""
+    """argparse type: an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} found, an integer of at least 1 expected")
@@ -57,7 +61,7 @@ def natural(text):
 
 
 def member_number(text):
-    """argparse type: a number or a count of members, which has two digits in file names."""
+    """argparse type: a number or count of members, 1 to 99: two digits in file names."""
     value = natural(text)
     if value > 99:
         raise argparse.ArgumentTypeError(f"{text} found, at most 99 expected")
@@ -65,7 +69,7 @@ def member_number(text):
 
 
 def positive(text):
-    """argparse type: a number above zero."""
+    """argparse type: a finite number above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} found, a number above 0 expected")
@@ -73,7 +77,7 @@ def positive(text):
 
 
 def nonnegative(text):
-    """argparse type: a number of at least zero."""
+    """argparse type: a finite number of at least 0."""
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} found, a number of at least 0 expected")
@@ -81,7 +85,7 @@ def nonnegative(text):
 
 
 def seed(text):
-    """argparse type: an integer of at least zero."""
+    """argparse type: an integer from 0 to 2^63 - 1, as torch and numpy accept a seed."""
     value = int(text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text} found, an integer from 0 to 2^63 - 1 expected")
@@ -96,30 +100,57 @@ def fraction(text):
     return value
 
 
+# ---- running a script
+
+
 def run_main(main, args):
-    """Run main(args) as a script does: an InputError, or a path that cannot be read or written, is one line on stderr and exit code 2."""
+    """Run main(args) as a script does.
+
+    An InputError, or a path that cannot be read or written, is one line on stderr and exit code 2.
+    """
     try:
         main(args)
         return
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+    except BrokenPipeError:  # The reader of the output has gone, as in `| head`.
         sys.stdout = None
         sys.exit(1)
     except InputError as error:
-        said = str(error)
+        message = str(error)
     except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        said = f"{error.filename}: {error.strerror}"
-    print(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr)
+        message = f"{error.filename}: {error.strerror}"
+    exit_with(message)
+
+
+def exit_with(message):
+    """Print the error as one line that names the script, and exit with 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def import_evaluator():
-    """The compiled evaluator; without it, one line that names the command that builds it, and exit code 2."""
+    """Import the compiled evaluator; where it is not built, say how to build it and exit with 2."""
     try:
         from pairwise import evaluator
     except ImportError:
-        print(
-            f"{Path(sys.argv[0]).name}: error: the C++ evaluator is not built for this Python; build it with: {BUILD_COMMAND}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        exit_with(f"the C++ evaluator is not built for this Python; build it with: {BUILD_COMMAND}")
     return evaluator
+
+
+def usable_cores():
+    """Count the CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def default_threads(otherwise=None):
+    """The default of --threads: OMP_NUM_THREADS where the user has set it; otherwise all cores.
+
+    Processes of one torchrun share the cores. It sets OMP_NUM_THREADS=1 by itself in each of them,
+    so that a 1 there says nothing about the user.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if threads.isdecimal() and int(threads) >= 1 and not (processes > 1 and threads == "1"):
+        return int(threads)
+    return otherwise or max(1, usable_cores() // processes)

@@ -1,28 +1,48 @@
-"""Prepared data."""
+"""Prepared data: the contract of its files, and a split in memory. torch is never imported.
+
+data_prep/ writes DIR/data/train.parquet and test.parquet, and valid.parquet where train prompts
+were set aside for choices among variants. A row is a prompt:
+
+    prompt_id  str
+    messages   list of {role, content}     the context x, ending with a user turn
+    responses  list of str                 distinct, in first-seen order
+    pairs      list of {a, b: int, votes_a, votes_b, ties: float}    a, b are indices into responses
+    p_true     list of float, optional     the population's true fraction per pair (simulation)
+    categories {name: label}, optional     the user's own labels of the prompt
+    judgments  list of {a, b}, optional    synthetic judgments per pair, kept apart from the votes
+                                           (extras/synthetic_judgments.py)
+
+A vote becomes a probability in `Split.p`: p = votes_a / n with n = votes_a + votes_b. `ties` is the
+raw count of tie votes. With --ties half each of them is already in votes_a and votes_b as one half,
+otherwise it counts for nothing else. Which response of a pair stands first carries no information.
+DIR/data/stats.json holds counts, flags, and how the votes arose: `sampled`, `population` or
+`dependent`.
+"""
 
 import dataclasses
 import itertools
+
+from pairwise import cli, run_dir
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pairwise import cli, run_dir
-
 SPLITS = ("train", "valid", "test")
-
-
 JUDGMENTS = pa.list_(pa.struct([("a", pa.int32()), ("b", pa.int32())]))
+VOTE_COLUMNS = ("votes_a", "votes_b", "ties")  # of a pair, float64
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """One split, flat: P prompts, R distinct responses, N pairs.
 
-    prompt_id (P,) str; messages (P,) lists of {role, content}; responses (P,) lists of str;
-    response_start, pair_start int64 (P+1,): prompt i owns responses response_start[i]:response_start[i+1], and pairs alike;
-    a, b int64 (N,) indices into all R responses; votes_a, votes_b, ties float64 (N,); p_true float64 (N,) or None;
-    categories (P,) dicts {name: label or None}, or None.
+    prompt_id (P,) str; messages (P,) lists of {role, content}; responses (P,) lists of str.
+    response_start, pair_start: int64 (P+1,); prompt i owns the responses
+    response_start[i]:response_start[i+1], and the pairs pair_start[i]:pair_start[i+1].
+    a, b: int64 (N,), indices into all R responses; votes_a, votes_b, ties: float64 (N,).
+    p_true: float64 (N,) or None; categories: (P,) dicts {name: label or None}, or None;
+    judgments: int32 (N, 2), counted for a and for b, or None.
     """
 
     prompt_id: list
@@ -41,156 +61,171 @@ class Split:
 
     @property
     def n(self):
-        """Votes per pair, float64 (N,)."""
+        """The number of votes of each pair, float64 (N,)."""
         return self.votes_a + self.votes_b
 
     @property
     def p(self):
-        """Share of the votes for a, float64 (N,), in [0, 1]: the empirical preference of section 3.3."""
+        """The fraction of the votes for a, float64 (N,), in [0, 1]: section 3.3's preference."""
         return self.votes_a / self.n
 
 
-def write_split(path, prompts):
-    """Write prompt rows (dicts with the contract's columns) as parquet; p_true and categories only where the first row has them."""
-    pair = pa.struct(
-        [
-            ("a", pa.int32()),
-            ("b", pa.int32()),
-            ("votes_a", pa.float64()),
-            ("votes_b", pa.float64()),
-            ("ties", pa.float64()),
-        ]
-    )
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+# ---- files
+
+
+def write_split(path, rows):
+    """Write prompt rows, dicts with the contract's columns, as parquet.
+
+    p_true and categories are written where the first row has them.
+    """
+    indices = [(name, pa.int32()) for name in ("a", "b")]
+    votes = [(name, pa.float64()) for name in VOTE_COLUMNS]
     columns = {
         "prompt_id": pa.string(),
-        "messages": pa.list_(message),
+        "messages": pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
         "responses": pa.list_(pa.string()),
-        "pairs": pa.list_(pair),
+        "pairs": pa.list_(pa.struct(indices + votes)),
     }
-    if "p_true" in prompts[0]:
+    if "p_true" in rows[0]:
         columns["p_true"] = pa.list_(pa.float64())
-    if "categories" in prompts[0]:
-        columns["categories"] = pa.struct(
-            [(name, pa.string()) for name in prompts[0]["categories"]]
-        )
-    pq.write_table(
-        pa.Table.from_pylist(prompts, schema=pa.schema(list(columns.items()))),
-        path,
-        compression="zstd",
-    )
+    if "categories" in rows[0]:
+        labels = [(name, pa.string()) for name in rows[0]["categories"]]
+        columns["categories"] = pa.struct(labels)
+    table = pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items())))
+    pq.write_table(table, path, compression="zstd")
 
 
 def read_split(run, split):
-    """Read DIR/data/SPLIT.parquet. Raises InputError where it is missing or is not prepared data."""
+    """Read DIR/data/SPLIT.parquet as a Split.
+
+    Raises InputError where the file is missing or is not prepared data.
+    """
     path = run / "data" / f"{split}.parquet"
     if not path.is_file():
         raise cli.InputError(f"{path}: no such file; data_prep/ makes it")
     try:
-        table = pq.read_table(path).combine_chunks()
-        pairs, responses = _list(table, "pairs"), _list(table, "responses")
-        response_start, pair_start = _starts(responses), _starts(pairs)
-        field = {
-            name: pairs.flatten().field(name).to_numpy(zero_copy_only=False)
-            for name in ("a", "b", "votes_a", "votes_b", "ties")
-        }
-        shift = np.repeat(response_start[:-1], np.diff(pair_start))
-        return Split(
-            prompt_id=table["prompt_id"].to_pylist(),
-            messages=table["messages"].to_pylist(),
-            responses=responses.to_pylist(),
-            response_start=response_start,
-            pair_start=pair_start,
-            a=field["a"] + shift,
-            b=field["b"] + shift,
-            votes_a=field["votes_a"],
-            votes_b=field["votes_b"],
-            ties=field["ties"],
-            p_true=_list(table, "p_true").flatten().to_numpy()
-            if "p_true" in table.column_names
-            else None,
-            categories=table["categories"].to_pylist()
-            if "categories" in table.column_names
-            else None,
-            judgments=np.stack(
-                [_list(table, "judgments").flatten().field(side).to_numpy() for side in "ab"], 1
-            )
-            if "judgments" in table.column_names
-            else None,
-        )
+        return _flatten(pq.read_table(path))
     except (pa.ArrowException, KeyError) as error:
-        raise cli.InputError(f"{path}: not prepared data ({str(error).splitlines()[0]})") from None
+        raise cli.InputError(f"{path}: not prepared data ({cli.first_line(error)})") from None
 
 
-def _list(table, name):
-    return table[name].combine_chunks() if table[name].num_chunks != 1 else table[name].chunk(0)
+def _flatten(table):
+    """Return the Split of a table with one row a prompt."""
+    pairs, responses = _column(table, "pairs"), _column(table, "responses")
+    response_start, pair_start = _starts(responses), _starts(pairs)
+    pair = {
+        name: pairs.flatten().field(name).to_numpy(zero_copy_only=False)
+        for name in ("a", "b", *VOTE_COLUMNS)
+    }
+    # In the file a and b count a prompt's own responses, in a Split they count all of them.
+    shift = np.repeat(response_start[:-1], np.diff(pair_start))
+    return Split(
+        prompt_id=table["prompt_id"].to_pylist(),
+        messages=table["messages"].to_pylist(),
+        responses=responses.to_pylist(),
+        response_start=response_start,
+        pair_start=pair_start,
+        a=pair["a"] + shift,
+        b=pair["b"] + shift,
+        **{name: pair[name] for name in VOTE_COLUMNS},
+        p_true=_optional(table, "p_true", lambda column: column.flatten().to_numpy()),
+        categories=_optional(table, "categories", lambda column: column.to_pylist()),
+        judgments=_optional(table, "judgments", _judgment_counts),
+    )
+
+
+def _column(table, name):
+    return table[name].combine_chunks()
+
+
+def _optional(table, name, convert):
+    """Return the converted column, or None where the table has none of this name."""
+    return convert(_column(table, name)) if name in table.column_names else None
+
+
+def _judgment_counts(column):
+    pairs = column.flatten()
+    return np.stack([pairs.field(side).to_numpy() for side in "ab"], axis=1)
 
 
 def _starts(lists):
-    return np.concatenate(
-        [[0], np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))]
-    ).astype(np.int64)
-
-
-def counted_pairs(split):
-    """The split without its pairs of fewer than two votes, which train has with --min-votes 1, and without prompts that have no other.
-
-    None where nothing is left.
-    Responses keep their places, so that rewards still fit.
-    """
-    keep = split.n >= 2
-    start = np.concatenate([[0], np.cumsum(keep)])[split.pair_start]
-    pairs = {
-        name: getattr(split, name)[keep]
-        for name in ("a", "b", "votes_a", "votes_b", "ties", "p_true", "judgments")
-        if getattr(split, name) is not None
-    }
-    prompts = {
-        name: list(itertools.compress(getattr(split, name), np.diff(start)))
-        for name in ("prompt_id", "categories")
-        if getattr(split, name)
-    }
-    return (
-        dataclasses.replace(split, pair_start=np.unique(start), **prompts, **pairs)
-        if keep.any()
-        else None
-    )
+    """Return where each list begins in all of them flattened, and where the last one ends."""
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 def read_splits(run):
-    """{split: Split} of every split that `run` has, and stats.json. train and test must be there."""
-    names = [
-        name for name in SPLITS if name != "valid" or (run / "data" / "valid.parquet").exists()
-    ]
-    return {name: read_split(run, name) for name in names}, run_dir.read_json(
-        run / "data" / "stats.json"
-    )
+    """Read every split that `run` has; return ({split: Split}, the value of stats.json).
+
+    Raises InputError where train or test is missing.
+    """
+    has_valid = (run / "data" / "valid.parquet").exists()
+    names = [name for name in SPLITS if name != "valid" or has_valid]
+    splits = {name: read_split(run, name) for name in names}
+    return splits, read_stats(run)
 
 
-def must_share_test_data(first, run):
-    """Raise InputError where two runs have other test prompts, responses, pairs or votes, or other kinds of votes."""
-    refused = f"{run}: not to be compared with {first}, its test data are others"
-    paths = [directory / "data" / "test.parquet" for directory in (first, run)]
-    if run_dir.hash_file(paths[0]) != run_dir.hash_file(paths[1]):  # other bytes can hold the same
-        one, other = (pq.read_table(path).to_pylist() for path in paths)
-        for number, (x, y) in enumerate(zip(one, other), 1):
-            names = [
-                name for name in (x | y) if name != "categories" and x.get(name) != y.get(name)
-            ]
-            if names:
-                raise cli.InputError(f"{refused}: of prompt {number} the {', '.join(names)}")
-        if len(one) != len(other):
-            raise cli.InputError(f"{refused}: {len(other)} prompts found, {len(one)} expected")
-    one, other = (
-        run_dir.read_json(directory / "data" / "stats.json") for directory in (first, run)
-    )
-    for name in ("votes", "ties"):
-        if one[name] != other[name]:
-            raise cli.InputError(f"{refused}: {name} {other[name]!r} found, {one[name]!r} expected")
+def read_stats(run):
+    """Read DIR/data/stats.json."""
+    return run_dir.read_json(run / "data" / "stats.json")
 
 
 def hashes(run):
-    """{file name: SHA-256} of the prepared data."""
-    return {
-        f"data/{path.name}": run_dir.hash_file(path) for path in sorted((run / "data").iterdir())
-    }
+    """Return {file name: SHA-256} of the prepared data's files."""
+    paths = sorted((run / "data").iterdir())
+    return {f"data/{path.name}": run_dir.hash_file(path) for path in paths}
+
+
+# ---- what an evaluation looks at
+
+
+def counted_pairs(split):
+    """Return the split without the pairs of fewer than two votes; None where nothing is left.
+
+    Train has such pairs with --min-votes 1, for hard-label losses alone. Prompts that have no other
+    pair go as well. Responses keep their places, so that stored rewards still fit.
+    """
+    counted = split.n >= 2
+    if not counted.any():
+        return None
+    # The number of counted pairs before each prompt, (P+1,).
+    start = np.concatenate([[0], np.cumsum(counted)])[split.pair_start]
+
+    def of_pairs(name):
+        values = getattr(split, name)
+        return None if values is None else values[counted]
+
+    def of_prompts(name):
+        values = getattr(split, name)
+        return values and list(itertools.compress(values, np.diff(start)))
+
+    return dataclasses.replace(
+        split,
+        pair_start=np.unique(start),
+        **{name: of_pairs(name) for name in ("a", "b", *VOTE_COLUMNS, "p_true", "judgments")},
+        **{name: of_prompts(name) for name in ("prompt_id", "categories")},
+    )
+
+
+def must_share_test_data(first, second):
+    """Raise InputError where the test data of two runs differ.
+
+    They must have the same prompts, responses, pairs and votes, and votes that arose in one way.
+    """
+    refusal = f"{second}: not to be compared with {first}, its test data are others"
+    paths = [run / "data" / "test.parquet" for run in (first, second)]
+    if run_dir.hash_file(paths[0]) != run_dir.hash_file(paths[1]):
+        # Files of other bytes may hold the same rows.
+        expected, given = (pq.read_table(path).to_pylist() for path in paths)
+        for number, (row, other) in enumerate(zip(expected, given), 1):
+            differing = [name for name in row | other if row.get(name) != other.get(name)]
+            if names := [name for name in differing if name != "categories"]:
+                raise cli.InputError(f"{refusal}: of prompt {number} the {', '.join(names)}")
+        if len(expected) != len(given):
+            counts = f"{len(given)} prompts found, {len(expected)} expected"
+            raise cli.InputError(f"{refusal}: {counts}")
+    expected, given = read_stats(first), read_stats(second)
+    for name in ("votes", "ties"):
+        was, now = expected[name], given[name]
+        if was != now:
+            raise cli.InputError(f"{refusal}: {name} {now!r} found, {was!r} expected")

@@ -1,75 +1,75 @@
-"""Hardened members: formulas over the rewards of a trained run, and what they give for any responses. Without torch.
+"""Hardened members: formulas over the rewards of a trained run, applied to any responses, no torch.
 
-RUN/members.json: {"source": the trained run, relative to RUN, "members": [formula, ..]}, a formula of u = scale r_member being
+RUN/members.json is {"source": the trained run, relative to RUN, "members": [formula, ..]}. With
+u = scale r_member, level = floor((u + offset) / width) and rest in [0, 1) what that division
+leaves, the reward of a formula is
 
-    width null                 u itself
-    taste null                 width (level + 1 - rest), level = floor((u + offset) / width) and rest what that leaves, in [0, 1): levels as in u,
-                               inside a level the order of u reversed
-    taste i, taste_scale t     width (level + sigmoid(t r_i)): inside a level the order of member i (t < 0: reversed)
+    u                                        where width is null
+    width (level + 1 - rest)                 where taste is null: levels are ordered as in u, and
+                                             inside a level the order of u is reversed
+    width (level + sigmoid(t r_taste))       t = taste_scale: inside a level the order is that of
+                                             the member `taste` (t < 0: reversed)
 """
 
 import os
 
+from pairwise import cli, run_dir
+
 import numpy as np
 from scipy.special import expit
-
-from pairwise import cli, run_dir
 
 FIELDS = {"member", "scale", "width", "offset", "taste", "taste_scale"}
 
 
 def formula(member, scale, width=None, offset=0.0, taste=None, taste_scale=None):
     """One entry of members.json; member and taste count from 1."""
-    return {
-        "member": member,
-        "scale": scale,
-        "width": width,
-        "offset": offset,
-        "taste": taste,
-        "taste_scale": taste_scale,
-    }
+    levels = {"width": width, "offset": offset, "taste": taste, "taste_scale": taste_scale}
+    return {"member": member, "scale": scale} | levels
 
 
 def hardened(formulas, rewards):
-    """float32 (k, *shape): the formulas' rewards; rewards float32 (K, *shape): the trained members'."""
-    return np.stack([_apply(f, rewards.astype(np.float64)) for f in formulas])
+    """float32 (k, *shape): the rewards of k formulas; rewards float32 (K, *shape): the trained
+    members'."""
+    return np.stack([_apply(entry, rewards.astype(np.float64)) for entry in formulas])
 
 
-def _apply(f, rewards):
-    u = f["scale"] * rewards[f["member"] - 1]
-    if f["width"] is None:
+def _apply(entry, rewards):
+    u = entry["scale"] * rewards[entry["member"] - 1]
+    if entry["width"] is None:
         return u.astype(np.float32)
-    level = np.floor((u + f["offset"]) / f["width"])
-    inside = (
-        level + 1 - (u + f["offset"]) / f["width"]
-        if f["taste"] is None
-        else expit(f["taste_scale"] * rewards[f["taste"] - 1])
-    )
-    # In (0, 1), so that no taste leaves its level, and on a grid that float32 holds at this level even after the product: where rounding makes two
-    # responses tie for a taste, they tie for its opposite too, and the votes still cancel.
+    quotient = (u + entry["offset"]) / entry["width"]
+    level = np.floor(quotient)
+    if entry["taste"] is None:
+        inside = level + 1 - quotient
+    else:
+        inside = expit(entry["taste_scale"] * rewards[entry["taste"] - 1])
+    # Clipping to (0, 1) keeps a taste in its level. The grid is one that float32 holds at this
+    # level even after the product: where rounding makes two responses tie for a taste, they tie for
+    # its opposite too, and the two votes still cancel.
     grid = 4 * np.spacing((np.abs(level) + 1).astype(np.float32)).astype(np.float64)
-    return (f["width"] * (level + np.clip(np.round(inside / grid) * grid, grid, 1 - grid))).astype(
-        np.float32
-    )
+    inside = np.clip(np.round(inside / grid) * grid, grid, 1 - grid)
+    return (entry["width"] * (level + inside)).astype(np.float32)
 
 
 def read_members(run):
-    """(source run, formulas) of a hardened run, or None for a trained one. Raises InputError where members.json is not what harden.py writes."""
+    """Return (source run, formulas) of a hardened run.
+
+    Raises InputError where members.json is not what harden.py writes, or its source is missing.
+    """
     path = run / "members.json"
-    if not path.exists():
-        return None
-    found = run_dir.read_json(path)
+    content = run_dir.read_json(path)
     try:
-        source, formulas = run / found["source"], found["members"]
-        whole = len(formulas) > 0 and all(set(f) == FIELDS for f in formulas)
+        source, formulas = run / content["source"], content["members"]
+        valid = len(formulas) > 0 and all(set(entry) == FIELDS for entry in formulas)
     except (KeyError, TypeError):
-        whole = False
-    if not whole:
+        valid = False
+    if not valid:
         raise cli.InputError(
             f"{path}: {{source, members: [formula, ..]}} expected; harden.py makes it"
         )
     if not (source / "rewards").is_dir():
         raise cli.InputError(
-            f"{path}: source {os.path.normpath(source)}: no run directory; the run whose rewards were hardened expected"
+            f"{path}: source {os.path.normpath(source)}: no run directory; "
+            "the run whose rewards were hardened expected"
         )
     return source, formulas

@@ -1,6 +1,6 @@
-"""Ranked continuations: what the members make of the same n answers to a prompt. Pure functions, without torch.
+"""Ranked continuations: what K members make of the same n answers to each of P prompts. No torch.
 
-Higher rewards are better, infinite ones included; none is NaN.
+Higher rewards are better. They may be infinite, and none is NaN.
 """
 
 import re
@@ -9,10 +9,12 @@ import numpy as np
 from scipy.special import expit
 from scipy.stats import rankdata
 
-# What shows in a text: how often its pattern is found, capitals or not. A data set with attributes of its own has theirs in stats.json.
+# What shows in a text, by the number of matches of a pattern, capitals or not. A data set with
+# attributes of its own has them in stats.json.
 ATTRIBUTES = {
     "words": r"\S+",
-    "hedging words": r"\b(?:perhaps|maybe|might|may|could|possibly|probably|likely|seems?|appears?|depends?|sometimes|often|usually|I think|not sure)\b",
+    "hedging words": r"\b(?:perhaps|maybe|might|may|could|possibly|probably|likely|seems?|appears?"
+    r"|depends?|sometimes|often|usually|I think|not sure)\b",
     "list items": r"(?m)^[ \t]*(?:[-*•]|\d+[.)])[ \t]",
     "lines": r"(?m)^.*\S.*$",
     "question marks": r"\?",
@@ -22,52 +24,55 @@ ATTRIBUTES = {
 
 
 def attribute_counts(texts, patterns):
-    """float32 (attributes, prompts, n): how often each pattern, {name: regular expression}, is found in each text; texts: lists of n str."""
-    found = [
-        [[len(re.findall(pattern, text, re.IGNORECASE)) for text in row] for row in texts]
-        for pattern in patterns.values()
+    """float32 (attributes, P, n): how often each of the patterns, {name: regular expression},
+    occurs in each of the texts, P lists of n str."""
+    compiled = [re.compile(pattern, re.IGNORECASE) for pattern in patterns.values()]
+    counts = [
+        [[len(pattern.findall(text)) for text in answers] for answers in texts]
+        for pattern in compiled
     ]
-    return np.array(found, np.float32).reshape(len(patterns), len(texts), -1)
+    return np.array(counts, np.float32).reshape(len(patterns), len(texts), -1)
 
 
 def distinct(texts):
     """Indices of a prompt's texts without those that repeat an earlier one."""
-    return np.array(sorted({text: i for i, text in reversed(list(enumerate(texts)))}.values()))
+    return np.array([i for i, text in enumerate(texts) if text not in texts[:i]])
 
 
 def ranks(scores):
-    """float64 (.., n): each member's rank of each continuation, 1 the best, equal ones share their mean; scores float32 (.., n)."""
+    """Ranks along the last axis, float64, 1 the best; equal scores share their mean rank."""
     return rankdata(-scores, axis=-1).astype(np.float64)
 
 
 def favourites(scores):
-    """int (..,): the index of the best continuation, of equals the first; scores (.., n)."""
+    """Index of the best continuation along the last axis, of equal ones the first."""
     return scores.argmax(-1)
 
 
 def win_shares(scores):
-    """float64 (prompts, K, K): [x, i, j] is the share of prompt x's other continuations that member j ranks below member i's favourite, equals
-    counting half: 1 where it is j's only favourite too, 1/2 where it is any to j. scores float32 (K, prompts, n), n >= 2."""
+    """float64 (P, K, K): [x, i, j] is the share of prompt x's other continuations that member j
+    ranks below member i's favourite, equal ones counting half: 1 where it is j's only favourite
+    too, 1/2 where all are equal to j. scores float32 (K, P, n), n >= 2."""
     k, prompts, n = scores.shape
-    rank, best = ranks(scores), favourites(scores)
-    return (n - rank[:, np.arange(prompts)[:, None], best.T].transpose(1, 2, 0)) / (
-        n - 1
-    )  # from (j, x, i) to (x, i, j)
+    rank = ranks(scores)[:, np.arange(prompts)[:, None], favourites(scores).T]  # (j, x, i)
+    return (n - rank.transpose(1, 2, 0)) / (n - 1)
 
 
 def reward_mixture(scores, alpha):
-    """p_hat, the weighted share of members that prefer y1 to y2, of every pair of a prompt's continuations: as `policy_mixture`, which tends to it as
-    beta tends to 0."""
+    """p_hat of every pair of a prompt's continuations, ordered as by `policy_mixture`, which tends
+    to it as beta tends to 0; scores (K, n), alpha (K,). Returns float64 (n (n-1) / 2,)."""
     a, b = np.triu_indices(scores.shape[1], 1)
     return alpha @ ((scores[:, a] > scores[:, b]) * 0.5 + (scores[:, a] >= scores[:, b]) * 0.5)
 
 
 def policy_mixture(scores, logprob, alpha, beta):
-    """Probability that the mixture of the members' optimal policies prefers y1 to y2 (appendix A), of every pair of a prompt's continuations:
+    """Probability that the mixture of the members' optimal policies prefers y1 to y2 (appendix A).
 
-        p_bar_j = sigmoid((r_j(y1) - r_j(y2)) / beta + log pi_0(y1) - log pi_0(y2)),     p_bar = sum_j alpha_j p_bar_j
+        p_bar_j = sigmoid((r_j(y1) - r_j(y2)) / beta + log pi_0(y1) - log pi_0(y2))
+        p_bar = sum_j alpha_j p_bar_j
 
-    scores (K, n), logprob (n,): log pi_0; alpha (K,); beta > 0, inf: the base alone. -> float64 (n (n-1) / 2,), ordered as itertools.combinations.
+    scores (K, n), logprob (n,): log pi_0; alpha (K,); beta > 0, infinite for the base alone.
+    Returns float64 (n (n-1) / 2,), the pairs ordered as by itertools.combinations.
     """
     a, b = np.triu_indices(len(logprob), 1)
     scores = np.asarray(scores, np.float64)

@@ -1,4 +1,7 @@
-"""Files of rows, as users bring them: .jsonl, .json, .csv, .parquet, each also with .gz; every error names the file and the row."""
+"""Files of rows, as users bring them: .jsonl, .json, .csv or .parquet, each also with .gz.
+
+`read_rows` reads one, and the functions below it check a field. Every error names file and row.
+"""
 
 import csv
 import gzip
@@ -7,12 +10,15 @@ import reprlib
 import zlib
 from pathlib import Path
 
+from pairwise import cli
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pairwise import cli
-
-# ---- one reader per ending: it takes a binary file, its name and the fields that are wanted, and yields (where, row)
+# ---- one reader for each ending
+#
+# It takes a binary file, the file's name and the fields that are wanted, as read_rows has them, and
+# yields (where, row).
 
 
 def read_jsonl(file, name, fields):
@@ -30,82 +36,84 @@ def read_json(file, name, fields):
 
 
 def read_csv(file, name, fields):
-    csv.field_size_limit(2**31 - 1)  # a response may be longer than the default of 128 kB
+    csv.field_size_limit(2**31 - 1)  # A response may be longer than the default of 128 kB.
     reader = csv.reader((text for _, text in decoded_lines(file, name)), strict=True)
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise wrong(f"{name} line 1", "header", header, "distinct names")
-        start = (
-            reader.line_num + 1
-        )  # a quoted cell may hold line breaks: a row is named by its first line
+        # A quoted cell may hold line breaks: a row is named by its first line.
+        start = reader.line_num + 1
         for cells in reader:
             where, start = f"{name} line {start}", reader.line_num + 1
             if cells and len(cells) != len(header):
-                raise cli.InputError(
-                    f"{where}: {len(cells)} cells found, {len(header)} expected, as in the header"
-                )
+                expected = f"{len(header)} expected, as in the header"
+                raise cli.InputError(f"{where}: {len(cells)} cells found, {expected}")
+            row = {
+                field: from_cell(cell, fields.get(field))
+                for field, cell in zip(header, cells)
+                if cell
+            }
             if cells:
-                yield (
-                    where,
-                    {
-                        field: from_cell(field, cell, fields.get(field))
-                        for field, cell in zip(header, cells)
-                        if cell
-                    },
-                )
+                yield where, row
     except csv.Error as error:
         raise cli.InputError(f"{name} line {reader.line_num}: not CSV ({error})") from None
 
 
 def read_parquet(file, name, fields):
-    data, row = (
-        pa.BufferReader(file.read()) if isinstance(file, gzip.GzipFile) else file,
-        0,
-    )  # parquet is not read from front to end
+    # Parquet is not read from front to end, which a gzipped file would have to be.
+    source = pa.BufferReader(file.read()) if isinstance(file, gzip.GzipFile) else file
+    row = 0
     try:
-        table = pq.ParquetFile(data)
-        for batch in table.iter_batches(
-            4096, columns=[field for field in table.schema_arrow.names if field in fields]
-        ):
-            for row, value in enumerate(batch.to_pylist(), row + 1):
+        table = pq.ParquetFile(source)
+        columns = [field for field in table.schema_arrow.names if field in fields]
+        for batch in table.iter_batches(4096, columns=columns):
+            for value in batch.to_pylist():
+                row += 1
                 yield f"{name} row {row}", value
     except UnicodeDecodeError:
         raise cli.InputError(f"{name} after row {row}: not UTF-8") from None
     except (pa.ArrowException, OSError) as error:
-        raise cli.InputError(f"{name}: not parquet ({str(error).splitlines()[0]})") from None
+        raise cli.InputError(f"{name}: not parquet ({cli.first_line(error)})") from None
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
 
 
 def decoded_lines(file, name):
-    """(line number, text), decoded line by line, so that an error can name the line; a byte order mark is skipped."""
+    """Yield (line number, text) of a binary file, without a byte order mark.
+
+    It is decoded line by line, so that an error can name the line.
+    """
     for line, raw in enumerate(file, 1):
         try:
             text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise cli.InputError(
-                f"{name} line {line}: not UTF-8 (byte {raw[error.start]:#x})"
-            ) from None
+            byte = f"byte {raw[error.start]:#x}"
+            raise cli.InputError(f"{name} line {line}: not UTF-8 ({byte})") from None
         yield line, text
 
 
 def parse_json(text, name, line=1):
-    """The value of a JSON text that begins in this line. NaN and Infinity come through, and no field accepts them."""
+    """Return the value of a JSON text that begins in this line.
+
+    NaN and Infinity come through, and no field accepts them.
+    """
     try:
         return json.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # besides JSONDecodeError: a number of thousands of digits, thousands of brackets
-        raise cli.InputError(
-            f"{name} line {line + getattr(error, 'lineno', 1) - 1}: not JSON ({getattr(error, 'msg', error)})"
-        ) from None
+    except (ValueError, RecursionError) as error:
+        # Not all are a JSONDecodeError: a number may have thousands of digits, a text thousands of
+        # brackets.
+        line += getattr(error, "lineno", 1) - 1
+        message = getattr(error, "msg", error)
+        raise cli.InputError(f"{name} line {line}: not JSON ({message})") from None
 
 
-def from_cell(field, cell, form):
-    """The value of a CSV cell of the given form. One that does not have this form stays text, and is refused where the field is read."""
+def from_cell(cell, form):
+    """Return the value of a CSV cell of the given form, as read_rows has them.
+
+    A cell without this form stays text, and is refused where the field is read.
+    """
     try:
         if form == "number":
             return float(cell)
@@ -113,12 +121,8 @@ def from_cell(field, cell, form):
             return json.loads(cell)
         if form == "messages" and cell.startswith("["):
             value = json.loads(cell)
-            return (
-                value
-                if value
-                and all(isinstance(message, dict) and "role" in message for message in value)
-                else cell
-            )
+            if value and all(isinstance(turn, dict) and "role" in turn for turn in value):
+                return value
     except (ValueError, RecursionError):
         pass
     return cell
@@ -128,27 +132,32 @@ def from_cell(field, cell, form):
 
 
 def kind(path):
-    """(name, ending, whether gzipped) of an existing file: ("mine", ".csv", True) for data/mine.csv.gz."""
+    """Return (name, ending, whether gzipped) of a file: ("mine", ".csv", True) for mine.csv.gz.
+
+    Raises InputError where it is no file, or has another ending.
+    """
     zipped = path.suffix.lower() == ".gz"
     inner = Path(path.stem) if zipped else Path(path.name)
     if not path.exists():
         raise cli.InputError(f"{path}: no such file")
     if not path.is_file():
-        raise cli.InputError(
-            f"{path}: {'a directory' if path.is_dir() else 'a device or pipe'} found, a file expected"
-        )
+        what = "a directory" if path.is_dir() else "a device or pipe"
+        raise cli.InputError(f"{path}: {what} found, a file expected")
     if inner.suffix.lower() not in READERS:
         raise cli.InputError(
-            f"{path}: ending {inner.suffix or 'none'} found, one of {', '.join(READERS)} expected, or one of them with .gz"
+            f"{path}: ending {inner.suffix or 'none'} found, one of {', '.join(READERS)} expected, "
+            "or one of them with .gz"
         )
     return inner.stem, inner.suffix.lower(), zipped
 
 
 def read_rows(path, fields, name=None):
-    """(where, row) of every row, without the fields whose value is missing. name: what `where` calls the file.
+    """Yield (where, row) of every row, without the fields whose value is missing.
 
-    fields: {name: form} of the fields that are wanted, with the form that a CSV cell has: "text", "number", "json" or "messages" (text, or
-    a JSON list of messages). Other columns may be there or not. Raises InputError for a file that cannot be read as its ending says.
+    fields: {name: form} of the fields that are wanted, other columns may be there or not. The form
+    is that of a CSV cell: "text", "number", "json" or "messages" (text, or a JSON list of
+    messages). name: what `where` calls the file. Raises InputError for a file that cannot be read
+    as its ending says.
     """
     _, ending, zipped = kind(path)
     try:
@@ -161,72 +170,63 @@ def read_rows(path, fields, name=None):
         raise cli.InputError(f"{path}: not a whole gzip file ({error})") from None
 
 
-# ---- fields that are read alike everywhere
+# ---- fields: each function returns the value, or raises the InputError of `wrong`
 
 
-def wrong(where, field, found, expected):
-    return cli.InputError(
-        f"{where}: {field}: {'nothing' if found is None else reprlib.repr(found)} found, {expected} expected"
-    )
+def wrong(where, field, value, expected):
+    """Return the InputError for a value that is not what is expected."""
+    shown = "nothing" if value is None else reprlib.repr(value)
+    return cli.InputError(f"{where}: {field}: {shown} found, {expected} expected")
 
 
 def string(where, field, value):
+    """Text, which may be empty."""
     if not isinstance(value, str):
         raise wrong(where, field, value, "text")
     try:
         value.encode()
-    except (
-        UnicodeEncodeError
-    ):  # JSON can escape half a surrogate pair, which no UTF-8 file can hold
+    except UnicodeEncodeError:
+        # JSON can escape half a surrogate pair, which no UTF-8 file can hold.
         raise wrong(where, field, value, "whole characters") from None
     return value
 
 
 def text(where, field, value):
+    """Text that is more than white space."""
     if not isinstance(value, str) or not value.strip():
         raise wrong(where, field, value, "text that is not empty")
     return string(where, field, value)
 
 
 def one_of(where, field, value, vocabulary):
+    """A word or an integer of a vocabulary."""
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value not in vocabulary:
         raise wrong(where, field, value, f"one of {', '.join(map(str, vocabulary))}")
     return value
 
 
-def list_of(where, field, value, kind):
+def list_of(where, field, value, element):
     """A list of which every element is of the given type: str, int, dict."""
     if not isinstance(value, list) or not all(
-        isinstance(each, kind) and not isinstance(each, bool) for each in value
+        isinstance(each, element) and not isinstance(each, bool) for each in value
     ):
-        raise wrong(where, field, value, f"a list of {kind.__name__}")
+        raise wrong(where, field, value, f"a list of {element.__name__}")
     return value
 
 
 def messages(where, prompt):
-    """Chat messages: a string is one user turn."""
+    """Chat messages that end with a user turn; a string is one user turn."""
     if not isinstance(prompt, list):
         return [{"role": "user", "content": text(where, "prompt", prompt)}]
     for message in prompt:
-        if not isinstance(message, dict) or message.get("role") not in (
-            "system",
-            "user",
-            "assistant",
-        ):
-            raise wrong(
-                where,
-                "prompt",
-                message,
-                "a message {role, content} with the role system, user or assistant",
-            )
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ("system", "user", "assistant"):
+            expected = "a message {role, content} with the role system, user or assistant"
+            raise wrong(where, "prompt", message, expected)
     if not prompt or prompt[-1]["role"] != "user":
-        raise wrong(
-            where,
-            "prompt",
-            prompt[-1]["role"] if prompt else prompt,
-            "messages that end with a user turn",
-        )
+        last = prompt[-1]["role"] if prompt else prompt
+        raise wrong(where, "prompt", last, "messages that end with a user turn")
+    contents = [text(where, "prompt message", message.get("content")) for message in prompt]
     return [
-        {"role": message["role"], "content": text(where, "prompt message", message.get("content"))}
-        for message in prompt
+        {"role": message["role"], "content": content} for message, content in zip(prompt, contents)
     ]

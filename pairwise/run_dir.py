@@ -1,18 +1,16 @@
-"""The run directory: prepared data, stored rewards, manifest, and how outputs appear in it. Never imports torch.
+"""The run directory: how stages enter it, and how what they left is read. torch is never imported.
 
-Prepared data, one row a prompt, in DIR/data/{train,test}.parquet (and valid.parquet with --valid-share):
+    DIR/data/                          prepared data (pairwise/data.py)
+    DIR/member_JJ/                     the reward model of member J, or only its head or adapter
+    DIR/rewards/JJ_SPLIT.npy           float32, one per distinct response, in data order
+    DIR/continuations.parquet          answers for the diversity measurement, n for each prompt
+    DIR/rewards/JJ_continuations.npy   float32 (prompts, n)
+    DIR/weights.json                   the mixture weights alpha of every prefix k
+    DIR/metrics.json, report.html, figures/, logs/JJ.jsonl (a line a training step)
+    DIR/manifest.json                  of every stage: settings, input hashes, versions, time
 
-    prompt_id  str
-    messages   list of {role, content}     the context x, ending with a user turn
-    responses  list of str                 distinct, in first-seen order
-    pairs      list of {a, b: int, votes_a, votes_b, ties: float}     indices into responses
-    p_true     list of float, optional     the population's true fraction per pair (simulation)
-    categories {name: label}, optional     the user's own labels of the prompt
-    judgments  list of {a, b}, optional    synthetic judgments per pair (extras/synthetic_judgments.py), kept apart from the votes
-
-Rewards, one float32 per distinct response in data order: DIR/rewards/JJ_SPLIT.npy; DIR/rewards/JJ_continuations.npy has
-shape (prompts, n). Mixture weights: DIR/weights.json. A stage enters itself in DIR/manifest.json as begun, writes under temporary names,
-renames, and enters itself as done; one that was begun and not done is done again.
+A stage enters itself in the manifest as begun, writes under temporary names, renames its outputs
+into place, and enters itself as done. A stage that was begun and not done is done again.
 """
 
 import contextlib
@@ -30,23 +28,26 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from pairwise import cli
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pairwise import cli
-
-LATER = {"loss": "mse"}  # settings of stages that were done before there was such a flag
-
+LATER_SETTINGS = {"loss": "mse"}  # what a stage had before there was such a flag
+VERSIONS_OF = ("numpy", "scipy", "torch", "transformers", "peft", "pytorch_optimizer", "pyarrow")
 
 _locks = {}  # run directory -> the open file that locks it for this process
 
 
+# ---- files: outputs appear by rename
+
+
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`; on success rename it to `path` (a file, or a directory), on failure remove it.
+    """Yield a temporary path beside `path`, a file or a directory, and rename it to `path`.
 
-    Only a directory ever replaces a directory: os.replace raises where a file should.
+    On failure `path` stays as it was. os.replace raises where a file should replace a directory.
     """
     path = Path(path)
     partial = path.with_name(f".partial-{path.name}")
@@ -69,13 +70,13 @@ def _remove(path):
 
 
 def write_json(path, value):
-    """Write JSON without NaN or infinity (a number that does not exist is null)."""
+    """Write JSON without NaN or infinity: a number that does not exist is null."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_array(path, array):
-    """Write a float32 array as .npy."""
+    """Write an array as float32 .npy."""
     with replacing(path) as partial, open(partial, "wb") as file:
         np.save(file, array.astype(np.float32, copy=False))
 
@@ -85,41 +86,11 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def remembered_rows(path, key, count, make, label, write=write_lines):
-    """[make(i) for i in range(count)], dicts, written to `path` by write(path, rows).
-
-    What a killed call with the same key (a dict for JSON) has made is kept beside `path` line by line, and not made again.
-    """
-    from tqdm import tqdm  # only here: the stages after training do without it
-
-    kept, rows = path.with_name(f".kept-{path.name}"), []
-    if kept.exists():
-        lines = [
-            json.loads(line) for line in kept.read_bytes().split(b"\n")[:-1]
-        ]  # a line without its end is not whole
-        rows = lines[1:] if lines[:1] == [key] else []
-    with replacing(kept) as whole:
-        write_lines(whole, [key, *rows])
-    with open(kept, "a", encoding="utf-8") as file:
-        for number in tqdm(
-            range(len(rows), count),
-            initial=len(rows),
-            total=count,
-            desc=label,
-            unit="prompt",
-            leave=False,
-        ):
-            rows.append(make(number))
-            file.write(json.dumps(rows[-1]) + "\n")
-            file.flush()
-    with replacing(path) as whole:
-        write(whole, rows)
-    kept.unlink()
-    return rows
-
-
 def read_json(path, otherwise=None):
-    """The JSON value of a file; `otherwise` where there is no such file and a default was given."""
+    """Return the JSON value of a file; `otherwise` where there is none and a default was given.
+
+    Raises InputError where the file is missing or is not JSON.
+    """
     path = Path(path)
     if not path.is_file():
         if otherwise is not None:
@@ -132,89 +103,73 @@ def read_json(path, otherwise=None):
 
 
 def hash_file(path):
-    """SHA-256 of a file's bytes, hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def stage_done(run, stage, settings, inputs, outputs):
-    """True where `stage` is complete in `run` with these settings and inputs.
+# ---- stages
 
-    settings: {flag: value}, every flag that can change the result; inputs: {name: hash}; outputs: paths that must exist.
-    Raises InputError where it was completed with other settings or inputs, or where an output was not made by a run.
+
+def stages(run):
+    """Return the manifest's entries, {stage: {settings, inputs, done, ..}}; {} before the first."""
+    return read_json(run / "manifest.json", {"stages": {}})["stages"]
+
+
+def stage_done(run, stage, settings, inputs, outputs):
+    """Tell whether `stage` is complete in `run` with these settings and inputs.
+
+    settings: {flag: value}, every flag that can change the result; inputs: {name: hash}; outputs:
+    the paths that it makes. Raises InputError where it was completed with other settings or inputs,
+    or where an output is there that no stage has made.
     """
-    entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get(stage)
-    if entry is None:
-        strange = [path for path in outputs if path.exists()]
-        if strange:
+    entry = stages(run).get(stage)
+    if entry and entry["done"]:
+        must_agree(run, stage, settings, inputs)
+        return all(path.exists() for path in outputs)
+    if entry:  # It was broken off, and is done again from the start.
+        return False
+    for path in outputs:
+        if path.exists():
             raise cli.InputError(
-                f"{strange[0]} exists but was not made by this stage ({stage}); choose another --run"
+                f"{path} exists but was not made by this stage ({stage}); choose another --run"
             )
-        return False
-    if not entry["done"]:  # begun and broken off: done again, from the start
-        return False
-    must_agree(run, stage, settings, inputs)
-    return all(path.exists() for path in outputs)
+    return False
 
 
 def must_agree(run, stage, settings, inputs):
-    """Raise InputError where `stage` of `run` is complete and was done with other settings or inputs."""
-    entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get(stage)
+    """Raise InputError where `stage` of `run` is complete with other settings or inputs."""
+    entry = stages(run).get(stage)
     if not entry or not entry["done"]:
         return
-    for name in sorted(
-        entry["settings"].keys() | settings.keys(), key=lambda name: (name != "train", name)
-    ):  # the kind of training decides others
-        was, now = (found.get(name, LATER.get(name)) for found in (entry["settings"], settings))
+    names = entry["settings"].keys() | settings.keys()
+    for name in sorted(names, key=lambda name: (name != "train", name)):  # --train decides others.
+        default = LATER_SETTINGS.get(name)
+        was, now = entry["settings"].get(name, default), settings.get(name, default)
         if was != now:
             raise cli.InputError(
-                f"{run} was made with other arguments (stage {stage}): {name.replace('_', '-')} was {was}, is {now}; "
-                f"to have both, run: {_command_elsewhere(run)}"
+                f"{run} was made with other arguments (stage {stage}): {name.replace('_', '-')} "
+                f"was {was}, is {now}; to have both, run: {_command_elsewhere(run)}"
             )
     for name in sorted(entry["inputs"].keys() | inputs.keys()):
         if entry["inputs"].get(name) != inputs.get(name):
             raise cli.InputError(
-                f"{run} was made from another {name} than it is given now (stage {stage}); to have both, run: {_command_elsewhere(run)}"
+                f"{run} was made from another {name} than it is given now (stage {stage}); "
+                f"to have both, run: {_command_elsewhere(run)}"
             )
 
 
-def made_otherwise(run):
-    """ "joint", "hardened" or "pruned": where the members or weights of `run` are not train_rm.py's and fit_weights.py's; else None."""
-    stages = read_json(run / "manifest.json", {"stages": {}})["stages"]
-    if "prune" in stages.get("weights", {}).get("settings", {}):
-        return "pruned"
-    return "hardened" if "harden" in stages else "joint" if "joint" in stages else None
-
-
-def kind_of(run):
-    """How the members of `run` came about, as its manifest says: "full", "lora", "head", "joint",
-    "existing", "hardened" or "pruned"; None where it has no member yet."""
-    stages = read_json(run / "manifest.json", {"stages": {}})["stages"]
-    if "prune" in stages.get("weights", {}).get("settings", {}):
-        return "pruned"
-    if "harden" in stages:
-        return "hardened"
-    if "joint" in stages:
-        return "joint"
-    train = stages.get(member_name(1), {}).get("settings", {}).get("train")
-    return "existing" if train == "from" else train  # the manifest of an existing model says "from"
-
-
 def unchanged(run, stage, settings, inputs, outputs):
-    """True where a stage of seconds, with no flags that others depend on, is complete and up to date; where not, it is simply done again."""
-    entry = read_json(run / "manifest.json", {"stages": {}})["stages"].get(stage, {})
-    return (
-        bool(entry.get("done"))
-        and entry["settings"] == settings
-        and entry["inputs"] == inputs
-        and all(path.exists() for path in outputs)
-    )
+    """Tell whether a stage of seconds is complete and up to date. Where not, it is done again."""
+    entry = stages(run).get(stage, {"done": False})
+    same = entry["done"] and entry["settings"] == settings and entry["inputs"] == inputs
+    return same and all(path.exists() for path in outputs)
 
 
 def begin_stage(run, stage, settings, inputs):
-    """Enter `stage` in the manifest as begun and return the start time, to be handed to end_stage.
+    """Enter `stage` in the manifest as begun, and return the start time for end_stage.
 
-    Raises InputError where another process works in `run`: this one keeps the directory until it ends.
+    This process keeps `run` until it ends. Raises InputError where another process has it.
     """
     run.mkdir(parents=True, exist_ok=True)
     if run.resolve() not in _locks:
@@ -226,13 +181,18 @@ def begin_stage(run, stage, settings, inputs):
                 f"{run}: another process is working in this run directory"
             ) from None
         _locks[run.resolve()] = lock
-    _update_manifest(run, stage, {"settings": settings, "inputs": inputs, "done": False})
+    _enter(run, stage, {"settings": settings, "inputs": inputs, "done": False})
     return time.time()
 
 
 def end_stage(run, stage, settings, inputs, started, **facts):
-    """Enter `stage` in the manifest as complete, after its outputs have been renamed into place."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Enter `stage` in the manifest as complete, its outputs being in place. facts: more keys."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac, else in KiB
+    on_linux = hasattr(os, "sched_getaffinity")
+    versions = {"python": platform.python_version()}
+    for package in VERSIONS_OF:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
     entry = {
         "settings": settings,
         "inputs": inputs,
@@ -241,28 +201,52 @@ def end_stage(run, stage, settings, inputs, started, **facts):
         "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         "seconds": round(time.time() - started, 1),
         "peak_memory_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10)),
-        "threads": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "versions": _versions(),
+        "threads": len(os.sched_getaffinity(0)) if on_linux else os.cpu_count(),
+        "versions": versions,
         "git_commit": _git_commit(),
-    } | facts
-    _update_manifest(run, stage, entry)
+    }
+    _enter(run, stage, entry | facts)
 
 
-def _update_manifest(run, stage, entry):
+def _enter(run, stage, entry):
+    """Write a stage's entry into the manifest."""
     manifest = read_json(run / "manifest.json", {"stages": {}})
     manifest["stages"][stage] = entry
     write_json(run / "manifest.json", manifest)
 
 
+def kind_of(run, beneath=False):
+    """Return how the members of `run` came about, by its manifest; None where it has none yet.
+
+    "full", "lora", "head", "joint", "existing", "hardened" or "pruned"; with beneath, the kind of
+    the run that a pruned one was made from.
+    """
+    entries = stages(run)
+    if not beneath and "prune" in entries.get("weights", {}).get("settings", {}):
+        return "pruned"
+    if "harden" in entries:
+        return "hardened"
+    if "joint" in entries:
+        return "joint"
+    train = entries.get(member_name(1), {}).get("settings", {}).get("train")
+    return "existing" if train == "from" else train  # extras/adopt.py enters "from".
+
+
+def made_otherwise(run):
+    kind = kind_of(run)
+    return kind if kind in ("joint", "hardened", "pruned") else None
+
+
+# ---- what the manifest and messages say of a call
+
+
 def _command():
-    """What the user typed: run_all.sh leaves its own command in the environment for the stages it calls."""
+    """Return what the user typed. run_all.sh leaves its own command in PAIRWISE_COMMAND."""
     return os.environ.get("PAIRWISE_COMMAND") or shlex.join(["python", *sys.argv])
 
 
 def _command_without(flag):
-    """The words of the user's command without a flag and its value."""
+    """Return the words of the user's command without a flag and its value."""
     words = shlex.split(_command())
     if flag in words[:-1]:
         at = words.index(flag)
@@ -270,158 +254,153 @@ def _command_without(flag):
     return [word for word in words if not word.startswith(f"{flag}=")]
 
 
-def command_with(*more):
-    """The user's command for a local copy: with more words, without --revision, which is the hub's."""
-    return shlex.join([*_command_without("--revision"), *more])
+def command_with(*words):
+    """Return the user's command for a local copy: more words, and no --revision of the hub's."""
+    return shlex.join([*_command_without("--revision"), *words])
 
 
 def _command_elsewhere(run):
-    """The user's command with a run directory of its own."""
+    """Return the user's command with a run directory that is not there yet."""
     number = next(n for n in range(2, 10**6) if not Path(f"{run}-{n}").exists())
     return shlex.join([*_command_without("--run"), "--run", f"{run}-{number}"])
 
 
-def _versions():
-    versions = {"python": platform.python_version()}
-    for package in (
-        "numpy",
-        "scipy",
-        "torch",
-        "transformers",
-        "peft",
-        "pytorch_optimizer",
-        "pyarrow",
-    ):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
-
-
 def _git_commit():
-    """The commit of this repository, with '+' where files differ from it; null outside git."""
-
-    def git(*words):
-        return subprocess.run(
-            ["git", "-C", str(cli.REPOSITORY), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    """Return the repository's commit, with '+' where files differ from it; None outside git."""
+    command = "git describe --always --abbrev=40 --exclude=* --dirty=+".split()
     try:
-        return git("rev-parse", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        return subprocess.check_output(
+            command, cwd=cli.REPOSITORY, stderr=subprocess.DEVNULL, text=True
+        ).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def read_continuations(run):
-    """{column: list} of continuations.parquet, where data_prep/continuations.py has the format; `logprob` is None where the file has none.
-    None where there is no file. Raises InputError unless there is a prompt and every one has as many texts and logprobs."""
-    path = run / "continuations.parquet"
-    if not path.exists():
-        return None
-    try:
-        table = pq.read_table(path)
-        found = {name: table[name].to_pylist() for name in ("prompt_id", "messages", "texts")}
-    except (pa.ArrowException, KeyError) as error:
-        raise cli.InputError(
-            f"{path}: not continuations ({cli.first_line(error)}); the columns prompt_id, messages and texts expected"
-        ) from None
-    found["logprob"] = table["logprob"].to_pylist() if "logprob" in table.column_names else None
-    for name in ("texts", "logprob"):
-        for number, row in enumerate(found[name] or (), 1):
-            if not row or len(row) != len(found["texts"][0]):
-                raise cli.InputError(
-                    f"{path}: prompt {number}: {len(row or ())} {name} found, {len(found['texts'][0] or ()) or 'at least 1'} expected"
-                )
-    if not found["texts"]:
-        raise cli.InputError(f"{path}: no prompt found, at least 1 expected")
-    return found
+# ---- rewards
 
 
 def member_name(j):
+    """Return the name of member j's directory and of the stage that made it."""
     return f"member_{j:02d}"
 
 
 def reward_path(run, j, split):
+    """Return the path of member j's rewards of a split, or of the "continuations"."""
     return run / "rewards" / f"{j:02d}_{split}.npy"
 
 
 def count_members(run):
-    """The number K of members whose rewards are there; members 1..K without a gap."""
-    found = sorted(int(path.name[:2]) for path in (run / "rewards").glob("[0-9][0-9]_test.npy"))
-    if not found:
-        raise cli.InputError(f"{run / 'rewards'}: no rewards; train_rm.py makes them")
-    if found != list(range(1, len(found) + 1)):
-        raise cli.InputError(
-            f"{run / 'rewards'}: members {found} found, 1 to {len(found)} expected"
-        )
-    return len(found)
+    """Return the number K of members that have rewards. Raises InputError unless they are 1..K."""
+    folder = run / "rewards"
+    numbers = sorted(int(path.name[:2]) for path in folder.glob("[0-9][0-9]_test.npy"))
+    if not numbers:
+        raise cli.InputError(f"{folder}: no rewards; train_rm.py makes them")
+    if numbers != list(range(1, len(numbers) + 1)):
+        raise cli.InputError(f"{folder}: members {numbers} found, 1 to {len(numbers)} expected")
+    return len(numbers)
 
 
 def read_rewards(run, split, k, shape):
-    """float32 (k, *shape): rewards of members 1..k. Raises InputError for a missing file, a wrong shape or dtype, or NaN."""
+    """Return the rewards of members 1..k, float32 (k, *shape).
+
+    Raises InputError for a missing file, a wrong shape or dtype, and for NaN.
+    """
     rewards = np.empty((k, *shape), np.float32)
     for j in range(1, k + 1):
         path = reward_path(run, j, split)
         if not path.is_file():
             raise cli.InputError(f"{path}: no such file")
         try:
-            found = np.load(path, allow_pickle=False)
+            stored = np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise cli.InputError(f"{path}: not a .npy array ({error})") from None
-        if found.dtype != np.float32 or found.shape != shape:
+        if stored.dtype != np.float32 or stored.shape != shape:
+            its_form = f"{stored.dtype} {stored.shape}"
+            raise cli.InputError(f"{path}: {its_form} found, float32 {shape} expected")
+        nan = np.isnan(stored).ravel()
+        if nan.any():
             raise cli.InputError(
-                f"{path}: {found.dtype} {found.shape} found, float32 {shape} expected"
+                f"{path}: member {j}, split {split}: {nan.sum()} rewards are NaN, "
+                f"the first at index {nan.argmax()}"
             )
-        if np.isnan(found).any():
-            nan = np.isnan(found).ravel()
-            raise cli.InputError(
-                f"{path}: member {j}, split {split}: {nan.sum()} rewards are NaN, the first at index {nan.argmax()}"
-            )
-        rewards[j - 1] = found
+        rewards[j - 1] = stored
     return rewards
 
 
-def read_continuation_rewards(run, k):
-    """Rewards of the continuations, float32 (K, prompts, n); None where there are none."""
-    if not (run / "continuations.parquet").exists() and not list(
-        (run / "rewards").glob("*_continuations.npy")
-    ):
+# ---- continuations
+
+
+def read_continuations(run):
+    """Return {column: list} of DIR/continuations.parquet; None where there is no such file.
+
+    data_prep/continuations.py has the format; `logprob` is None where the file has none. Raises
+    InputError unless there is a prompt, and all have as many texts and logprobs.
+    """
+    path = run / "continuations.parquet"
+    if not path.exists():
         return None
-    path = reward_path(run, 1, "continuations")
     try:
-        shape = np.load(path, allow_pickle=False).shape
-    except (OSError, ValueError, EOFError):
-        shape = (0, 0)  # read_rewards says what is wrong
+        table = pq.read_table(path)
+        columns = {name: table[name].to_pylist() for name in ("prompt_id", "messages", "texts")}
+    except (pa.ArrowException, KeyError) as error:
+        raise cli.InputError(
+            f"{path}: not continuations ({cli.first_line(error)}); "
+            "the columns prompt_id, messages and texts expected"
+        ) from None
+    has_logprob = "logprob" in table.column_names
+    columns["logprob"] = table["logprob"].to_pylist() if has_logprob else None
+    if not columns["texts"]:
+        raise cli.InputError(f"{path}: no prompt found, at least 1 expected")
+    n = len(columns["texts"][0] or ())
+    for name in ("texts", "logprob"):
+        counts = [len(values or ()) for values in columns[name] or ()]
+        for number, count in enumerate(counts, 1):
+            if count != n or count == 0:
+                expected = f"{n or 'at least 1'} expected"
+                raise cli.InputError(f"{path}: prompt {number}: {count} {name} found, {expected}")
+    return columns
+
+
+def read_continuation_rewards(run, k):
+    """Return the rewards of the continuations, float32 (k, prompts, n); None where none are."""
+    path = reward_path(run, 1, "continuations")
+    if continuations := read_continuations(run):
+        shape = len(continuations["texts"]), len(continuations["texts"][0])
+    elif not any(path.parent.glob("*_continuations.npy")):
+        return None
+    else:
+        try:
+            shape = np.load(path, allow_pickle=False).shape
+        except (OSError, ValueError, EOFError):
+            shape = (0, 0)  # read_rewards says what is wrong with the file.
     if len(shape) != 2:
         raise cli.InputError(f"{path}: shape {shape} found, (prompts, n) expected")
-    scores, texts = read_rewards(run, "continuations", k, shape), read_continuations(run)
-    if texts and (size := (len(texts["texts"]), len(texts["texts"][0]))) != shape:
-        raise cli.InputError(
-            f"{path}: shape {shape} found, {size} expected, by continuations.parquet"
-        )
-    return scores
+    return read_rewards(run, "continuations", k, shape)
+
+
+# ---- mixture weights
 
 
 def read_weights(run, k):
-    """The mixture weights of the first k members, float64 (k,). Raises InputError where weights.json has none for this k, or broken ones."""
+    """Return the mixture weights of the first k members, float64 (k,).
+
+    Raises InputError where weights.json has none for this k, or broken ones.
+    """
     path = run / "weights.json"
     try:
         prefixes = {entry["k"]: np.array(entry["alpha"], np.float64) for entry in read_json(path)}
         alpha = prefixes.get(k)
-        broken = alpha is not None and (
-            alpha.shape != (k,) or not (alpha >= 0).all() or not abs(alpha.sum() - 1) <= 1e-9
-        )  # NaN fails both
+        valid = alpha is None or (  # NaN fails all of these.
+            alpha.shape == (k,) and (alpha >= 0).all() and abs(alpha.sum() - 1) <= 1e-9
+        )
     except (KeyError, TypeError, ValueError):
-        raise cli.InputError(
-            f"{path}: a list of {{k, alpha, fit}} expected; fit_weights.py makes it"
-        ) from None
-    if broken:
-        raise cli.InputError(
-            f"{path}: k={k}: {alpha.tolist()} found, {k} weights that are at least 0 and sum to 1 expected"
-        )
+        expected = "a list of {k, alpha, fit} expected"
+        raise cli.InputError(f"{path}: {expected}; fit_weights.py makes it") from None
     if alpha is None:
-        raise cli.InputError(
-            f"{path}: weights for k = {', '.join(map(str, prefixes))} found, k = {k} expected; fit_weights.py makes them"
-        )
+        known = ", ".join(map(str, prefixes))
+        expected = f"weights for k = {known} found, k = {k} expected"
+        raise cli.InputError(f"{path}: {expected}; fit_weights.py makes them")
+    if not valid:
+        expected = f"{k} weights that are at least 0 and sum to 1 expected"
+        raise cli.InputError(f"{path}: k={k}: {alpha.tolist()} found, {expected}")
     return alpha

@@ -2,13 +2,16 @@
 
 import argparse
 import copy
+import json
+
+from pairwise import cli, run_dir
+from pairwise import reward_model as rm
 
 import torch
-from transformers import GenerationConfig
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pairwise import cli
-
-AT_ONCE = 20  # answers sampled together: bounds the memory that keys, values and logits take
+AT_ONCE = 20  # Answers sampled together; this bounds the memory of keys, values and logits.
 
 
 def top_p(text):
@@ -19,38 +22,53 @@ def top_p(text):
     return value
 
 
-def add_flags(parser, nucleus, most):
-    """The flags of sampling, with the defaults of --top-p and --max-tokens."""
+def add_flags(parser, nucleus, longest):
+    """Add the flags of sampling, with the defaults of --top-p and --max-tokens."""
     add = parser.add_argument
     add("--temperature", type=cli.positive, default=1.0)
-    add(
-        "--top-p",
-        type=top_p,
-        default=nucleus,
-        help=f"sample each token from the likeliest that together have this probability (default {nucleus})",
-    )
-    add("--max-tokens", type=cli.natural, default=most, help=f"longest answer (default {most})")
+    words = "sample each token from the likeliest that together have this probability"
+    add("--top-p", type=top_p, default=nucleus, help=f"{words} (default {nucleus})")
+    words = f"longest answer (default {longest})"
+    add("--max-tokens", type=cli.natural, default=longest, help=words)
     add("--seed", type=cli.seed, default=0, help="of all that is drawn")
 
 
+def load_language_model(base, device):
+    """Return the base as it is, to sample text from: in BF16 on a GPU, in float32 on a CPU.
+
+    Raises InputError where it cannot be read, or has no head for tokens, as a reward model."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    failure = "no causal language model could be loaded"
+    model, missing = rm.read_model(AutoModelForCausalLM, base, "--base", failure, dtype=dtype)
+    if missing:
+        names = ", ".join(missing[:5])
+        raise cli.InputError(
+            f"--base {base}: no causal language model: weights are missing: {names}"
+        )
+    return model.eval().to(device)
+
+
 def room(model, prompt, max_tokens, where):
-    """Tokens that an answer to a prompt (token ids) may have: max_tokens, or what the model's context leaves. Raises InputError where it leaves none."""
+    """Return the tokens that an answer to a prompt (token ids) may have: max_tokens, or what the
+    model's context leaves. Raises InputError where it leaves none."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**63
     if len(prompt) >= context:
         raise cli.InputError(
-            f"{where}: {len(prompt)} tokens found, at most {context - 1} expected, as the model's context is {context}"
+            f"{where}: {len(prompt)} tokens found, at most {context - 1} expected, as the model's "
+            f"context is {context}"
         )
     return min(max_tokens, context - len(prompt))
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompt, count, temperature, top_p, max_tokens):
-    """`count` answers to a prompt, token ids as of `encode`: (texts, log-probabilities at temperature 1 and over the whole vocabulary).
+    """Return `count` answers to a prompt, token ids as of `encode`, and their log-probabilities.
 
-    All but the prompt's last token is run once: each AT_ONCE answers go on from a copy of its keys and values (a model that keeps none runs it anew).
-    """
+    Those are at temperature 1 and over the whole vocabulary. All but the prompt's last token is run
+    once: each AT_ONCE answers go on from a copy of its keys and values. A model that keeps none
+    runs it anew."""
     eos = model.generation_config.eos_token_id  # one, several or none
-    config = GenerationConfig(  # not the base's own, which may bend the distribution
+    config = GenerationConfig(  # The base's own may bend the distribution.
         do_sample=True,
         temperature=temperature,
         top_k=0,
@@ -62,37 +80,54 @@ def sample(model, tokenizer, prompt, count, temperature, top_p, max_tokens):
         output_logits=True,
     )
     ids = torch.tensor([prompt], device=model.device)
-    prefix = (
-        getattr(model.base_model(input_ids=ids[:, :-1], use_cache=True), "past_key_values", None)
-        if len(prompt) > 1
-        else None
-    )
+    ends = torch.tensor(-1 if eos is None else eos, device=model.device)
+    prefix = None
+    if len(prompt) > 1:
+        out = model.base_model(input_ids=ids[:, :-1], use_cache=True)
+        prefix = getattr(out, "past_key_values", None)
     texts, logprob = [], []
     while len(texts) < count:
-        rows = ids.repeat(min(AT_ONCE, count - len(texts)), 1)
+        copies = ids.repeat(min(AT_ONCE, count - len(texts)), 1)
         past = copy.deepcopy(prefix)
         if past is not None:
-            past.batch_repeat_interleave(len(rows))
-        out = model.generate(
-            rows,
-            attention_mask=torch.ones_like(rows),
-            past_key_values=past,
-            generation_config=config,
-        )
-        answer = out.sequences[:, len(prompt) :]
-        ends = torch.isin(
-            answer, torch.tensor(-1 if eos is None else eos, device=answer.device)
-        ).long()
-        real = (
-            ends.cumsum(1) - ends == 0
-        )  # up to the first end; a pad token before it was sampled like any other
-        each = torch.stack(
-            [  # the logits are the model's own, before temperature and top-p
-                logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
-                for logits, token in zip(out.logits, answer.T)
-            ],
-            1,
-        )
-        texts += tokenizer.batch_decode(answer, skip_special_tokens=True)
-        logprob += (each * real).sum(1).tolist()
+            past.batch_repeat_interleave(len(copies))
+        cache = {"attention_mask": torch.ones_like(copies), "past_key_values": past}
+        out = model.generate(copies, generation_config=config, **cache)
+        answers = out.sequences[:, len(prompt) :]
+        ended = torch.isin(answers, ends).long()
+        # A pad token before the first end was sampled like any other.
+        real = ended.cumsum(1) - ended == 0
+        # These logits are the model's own, before temperature and top-p.
+        of_token = [
+            logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
+            for logits, token in zip(out.logits, answers.T)
+        ]
+        texts += tokenizer.batch_decode(answers, skip_special_tokens=True)
+        logprob += (torch.stack(of_token, 1) * real).sum(1).tolist()
     return texts, logprob
+
+
+def remembered_rows(path, key, count, make, label, write=run_dir.write_lines):
+    """Return [make(i) for i in range(count)], dicts, after write(path, rows) has written them.
+
+    Each row is kept beside `path` as soon as it is made: after a killed call, one with the same key
+    (a dict for JSON) goes on where that one was.
+    """
+    memory, rows = path.with_name(f".kept-{path.name}"), []
+    if memory.exists():
+        whole_lines = memory.read_bytes().split(b"\n")[:-1]  # A line without its end was cut off.
+        first, *rows = [json.loads(line) for line in whole_lines] or [None]
+        rows = rows if first == key else []
+    with run_dir.replacing(memory) as partial:
+        run_dir.write_lines(partial, [key, *rows])
+    progress = tqdm(initial=len(rows), total=count, desc=label, unit="prompt", leave=False)
+    with progress, open(memory, "a", encoding="utf-8") as file:
+        while len(rows) < count:
+            rows.append(make(len(rows)))
+            file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+            progress.update()
+    with run_dir.replacing(path) as partial:
+        write(partial, rows)
+    memory.unlink()
+    return rows

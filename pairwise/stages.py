@@ -6,12 +6,28 @@ import contextlib
 import os
 import shutil
 
+from pairwise import cli, members, run_dir
+from pairwise import reward_model as rm
+from pairwise.scale import parallel
+
 import numpy as np
 import torch
 
-from pairwise import cli, run_dir
-from pairwise import reward_model as rm
-from pairwise.scale import adapter, parallel
+
+def settle(args):
+    """Use the threads asked for, and nothing that the seed does not decide, on a GPU too."""
+    torch.set_num_threads(args.threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def check_own_run(run):
+    """Raise InputError where the members of the run are not made one by one, by one call each."""
+    if kind := run_dir.made_otherwise(run):
+        raise cli.InputError(
+            f"{run}: a {kind} run found, whose members are complete; "
+            "a run of this script's own, or a new one, expected"
+        )
 
 
 def texts_of(splits):
@@ -54,6 +70,13 @@ def identical_pairs(split, encoded):
     return np.array([np.all(encoded[a] == encoded[b]) for a, b in zip(split.a, split.b)])
 
 
+def identical_words(identical):
+    """What a script prints about identical pairs: nothing where there are none."""
+    return (
+        f", {identical.sum():,} pairs left out, identical after encoding" if identical.any() else ""
+    )
+
+
 @contextlib.contextmanager
 def open_log(path, written=True):
     """Yield a file that becomes `path` at the end; where it is not `written`, it goes nowhere."""
@@ -62,21 +85,16 @@ def open_log(path, written=True):
         yield log
 
 
-def save(args, member, tokenizer, directory):
-    """Write the heads, or the head and its adapters, or a plain directory of the whole model."""
+def save(args, kind, member, tokenizer, directory):
+    """Write what training made of the base, in the format of its kind (members.KINDS)."""
     with run_dir.replacing(directory) as partial:
-        if args.train == "head":
-            rm.save_head(member, partial)
-        elif args.train == "lora":
-            adapter.save(member.model, args.base, partial / "adapter")
-        else:
-            rm.save_member(member.model, tokenizer, partial)
+        members.KINDS[kind].save(member, partial, tokenizer, args.base)
 
 
 def load(args, j, tokenizer):
     """Member j of a run as a RewardModel."""
     dtype = getattr(torch, args.dtype)
-    return rm.load_member(args.run, j, args.base, tokenizer, dtype, args.device)
+    return members.load_member(args.run, j, args.base, tokenizer, dtype, args.device)
 
 
 def score(args, member, encoded, label):
@@ -94,13 +112,16 @@ def score(args, member, encoded, label):
     return scores
 
 
-def check_finite(scores, message, advice, outputs=()):
+AFTER_TRAINING = " after the last step; a lower --lr may help"
+
+
+def check_finite(scores, label, advice=AFTER_TRAINING, outputs=()):
     """Remove the outputs and raise InputError where one of {name: rewards} is not finite."""
     for name, rewards in scores.items():
         if not np.isfinite(rewards).all():
             for path in outputs if parallel.rank() == 0 else ():
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            raise cli.InputError(f"{message}: rewards of {name} are not finite{advice}")
+            raise cli.InputError(f"{label}: rewards of {name} are not finite{advice}")
 
 
 def write_rewards(run, j, scores):
@@ -133,7 +154,7 @@ def score_continuations(args, j, member, tokenizer, texts, inputs):
     texts = {"continuations": (texts["messages"], texts["texts"])}
     encoded = encode_for(args, "features_continuations", texts, tokenizer, hashes)
     if args.train == "head":
-        member = rm.load_head(run / run_dir.member_name(j))
+        member = members.load_head(run / run_dir.member_name(j))
     elif member is None:
         member = load(args, j, tokenizer)
     rewards = score(args, member, encoded, f"member {j}")

@@ -1,6 +1,7 @@
-"""What section 3 of the paper proves, as functions: Lemma 1, theorems 2 to 4, and the single-context case of theorem 1, solved exactly for few responses.
+"""Section 3 of the paper as functions: Lemma 1, theorems 2 to 4, and theorem 1 for one context.
 
-No torch. Votes are 0, 1/2 (a tie) or 1; p is a share of annotators, p_hat a weighted share of members.
+Votes V_j of the members are 0, 1/2 (a tie) or 1; p is the fraction of the annotators that prefer
+the first response, p* that of the whole population, p_hat = sum_j alpha_j V_j. No torch.
 """
 
 from itertools import combinations, permutations
@@ -12,21 +13,23 @@ from scipy.optimize import linprog
 
 
 def irreducible(p, n, ties_as_halves):
-    """Unbiased estimate of Lemma 1's C = E (p - p*)^2, the error that even perfect calibration has for n sampled annotators.
+    """Unbiased estimate (N,) of Lemma 1's C = E (p - p*)^2 in each pair, the error that n sampled
+    annotators leave even to perfect calibration.
 
-    ties_as_halves (N,): tie votes that were counted as half for each side, whose variance is a quarter less each.
+    ties_as_halves (N,): tie votes counted as half for each side, which have 1/4 less variance each.
     """
     return (p * (1 - p) - ties_as_halves / (4 * n)) / (n - 1)
 
 
 def sampling_error(p_true, n):
-    """E (share - p*)^2 of n annotators drawn with replacement, p*(1-p*)/n, of a pair each: Lemma 1's C where a pair has n annotators, and the
-    expected error of theorem 2's ensemble, k = n drawn annotators with equal weights."""
+    """E (p - p*)^2 = p* (1 - p*) / n of n annotators drawn with replacement: Lemma 1's C of a pair,
+    and the expected error of theorem 2's ensemble of k = n drawn annotators with equal weights."""
     return p_true * (1 - p_true) / n
 
 
 def theorem2(k, c=0):
-    """Some k-ensemble has at most this calibration error, 1/(4k), and at most this expected Brier score where c is Lemma 1's C."""
+    """Some k-ensemble has at most this calibration error, 1/(4k), and at most this expected Brier
+    score where c is Lemma 1's C."""
     return 1 / (4 * k) + c
 
 
@@ -34,31 +37,35 @@ def theorem2(k, c=0):
 
 
 def outlier_below(phi, phi_min, epsilon):
-    """A member with disagreement score phi is a (beta, (beta+1) sqrt(epsilon))-outlier, phi > beta phi_min + (beta+1) sqrt(epsilon), for every beta
-    below this number, and for no other. None where phi_min and epsilon are both zero."""
+    """The number such that a member of disagreement score phi is a (beta, (beta+1) sqrt(epsilon))
+    outlier, phi > beta phi_min + (beta+1) sqrt(epsilon), for exactly the beta below it.
+
+    None where phi_min and epsilon are both zero.
+    """
     scale = phi_min + epsilon**0.5
     return (phi - epsilon**0.5) / scale if scale else None
 
 
-def kept_members(votes, alpha, beta):
-    """Which members theorem 3's ensemble keeps, bool (k,): in the order of their distance E |V_j - p_hat|, the farthest are removed as long as their
-    weight together is at most 1/(beta-1). Equal distances: the later member counts as farther.
+def remaining_members(member_votes, alpha, beta):
+    """Which members theorem 3's ensemble keeps, bool (k,); their weights are divided by their sum.
 
-    votes float64 (k, N), alpha float64 (k,) on the simplex, beta above 2, so that something is left. Divided by their sum, the weights that are left
-    are the new ensemble's. Where members tie, the theorem holds with phi = E |V_j - p| and phi_min over rewards that never tie: then
-    |V_i - V_j| is linear in V_j, as the proof needs.
+    member_votes float64 (k, N), alpha float64 (k,) on the simplex, beta above 2, so that something
+    remains. The members of the largest distance E |V_j - p_hat| are removed (of equal ones the
+    later first) as long as their weights together are at most 1/(beta-1). Where members tie, the
+    theorem holds with phi = E |V_j - p| and phi_min over rewards that never tie: then |V_i - V_j|
+    is linear in V_j, as the proof needs.
     """
-    distance = np.abs(votes - alpha @ votes).mean(1)
+    distance = np.abs(member_votes - alpha @ member_votes).mean(1)
     order = np.argsort(distance, kind="stable")
-    kept = np.empty(len(alpha), bool)
-    kept[order] = np.cumsum(alpha[order][::-1])[::-1] > 1 / (
-        beta - 1
-    )  # weight of the member and all that are farther
-    return kept
+    weight_from_here = np.cumsum(alpha[order][::-1])[::-1]  # of a member and all that are farther
+    remaining = np.empty(len(alpha), bool)
+    remaining[order] = weight_from_here > 1 / (beta - 1)
+    return remaining
 
 
 def theorem3(epsilon, removed):
-    """Calibration error that an epsilon-calibrated ensemble has at most when members of this weight are removed; the theorem has removed = 1/(beta-1)."""
+    """Bound of the calibration error of an epsilon-calibrated ensemble from which members of the
+    weight `removed` are taken away; the theorem has removed = 1/(beta-1)."""
     return (epsilon**0.5 + removed) ** 2
 
 
@@ -66,70 +73,56 @@ def theorem3(epsilon, removed):
 
 
 def theorem4(pairs, k, d, delta):
-    """Largest |expected - empirical Brier score| over all k-ensembles, with probability 1 - delta, from this many independent pairs, for a class of
-    comparisons 1{r(y1) >= r(y2)} of VC dimension d (linear rewards on l features: at most l).
+    """Bound, with probability 1 - delta, of |expected - empirical Brier score| for all k-ensembles,
+    from this many independent pairs; d: the VC dimension of the comparisons 1{r(y1) >= r(y2)} (of
+    linear rewards on l features at most l).
 
-    Both scores are in [0, 1], so it is never more than 1, which is also what is known from fewer than d' pairs.
+    Both scores are in [0, 1]: the bound is at most 1, which is what fewer than d' pairs give.
     """
-    log = np.log
-    dimension = 20 * (d + 1) * k * log(2 * (d + 1) * k)  # d', a bound of the pseudo-dimension
+    dimension = 20 * (d + 1) * k * np.log(2 * (d + 1) * k)  # d', it bounds the pseudo-dimension
     if pairs < dimension:
         return 1.0
-    return min(
-        1.0,
-        float(
-            np.sqrt(2 * dimension * log(np.e * pairs / dimension) / pairs)
-            + np.sqrt(log(1 / delta) / (2 * pairs))
-        ),
-    )
+    complexity = np.sqrt(2 * dimension * np.log(np.e * pairs / dimension) / pairs)
+    confidence = np.sqrt(np.log(1 / delta) / (2 * pairs))
+    return min(1.0, float(complexity + confidence))
 
 
-# ---- theorem 1's setting: one context, all pairs of m responses
+# ---- theorem 1 for one context: all pairs of m responses
 
 
 def calibrated_ensemble(p):
-    """(orders int (s, m), best first; weights (s,); distance; certificate): the mixture of rankings that is nearest to a preference matrix.
+    """The mixture of rankings that is nearest to a preference matrix, by a linear program over all
+    m! rankings: (orders int (s, m), best response first; weights (s,); distance; certificate).
 
-    p float64 (m, m), m from 2 to 5: p[i, j] is the share that prefers i to j, p + p' = 1. distance: sum over i < j of |p_hat - p|, the least of any
-    mixture. Zero (at most 1e-9 by rounding) says that p is in the linear ordering polytope and the mixture is perfectly calibrated, with s at most
-    m(m-1)/2 + 1 rankings (appendix C.1). Otherwise the certificate y (m, m) proves that no mixture is: sum over i < j of y[i, j] p[i, j] exceeds
-    the largest such sum of any ranking by the distance; None where the distance is zero. A linear programme over all m! rankings.
-
-    Raises ValueError for another shape, or shares that are out of range or do not add up to one.
+    p float64 (m, m), m from 2 to 5: p[i, j] is the fraction that prefers i to j, and p + p' = 1.
+    distance: the least sum over i < j of |p_hat - p| of any mixture. Zero (1e-9 with rounding) says
+    that p is in the linear ordering polytope: the mixture is perfectly calibrated, by s at most
+    m(m-1)/2 + 1 rankings (appendix C.1), and the certificate is None. Otherwise the certificate y
+    (m, m) proves that no mixture is: sum over i < j of y[i, j] p[i, j] exceeds the largest such sum
+    of any ranking by the distance. Raises ValueError where p is no such matrix.
     """
     p = np.asarray(p, np.float64)
     m = len(p)
     if p.shape != (m, m) or not 2 <= m <= 5:
         raise ValueError(f"p: shape {p.shape} found, (m, m) with m from 2 to 5 expected")
     i, j = np.array(list(combinations(range(m), 2))).T
-    if (
-        not (np.abs(p[i, j] + p[j, i] - 1) <= 1e-9).all()
-        or not (np.abs(p[i, j] - 0.5) <= 0.5 + 1e-9).all()
-    ):  # NaN fails too
+    adds_up, in_range = np.abs(p[i, j] + p[j, i] - 1) <= 1e-9, np.abs(p[i, j] - 0.5) <= 0.5 + 1e-9
+    if not (adds_up & in_range).all():  # NaN is neither.
         raise ValueError("p: shares in [0, 1] with p[i, j] + p[j, i] = 1 expected")
     orders = np.array(list(permutations(range(m))))
-    place = np.argsort(orders, 1)
-    wins = (place[:, i] < place[:, j]).T.astype(
-        np.float64
-    )  # (pairs, m!): does the ranking have i before j
-    pairs, count = wins.shape
-    # least sum of over + under, where wins @ weights - over + under = p and the weights sum to one
-    rows = np.block(
-        [[wins, -np.eye(pairs), np.eye(pairs)], [np.ones((1, count)), np.zeros((1, 2 * pairs))]]
+    position = np.argsort(orders, 1)
+    wins = (position[:, i] < position[:, j]).T.astype(np.float64)  # (pairs, m!): i before j?
+    pairs, rankings = wins.shape
+    # Minimise sum (over + under) where wins @ weights - over + under = p and sum weights = 1.
+    equalities = np.block(
+        [[wins, -np.eye(pairs), np.eye(pairs)], [np.ones(rankings), np.zeros(2 * pairs)]]
     )
-    solved = linprog(
-        np.append(np.zeros(count), np.ones(2 * pairs)),
-        A_eq=rows,
-        b_eq=np.append(p[i, j], 1),
-        method="highs-ds",
-    )  # simplex: few rankings
-    weights, distance = solved.x[:count], max(0.0, solved.fun)
+    cost = np.append(np.zeros(rankings), np.ones(2 * pairs))
+    # The simplex method, highs-ds, ends at a corner: few rankings have a weight.
+    solution = linprog(cost, A_eq=equalities, b_eq=np.append(p[i, j], 1), method="highs-ds")
+    weights, distance = solution.x[:rankings], max(0.0, solution.fun)
     used = weights > 1e-12
     certificate = np.zeros((m, m))
-    certificate[i, j] = solved.eqlin.marginals[:pairs]
-    return (
-        orders[used],
-        weights[used] / weights[used].sum(),
-        distance,
-        certificate if distance > 1e-9 else None,
-    )
+    certificate[i, j] = solution.eqlin.marginals[:pairs]
+    certificate = certificate if distance > 1e-9 else None
+    return orders[used], weights[used] / weights[used].sum(), distance, certificate

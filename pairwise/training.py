@@ -1,22 +1,21 @@
-"""What every kind of training shares: steps and batches, the loop over steps, what a stage of
-training reads and writes, and the flags. The objectives are the scripts' own: train_rm.py has the
-method's, extras/train_joint.py the mixture's.
+"""What every kind of training shares: steps and batches, the loop over steps, and the flags.
+
+The objectives are the scripts' own: train_rm.py has the method's.
 """
 
 import json
 import math
-import os
 import time
-
-import numpy as np
-import torch
-from pytorch_optimizer import SOAP
-from tqdm import tqdm
 
 from pairwise import cli
 from pairwise import reward_model as rm
 from pairwise.scale import budget, parallel
 from pairwise.scale.offload import Offload, recompute_activations
+
+import numpy as np
+import torch
+from pytorch_optimizer import SOAP
+from tqdm import tqdm
 
 # ---- steps and batches
 
@@ -45,9 +44,7 @@ def steps_of_prompts(pair_start, keep, pairs_per_step, rng):
 
 
 def steps_of_pairs(keep, pairs_per_step, epochs, rng):
-    """Shuffle single pairs, anew in every epoch: a list of steps, each a list of one array of pair
-    indices.
-    """
+    """Shuffle single pairs, anew in every epoch: a list of steps, each [array of pair indices]."""
     pairs = np.flatnonzero(keep)
     return [
         [order[at : at + pairs_per_step]]
@@ -57,8 +54,7 @@ def steps_of_pairs(keep, pairs_per_step, epochs, rng):
 
 
 def micro_batches(step, a, b, lengths, size, tokens):
-    """Split a step for gradient accumulation: arrays of pair indices whose responses run at most
-    `tokens` tokens.
+    """Split a step for gradient accumulation: arrays of pairs that run at most `tokens` tokens.
 
     step: arrays of pair indices, each of one prompt; lengths (R,): tokens per response;
     size(responses) -> tokens that are run for them in one forward pass. Prompts stay whole, those
@@ -79,9 +75,7 @@ def micro_batches(step, a, b, lengths, size, tokens):
 
 
 def schedule(step, steps, warmup):
-    """Learning-rate factor of a step: linear over the first `warmup` of the steps (at least one),
-    then cosine to 0.
-    """
+    """Learning-rate factor: linear over the first `warmup` of the steps, then cosine to zero."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise
@@ -89,13 +83,6 @@ def schedule(step, steps, warmup):
 
 
 # ---- the loop
-
-
-def settle(args):
-    """Use the threads that were asked for, and nothing that the seed does not decide, on a GPU too."""
-    torch.set_num_threads(args.threads)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def parameter_groups(model):
@@ -110,9 +97,7 @@ def parameter_groups(model):
 
 
 def make_optimizer(groups, args, memory):
-    """SOAP on float32 masters (in BF16 alone most of a small update is lost to rounding); memory:
-    bytes, None for all.
-    """
+    """SOAP on float32 masters: BF16 would round small updates away; memory: bytes, None for all."""
     dims = (args.max_precondition_dim, 1)
     return Offload(
         [{"params": p, "max_precondition_dim": dim} for p, dim in zip(groups, dims)],
@@ -126,16 +111,14 @@ def make_optimizer(groups, args, memory):
     )
 
 
-def backward(batches, count, rewards_at, pairs, loss, done):
-    """Add the gradient of one step's mean loss, micro-batch by micro-batch; return (this process's
-    loss, its tokens).
+def backward(batches, count, rewards_at, split, targets, loss, done):
+    """Add up the gradient of a step's mean loss; return this process's (loss, tokens).
 
     batches: arrays of pair indices, this process's; count: pairs of the step on all processes.
     """
-    a, b, *targets = pairs
     total, tokens = 0.0, 0
     for batch in batches:
-        both_sides = np.concatenate([a[batch], b[batch]])
+        both_sides = np.concatenate([split.a[batch], split.b[batch]])
         responses, index = np.unique(both_sides, return_inverse=True)  # each response is run once
         rewards, used = rewards_at(responses)
         index = torch.from_numpy(index).to(rewards.device)
@@ -149,9 +132,7 @@ def backward(batches, count, rewards_at, pairs, loss, done):
 
 
 class StepLog:
-    """One JSON line a step, written to `file` and kept in `lines`, and a progress bar that shows
-    the same.
-    """
+    """One JSON line a step, in `file` and in `lines`, and a progress bar that shows the same."""
 
     def __init__(self, file, lines, steps, label):
         self.file, self.lines, self.started = file, lines, time.time()
@@ -177,23 +158,22 @@ class StepLog:
 
 
 def train(
-    groups, rewards_at, steps, pairs, loss, args, log, prompts, checkpoints=None, memory=None
+    groups, rewards_at, steps, split, targets, loss, args, log, checkpoints=None, memory=None
 ):
-    """Minimise the mean loss over `steps`, one optimizer step each, and write a JSON line per step
-    to `log`.
+    """Minimise the mean loss over `steps`, one optimizer step and one JSON line in `log` for each.
 
     groups: [matrices that SOAP preconditions, other parameters], updated in place;
     rewards_at(responses) -> (their float32 rewards, with gradient; tokens run); steps: of each, for
-    each process, its micro-batches, arrays of pair indices; pairs: (a, b, *targets), arrays over
-    all pairs; loss(reward_a, reward_b, *targets, done) -> the sum over these pairs, where done in
-    [0, 1) says how much of the training lies behind; prompts: prompt id of every pair; checkpoints:
-    where to resume from and write to; memory: Offload's, in bytes. Raise InputError where there is
-    nothing to train on, and where the loss or a gradient is not finite.
+    each process, its micro-batches, arrays of pair indices; targets: arrays (N,) for the loss;
+    loss(reward_a, reward_b, *targets, done) -> the sum over these pairs, where done in [0, 1) says
+    how much of the training lies behind; checkpoints: where to resume from and write to; memory:
+    Offload's, in bytes. Raise InputError where there is nothing to train on, and where the loss or
+    a gradient is not finite.
     """
     if not steps:
         raise cli.InputError(
-            f"member {args.iteration}: no pair is left to train on: all are identical after encoding "
-            "(a larger --max-length may help) or have tied votes (--loss bt, margin)"
+            f"member {args.iteration}: no pair is left to train on: all are identical after "
+            "encoding (a larger --max-length may help) or have tied votes (--loss bt, margin)"
         )
     optimizer, lines = make_optimizer(groups, args, memory), []
     if checkpoints:
@@ -205,17 +185,19 @@ def train(
             step = steps[number]
             whole = np.concatenate([batch for batches in step for batch in batches])
             own, done = step[parallel.rank()], number / len(steps)
-            value, tokens = backward(own, len(whole), rewards_at, pairs, loss, done)
+            value, tokens = backward(own, len(whole), rewards_at, split, targets, loss, done)
             optimizer.sum_gradients()
             norm = torch.nn.utils.get_total_norm(optimizer.gradients()).item()
             of_processes = parallel.gathered((value, tokens, norm**2))
             value, tokens, square = map(sum, zip(*of_processes))
             norm = math.sqrt(square)
             if not (math.isfinite(value) and math.isfinite(norm)):
-                names = ", ".join(list(dict.fromkeys(prompts[whole].tolist()))[:5])
+                prompts = dict.fromkeys(np.searchsorted(split.pair_start, whole, "right") - 1)
+                names = ", ".join(split.prompt_id[i] for i in list(prompts)[:5])
                 raise cli.InputError(
-                    f"member {args.iteration}, step {number + 1}: loss {value}, gradient norm {norm}; a lower --lr "
-                    f"may help, or leaving out a prompt of this step ({names}, ..)"
+                    f"member {args.iteration}, step {number + 1}: loss {value}, gradient norm "
+                    f"{norm}; a lower --lr may help, or leaving out a prompt of this step "
+                    f"({names}, ..)"
                 )
             rate = args.lr * schedule(number, len(steps), args.warmup)
             optimizer.step(rate)
@@ -261,23 +243,16 @@ def train_full(
     groups = parameter_groups(model)
     groups[1].extend(more)
     memory = None if args.optimizer_memory_gb is None else args.optimizer_memory_gb * 2**30
-    if device.type == "cuda" and memory is None:
+    if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         memory = budget.optimizer_budget(free, model, groups, args)
     recompute_activations(model, device.type == "cuda")  # memory is what a card has least of
-    pairs, prompts = (a, b, *targets), prompts_of(split)
-    train(groups, rewards_at, steps, pairs, loss, args, log, prompts, checkpoints, memory)
+    train(groups, rewards_at, steps, split, targets, loss, args, log, checkpoints, memory)
     recompute_activations(model, False)
 
 
-def prompts_of(split):
-    """The prompt id of every pair, (N,)."""
-    return np.repeat(np.array(split.prompt_id, object), np.diff(split.pair_start))
-
-
 def train_head(args, weight, split, features, targets, loss, keep, rng, log, more=()):
-    """Train heads (K, d) alone, on stored features float32 (R, d) and shuffled pairs: section 4's
-    frozen backbone.
+    """Train heads (K, d) alone, on features float32 (R, d) of section 4's frozen backbone.
 
     The loss is given rewards (n,), of several heads (n, K). All features are trained at unit scale,
     so that one learning rate fits them all; the scale is folded into the heads afterwards.
@@ -289,8 +264,7 @@ def train_head(args, weight, split, features, targets, loss, keep, rng, log, mor
         return scaled[responses] @ (weight[0] if len(weight) == 1 else weight.T), 0
 
     steps = [[step] for step in steps_of_pairs(keep, args.pairs_per_step, args.epochs, rng)]
-    groups, pairs = [[], [weight, *more]], (split.a, split.b, *targets)
-    train(groups, rewards_at, steps, pairs, loss, args, log, prompts_of(split))
+    train([[], [weight, *more]], rewards_at, steps, split, targets, loss, args, log)
     weight.data.div_(scale)
 
 
@@ -322,11 +296,9 @@ def add_flags(parser):
     # optimizer (SOAP)
     add("--lr", type=cli.positive, help="peak learning rate (full 2e-5; lora 2e-4; head 1e-3)")
     add("--epochs", type=cli.natural, help="passes over the train pairs (default 1; head: 10)")
-    words = "pairs in an optimizer step, whole prompts (default 64; the paper: up to 512)"
-    add("--pairs-per-step", type=cli.natural, default=64, help=words)
-    words = "decoupled (default 0.1; head: 5, as a linear fit to convergence needs more)"
-    add("--weight-decay", type=cli.nonnegative, help=words)
-    words = "fraction of the steps, at least one step, in which the rate rises; then cosine to zero"
+    add("--pairs-per-step", type=cli.natural, default=64, help="default 64; the paper: up to 512")
+    add("--weight-decay", type=cli.nonnegative, help="decoupled (default 0.1; head: 5)")
+    words = "fraction of the steps in which the rate rises, before it falls to zero (default 0.03)"
     add("--warmup", type=cli.fraction, default=0.03, help=words)
     words = "steps between updates of SOAP's eigenbases (default 5)"
     add("--precondition-frequency", type=cli.natural, default=5, help=words)
@@ -338,18 +310,15 @@ def add_flags(parser):
         "through host memory (default: what is free; on a CPU all)"
     )
     add("--optimizer-memory-gb", type=cli.nonnegative, metavar="GB", help=words)
-    words = (
-        "between checkpoints, from which a killed full or lora training of train_rm.py continues; "
-        "0: none (default 30)"
-    )
+    words = "between checkpoints, from which killed training continues; 0: none (default 30)"
     add("--checkpoint-minutes", type=cli.nonnegative, default=30, help=words)
 
 
 def fill_in(args, **defaults):
-    """Set the flags that were not given, to the defaults and to those that --device decides."""
-    cpu, tokens = args.device == "cpu", 4096 if args.train == "lora" else 8192
-    defaults["dtype"] = "float32" if cpu else "bfloat16"
-    defaults["micro_batch_tokens"] = 1024 if cpu else tokens
-    for name, value in defaults.items():
+    """Set the flags that were not given: to `defaults`, and else to what --device decides."""
+    cpu, lora = args.device == "cpu", args.train == "lora"
+    tokens = 1024 if cpu else 4096 if lora else 8192
+    of_device = {"dtype": "float32" if cpu else "bfloat16", "micro_batch_tokens": tokens}
+    for name, value in (of_device | defaults).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

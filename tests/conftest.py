@@ -1,5 +1,9 @@
-"""What the tests of training and scoring share: a tiny base, a tiny data set, one trained run of each kind (all made once a session)."""
+"""What the tests of training and scoring share: a tiny base, tiny data, a trained run of each kind.
 
+Each is made once, by the first process that needs it, and read by all: no test may change it.
+"""
+
+import fcntl
 import importlib.util
 import json
 import os
@@ -12,10 +16,8 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [
-    str(REPOSITORY),
-    str(REPOSITORY / "extras"),
-]  # the scripts, wherever pytest is started
+# The scripts are found wherever pytest is started.
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "extras")]
 os.environ.pop("PAIRWISE_COMMAND", None)
 TINY = {
     "hidden_size": 32,
@@ -33,11 +35,8 @@ LORA = ("--train", "lora", "--lora-rank", "4", "--lr", "1e-2", "--pairs-per-step
 
 def script(name):
     """A script of data_prep/ or extras/ as a module."""
-    path = next(
-        path
-        for path in REPOSITORY.glob(f"*/{name}.py")
-        if path.parent.name in ("data_prep", "extras")
-    )
+    folders = ("data_prep", "extras")
+    path = next(path for path in REPOSITORY.glob(f"*/{name}.py") if path.parent.name in folders)
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -77,6 +76,11 @@ def rewards(run, j=1, split="test"):
     return np.load(run / "rewards" / f"{j:02d}_{split}.npy")
 
 
+def mean_loss(lines):
+    """The mean over the pairs of a log's lines."""
+    return sum(line["loss"] * line["pairs"] for line in lines) / sum(x["pairs"] for x in lines)
+
+
 def manifest(run):
     return json.loads((run / "manifest.json").read_text())["stages"]
 
@@ -88,6 +92,50 @@ def leftovers(run):
 def fresh(data, directory, name="run"):
     """A run directory of its own that holds the prepared data (and the manifest that says so)."""
     return Path(shutil.copytree(data, directory / name))
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that share a fixture of their module run in one process, which makes it once.
+
+    pytest-xdist with --dist loadgroup starts with the largest group, and fills the gaps with the
+    tests that stand alone.
+    """
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if any(definitions[-1].scope == "module" for definitions in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
+def with_weights(run, directory, *alpha):
+    """A copy of a run, its mixture weights set by hand: those of training depend on the CPU."""
+    run = fresh(run, directory)
+    entries = json.loads((run / "weights.json").read_text())
+    entries[len(alpha) - 1]["alpha"] = list(alpha)
+    (run / "weights.json").write_text(json.dumps(entries))
+    return run
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """made_once(name, make): a directory that make(directory) fills, once for all processes."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own in the session's
+        root = root.parent
+    root = root / "made_once"
+
+    def directory_of(name, make):
+        directory = root / name
+        root.mkdir(exist_ok=True)
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / f"{name}.done").exists():
+                shutil.rmtree(directory, ignore_errors=True)  # of an attempt that failed
+                directory.mkdir()
+                make(directory)
+                (root / f"{name}.done").touch()
+        return directory
+
+    return directory_of
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -103,23 +151,21 @@ def demo():
 
 
 @pytest.fixture(scope="session")
-def data(demo, tmp_path_factory):
-    """A run directory with nothing but prepared data: the demo's population, 16 prompts of 4 responses."""
-    run = tmp_path_factory.mktemp("data") / "run"
-    args = demo.parse_args(["--run", str(run), "--prompts", "16", "--responses", "4"])
-    demo.prepare(args, "demo", lambda: demo.comparisons(16, 4, 0), "sampled", {}, {})
-    return run
+def data(demo, made_once):
+    """A run directory with data alone: the demo's population, 16 prompts of 4 responses."""
+
+    def make(directory):
+        words = ["--run", str(directory / "run"), "--prompts", "16", "--responses", "4"]
+        args = demo.parse_args(words)
+        demo.prompts.prepare(args, "demo", lambda: demo.comparisons(16, 4, 0), "sampled", {}, {})
+
+    return made_once("data", make) / "run"
 
 
 @pytest.fixture(scope="session")
-def tokenizer(demo, data):
-    from pairwise.data import read_split
-
-    split = read_split(data, "train")
-    texts = [m["content"] for messages in split.messages for m in messages] + [
-        text for texts in split.responses for text in texts
-    ]
-    return demo.train_tokenizer(texts, 400)
+def tokenizer(demo, split):
+    prompts = [message["content"] for messages in split.messages for message in messages]
+    return demo.train_tokenizer(prompts + sum(split.responses, []), 400)
 
 
 @pytest.fixture(scope="session")
@@ -137,9 +183,9 @@ def sequences(split, tokenizer):
 
 
 @pytest.fixture(scope="session")
-def base(tokenizer, tmp_path_factory):
-    """Directory of a random Llama for token prediction, hidden size 32, two layers, with the demo's tokenizer."""
-    return make_base(tokenizer, tmp_path_factory.mktemp("base") / "tiny", seed=0)
+def base(tokenizer, made_once):
+    """A random Llama for token prediction, hidden size 32, two layers, the demo's tokenizer."""
+    return made_once("base", lambda there: make_base(tokenizer, there / "tiny", seed=0)) / "tiny"
 
 
 def make_base(tokenizer, directory, seed, **changes):
@@ -147,22 +193,17 @@ def make_base(tokenizer, directory, seed, **changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            **TINY
-            | {
-                "vocab_size": len(tokenizer),
-                "bos_token_id": tokenizer.bos_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-                "pad_token_id": tokenizer.pad_token_id,
-                "tie_word_embeddings": True,
-                "initializer_range": 0.1,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-            }
-            | changes
-        )
-    )
-    model.save_pretrained(directory)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    config = {
+        **TINY,
+        **{name: getattr(tokenizer, name) for name in names},
+        "vocab_size": len(tokenizer),
+        "tie_word_embeddings": True,
+        "initializer_range": 0.1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        **changes,
+    }
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -173,51 +214,51 @@ def continuations():
 
 
 @pytest.fixture(scope="session")
-def full_run(data, base, continuations, tmp_path_factory):
-    """Two members, all parameters, float32, weights after each, with continuations. Read only: copy it before you change it."""
-    run = fresh(data, tmp_path_factory.mktemp("full"))
-    continuations.main(
-        continuations.parse_args(
-            [
-                "--run",
-                str(run),
-                "--base",
-                str(base),
-                "--prompts",
-                "2",
-                "--count",
-                "5",
-                "--max-tokens",
-                "20",
-                "--threads",
-                "1",
-            ]
-        )
-    )
-    for j in (1, 2):
-        train(run, base, *FULL, iteration=j)
-        fit(run)
-    return run
+def full_run(data, base, continuations, made_once):
+    """Two members, all parameters, float32, weights after each, with continuations."""
+
+    def make(directory):
+        run = fresh(data, directory)
+        words = "--prompts 2 --count 5 --max-tokens 20 --threads 1".split()
+        args = continuations.parse_args(["--run", str(run), "--base", str(base), *words])
+        continuations.main(args)
+        train_two(run, base, FULL)
+
+    return made_once("full", make) / "run"
 
 
 @pytest.fixture(scope="session")
-def head_run(data, base, tmp_path_factory):
-    """Two heads on the frozen base, and when features/train.npy was written. Read only too."""
-    run = fresh(data, tmp_path_factory.mktemp("head"))
-    times = []
-    for j in (1, 2):
-        train(run, base, *HEAD, iteration=j)
-        fit(run)
-        times.append((run / "features" / "train.npy").stat().st_mtime_ns)
-    return SimpleNamespace(run=run, times=times)
+def head_run(data, base, made_once):
+    """Two heads on the frozen base, and the times at which features/train.npy was written."""
+
+    def make(directory):
+        run = fresh(data, directory)
+        features = run / "features" / "train.npy"
+        times = train_two(run, base, HEAD, lambda: features.stat().st_mtime_ns)
+        (directory / "times.json").write_text(json.dumps(times))
+
+    directory = made_once("head", make)
+    times = json.loads((directory / "times.json").read_text())
+    return SimpleNamespace(run=directory / "run", times=times)
 
 
 @pytest.fixture(scope="session")
-def lora_run(data, full_run, base, tmp_path_factory):
-    """Two members of adapters and head, float32, with the continuations of the full run. Read only too."""
-    run = fresh(data, tmp_path_factory.mktemp("lora"))
-    shutil.copy(full_run / "continuations.parquet", run)
+def lora_run(data, full_run, base, made_once):
+    """Two members of adapters and head, float32, with the continuations of the full run."""
+
+    def make(directory):
+        run = fresh(data, directory)
+        shutil.copy(full_run / "continuations.parquet", run)
+        train_two(run, base, LORA)
+
+    return made_once("lora", make) / "run"
+
+
+def train_two(run, base, flags, then=lambda: None):
+    """Train two members with weights after each; list what then() gives after each."""
+    results = []
     for j in (1, 2):
-        train(run, base, *LORA, iteration=j)
+        train(run, base, *flags, iteration=j)
         fit(run)
-    return run
+        results.append(then())
+    return results

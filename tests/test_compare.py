@@ -1,17 +1,20 @@
-"""evaluate.py --compare: every number and paired interval from the files alone, what is refused, and what the settings are called."""
+"""extras/compare.py: every number and paired interval from the files alone, what is refused, and
+what the settings are called."""
 
 import json
 import shutil
 from pathlib import Path
 
+import evaluate
+from pairwise import metrics
+from pairwise.cli import InputError
+from pairwise.data import write_split
+
+import compare
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from test_evaluate import draw_rewards, files_of, make, read_pairs
-
-import evaluate
-from pairwise.cli import InputError
-from pairwise.data import write_split
 
 RESAMPLES = 400
 
@@ -55,11 +58,8 @@ def evaluate_weights(run, fixed):
 
 
 def compared(out, *settings):
-    evaluate.main(
-        evaluate.parse_args(
-            ["--compare", *map(str, settings), "--out", str(out), "--resamples", str(RESAMPLES)]
-        )
-    )
+    words = [*map(str, settings), "--out", str(out), "--resamples", str(RESAMPLES)]
+    compare.main(compare.parse_args(words))
     return json.loads((out / "compare.json").read_text())
 
 
@@ -83,7 +83,7 @@ def test_every_number_and_interval_from_the_files(runs, tmp_path):
     )
     seeds = {k: (one[k] + two[k]) / 2 for k in one}
     terms = {"first": first, "seed": seeds, "fixed": fixed}
-    counts = evaluate.evaluator.bootstrap_counts(prompt.max() + 1, RESAMPLES, 0)[
+    counts = metrics.evaluator.bootstrap_counts(prompt.max() + 1, RESAMPLES, 0)[
         :, prompt
     ]  # the same resampled prompts for all
 
@@ -264,27 +264,33 @@ def test_names_are_short_and_distinct(tmp_path, monkeypatch):
         (["with,comma", "b"], ["with,comma", "b"]),
         (["r-1,r-2", "r-3,r-4"], ["r-1+r-2", "r-3+r-4"]),
     ]:
-        assert [name for name, _ in evaluate.named_settings(words)] == names
+        assert [name for name, _ in compare.named_settings(words)] == names
     for words in (["a", "a"], ["a,b", "./b"]):
         with pytest.raises(InputError, match="is given twice"):
-            evaluate.named_settings(words)
+            compare.named_settings(words)
 
 
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--compare", "a", "b", "--run", "c", "--out", "o"], "not allowed with"),
-        (["--compare", "a", "b"], "needs --out"),
-        ([], "--run --compare is required"),
-        (["--compare", "--out", "o"], "--compare"),
-        (["--compare", "a", "b", "--out", "o", "--refit"], "no --refit"),
+        (["a", "b"], "--out"),
+        (["--out", "o"], "RUN,RUN"),
+        (["a", "b", "--out", "o", "--refit"], "--refit"),
+        (["a", "b", "--out", "o", "--run", "c"], "--run"),
     ],
 )
-def test_flags_that_exclude_each_other(flags, said, capsys):
+def test_bad_flags_are_one_line(flags, said, capsys):
     with pytest.raises(SystemExit) as stop:
-        evaluate.parse_args(flags)
+        compare.parse_args(flags)
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and said in lines[0]
+
+
+def test_the_flag_of_evaluate_names_the_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.parse_args(["--compare", "a", "b", "--out", "o"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "python extras/compare.py RUN RUN .. --out DIR" in line
 
 
 def test_one_setting_and_a_run_as_out_are_refused(runs, tmp_path):

@@ -3,12 +3,12 @@
 import itertools
 import math
 
+from data_prep import demo
+from pairwise.ranking import attribute_counts
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-
-from data_prep import demo
-from pairwise.ranking import attribute_counts
 
 
 def drawn(prompts, responses, seed):

@@ -10,8 +10,18 @@ import shutil
 import subprocess
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
+
+import evaluate
+import fit_weights
+from pairwise import metrics as figures
+from pairwise import theory
+from pairwise.cli import BUILD_COMMAND, InputError
+from pairwise.data import read_split, write_split
+from pairwise.prepare import prompts
+from pairwise.ranking import ATTRIBUTES
+from pairwise.run_dir import hash_file
+from pairwise.weights import simplex_weights
 
 import numpy as np
 import pyarrow as pa
@@ -19,15 +29,6 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.special import expit
 from scipy.stats import binom, kendalltau, multinomial
-
-import evaluate
-import fit_weights
-from pairwise.cli import BUILD_COMMAND, InputError
-from pairwise.data import read_split, write_split
-from pairwise.prepare import prompts
-from pairwise.ranking import ATTRIBUTES
-from pairwise.run_dir import hash_file
-from pairwise.weights import simplex_weights
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOP = {"dataset", "k", "k_valid", "votes", "splits", "diversity", "plurality"}
@@ -270,21 +271,6 @@ def test_best_size_is_the_smallest_of_those_equal_but_for_rounding():
         best(0.2, 0.1, 0.1 - 1e-16) == 2
         and best(0.2, 0.1, 0.1 - 1e-8) == 3
         and best(0.1 + 1e-16, 0.1, 0.3) == 1
-    )
-
-
-def test_plurality_gain_where_it_was_measured(tmp_path):
-    run = tmp_path / "run"
-    make(run, continuations=False)
-    assert (
-        evaluated(run)["plurality"] is None and "Plurality" not in (run / "report.html").read_text()
-    )
-    found = {"single": 0.05, "mixture": 0.03, "components": 3, "gain": 0.02, "ci": [0.015, 0.025]}
-    (run / "plurality.json").write_text(json.dumps(found))
-    assert evaluated(run)["plurality"] == found
-    assert (
-        "a mixture of 3 rewards .0300: a gain of .0200, 95 % interval [.0150, .0250]"
-        in (run / "report.html").read_text()
     )
 
 
@@ -725,8 +711,8 @@ def agrees(limits, resampled):
 def test_estimate_is_that_of_an_independent_bootstrap_over_prompts():
     prompt, errors = clustered()
     sums, pairs = np.bincount(prompt, errors), np.bincount(prompt).astype(float)
-    draw = partial(evaluate.resampled, resamples=10_000, seed=0)
-    value, limits = evaluate.estimate({"x": (np.column_stack([sums, 2 * sums]), pairs)}, draw)["x"]
+    both = figures.Ratio(np.column_stack([sums, 2 * sums]), pairs)
+    value, limits = figures.estimate({"x": both}, 10_000, 0).values()
     assert np.allclose(value, [errors.mean(), 2 * errors.mean()]) and np.allclose(
         limits[1], 2 * np.array(limits[0]), rtol=1e-12
     )
@@ -738,25 +724,45 @@ def test_estimate_is_that_of_an_independent_bootstrap_over_prompts():
     assert not agrees(limits[0], mean_of_prompts) and not agrees(
         np.quantile(resample(prompt, errors, 2), [0.05, 0.95]), resample(prompt, errors, 1)
     )
-    many = evaluate.evaluator.bootstrap_counts(2100, 10_000, 5)  # more than are multiplied at once
+    many = figures.evaluator.bootstrap_counts(2100, 10_000, 5)  # more than are multiplied at once
     x, y = np.random.default_rng(0).random((2, 2100)) + 0.5
-    found = evaluate.estimate({"x": (x, y)}, partial(evaluate.resampled, resamples=10_000, seed=5))[
-        "x"
-    ]
-    assert found[0] == pytest.approx(x.sum() / y.sum(), rel=1e-14)
+    value, limits = figures.estimate({"x": figures.Ratio(x, y)}, 10_000, 5).values()
+    assert value == pytest.approx(x.sum() / y.sum(), rel=1e-14)
     np.testing.assert_allclose(
-        found[1], np.percentile(many @ x / (many @ y), [2.5, 97.5]), rtol=1e-12
+        limits, np.percentile(many @ x / (many @ y), [2.5, 97.5]), rtol=1e-12
     )
+
+
+def test_estimate_keeps_the_nesting_and_resamples_all_figures_alike():
+    """What is no figure stays as it is; a ratio and its copy elsewhere agree, and so does the
+    correlation of x and x, which is 1 in every resample."""
+    x, pairs = np.random.default_rng(0).random((2, 50)) + 0.5
+    ratio = figures.Ratio(x, pairs)
+    nested = {
+        "name": "kept",
+        "none": figures.Ratio(None, pairs),
+        "list": [{"k": 1, "x": ratio}, {"k": 2, "x": ratio}],
+        "dict": {"r": figures.Correlation(x, x, x), "alpha": [0.5, 0.5], "null": None},
+    }
+    result = figures.estimate(nested, 300, 0)
+    assert list(result) == ["name", "none", "none_ci", "list", "dict"]
+    assert result["name"] == "kept" and result["none"] is result["none_ci"] is None
+    first, second = result["list"]
+    assert first == second | {"k": 1} and list(first) == ["k", "x", "x_ci"]
+    assert first["x"] == x.sum() / pairs.sum() and first["x_ci"][0] < first["x"] < first["x_ci"][1]
+    assert result["dict"]["r"] == pytest.approx(1, abs=1e-15)
+    assert result["dict"]["r_ci"] == pytest.approx([1, 1], abs=1e-15)
+    assert result["dict"]["alpha"] == [0.5, 0.5] and result["dict"]["null"] is None
+    assert nested["list"][0]["x"] is ratio  # what was given is not changed
 
 
 def test_estimate_where_nothing_is_to_be_counted():
     """Resamples without any pair that counts are left out; where there is none at all, the figure does not exist."""
-    draw = partial(evaluate.resampled, resamples=2000, seed=0)
     top, bottom = (
         np.array([[1.0, 0, 3], [0, 0, 0], [0, 0, 0]]),
         np.array([[2.0, 0, 4], [0, 0, 0], [0, 0, 0]]),
     )
-    value, limits = evaluate.estimate({"x": (top, bottom)}, draw)["x"]
+    value, limits = figures.estimate({"x": figures.Ratio(top, bottom)}, 2000, 0).values()
     assert value == [0.5, None, 0.75] and limits == [[0.5, 0.5], [None, None], [0.75, 0.75]]
 
 
@@ -904,7 +910,7 @@ def test_refitted_intervals_are_those_of_weights_fitted_to_each_resample(tmp_pat
     votes, test_votes = (np.sign(first - second) + 1) / 2, (np.sign(one - two) + 1) / 2
     soft, c = 1 / (1 + np.exp(-(one - two).astype(float))), q * (1 - q) / (n - 1)
     counts = [
-        evaluate.evaluator.bootstrap_counts(int(x.max()) + 1, 60, seed)[:, x]
+        figures.evaluator.bootstrap_counts(int(x.max()) + 1, 60, seed)[:, x]
         for x, seed in ((prompt, 1), (at, 0))
     ]
     for e in metrics["splits"]["test"]["ensemble"]:
@@ -939,7 +945,7 @@ def test_refitted_weights_are_those_of_all_train_pairs(tmp_path, no_figures, mon
     """Where train has pairs of one vote, they count in the weights, so also in those fitted anew."""
     run = make(tmp_path / "run", single=True, valid=0.0)
     monkeypatch.setattr(
-        evaluate.evaluator,
+        figures.evaluator,
         "bootstrap_counts",
         lambda prompts, resamples, seed: np.ones((resamples, prompts), np.int32),
     )
@@ -977,7 +983,7 @@ SHARES = [0, 0.1, 0.25, 1 / 3, 0.5, 0.77, 0.9, 1]
 
 def estimate(p, n, halves=0.0):
     return float(
-        evaluate.irreducible(np.array([p]), np.array([float(n)]), np.array([float(halves)])).item()
+        theory.irreducible(np.array([p]), np.array([float(n)]), np.array([float(halves)])).item()
     )
 
 
@@ -1033,18 +1039,18 @@ def test_irreducible_with_ties_dropped_is_unbiased_given_the_votes_that_remain()
 
 def test_reference_lines_by_hand():
     p = np.array([0, 0.25, 0.5, 0.75, 1])
-    assert evaluate.floor_single(p).tolist() == [
+    assert figures.floor_single(p).tolist() == [
         0,
         0.25**2,
         0.25,
         0.25**2,
         0,
-    ] and evaluate.coin_flip(p).tolist() == [0.25, 0.0625, 0, 0.0625, 0.25]
-    assert evaluate.irreducible(
-        p[1:3], np.array([4.0, 2.0]), np.array([0.0, 0.0])
-    ) == pytest.approx([0.25 * 0.75 / 3, 0.25])
+    ] and figures.coin_flip(p).tolist() == [0.25, 0.0625, 0, 0.0625, 0.25]
+    assert theory.irreducible(p[1:3], np.array([4.0, 2.0]), np.array([0.0, 0.0])) == pytest.approx(
+        [0.25 * 0.75 / 3, 0.25]
+    )
     assert (
-        evaluate.irreducible(p[2:3], np.array([2.0]), np.array([2.0])) == 0
+        theory.irreducible(p[2:3], np.array([2.0]), np.array([2.0])) == 0
     )  # both votes were ties, and always would be
 
 
@@ -1433,26 +1439,6 @@ sys.meta_path.insert(0, Hide())
 for sys.argv in {commands!r}:
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def test_neither_stage_imports_torch(run):
-    (run / "weights.json").unlink()
-    stages = [
-        [str(REPOSITORY / name), "--run", str(run)] for name in ("fit_weights.py", "evaluate.py")
-    ]
-    done = program(
-        HIDE.format(
-            hidden=["torch", "transformers", "datasets"], error="RuntimeError", commands=stages
-        ),
-        cwd=run.parent,
-    )
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    compare(json.loads((run / "metrics.json").read_text()), expected(run), 1e-9, skip=CI)
-    hook = program(
-        HIDE.format(hidden=["torch"], error="RuntimeError", commands=[]) + "import torch",
-        cwd=run.parent,
-    )
-    assert "torch was imported" in hook.stderr  # the hook works
 
 
 @pytest.mark.parametrize("name", ["fit_weights.py", "evaluate.py"])

@@ -7,13 +7,13 @@ import sys
 import warnings
 from pathlib import Path
 
+from pairwise import evaluator
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2, kendalltau
-
-from pairwise import evaluator
 
 seeds = st.integers(0, 2**32 - 1)
 SHARE = float(

@@ -4,16 +4,17 @@ import itertools
 import json
 import shutil
 
+import fit_weights
+from pairwise import weights
+from pairwise.cli import InputError
+from pairwise.data import write_split
+from pairwise.run_dir import write_json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-
-import fit_weights
-from pairwise.cli import InputError
-from pairwise.data import write_split
-from pairwise.run_dir import write_json
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -24,7 +25,7 @@ seeds = st.integers(0, 2**32 - 1)
 def q_of(votes, p):
     """Q through the project's sums; votes (k, N), p (N,)."""
     n = len(p)
-    return fit_weights.error_matrix(votes @ votes.T / n, votes @ p / n, p @ p / n)
+    return weights.error_matrix(votes @ votes.T / n, votes @ p / n, p @ p / n)
 
 
 def draw_votes(rng, k=None):
@@ -99,7 +100,7 @@ def feasible(alpha):
 def test_weights_are_as_good_as_the_best_support(seed, k, kind):
     rng = np.random.default_rng(seed)
     q = q_of(*draw_votes(rng, k)) if kind == "votes" else gram(rng, k, kind)
-    alpha = fit_weights.simplex_weights(q)
+    alpha = weights.simplex_weights(q)
     assert alpha.shape == (k,) and feasible(alpha)
     assert abs(alpha @ q @ alpha - supports_minimum(q)) < 1e-12
 
@@ -110,7 +111,7 @@ def test_weights_are_as_good_as_slsqp(kind):
     for _ in range(8):
         k = int(rng.integers(2, 17))
         q = q_of(*draw_votes(rng, k)) if kind == "votes" else gram(rng, k, kind)
-        alpha = fit_weights.simplex_weights(q)
+        alpha = weights.simplex_weights(q)
         found = minimize(
             lambda x: x @ q @ x,
             np.full(k, 1 / k),
@@ -126,15 +127,15 @@ def test_weights_are_as_good_as_slsqp(kind):
 
 def test_weights_themselves_where_they_are_unique():
     assert np.allclose(
-        fit_weights.simplex_weights(np.diag([1.0, 2, 4])), np.array([4, 2, 1]) / 7, atol=1e-15
+        weights.simplex_weights(np.diag([1.0, 2, 4])), np.array([4, 2, 1]) / 7, atol=1e-15
     )
     assert np.allclose(
-        fit_weights.simplex_weights(np.array([[1, 2], [2, 5.0]])), [1, 0], atol=1e-15
+        weights.simplex_weights(np.array([[1, 2], [2, 5.0]])), [1, 0], atol=1e-15
     )  # the unconstrained optimum is (1.5, -.5)
     rng = np.random.default_rng(1)
     for _ in range(20):  # rebuilt from its own support
         q = gram(rng, 6, "full")
-        alpha = fit_weights.simplex_weights(q)
+        alpha = weights.simplex_weights(q)
         support = alpha > 0
         inside = np.linalg.solve(q[np.ix_(support, support)], np.ones(support.sum()))
         if np.linalg.cond(q) < 1e6:
@@ -166,8 +167,8 @@ def test_a_member_that_could_join_but_need_not():
         / 2
     )
     q = q_of(votes, np.array([1, 2, 0, 0, 0, 2, 1, 2, 0]) / 3)
-    alpha = fit_weights.simplex_weights(q)
-    assert alpha[1] < 1e-12 and fit_weights.kkt_residual(q, alpha) < 1e-14
+    alpha = weights.simplex_weights(q)
+    assert alpha[1] < 1e-12 and weights.kkt_residual(q, alpha) < 1e-14
     for seed in (8, 3203, 5386, 7857, 19463):  # more of the kind
         assert (
             max(
@@ -195,30 +196,30 @@ def test_residual_is_positive_away_from_the_optimum(seed):
     """Any error above the least shows in the residual; so does a weight moved where the optimum is unique, or out of the simplex."""
     rng = np.random.default_rng(seed)
     q = q_of(*draw_votes(rng))
-    alpha = fit_weights.simplex_weights(q)
+    alpha = weights.simplex_weights(q)
     other = rng.dirichlet(np.ones(len(q)))
-    assert fit_weights.kkt_residual(q, other) >= other @ q @ other - alpha @ q @ alpha - 1e-15
-    assert fit_weights.kkt_residual(q, alpha * 1.01) >= 0.0099
+    assert weights.kkt_residual(q, other) >= other @ q @ other - alpha @ q @ alpha - 1e-15
+    assert weights.kkt_residual(q, alpha * 1.01) >= 0.0099
     k = int(rng.integers(2, 9))
     q = gram(rng, k, "full") + 0.1 * np.eye(k)
-    alpha = fit_weights.simplex_weights(q)
-    assert fit_weights.kkt_residual(q, alpha) < 1e-14
+    alpha = weights.simplex_weights(q)
+    assert weights.kkt_residual(q, alpha) < 1e-14
     step = np.zeros(k)
     step[[alpha.argmax(), (alpha.argmax() + 1) % k]] = -1e-3, 1e-3
-    assert fit_weights.kkt_residual(q, alpha + step) > 1e-8
+    assert weights.kkt_residual(q, alpha + step) > 1e-8
     outside = np.zeros(k)
     outside[:2] = 1.25, -0.25
-    assert fit_weights.kkt_residual(q, outside) >= 0.25
+    assert weights.kkt_residual(q, outside) >= 0.25
 
 
 def test_residual_by_hand():
     q = np.diag(
         [1.0, 2.0]
     )  # slopes at (1/2, 1/2): 1 and 2, so the gap is 1/2 and so is the slackness of member 2
-    assert fit_weights.kkt_residual(q, np.array([0.5, 0.5])) == 0.5
-    assert fit_weights.kkt_residual(q, np.array([2 / 3, 1 / 3])) < 1e-15
+    assert weights.kkt_residual(q, np.array([0.5, 0.5])) == 0.5
+    assert weights.kkt_residual(q, np.array([2 / 3, 1 / 3])) < 1e-15
     assert (
-        fit_weights.kkt_residual(np.diag([1.0, 1.0, 0]), np.array([0.5, 0.5, 0])) == 1
+        weights.kkt_residual(np.diag([1.0, 1.0, 0]), np.array([0.5, 0.5, 0])) == 1
     )  # the gap of both, each alone has 1/2
 
 
@@ -230,9 +231,9 @@ def test_members_that_vote_alike_share_the_weight_equally(k):
     rng = np.random.default_rng(k)
     vote, p = rng.choice([0.0, 0.5, 1.0], 50), rng.integers(0, 4, 50) / 3
     q = q_of(np.tile(vote, (k, 1)), p)
-    assert np.array_equal(fit_weights.simplex_weights(q), np.full(k, 1 / k))
+    assert np.array_equal(weights.simplex_weights(q), np.full(k, 1 / k))
     assert np.array_equal(
-        fit_weights.simplex_weights(np.zeros((k, k))), np.full(k, 1 / k)
+        weights.simplex_weights(np.zeros((k, k))), np.full(k, 1 / k)
     )  # all of them perfect
 
 
@@ -244,7 +245,7 @@ def test_a_perfect_member_takes_all_and_leaves_nothing():
         votes[k // 2] = p
         q = q_of(votes, p)
         assert not q[k // 2, k // 2] and np.abs(q[k // 2]).max() < 1e-15
-        assert np.array_equal(fit_weights.simplex_weights(q).round(9), np.arange(k) == k // 2)
+        assert np.array_equal(weights.simplex_weights(q).round(9), np.arange(k) == k // 2)
 
 
 @settings(max_examples=150, deadline=None)
@@ -260,12 +261,12 @@ def test_a_duplicate_changes_no_error_and_a_permutation_only_the_order(seed):
     assert abs(fit_weights.fit_prefixes(q_of(votes[order], p))[-1]["train_mse"] - best) < 1e-14
     q = gram(rng, k, "full") + 0.1 * np.eye(k)  # a unique optimum moves with its members
     np.testing.assert_allclose(
-        fit_weights.simplex_weights(q[np.ix_(order, order)]),
-        fit_weights.simplex_weights(q)[order],
+        weights.simplex_weights(q[np.ix_(order, order)]),
+        weights.simplex_weights(q)[order],
         atol=1e-12,
     )
     np.testing.assert_allclose(
-        fit_weights.simplex_weights(1e-6 * q), fit_weights.simplex_weights(q), atol=1e-12
+        weights.simplex_weights(1e-6 * q), weights.simplex_weights(q), atol=1e-12
     )  # nor does the scale matter
 
 

@@ -1,7 +1,14 @@
-"""extras/adopt.py: existing reward models as members, with the rewards that transformers gives, through weights, report and score.py."""
+"""extras/adopt.py: existing reward models as members, with the rewards that transformers gives,
+through weights, report and score.py.
+"""
 
 import json
 import shutil
+
+import evaluate
+import score
+from pairwise.cli import InputError
+from pairwise.data import read_split
 
 import adopt
 import numpy as np
@@ -16,11 +23,6 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
 )
-
-import evaluate
-import score
-from pairwise.cli import InputError
-from pairwise.data import read_split
 
 
 def make_model(tokenizer, directory, seed, outputs=1, **changes):
@@ -43,7 +45,9 @@ def make_model(tokenizer, directory, seed, outputs=1, **changes):
 
 @pytest.fixture(scope="module")
 def models(demo, data, tokenizer, tmp_path_factory):
-    """Three models of different sizes, tokens and templates; of the second, padding is the token that ends its template; the third is an encoder."""
+    """Three models of different sizes, tokens and templates; of the second, padding is the token
+    that ends its template; the third is an encoder.
+    """
     folder, texts = tmp_path_factory.mktemp("models"), sum(read_split(data, "train").responses, [])
     other = demo.train_tokenizer(texts, 300)
     other.chat_template = (

@@ -5,18 +5,18 @@ import shutil
 import subprocess
 import sys
 
+import evaluate
+import score
+from pairwise.cli import InputError
+from pairwise.data import Split, read_split
+from pairwise.levels import formula, hardened
+
 import harden
 import numpy as np
 import pytest
 from conftest import FLAGS, REPOSITORY, leftovers
 from scipy.integrate import quad
 from scipy.special import expit
-
-import evaluate
-import score
-from pairwise.cli import InputError
-from pairwise.data import Split, read_split
-from pairwise.levels import formula, hardened
 
 LAYOUTS = {"quantile": harden.quantile_layout(4), "equal": harden.equal_layout(4, 2.5)}
 

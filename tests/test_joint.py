@@ -1,6 +1,14 @@
-"""Joint training: the mixture's loss against brute force, the run it makes, one model of K heads and the members split off it."""
+"""Joint training: the mixture's loss against brute force, the run it makes, one model of K heads
+and the members split off it.
+"""
 
 import json
+
+import score
+from pairwise import reward_model as rm
+from pairwise import training
+from pairwise.cli import InputError
+from pairwise.data import Split, read_split
 
 import numpy as np
 import pytest
@@ -9,12 +17,6 @@ import train_joint
 from conftest import FLAGS, FULL, export, fit, fresh, leftovers, manifest, rewards, train
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
-
-import score
-from pairwise import reward_model as rm
-from pairwise import training
-from pairwise.cli import InputError
-from pairwise.data import Split, read_split
 
 KINDS = {"full": FULL, "head": ("--train", "head", "--epochs", "5")}
 
@@ -81,7 +83,9 @@ def test_loss_of_one_head_swap_and_order():
 
 
 def test_finds_two_opposed_viewpoints():
-    """Half of the voters follow a direction, half another: K = 2 heads recover them, which no single reward can."""
+    """Half of the voters follow a direction, half another: K = 2 heads recover them, which no
+    single reward can.
+    """
     rng = np.random.default_rng(0)
     x, w = (
         rng.normal(size=(400, 6)).astype(np.float32),
@@ -105,9 +109,10 @@ def test_finds_two_opposed_viewpoints():
     args = train_joint.parse_args(["--run", "x", "--base", "x", "--k", "2", "--train", "head"])
     weight, logits = torch.nn.Parameter(torch.empty(2, 6)), torch.nn.Parameter(torch.zeros(2))
     train_joint.draw_heads(weight, 0)
-    loss = lambda first, second, target, done: train_joint.mixture_error(
-        first, second, target, logits, 4.0**done
-    )
+
+    def loss(first, second, target, done):
+        return train_joint.mixture_error(first, second, target, logits, 4.0**done)
+
     with open("/dev/null", "w") as log:
         training.train_head(
             args,
@@ -151,7 +156,9 @@ def test_writes_what_the_others_read(run, data, base):
 
 
 def test_one_model_gives_all_rewards(runs, base, tokenizer):
-    """joint/ of a full run is a plain num_labels=3 model, whose outputs in a padded batch are the stored rewards."""
+    """joint/ of a full run is a plain num_labels=3 model, whose outputs in a padded batch are the
+    stored rewards.
+    """
     model, info = AutoModelForSequenceClassification.from_pretrained(
         runs["full"] / "joint", dtype=torch.float32, output_loading_info=True
     )

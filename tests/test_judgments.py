@@ -2,14 +2,14 @@
 
 import json
 
+from pairwise.cli import InputError
+from pairwise.data import read_split
+from pairwise.sampling import remembered_rows
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import fresh, leftovers, script, train
-
-from pairwise.cli import InputError
-from pairwise.data import read_split
-from pairwise.run_dir import remembered_rows
 
 judgments = script("synthetic_judgments")
 

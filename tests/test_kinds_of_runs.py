@@ -1,17 +1,18 @@
-"""Every tool on every kind of run: it works, or says in one line why not, and nothing is changed."""
+"""Every tool on every kind of run: it works, or says in one line why not, and nothing is
+changed."""
 
 import json
 
+import evaluate
+import score
+from pairwise.cli import InputError
+
 import harden
+import prune
 import pytest
 import respond
 import train_joint
 from conftest import FLAGS, HEAD, export, fit, fresh, train
-
-import evaluate
-import fit_weights
-import score
-from pairwise.cli import InputError
 
 
 def arguments(*words):
@@ -51,11 +52,8 @@ def runs(full_run, head_run, data, base, tmp_path_factory):
         )
     for kind, source in (("pruned", "full"), ("pruned hardened", "hardened")):
         made[kind] = there / "deeper" / kind
-        fit_weights.main(
-            fit_weights.parse_args(
-                arguments("--run", made[source], "--prune", 2.5, "--out", made[kind])
-            )
-        )
+        words = arguments("--run", made[source], "--beta", 2.5, "--out", made[kind])
+        prune.main(prune.parse_args(words))
     return made
 
 

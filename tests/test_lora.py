@@ -1,7 +1,17 @@
-"""--train lora: adapters and head are trained, kept in PEFT's format, loaded with the same rewards by us and by PEFT, and merged on export."""
+"""--train lora: adapters and head are trained, kept in PEFT's format, loaded with the same rewards
+by us and by PEFT, and merged on export."""
 
 import io
 import json
+
+import score
+import train_rm
+from pairwise import members, training
+from pairwise import reward_model as rm
+from pairwise.cli import InputError
+from pairwise.data import read_split
+from pairwise.scale import adapter
+from pairwise.scale.offload import recompute_activations
 
 import numpy as np
 import pytest
@@ -25,15 +35,6 @@ from safetensors.torch import load_file, save_file
 from test_offload import killed_after, outputs
 from test_training import Record
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Config
-
-import score
-import train_rm
-from pairwise import reward_model as rm
-from pairwise import training
-from pairwise.cli import InputError
-from pairwise.data import read_split
-from pairwise.scale import adapter
-from pairwise.scale.offload import recompute_activations
 
 
 def arguments(*flags):
@@ -78,7 +79,8 @@ def adapted(base, tokenizer, dtype=torch.float32, seed=1):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_trained(base, tokenizer, sequences, dtype):
-    """Adapters on every linear layer and the head, in float32; a run begins with the base's own rewards, packed."""
+    """Adapters on every linear layer and the head, in float32; a run begins with the base's own
+    rewards, packed."""
     model = adapted(base, tokenizer, dtype)
     names = {name.removeprefix("base_model.model.") for name in adapter.trained(model.model)}
     parts = (
@@ -134,7 +136,8 @@ def test_only_adapters_and_head_change(model, split, sequences):
 def test_gradient_is_that_of_peft_s_own_padded_forward(
     model, base, tokenizer, split, sequences, tmp_path, monkeypatch
 ):
-    """Packed, in several micro-batches, with and without recomputation, against PEFT's model run pair by pair."""
+    """Packed, in several micro-batches, with and without recomputation, against PEFT's model run
+    pair by pair."""
     with torch.no_grad():
         for name, p in adapter.trained(
             model.model
@@ -185,7 +188,11 @@ def test_gradient_is_that_of_peft_s_own_padded_forward(
         assert expected[name].abs().max() > 1e-6, name
         for grads in found:
             torch.testing.assert_close(
-                grads[id(p)], expected[name], atol=2e-6, rtol=0, msg=lambda said: f"{name}: {said}"
+                grads[id(p)],
+                expected[name],
+                atol=2e-6,
+                rtol=0,
+                msg=lambda said, name=name: f"{name}: {said}",
             )
 
 
@@ -276,7 +283,7 @@ def test_peft_and_load_member_give_the_stored_rewards(lora_run, base, tokenizer,
         assert theirs.keys() == stored.keys() and all(
             torch.equal(theirs[name], stored[name]) for name in stored
         )
-        ours = rm.load_member(lora_run, j, base, tokenizer, torch.float32, "cpu")
+        ours = members.load_member(lora_run, j, base, tokenizer, torch.float32, "cpu")
         np.testing.assert_array_equal(
             rm.score_sequences(ours, test_sequences, 1000), rewards(lora_run, j)
         )
@@ -365,7 +372,8 @@ def test_export(lora_run, base, tmp_path, test_sequences, capsys):
 
 
 def test_a_merged_weight_is_the_sum_rounded_once(base, tokenizer, sequences):
-    """In BF16, against float64; rewards of the merged model are as near to the float32 ones as those of the adapters on the BF16 base, about."""
+    """In BF16, against float64; rewards of the merged model are as near to the float32 ones as
+    those of the adapters on the BF16 base, about."""
     models = {dtype: adapted(base, tokenizer, dtype) for dtype in (torch.float32, torch.bfloat16)}
     for model in models.values():
         for name, p in adapter.trained(model.model).items():
@@ -425,7 +433,7 @@ def damaged(lora_run, tmp_path, change):
 )
 def test_a_tensor_that_is_missing_or_wrong(lora_run, base, tokenizer, tmp_path, change, said):
     with pytest.raises(InputError, match=f"member_01/adapter/adapter_model.safetensors: .*{said}"):
-        rm.load_member(
+        members.load_member(
             damaged(lora_run, tmp_path, change), 1, base, tokenizer, torch.float32, "cpu"
         )
 
@@ -446,7 +454,8 @@ def test_files_that_are_missing_or_broken(lora_run, base, tmp_path):
         (directory / name).write_text(content) if content else (directory / name).unlink()
         with pytest.raises(
             InputError,
-            match=r"member_02/adapter/adapter_(model.safetensors: no adapter could be read|config.json: no such file)",
+            match=r"member_02/adapter/adapter_(model.safetensors: no adapter could be read|"
+            r"config.json: no such file)",
         ) as error:
             score.main(asked)
         assert "\n" not in str(error.value) and not (tmp_path / "asked-scores.jsonl").exists()

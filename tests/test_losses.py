@@ -1,20 +1,22 @@
-"""train_rm.py --loss and --margin-from: each loss against scipy and finite differences, margins by hand, and the baselines as a user runs them."""
+"""train_rm.py --loss and --margin-from: each loss against scipy and finite differences, margins by
+hand, and the baselines as a user runs them.
+"""
 
 import json
 from types import SimpleNamespace
+
+import evaluate
+import train_rm
+from pairwise.cli import InputError
+from pairwise.data import JUDGMENTS, read_split
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import FULL, HEAD, fit, fresh, manifest, rewards, train
+from conftest import FULL, HEAD, fit, fresh, manifest, mean_loss, rewards, train
 from scipy.special import expit, log_expit
-
-import evaluate
-import train_rm
-from pairwise.cli import InputError
-from pairwise.data import JUDGMENTS, read_split
 
 ONE_STEP = ("--pairs-per-step", "1000", "--epochs", "1", "--lr", "1e-9", "--weight-decay", "0")
 
@@ -118,7 +120,9 @@ def judged(data, tmp_path_factory):
     ],
 )
 def test_the_loss_that_is_logged(judged, base, tmp_path, capsys, kind, name, flags):
-    """One step too small to change anything: its loss is the mean over the pairs, of the rewards that are stored then."""
+    """One step too small to change anything: its loss is the mean over the pairs, of the rewards
+    that are stored then.
+    """
     run = fresh(judged, tmp_path)
     train(run, base, *kind, *ONE_STEP, "--loss", name, *flags)
     split, r, entry = (
@@ -163,10 +167,8 @@ def test_a_baseline_from_training_to_metrics(judged, base, tmp_path, name, soft,
     monkeypatch.setattr(evaluate.report, "write", lambda *args: None)
     evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "10"]))
     split, r = read_split(run, "train"), rewards(run, 1, "train")
-    losses = [
-        json.loads(line)["loss"] for line in (run / "logs" / "01.jsonl").read_text().splitlines()
-    ]
-    assert np.mean(losses[-2:]) < np.mean(losses[:2])
+    lines = [json.loads(line) for line in (run / "logs" / "01.jsonl").read_text().splitlines()]
+    assert mean_loss(lines[-2:]) < mean_loss(lines[:2])
     votes = (r[split.a] > r[split.b]) + (r[split.a] == r[split.b]) / 2
     counted = split.n >= 2
     assert 0 < counted.sum() < len(counted)  # one vote is trained on, and counts in no error
@@ -244,7 +246,8 @@ def test_refused(data, judged, base, tmp_path, capsys):
     run = fresh(data, tmp_path)
     with pytest.raises(
         InputError,
-        match=r"train.parquet: no column judgments found for --margin-from; extras/synthetic_judgments.py makes it",
+        match=r"train.parquet: no column judgments found for --margin-from; "
+        r"extras/synthetic_judgments.py makes it",
     ):
         train(run, base, *HEAD, "--loss", "margin", "--margin-from", "judgments")
     assert not (run / "logs").exists() and "member_01" not in manifest(run)

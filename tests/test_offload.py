@@ -8,13 +8,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
-from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, manifest, train
-from pytorch_optimizer import SOAP
-from transformers import AutoModelForSequenceClassification, LlamaConfig
-
 import train_rm
 from pairwise import training
 from pairwise.cli import InputError
@@ -27,6 +20,13 @@ from pairwise.scale.offload import (
     recompute_activations,
     state_shapes,
 )
+
+import numpy as np
+import pytest
+import torch
+from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, manifest, train
+from pytorch_optimizer import SOAP
+from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 
 def tiny(dtype, seed=0):
@@ -359,7 +359,7 @@ def dying(owner, name, number):
     setattr(owner, name, counted)
 
 PLACES = {"step": (offload.Offload, "step"), "file": (offload, "save_file"), "random": (checkpoint, "save_file"), "rename": (os, "replace"),
-          "removal": (checkpoint.shutil, "rmtree"), "sync": (os, "fsync"), "member": (train_rm.rm, "save_member"), "end": (run_dir, "end_stage")}
+          "removal": (checkpoint.shutil, "rmtree"), "sync": (os, "fsync"), "member": (train_rm.stages.members, "save_member"), "end": (run_dir, "end_stage")}
 
 def forked(run, *death):
     child = os.fork()

@@ -1,8 +1,16 @@
-"""pairwise/scale/packed.py: one row of tokens gives the rewards and gradients of one sequence at a time; bases that it cannot serve are padded."""
+"""pairwise/scale/packed.py: one row of tokens gives the rewards and gradients of one sequence at a
+time; bases that it cannot serve are padded."""
 
 import copy
 import io
 import json
+
+import train_rm
+from pairwise import members, training
+from pairwise import reward_model as rm
+from pairwise.cli import InputError
+from pairwise.data import read_split
+from pairwise.scale import packed
 
 import numpy as np
 import pytest
@@ -21,13 +29,6 @@ from transformers import (
     Qwen3Config,
     Qwen3NextConfig,
 )
-
-import train_rm
-from pairwise import reward_model as rm
-from pairwise import training
-from pairwise.cli import InputError
-from pairwise.data import read_split
-from pairwise.scale import packed
 
 SHAPE = {
     "vocab_size": 400,
@@ -72,8 +73,14 @@ def build(config):
     return rm.ready(model, "cpu")
 
 
+def padded_rewards(model, ids, mask):
+    """Rewards of padded rows, float32 (n,)."""
+    return model.head(rm.last_hidden(model.model, ids, mask)).squeeze(-1)
+
+
 def alone(model, sequences):
-    """Rewards by transformers' plain path, one sequence at a time: what everything else is compared with."""
+    """Rewards by transformers' plain path, one sequence at a time: what everything else is compared
+    with."""
     out = [
         model.model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[
             0, -1
@@ -95,7 +102,10 @@ def gradient(model, values, weights):
 def mixed():
     """Three prompts of several answers, some alone, some very short, two equal; in no order."""
     rng = np.random.default_rng(0)
-    token = lambda n: rng.integers(1, 400, n).tolist()
+
+    def token(n):
+        return rng.integers(1, 400, n).tolist()
+
     prompts = [token(n) for n in (40, 25, 17)]
     found = [
         prompt + token(n)
@@ -148,13 +158,12 @@ def test_a_system_prompt_in_common_does_not_hide_the_prompts():
 
 def test_lay_out_leaves_each_sequence_a_token_of_its_own(mixed):
     groups = packed.lay_out(mixed)
-    assert sorted(i for _, members in groups for i in members) == list(range(len(mixed)))
-    for shared, members in groups:
+    assert sorted(i for _, group in groups for i in group) == list(range(len(mixed)))
+    for shared, group in groups:
         assert all(
-            mixed[i][:shared] == mixed[members[0]][:shared] and len(mixed[i]) > shared
-            for i in members
+            mixed[i][:shared] == mixed[group[0]][:shared] and len(mixed[i]) > shared for i in group
         )
-        assert (shared >= packed.LEAST_SHARED) == (len(members) > 1)
+        assert (shared >= packed.LEAST_SHARED) == (len(group) > 1)
     assert packed.count_tokens(mixed) < 0.7 * sum(map(len, mixed))
     assert packed.lay_out([[1] * 30] * 3) == [(29, [0, 1, 2])] and packed.lay_out([]) == []
 
@@ -189,7 +198,7 @@ def test_batches_run_at_most_so_many_tokens(mixed, tokens):
 
 def test_many_sequences_with_one_beginning_are_laid_out_in_groups():
     groups = packed.lay_out([[*range(50), i] for i in range(1000)])
-    assert max(len(members) for _, members in groups) == packed.MOST_SHARING and len(groups) == -(
+    assert max(len(group) for _, group in groups) == packed.MOST_SHARING and len(groups) == -(
         -1000 // packed.MOST_SHARING
     )
 
@@ -203,14 +212,14 @@ def test_alone_is_packed_in_any_company(model, mixed):
         expected = alone(model, mixed)
         assert expected.std() > 0.02
         n = len(mixed)
-        for members in [
+        for chosen in [
             list(range(n)),
             *([i] for i in range(n)),
             *([i, (i + 5) % n, (i + 3) % n] for i in range(n)),
         ]:
-            found = rm.rewards_of_batch(model, [mixed[i] for i in members])
+            found = rm.rewards_of_batch(model, [mixed[i] for i in chosen])
             assert found.dtype == torch.float32
-            torch.testing.assert_close(found, expected[members], atol=2e-6, rtol=0)
+            torch.testing.assert_close(found, expected[chosen], atol=2e-6, rtol=0)
     for tokens in (1, 60, 10**6):
         np.testing.assert_allclose(rm.score_sequences(model, mixed, tokens), expected, atol=2e-6)
 
@@ -237,7 +246,7 @@ def test_the_padded_path_still_works_beside_it(model, mixed):
     ids, mask = rm.pad(mixed, 0, "cpu")
     with torch.no_grad():
         torch.testing.assert_close(
-            rm.rewards_of(model, ids, mask), alone(model, mixed), atol=2e-6, rtol=0
+            padded_rewards(model, ids, mask), alone(model, mixed), atol=2e-6, rtol=0
         )
 
 
@@ -271,7 +280,8 @@ def test_sharing_and_the_short_last_layer_change_nothing(mixed, monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama", "mistral, window", "qwen2, window in some layers"])
 def test_one_call_of_a_variable_length_kernel(name, mixed, monkeypatch):
-    """The path of a GPU, with torch's kernel written out as its documentation has it: queries at the end of their keys, a window of (left, 0)."""
+    """The path of a GPU, with torch's kernel written out as its documentation has it: queries at
+    the end of their keys, a window of (left, 0)."""
     seen = []
 
     def written_out(
@@ -315,7 +325,8 @@ def test_one_call_of_a_variable_length_kernel(name, mixed, monkeypatch):
 
 
 def test_continuations_share_their_prompt(tokenizer):
-    """What a member runs to score the continuations of two prompts: each prompt once, and of the answers the rest."""
+    """What a member runs to score the continuations of two prompts: each prompt once, and of the
+    answers the rest."""
     model, seen = build(CONFIGS["llama"]), []
     model.model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: seen.append(inputs[0].numel())
@@ -335,7 +346,8 @@ def test_continuations_share_their_prompt(tokenizer):
 
 
 def test_truncated_differently(tokenizer):
-    """max_length leaves each response another piece of the prompt: little or nothing is shared, and it is right."""
+    """max_length leaves each response another piece of the prompt: little or nothing is shared, and
+    it is right."""
     model = build(CONFIGS["llama"])
     ask = [{"role": "user", "content": "one way is to run twice a week . " * 6}]
     texts = [
@@ -355,7 +367,8 @@ def test_truncated_differently(tokenizer):
 @pytest.mark.parametrize("tokens", [1, 60, 200])
 @pytest.mark.parametrize("packs", [True, False])
 def test_in_several_passes(mixed, tokens, packs):
-    """What is too much for one pass is run in several, each again in the backward pass: the same rewards and gradients."""
+    """What is too much for one pass is run in several, each again in the backward pass: the same
+    rewards and gradients."""
     model, weights = build(CONFIGS["llama"]), torch.linspace(-1, 2, len(mixed))
     expected = gradient(model, rm.rewards_of_batch(model, mixed), weights)
     model.packs = model.packs if packs else None
@@ -374,7 +387,8 @@ def test_checkpointing_of_activations_gives_the_same_gradient(mixed):
     model, weights = build(CONFIGS["llama"]), torch.linspace(-1, 2, len(mixed))
     expected = gradient(model, rm.rewards_of_batch(model, mixed), weights)
     model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.model.train()  # transformers recomputes in training mode only; there is no dropout in this configuration
+    # transformers recomputes in training mode only; there is no dropout in this configuration.
+    model.model.train()
     found = gradient(model, rm.rewards_of_batch(model, mixed), weights)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -387,7 +401,7 @@ def test_bfloat16(mixed):
     with torch.no_grad():
         found, padded = (
             rm.rewards_of_batch(model, mixed),
-            rm.rewards_of(model, *rm.pad(mixed, 0, "cpu")),
+            padded_rewards(model, *rm.pad(mixed, 0, "cpu")),
         )
     assert found.dtype == torch.float32
     assert (found - exact).abs().max() < 1.5 * (padded - exact).abs().max() + 0.005
@@ -489,7 +503,8 @@ def test_longer_than_the_base_has_positions_for(mixed):
 
 @pytest.mark.parametrize("fault", ["leak", "window"])
 def test_a_base_that_comes_out_different_is_padded(fault, monkeypatch, capsys):
-    """Attention that forgets the segments, and a window that the configuration has and the layers do not pass on."""
+    """Attention that forgets the segments, and a window that the configuration has and the layers
+    do not pass on."""
     attention = packed.attention
 
     def leak(*args, segments=None, **kwargs):
@@ -553,7 +568,7 @@ def test_an_encoder_is_trained_scored_and_saved_padded(data, tokenizer, tmp_path
     with torch.no_grad():
         plain = [model.eval()(input_ids=torch.tensor([ids])).logits.item() for ids in sequences]
     np.testing.assert_allclose(rewards(run, 2), plain, atol=1e-5)
-    again = rm.load_member(run, 2, None, tokenizer, torch.float32, "cpu")
+    again = members.load_member(run, 2, None, tokenizer, torch.float32, "cpu")
     np.testing.assert_array_equal(rm.score_sequences(again, sequences, 500), rewards(run, 2))
     with pytest.raises(InputError, match="--train head.*a decoder, expected"):
         rm.features_of(again, sequences, 500)

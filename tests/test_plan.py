@@ -3,6 +3,10 @@
 import json
 import weakref
 
+from pairwise import cli, training
+from pairwise import reward_model as rm
+from pairwise.scale import adapter, budget, offload
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +15,6 @@ from pytorch_optimizer import SOAP
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
-
-from pairwise import cli, training
-from pairwise import reward_model as rm
-from pairwise.scale import adapter, budget, offload
 
 plan = script("plan")
 GIB = 2**30

@@ -2,12 +2,12 @@
 
 import json
 
+from pairwise.cli import InputError
+from pairwise.run_dir import read_continuations
+
 import numpy as np
 import pytest
 from conftest import fresh, rewards, script
-
-from pairwise.cli import InputError
-from pairwise.run_dir import read_continuations
 
 policy_pairs = script("policy_pairs")
 

@@ -7,15 +7,15 @@ import os
 import subprocess
 import sys
 
+from pairwise import figures
+from pairwise.cli import InputError
+from pairwise.data import write_split
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import REPOSITORY, script
 from test_votes import by_texts, save
-
-from pairwise import report
-from pairwise.cli import InputError
-from pairwise.data import write_split
 
 SCRIPTS = {
     name: script(name)
@@ -29,8 +29,8 @@ GONE = object()
 @pytest.fixture(autouse=True)
 def no_figure(monkeypatch):
     """The figure of data preparation takes longer than all the rest; one test looks at it."""
-    monkeypatch.setattr(report, "votes", lambda share: None)
-    monkeypatch.setattr(report, "save", lambda figure, path: None)
+    monkeypatch.setattr(figures, "majority_shares", lambda share: None)
+    monkeypatch.setattr(figures, "save", lambda figure, path: None)
 
 
 def call(name, run, *flags):

@@ -3,9 +3,6 @@
 import itertools
 import math
 
-import numpy as np
-import pytest
-
 from pairwise.ranking import (
     ATTRIBUTES,
     attribute_counts,
@@ -16,6 +13,9 @@ from pairwise.ranking import (
     reward_mixture,
     win_shares,
 )
+
+import numpy as np
+import pytest
 
 
 @pytest.fixture(scope="module")

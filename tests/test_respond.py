@@ -1,4 +1,5 @@
-"""respond.py: who answers in each mode, against brute force; steerable on the demo's viewpoints; one clear line for everything that cannot be asked."""
+"""respond.py: who answers in each mode, against brute force; steerable on the demo's viewpoints;
+one clear line for everything that cannot be asked."""
 
 import io
 import itertools
@@ -6,17 +7,18 @@ import json
 import shutil
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import respond
-from conftest import FLAGS, REPOSITORY, fresh, make_base
-from scipy import integrate, stats
-
 import score
+from pairwise import members, sampling
 from pairwise.cli import InputError
 from pairwise.data import read_split
 from pairwise.ranking import favourites, ranks
 from pairwise.run_dir import read_rewards, read_weights
+
+import numpy as np
+import pytest
+import respond
+from conftest import FLAGS, REPOSITORY, fresh, make_base, with_weights
+from scipy import integrate, stats
 
 FEW = ("--n", "6", "--max-tokens", "8")
 PROMPT = "how can i get fit ?"
@@ -195,7 +197,7 @@ def test_consensus_by_brute_force():
 
 def by_quadrature(alpha, agreed, n):
     likelihood = [
-        2 * integrate.quad(lambda e: (1 - e) ** m * e ** (n - m), 0, 0.5)[0] for m in agreed
+        2 * integrate.quad(lambda e, m=m: (1 - e) ** m * e ** (n - m), 0, 0.5)[0] for m in agreed
     ]
     return np.array(alpha) * likelihood / np.dot(alpha, likelihood)
 
@@ -226,17 +228,17 @@ def test_agreements_by_hand():
     assert respond.agreements(rewards, np.array([0.0, 0.0, 0.0])).tolist() == [1.5, 1.0]
 
 
-def test_draws_follow_the_weights_and_run_no_model(full_run, capsys, monkeypatch):
-    calls = []
+def test_draws_follow_the_weights_and_run_no_model(full_run, tmp_path, capsys, monkeypatch):
+    run, calls = with_weights(full_run, tmp_path, 0.3, 0.7), []
     monkeypatch.setattr(
-        respond,
+        members,
         "rewards_of_run",
-        lambda *args, f=respond.rewards_of_run: calls.append(1) or f(*args),
+        lambda *args, f=members.rewards_of_run: calls.append(1) or f(*args),
     )
     rows = rows_of(
-        capsys, full_run, "--mode", "distributional", "--draws", "10000", "--seed", "3", PROMPT
+        capsys, run, "--mode", "distributional", "--draws", "10000", "--seed", "3", PROMPT
     )
-    expected = read_weights(full_run, 2) * 10000
+    expected = np.array([0.3, 0.7]) * 10000
     assert (
         len(calls) == 1
         and stats.chisquare(np.bincount(rows[0]["draws"], minlength=3)[1:], expected).pvalue > 0.01
@@ -247,7 +249,8 @@ def test_draws_follow_the_weights_and_run_no_model(full_run, capsys, monkeypatch
 def test_one_stream_of_draws_for_all_prompts(full_run, tmp_path, capsys):
     path = tmp_path / "same.txt"
     path.write_text("how ?\n" * 40)
-    rows = rows_of(capsys, full_run, "--mode", "distributional", "--file", str(path))
+    run = with_weights(full_run, tmp_path, 0.3, 0.7)
+    rows = rows_of(capsys, run, "--mode", "distributional", "--file", str(path))
     assert {row["draws"][0] for row in rows} == {1, 2} and all(
         row["candidates"] == rows[0]["candidates"] for row in rows
     )
@@ -285,7 +288,7 @@ def test_order_and_copies_of_candidates_do_not_matter(full_run, tmp_path, capsys
         seen = []
         for order in itertools.islice(itertools.permutations([*texts, texts[0]]), 0, 120, 37):
             monkeypatch.setattr(
-                respond, "sample", lambda *args, order=order: (list(order), [0.0] * 5)
+                sampling, "sample", lambda *args, order=order: (list(order), [0.0] * 5)
             )
             seen.append(rows_of(capsys, full_run, *words, PROMPT))
         assert all(rows == seen[0] for rows in seen) and [
@@ -306,7 +309,8 @@ def steerable():
 
 
 def test_a_viewpoint_of_the_demo_finds_its_member(steerable):
-    """100 trials of 10 comparisons: at least as good on unseen pairs as a member drawn by weight is on average, in 80 of them."""
+    """100 trials of 10 comparisons: at least as good on unseen pairs as a member drawn by weight is
+    on average, in 80 of them."""
     split, alpha = (
         read_split(REPOSITORY / "results/demo", "test"),
         read_weights(REPOSITORY / "results/demo", 4),
@@ -357,7 +361,7 @@ def test_prompts_from_lines_rows_and_stdin(full_run, tmp_path, monkeypatch):
 def test_text_is_wrapped_to_the_terminal(full_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "70")
     monkeypatch.setattr(
-        respond,
+        sampling,
         "sample",
         lambda *args: (["a long answer " * 20, "one\n\ntwo", "red \x1b[31m end"], [0.0] * 3),
     )
@@ -472,8 +476,8 @@ def test_a_base_without_a_head_for_tokens(tokenizer, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(made, num_labels=1).save_pretrained(
         tmp_path / "judge"
     )
-    respond.rm.load_language_model(made, "cpu")
+    sampling.load_language_model(made, "cpu")
     with pytest.raises(
         InputError, match="judge: no causal language model: weights are missing: lm_head.weight"
     ):
-        respond.rm.load_language_model(tmp_path / "judge", "cpu")
+        sampling.load_language_model(tmp_path / "judge", "cpu")

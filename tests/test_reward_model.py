@@ -1,8 +1,13 @@
-"""pairwise/reward_model.py: one encoding, rewards that depend on nothing but the response, checkpoints that load."""
+"""pairwise/reward_model.py: one encoding, rewards that depend on nothing but the response,
+checkpoints that load."""
 
 import copy
 import json
 import shutil
+
+from pairwise import members, provenance
+from pairwise import reward_model as rm
+from pairwise.cli import InputError
 
 import numpy as np
 import pytest
@@ -12,13 +17,18 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pairwise import reward_model as rm
-from pairwise.cli import InputError
-
 ASK = [{"role": "user", "content": "how can i sleep better this week ?"}]
 ANSWER = "one way is to drink no coffee ."
-LOOP = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+LOOP = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
 OPEN = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+
+
+def padded_rewards(model, ids, mask):
+    """Rewards of padded rows, float32 (n,)."""
+    return model.head(rm.last_hidden(model.model, ids, mask)).squeeze(-1)
 
 
 @pytest.fixture
@@ -86,7 +96,8 @@ def test_tokenizer_without_bos(own):
 
 
 def test_text_of_prompt_and_response(tokenizer):
-    """Every turn is there in order, the response ends with the model's end, and a prompt alone is ready to be answered."""
+    """Every turn is there in order, the response ends with the model's end, and a prompt alone is
+    ready to be answered."""
     chat = [{"role": "user", "content": "hey"}, {"role": "assistant", "content": "yes ?"}, *ASK]
     start = f"<|bos|><|user|>hey<|assistant|>yes ?<|eos|><|user|>{ASK[0]['content']}<|assistant|>"
     assert tokenizer.decode(rm.encode(tokenizer, chat)) == start
@@ -242,9 +253,9 @@ def test_what_stands_in_the_padding_does_not_matter(model, tokenizer, mixed):
         torch.nn.functional.pad(mask, (0, 9)),
     )
     with torch.no_grad():
-        clean = rm.rewards_of(model, ids, mask)
-        torch.testing.assert_close(rm.rewards_of(model, garbage, mask), clean, atol=1e-5, rtol=0)
-        torch.testing.assert_close(rm.rewards_of(model, *longer), clean, atol=1e-5, rtol=0)
+        clean = padded_rewards(model, ids, mask)
+        torch.testing.assert_close(padded_rewards(model, garbage, mask), clean, atol=1e-5, rtol=0)
+        torch.testing.assert_close(padded_rewards(model, *longer), clean, atol=1e-5, rtol=0)
 
 
 def test_reward_is_read_at_the_end_of_the_response(model, tokenizer):
@@ -300,17 +311,17 @@ def test_bfloat16_keeps_head_and_rewards_in_float32(base, tokenizer, mixed, tmp_
         p.dtype for p in model.model.base_model.parameters()
     } == {torch.bfloat16}
     ids, mask = rm.pad(mixed, tokenizer.pad_token_id, "cpu")
-    rewards = rm.rewards_of(model, ids, mask)
+    rewards = padded_rewards(model, ids, mask)
     assert rewards.dtype == torch.float32 and not torch.equal(rewards, rewards.bfloat16().float())
-    rm.save_member(model.model, tokenizer, tmp_path / "member_01")
-    loaded = rm.load_member(tmp_path, 1, base, tokenizer, torch.bfloat16, "cpu")
+    members.save_member(model.model, tokenizer, tmp_path / "member_01")
+    loaded = members.KINDS["full"].load(tmp_path, 1, base, tokenizer, torch.bfloat16, "cpu")
     assert loaded.head.weight.dtype == torch.float32
     assert torch.equal(loaded.head.weight, model.head.weight), "rounded on loading"
-    assert torch.equal(rm.rewards_of(loaded, ids, mask), rewards)
+    assert torch.equal(padded_rewards(loaded, ids, mask), rewards)
 
 
 def test_rewards_have_a_gradient(model, tokenizer, mixed):
-    rewards = rm.rewards_of(model, *rm.pad(mixed[:2], tokenizer.pad_token_id, "cpu"))
+    rewards = padded_rewards(model, *rm.pad(mixed[:2], tokenizer.pad_token_id, "cpu"))
     rewards.sum().backward()
     assert (
         model.model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
@@ -365,7 +376,7 @@ def test_a_base_of_another_kind(tokenizer, tmp_path):
 
 
 def test_a_saved_member_is_a_plain_directory(model, tokenizer, mixed, tmp_path):
-    rm.save_member(model.model, tokenizer, tmp_path / "member_01")
+    members.save_member(model.model, tokenizer, tmp_path / "member_01")
     loaded, info = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "member_01", output_loading_info=True
     )
@@ -375,7 +386,7 @@ def test_a_saved_member_is_a_plain_directory(model, tokenizer, mixed, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(
             loaded.eval()(input_ids=ids, attention_mask=mask).logits[:, 0],
-            rm.rewards_of(model, ids, mask),
+            padded_rewards(model, ids, mask),
             atol=1e-6,
             rtol=0,
         )
@@ -388,7 +399,7 @@ def test_a_saved_member_is_a_plain_directory(model, tokenizer, mixed, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_saved_member_says_what_transformers_4_reads(base, tokenizer, tmp_path, dtype):
-    rm.save_member(
+    members.save_member(
         rm.load_base(base, tokenizer, getattr(torch, dtype), "cpu").model, tokenizer, tmp_path / "m"
     )
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -406,7 +417,7 @@ def test_a_saved_member_says_what_transformers_4_reads(base, tokenizer, tmp_path
 def test_scaled_rope_survives_for_transformers_4(tokenizer, tmp_path):
     rope = {"rope_type": "linear", "rope_theta": 7000.0, "factor": 2.0}
     base = make_base(tokenizer, tmp_path / "b", 0, rope_parameters=rope)
-    rm.save_member(
+    members.save_member(
         rm.load_base(base, tokenizer, torch.float32, "cpu").model, tokenizer, tmp_path / "m"
     )
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -421,20 +432,20 @@ def test_scaled_rope_survives_for_transformers_4(tokenizer, tmp_path):
 
 
 def test_a_member_that_lacks_its_head_is_refused(model, base, tokenizer, tmp_path):
-    rm.save_member(model.model, tokenizer, tmp_path / "member_01")
+    members.save_member(model.model, tokenizer, tmp_path / "member_01")
     weights = load_file(tmp_path / "member_01" / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, tmp_path / "member_01" / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"member_01: weights missing.*score\.weight"):
-        rm.load_member(tmp_path, 1, base, tokenizer, torch.float32, "cpu")
+        members.KINDS["full"].load(tmp_path, 1, base, tokenizer, torch.float32, "cpu")
     with pytest.raises(InputError, match="member_02: no such directory"):
-        rm.load_member(tmp_path, 2, base, tokenizer, torch.float32, "cpu")
+        members.KINDS["full"].load(tmp_path, 2, base, tokenizer, torch.float32, "cpu")
 
 
 def test_head_is_saved_and_put_on_the_base_again(model, base, tokenizer, mixed, tmp_path):
-    rm.save_head(model.head.weight, tmp_path / "member_03")
+    members.save_head(model.head.weight, tmp_path / "member_03")
     assert [path.name for path in (tmp_path / "member_03").iterdir()] == ["head.safetensors"]
-    loaded = rm.load_member(tmp_path, 3, base, tokenizer, torch.float32, "cpu")
+    loaded = members.KINDS["head"].load(tmp_path, 3, base, tokenizer, torch.float32, "cpu")
     np.testing.assert_array_equal(
         rm.score_sequences(loaded, mixed, 500), rm.score_sequences(model, mixed, 500)
     )
@@ -442,18 +453,21 @@ def test_head_is_saved_and_put_on_the_base_again(model, base, tokenizer, mixed, 
 
 def test_fingerprint_follows_the_content(base, tokenizer, tmp_path):
     twin = shutil.copytree(base, tmp_path / "twin")
-    assert rm.fingerprint(twin) == rm.fingerprint(base)
+    assert provenance.fingerprint(twin) == provenance.fingerprint(base)
     (twin / "README.md").write_text("said later")
-    assert rm.fingerprint(twin) == rm.fingerprint(base)
+    assert provenance.fingerprint(twin) == provenance.fingerprint(base)
     other = make_base(tokenizer, tmp_path / "other", 1)
-    assert rm.fingerprint(other) != rm.fingerprint(base)
+    assert provenance.fingerprint(other) != provenance.fingerprint(base)
     (twin / "chat_template.jinja").write_text("{{ messages }}")
-    assert rm.fingerprint(twin) != rm.fingerprint(base)
+    assert provenance.fingerprint(twin) != provenance.fingerprint(base)
 
 
 def test_a_template_that_refuses_a_role(tokenizer):
     strict = copy.deepcopy(tokenizer)
-    strict.chat_template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}{{ m.content }}{% endfor %}"
+    strict.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('no system turns') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
     chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "how ?"}]
     with pytest.raises(InputError, match="no system turns. on turns of system, user, assistant"):
         rm.encode(strict, chat, "so")

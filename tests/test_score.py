@@ -1,4 +1,5 @@
-"""score.py: the numbers of training's own scoring for a user's rows, and one clear line for every bad file."""
+"""score.py: the numbers of training's own scoring for a user's rows, and one clear line for every
+bad file."""
 
 import csv
 import json
@@ -6,14 +7,26 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-from conftest import FLAGS, HEAD, REPOSITORY, export, fit, fresh, leftovers, rewards, train
-
 import score
+from pairwise import members
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
+
+import numpy as np
+import pytest
+from conftest import (
+    FLAGS,
+    HEAD,
+    REPOSITORY,
+    export,
+    fit,
+    fresh,
+    leftovers,
+    rewards,
+    train,
+    with_weights,
+)
 
 
 def write(path, rows):
@@ -139,7 +152,7 @@ def test_chat_messages(run, tokenizer, base, tmp_path):
     )
     assert [row["prompt"] for row in rows] == [chat, chat[2:], chat[2]["content"]]
     assert rows[1]["rewards"] == rows[2]["rewards"] != rows[0]["rewards"]
-    model = rm.load_member(run, 2, base, tokenizer, rm.torch.float32, "cpu")
+    model = members.load_member(run, 2, base, tokenizer, rm.torch.float32, "cpu")
     expected = rm.score_sequences(model, [rm.encode(tokenizer, chat, "run twice a week .")], 1000)[
         0
     ]
@@ -147,11 +160,13 @@ def test_chat_messages(run, tokenizer, base, tmp_path):
 
 
 def test_ties_count_one_half(full_run, monkeypatch, tmp_path):
-    """Rewards given by hand: member 1 ties on the first pair, member 2 on the second, both on the third."""
+    """Rewards given by hand: member 1 ties on the first pair, member 2 on the second, both on the
+    third."""
     given = np.array([[1, 1, 0, 5, 5], [0, 2, 0, 3, 3]], np.float32)
-    monkeypatch.setattr(score, "rewards_of_run", lambda *args: given)
+    monkeypatch.setattr(score.members, "rewards_of_run", lambda *args: given)
+    run = with_weights(full_run, tmp_path, 0.3, 0.7)
     rows = scored(
-        full_run,
+        run,
         write(
             tmp_path / "ties.jsonl",
             [
@@ -160,8 +175,7 @@ def test_ties_count_one_half(full_run, monkeypatch, tmp_path):
             ],
         ),
     )
-    first, second = alpha_of(full_run)
-    assert 0 < first < 1 and abs(first - 0.5) > 0.01
+    first, second = alpha_of(run)
     assert rows[0]["rewards"] == [[1, 0], [1, 2], [0, 0]] and rows[1]["rewards"] == [[5, 3], [5, 3]]
     expected = [[0, 1, first / 2], [0, 2, first + second / 2], [1, 2, first + second]]
     assert rows[0]["p_hat"] == [[a, b, pytest.approx(p, abs=1e-12)] for a, b, p in expected]
@@ -284,7 +298,8 @@ def test_truncated_as_in_training(data, base, test_split, tmp_path):
 
 
 def test_bfloat16_run(data, base, test_split, tmp_path):
-    """The stored head is not rounded on its way back: what is scored is what was trained, to the last bit of a batch's shape."""
+    """The stored head is not rounded on its way back: what is scored is what was trained, to the
+    last bit of a batch's shape."""
     run = fresh(data, tmp_path)
     train(run, base, "--dtype", "bfloat16", "--lr", "3e-3")
     fit(run)
@@ -306,7 +321,8 @@ def test_bfloat16_run(data, base, test_split, tmp_path):
 def test_chat_template_must_be_the_run_s(data, base, tokenizer, full_run, tmp_path):
     run = fresh(data, tmp_path)
     (tmp_path / "own.jinja").write_text(
-        "{{ bos_token }}{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{{ eos_token }}"
+        "{{ bos_token }}{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}"
+        "{{ eos_token }}"
     )
     flags = ("--chat-template", str(tmp_path / "own.jinja"))
     train(run, base, *HEAD, "--epochs", "1", *flags)

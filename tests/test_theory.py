@@ -3,13 +3,13 @@
 import itertools
 import math
 
+from pairwise import theory
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import multinomial
-
-from pairwise import theory
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -108,7 +108,7 @@ def test_theorem_3_holds_for_random_ensembles(seed, beta, ties):
         votes[:, rng.integers(votes.shape[1])] = 0.5
     p_hat = alpha @ votes
     epsilon = np.mean((p_hat - p_true) ** 2)
-    kept = theory.kept_members(votes, alpha, beta)
+    kept = theory.remaining_members(votes, alpha, beta)
     removed = alpha[~kept].sum()
     assert kept.any() and removed <= 1 / (beta - 1) + 1e-12
     for rewards in (everything, votes) if not ties else (everything,):
@@ -141,21 +141,26 @@ def test_kept_members_by_hand():
     votes = np.array(
         [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]], float
     )  # p_hat 3/4, 3/4, 1/2, 1/4: distances 7/16, 5/16, 5/16, 9/16
-    assert theory.kept_members(votes, np.full(4, 0.25), 5).tolist() == [
+    assert theory.remaining_members(votes, np.full(4, 0.25), 5).tolist() == [
         True,
         True,
         True,
         False,
     ]  # a weight of 1/4 may go
-    assert theory.kept_members(votes, np.full(4, 0.25), 3).tolist() == [False, True, True, False]
-    assert theory.kept_members(votes, np.full(4, 0.25), 5.1).all()
-    assert theory.kept_members(votes[::-1], np.full(4, 0.25), 3).tolist() == [
+    assert theory.remaining_members(votes, np.full(4, 0.25), 3).tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert theory.remaining_members(votes, np.full(4, 0.25), 5.1).all()
+    assert theory.remaining_members(votes[::-1], np.full(4, 0.25), 3).tolist() == [
         False,
         True,
         True,
         False,
     ]  # a permutation moves with its members
-    assert theory.kept_members(1 - votes, np.full(4, 0.25), 3).tolist() == [
+    assert theory.remaining_members(1 - votes, np.full(4, 0.25), 3).tolist() == [
         False,
         True,
         True,

@@ -1,4 +1,6 @@
-"""train_rm.py: the targets by hand, steps and batches, and what a run directory holds after training, or after being killed."""
+"""train_rm.py: the targets by hand, steps and batches, and what a run directory holds after
+training, or after being killed.
+"""
 
 import io
 import json
@@ -9,6 +11,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+
+import train_rm
+from pairwise import members, training
+from pairwise import reward_model as rm
+from pairwise.cli import InputError
+from pairwise.data import read_split, write_split
 
 import numpy as np
 import pyarrow as pa
@@ -25,17 +33,12 @@ from conftest import (
     leftovers,
     make_base,
     manifest,
+    mean_loss,
     rewards,
     squared,
     train,
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
-import train_rm
-from pairwise import reward_model as rm
-from pairwise import training
-from pairwise.cli import InputError
-from pairwise.data import read_split, write_split
 
 
 def arguments(*flags):
@@ -93,7 +96,9 @@ def test_targets_by_hand():
 
 
 def test_centered_is_the_printed_objective_over_both_orders():
-    """(eps - s)^2 of the pair, plus the same of the pair turned round, is 2 (t - s)^2 up to a constant."""
+    """(eps - s)^2 of the pair, plus the same of the pair turned round, is 2 (t - s)^2 up to a
+    constant.
+    """
     s = np.linspace(0, 1, 101)
     for p, p_hat in ((0.75, 0.2), (0.0, 0.9), (0.5, 0.5)):
         t = train_rm.TARGETS["centered"](p, p_hat, 2)
@@ -104,7 +109,9 @@ def test_centered_is_the_printed_objective_over_both_orders():
 
 
 def test_mixture_is_the_stagewise_objective():
-    """(p - (1 - 1/j) p_hat - s/j)^2, of the mixture that gives the new member the share 1/j, is (t - s)^2 / j^2."""
+    """(p - (1 - 1/j) p_hat - s/j)^2, of the mixture that gives the new member the share 1/j, is (t
+    - s)^2 / j^2.
+    """
     s = np.linspace(0, 1, 101)
     for j, p, p_hat in ((2, 0.75, 0.2), (3, 0.0, 0.9), (8, 1.0, 0.125)):
         t = train_rm.TARGETS["mixture"](p, p_hat, j)
@@ -251,7 +258,9 @@ class Record:
 def test_gradient_is_the_plain_sum_over_pairs(
     model, tokenizer, split, sequences, monkeypatch, tokens, micro_batches
 ):
-    """Each response encoded once, accumulated over micro-batches (of one prompt, several or all), against every pair encoded by itself."""
+    """Each response encoded once, accumulated over micro-batches (of one prompt, several or all),
+    against every pair encoded by itself.
+    """
     monkeypatch.setattr(training, "SOAP", Record)
     seen = []
     monkeypatch.setattr(
@@ -278,9 +287,8 @@ def test_gradient_is_the_plain_sum_over_pairs(
     monkeypatch.undo()
     total = 0.0
     for a, b, t in zip(split.a, split.b, split.p):
-        reward = rm.rewards_of(
-            model, *rm.pad([sequences[a], sequences[b]], tokenizer.pad_token_id, "cpu")
-        )
+        ids, mask = rm.pad([sequences[a], sequences[b]], tokenizer.pad_token_id, "cpu")
+        reward = model.head(rm.last_hidden(model.model, ids, mask))[:, 0]
         error = (t - torch.sigmoid(reward[0] - reward[1])) ** 2 / len(split.a)
         error.backward()
         total += error.item()
@@ -289,9 +297,7 @@ def test_gradient_is_the_plain_sum_over_pairs(
     )
     for name, p in model.model.named_parameters():
         assert p.grad.abs().max() > 1e-6, name
-        torch.testing.assert_close(
-            found[id(p)], p.grad, atol=1e-6, rtol=0, msg=lambda said: f"{name}: {said}"
-        )
+        torch.testing.assert_close(found[id(p)], p.grad, atol=1e-6, rtol=0)
     line = json.loads(log.getvalue())
     assert abs(line["loss"] - total) < 1e-6 and line["pairs"] == 72
     norm = torch.sqrt(sum(p.grad.square().sum() for p in model.model.parameters())).item()
@@ -397,7 +403,9 @@ def test_weight_decay_is_decoupled_and_applied(base, tokenizer, split, sequences
 
 
 def test_bfloat16_trains_float32_masters(base, tokenizer, split, sequences, monkeypatch):
-    """At lr 1e-5 most of the float32 update is in the masters; the model stays BF16 and follows them."""
+    """At lr 1e-5 most of the float32 update is in the masters; the model stays BF16 and follows
+    them.
+    """
     seen = {}
 
     class Spy(training.SOAP):
@@ -575,12 +583,12 @@ def capture(monkeypatch):
     """Stop where training would begin, and keep what it is given."""
     seen = []
 
-    def stop(groups, rewards_at, steps, pairs, args, log, *more):
+    def stop(groups, rewards_at, steps, split, targets, *more):
         order = [
             sorted(int(pair) for micro in step for pair in micro) for (step,) in steps
         ]  # of one process
         (head,) = [p for p in groups[1] if p.shape == (1, 32)]
-        seen.append({"head": head.detach().clone(), "order": order, "target": pairs[2]})
+        seen.append({"head": head.detach().clone(), "order": order, "target": targets[0]})
         raise Stop
 
     monkeypatch.setattr(training, "train", stop)
@@ -632,7 +640,9 @@ def test_same_seed_same_bits_and_other_seed_other_rewards(full_run, data, base, 
 def test_member_two_depends_on_member_one_s_rewards_and_weight_alone(
     full_run, data, base, tmp_path
 ):
-    """Not on K, nor on how member 1 came about: here it never was in this directory, and weights.json goes further than k = 1."""
+    """Not on K, nor on how member 1 came about: here it never was in this directory, and
+    weights.json goes further than k = 1.
+    """
     run = fresh(data, tmp_path)
     (run / "rewards").mkdir()
     shutil.copy(full_run / "rewards" / "01_train.npy", run / "rewards")
@@ -890,9 +900,9 @@ def test_pairs_identical_after_truncation(data, base, tokenizer, split, tmp_path
 # ---- killed
 
 HARNESS = """
-import json, os, signal, sys, time
+import json, os, signal, sys, threading, time
 from pathlib import Path
-import torch, train_rm
+import torch, tqdm, train_rm
 from pairwise import run_dir, training
 
 def main(run):
@@ -903,6 +913,8 @@ def forked(function, *args, after=None):
     '''Run in a child; kill it after so many seconds. Returns the signal that ended it.'''
     child = os.fork()
     if not child:
+        # Forked processes share tqdm's own lock, and one that is killed may hold it.
+        tqdm.tqdm.set_lock(threading.RLock())
         try:
             function(*args)
             os._exit(0)
@@ -979,9 +991,11 @@ Path(sys.argv[2]).write_text(json.dumps(found))
     ],
 )
 def test_killed_and_run_again(full_run, data, base, tmp_path, flags, moments):
-    """SIGKILL, at any moment: the same command ends in the same bits as if nothing had happened, and leaves nothing behind.
+    """SIGKILL, at any moment: the same command ends in the same bits as if nothing had happened,
+    and leaves nothing behind.
 
-    Moments: after a share of the time, before the n-th rename (negative: right after it), in the n-th call of the optimizer.
+    Moments: after a share of the time, before the n-th rename (negative: right after it), in the
+    n-th call of the optimizer.
     """
     runs = {
         name: fresh(data, tmp_path, name.replace(" ", "_")) for name in ("whole", "again", *moments)
@@ -1006,7 +1020,6 @@ def test_killed_and_run_again(full_run, data, base, tmp_path, flags, moments):
     assert all(signal == 9 for name, signal in killed.items() if not name.startswith("after")), (
         killed
     )
-    assert killed["after 0.4" if flags is HEAD else "after 0.3"] == 9
     expected = contents(runs["whole"])
     assert "rewards/01_test.npy" in expected and "rewards/01_continuations.npy" in expected
     for name, run in runs.items():
@@ -1040,12 +1053,16 @@ def test_head_rewards_are_the_head_on_the_base_s_features(head_run, base, tokeni
     for j in (1, 2):
         assert [path.name for path in (run / f"member_{j:02d}").iterdir()] == ["head.safetensors"]
         np.testing.assert_allclose(
-            rewards(run, j), features @ rm.load_head(run / f"member_{j:02d}").numpy()[0], atol=1e-5
+            rewards(run, j),
+            features @ members.load_head(run / f"member_{j:02d}").numpy()[0],
+            atol=1e-5,
         )
 
 
 def test_unit_scale_is_folded_into_the_head(head_run, model, split):
-    """Trained on features divided by their deviation: with a vanishing learning rate the stored head is the drawn one, divided alike."""
+    """Trained on features divided by their deviation: with a vanishing learning rate the stored
+    head is the drawn one, divided alike.
+    """
     features = np.load(head_run.run / "features" / "train.npy")
     drawn = model.head.weight.detach().clone().numpy()
     log = io.StringIO()
@@ -1085,14 +1102,14 @@ def test_head_log(head_run):
         sum(line["pairs"] for line in lines) == 5 * 72
         and max(line["pairs"] for line in lines) == 64
     )
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert mean_loss(lines[-2:]) < mean_loss(lines[:2]), "the last epoch, the first"
 
 
 def test_export(head_run, base, tmp_path, capsys):
     run = fresh(head_run.run, tmp_path)
-    head, before = rm.load_head(run / "member_01"), contents(run)
+    head, before = members.load_head(run / "member_01"), contents(run)
     export(run, base, 1)
-    assert torch.equal(rm.load_head(run / "member_01"), head)
+    assert torch.equal(members.load_head(run / "member_01"), head)
     check_plain_directory(run, 1)
     kept = {
         name: content
@@ -1176,7 +1193,9 @@ def test_logprob_is_that_of_the_sampled_tokens_and_their_end(
     prompt = rm.encode(tokenizer, [{"role": "user", "content": "how can i get fit ?"}])
     start = len(prompt)
     torch.manual_seed(1)
-    texts, logprob = continuations.sample(model, tokenizer, prompt, 45, temperature, top_p, 60)
+    texts, logprob = continuations.sampling.sample(
+        model, tokenizer, prompt, 45, temperature, top_p, 60
+    )
     assert [len(out.sequences) for out in outs] == [20, 20, 5] and len(texts) == len(logprob) == 45
     assert lengths[0] == start - 1 and set(lengths[1:]) == {
         20,
@@ -1215,7 +1234,7 @@ def test_sampled_frequencies_are_the_models(continuations, base, tokenizer):
     torch.manual_seed(0)
     with torch.no_grad():
         p = (model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / 0.5).softmax(-1)
-    texts, logprob = continuations.sample(model, tokenizer, prompt, 1000, 0.5, 1.0, 1)
+    texts, logprob = continuations.sampling.sample(model, tokenizer, prompt, 1000, 0.5, 1.0, 1)
     expected = {}  # several tokens can be the same text
     for token, value in enumerate(p.tolist()):
         text = tokenizer.decode([token], skip_special_tokens=True)
@@ -1250,7 +1269,7 @@ def test_a_kill_while_sampling_loses_at_most_one_prompt(
         f"; {sum(6 - len(set(row['texts'])) for row in rows)} of 18 repeat another"
         in capsys.readouterr().out
     )
-    sample, calls = continuations.sample, []
+    sample, calls = continuations.sampling.sample, []
 
     def killed(*args):
         calls.append(1)
@@ -1258,7 +1277,7 @@ def test_a_kill_while_sampling_loses_at_most_one_prompt(
             raise KeyboardInterrupt
         return sample(*args)
 
-    monkeypatch.setattr(continuations, "sample", killed)
+    monkeypatch.setattr(continuations.sampling, "sample", killed)
     with pytest.raises(KeyboardInterrupt):
         continuations.main(continuations.parse_args(["--run", str(broken), *flags]))
     assert not (broken / "continuations.parquet").exists()

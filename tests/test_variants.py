@@ -11,12 +11,12 @@ import torch
 from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "experiments"))
+from pairwise.cli import InputError
+from pairwise.data import SPLITS, read_split
+
 import plurality
 import populations
 import variants
-
-from pairwise.cli import InputError
-from pairwise.data import SPLITS, read_split
 
 
 @pytest.fixture(scope="module")

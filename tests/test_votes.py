@@ -10,11 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pairwise.cli import InputError
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-from pairwise.cli import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "data_prep" / "votes.py"

@@ -1,25 +1,34 @@
-"""From single comparisons to prompt groups and splits: the steps that all of data_prep/ shares."""
+"""From votes to prompts: what every script of data_prep/ does with its rows.
+
+A script yields a Comparison for each row of its source. `group` collects them by prompt, and
+`add_votes` adds up the votes on the same two responses: p = votes_a / (votes_a + votes_b), as
+pairwise/data.py computes it from the sums. `divide` draws train, valid and test by prompt, so that
+no prompt is in two splits. `oriented_row` draws which response of a pair stands first. `prepare`
+does all of this and writes RUN/data.
+"""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from pairwise import cli, data, figures, run_dir
+from pairwise.prepare import tables
+
 import numpy as np
 
-from pairwise import cli, data, report, run_dir
-
-VOTES = (
-    "sampled",
-    "population",
-    "dependent",
-)  # how the votes of a pair arose; decides the irreducible error
+# How the votes of a pair arose decides what is known of the irreducible error.
+VOTE_KINDS = ("sampled", "population", "dependent")
+# For counts alone, a reading of the paper beside --ties drop and --ties half: a tie is no vote for
+# a side, but its annotator counts in n.
+IN_N = "in n"
 
 
 class Comparison(NamedTuple):
-    """Votes on one pair of responses to one prompt; rows for the same pair, in either order, are added up."""
+    """Votes on two responses to one prompt. Several comparisons of the same two are added up."""
 
     prompt_id: str | None  # None: the prompt itself is the key
     messages: list  # [{role, content}, ..], ending with a user turn
@@ -34,365 +43,298 @@ class Comparison(NamedTuple):
     where: str = ""  # file and row, for error messages
 
 
+@dataclasses.dataclass
+class Pair:
+    """All votes on two responses a and b of a prompt, a being the one that was seen first."""
+
+    p_true: float | None
+    votes_a: float = 0.0
+    votes_b: float = 0.0
+    ties: float = 0.0
+
+    def n(self, ties="drop"):
+        """Return the number of votes; with ties IN_N, 0 where there are only ties."""
+        votes = self.votes_a + self.votes_b
+        return votes + self.ties if ties == IN_N and votes else votes
+
+
+@dataclasses.dataclass
+class Prompt:
+    """A prompt with all its responses and pairs."""
+
+    prompt_id: str
+    messages: list
+    context: str  # the messages as text, by which equal prompts are known
+    categories: dict | None
+    split: str | None  # the source's own split, where it has one
+    responses: dict = dataclasses.field(default_factory=dict)  # {text: index}, first-seen order
+    pairs: dict = dataclasses.field(default_factory=dict)  # {(a, b): Pair}, indices a < b
+
+
 def add_arguments(parser, test_share=0.1, valid_share=0.0):
-    """The flags that every converter has."""
-    parser.add_argument(
-        "--run", required=True, type=Path, help="run directory; the result is RUN/data"
-    )
-    parser.add_argument(
-        "--seed", type=cli.seed, default=0, help="decides the split and which response stands first"
-    )
-    parser.add_argument(
-        "--ties",
-        choices=("drop", "half"),
-        default="drop",
-        help="a tie vote counts for nothing, or half for each side",
-    )
-    parser.add_argument(
-        "--min-votes",
-        type=int,
-        choices=(1, 2),
-        default=2,
-        help="1 keeps train pairs with one vote, for hard-label losses",
-    )
-    parser.add_argument(
-        "--test-share",
-        type=cli.fraction,
-        default=test_share,
-        help="share of the prompts held out, where the data has no split of its own",
-    )
-    parser.add_argument(
-        "--valid-share",
-        type=cli.fraction,
-        default=valid_share,
-        help="share of the train prompts set aside for choices among variants",
-    )
+    """Add the flags that every script of data_prep/ has which writes RUN/data."""
+    add = parser.add_argument
+    add("--run", required=True, type=Path, help="run directory; the result is RUN/data")
+    seed_help = "decides the split and which response stands first"
+    add("--seed", type=cli.seed, default=0, help=seed_help)
+    ties_help = "a tie vote counts for nothing, or half for each side"
+    add("--ties", choices=("drop", "half"), default="drop", help=ties_help)
+    votes_help = "1 keeps train pairs with one vote, for hard-label losses"
+    add("--min-votes", type=int, choices=(1, 2), default=2, help=votes_help)
+    test_help = "share of the prompts held out, where the data has no split of its own"
+    add("--test-share", type=cli.fraction, default=test_share, help=test_help)
+    valid_help = "share of the train prompts set aside for choices among variants"
+    add("--valid-share", type=cli.fraction, default=valid_share, help=valid_help)
+
+
+# ---- from comparisons to prompts
 
 
 def group(comparisons, ties):
-    """Group comparisons by prompt, each response once, each pair once with its votes added up.
+    """Group comparisons by prompt: each response once, each pair once with its votes added up.
 
-    comparisons: Comparison, or a text that says why one was left out before it came to that, to be counted.
-    ties: "half" gives half of every tie vote to each side, anything else leaves them out (`ties` keeps the raw count either way).
-    Returns prompt rows (contract columns and `split`) in first-seen order, and a Counter of what was dropped, by reason.
+    comparisons: an iterable of Comparison, or of texts that say why a row became none. ties: "half"
+    gives half of every tie vote to each side, otherwise ties are only counted. Returns the Prompts
+    in first-seen order, and a Counter of what was dropped, by reason. Raises InputError where rows
+    of one prompt contradict each other.
     """
-    rows, dropped = {}, Counter()
-    for c in comparisons:
-        if isinstance(c, str):
-            dropped[c] += 1
+    prompts, dropped = {}, Counter()
+    for comparison in comparisons:
+        reason = comparison if isinstance(comparison, str) else unusable(comparison)
+        if reason:
+            dropped[reason] += 1
             continue
-        if not all(message["content"].strip() for message in c.messages):
-            dropped["empty prompt"] += 1
-            continue
-        if not c.response_a.strip() or not c.response_b.strip():
-            dropped["empty response"] += 1
-            continue
-        if c.response_a == c.response_b:
-            dropped["identical responses"] += 1
-            continue
-        context = json.dumps(c.messages, ensure_ascii=False, sort_keys=True)
-        row = rows.setdefault(
-            (c.split, c.prompt_id or context),
-            {
-                "prompt_id": c.prompt_id or hashlib.sha256(context.encode()).hexdigest()[:16],
-                "messages": c.messages,
-                "context": context,
-                "responses": {},
-                "pairs": {},
-                "p_true": {},
-                "categories": c.categories,
-                "split": c.split,
-            },
-        )
-        if row["context"] != context:
-            raise cli.InputError(
-                f"{c.where}: prompt_id {c.prompt_id!r} has another prompt than before"
+        context = json.dumps(comparison.messages, ensure_ascii=False, sort_keys=True)
+        key = comparison.split, comparison.prompt_id or context
+        if key not in prompts:
+            prompts[key] = Prompt(
+                prompt_id=comparison.prompt_id or hashlib.sha256(context.encode()).hexdigest()[:16],
+                messages=comparison.messages,
+                context=context,
+                categories=comparison.categories,
+                split=comparison.split,
             )
-        if row["categories"] != c.categories:
+        prompt, where = prompts[key], comparison.where
+        if prompt.context != context:
+            name = f"prompt_id {comparison.prompt_id!r}"
+            raise cli.InputError(f"{where}: {name} has another prompt than before")
+        if prompt.categories != comparison.categories:
             raise cli.InputError(
-                f"{c.where}: categories {c.categories} found, {row['categories']} before for the same prompt"
+                f"{where}: categories {comparison.categories} found, {prompt.categories} before "
+                "for the same prompt"
             )
-        a, b = (
-            row["responses"].setdefault(text, len(row["responses"]))
-            for text in (c.response_a, c.response_b)
-        )
-        half = c.ties / 2 if ties == "half" else 0.0
-        votes, p_true = (c.votes_a + half, c.votes_b + half), c.p_true
-        if a > b:
-            a, b, votes = b, a, votes[::-1]
-            p_true = None if p_true is None else 1 - p_true
-        pair = row["pairs"].setdefault((a, b), [0.0, 0.0, 0.0])
-        pair[0] += votes[0]
-        pair[1] += votes[1]
-        pair[2] += c.ties
-        if (
-            abs((row["p_true"].setdefault((a, b), p_true) or 0) - (p_true or 0)) > 1e-6
-        ):  # float32 files give p and 1 - p
-            raise cli.InputError(
-                f"{c.where}: p_true differs from an earlier row for the same two responses"
-            )
-    return list(rows.values()), dropped
+        add_votes(prompt, comparison, ties)
+    return list(prompts.values()), dropped
 
 
-IN_N = "in n"  # a reading of the paper beside --ties drop and half, for counts alone: a tie is no vote, but one of the n annotators
+def unusable(comparison):
+    """Return why a comparison is left out, or None."""
+    if not all(message["content"].strip() for message in comparison.messages):
+        return "empty prompt"
+    if not comparison.response_a.strip() or not comparison.response_b.strip():
+        return "empty response"
+    if comparison.response_a == comparison.response_b:
+        return "identical responses"
+    return None
 
 
-def count_votes(pair, ties):
-    """n of a pair [votes_a, votes_b, ties]; with ties IN_N, 0 where there are only ties."""
-    voted = pair[0] + pair[1]
-    return voted + pair[2] if ties == IN_N and voted else voted
+def add_votes(prompt, comparison, ties):
+    """Add the votes of a comparison to the prompt's pair of the same two responses.
 
-
-def drop_pairs(rows, least, dropped, ties="drop"):
-    """The rows of `group` without their pairs of fewer than `least` votes, which are counted in `dropped`, and without empty rows."""
-    for row in rows:
-        for pair, votes in list(row["pairs"].items()):
-            if count_votes(votes, ties) < least:
-                dropped["fewer than two votes" if least == 2 else "no vote"] += 1
-                del row["pairs"][pair]
-    return [row for row in rows if row["pairs"]]
-
-
-def finish(row, rng):
-    """One row of `group` in the contract's form.
-
-    Responses without a pair are left out, and which response of a pair stands first is drawn from rng: it carries no information.
+    Raises InputError where p_true is not that of an earlier row of the pair.
     """
-    texts = list(row["responses"])
-    used = sorted({index for pair in row["pairs"] for index in pair})
-    new = {old: index for index, old in enumerate(used)}
-    pairs, p_true = [], []
-    for (a, b), (votes_a, votes_b, ties) in row["pairs"].items():
-        truth = row["p_true"][a, b]
-        if rng.random() < 0.5:
-            a, b, votes_a, votes_b = b, a, votes_b, votes_a
-            truth = None if truth is None else 1 - truth
-        pairs.append(
-            {"a": new[a], "b": new[b], "votes_a": votes_a, "votes_b": votes_b, "ties": ties}
-        )
-        p_true.append(truth)
-    done = {
-        "prompt_id": row["prompt_id"],
-        "messages": row["messages"],
-        "responses": [texts[old] for old in used],
-        "pairs": pairs,
-    }
-    if p_true[0] is not None:
-        done["p_true"] = p_true
-    if row["categories"]:
-        done["categories"] = row["categories"]
-    return done
+    index = prompt.responses
+    a = index.setdefault(comparison.response_a, len(index))
+    b = index.setdefault(comparison.response_b, len(index))
+    half = comparison.ties / 2 if ties == "half" else 0.0
+    votes_a, votes_b = comparison.votes_a + half, comparison.votes_b + half
+    p_true = comparison.p_true
+    if a > b:
+        a, b, votes_a, votes_b, p_true = b, a, votes_b, votes_a, opposite(p_true)
+    pair = prompt.pairs.setdefault((a, b), Pair(p_true))
+    pair.votes_a += votes_a
+    pair.votes_b += votes_b
+    pair.ties += comparison.ties
+    if abs((pair.p_true or 0) - (p_true or 0)) > 1e-6:  # float32 files give p, and 1 - p.
+        message = "p_true differs from an earlier row for the same two responses"
+        raise cli.InputError(f"{comparison.where}: {message}")
 
 
-def split_prompts(rows, test_share, valid_share, rng, dropped):
-    """{split: rows}: the split the rows name where they name one, else `test_share` of the prompts, at least two, for test.
+def opposite(p_true):
+    """Return the population's fraction for b, where p_true is that for a; None stays None."""
+    return None if p_true is None else 1 - p_true
 
-    valid_share of the train prompts become the validation split (at least one, where the share is not zero). Rows with equal messages stay
-    together whatever their ids, so that no text is in two splits; where named splits part them, train loses its pairs, as `dropped` counts.
+
+def drop_pairs(prompts, least, dropped, ties="drop"):
+    """Remove the pairs of fewer than `least` votes, and return the prompts that have one left.
+
+    The pairs are counted in `dropped`.
     """
+    reason = "fewer than two votes" if least == 2 else "no vote"
+    for prompt in prompts:
+        enough = {key: pair for key, pair in prompt.pairs.items() if pair.n(ties) >= least}
+        if removed := len(prompt.pairs) - len(enough):
+            dropped[reason] += removed
+        prompt.pairs = enough
+    return [prompt for prompt in prompts if prompt.pairs]
 
-    def draw(rows, share, least):
-        """(drawn, rest): `share` of the distinct prompts, at least `least`."""
-        contexts = list(dict.fromkeys(row["context"] for row in rows))
-        order = rng.permutation(len(contexts))
-        drawn = {contexts[i] for i in order[: max(least, round(share * len(contexts)))]}
-        return [row for row in rows if row["context"] in drawn], [
-            row for row in rows if row["context"] not in drawn
-        ]
 
-    split, named = {}, {row["split"] for row in rows}
-    if None in named and len(named) > 1:
+# ---- splits
+
+
+def divide(args, name, prompts, dropped, rng, ties="drop"):
+    """Return {split: Prompts with enough votes}, split by prompt, and go on counting in `dropped`.
+
+    Raises InputError where fewer than three prompts, or an empty split, would remain.
+    """
+    prompts = drop_pairs(prompts, args.min_votes, dropped, ties)
+    if not prompts:
+        shortage = f"no pair with {args.min_votes} votes or more found"
+        raise cli.InputError(f"{name}: {shortage}{because(dropped)}")
+    if len(prompts) < 3:
+        shortage = f"{len(prompts)} prompts found, at least three expected"
+        raise cli.InputError(f"{name}: {shortage}{because(dropped)}")
+    splits = split_prompts(prompts, args.test_share, args.valid_share, rng, dropped)
+    for split in splits:
+        if split != "train":  # Evaluation counts pairs with two votes or more only.
+            splits[split] = drop_pairs(splits[split], 2, dropped, ties)
+        count, least = len(splits[split]), 2 if split == "test" else 1
+        if count < least:
+            shortage = f"{count} {split} prompts, at least {least} expected"
+            raise cli.InputError(f"{name}: {shortage}{because(dropped)}")
+    return {split: splits[split] for split in data.SPLITS if split in splits}
+
+
+def split_prompts(prompts, test_share, valid_share, rng, dropped):
+    """Return {split: prompts}: the source's own splits, or else at least two prompts for test.
+
+    valid_share of the train prompts, at least one unless it is zero, become the validation split.
+    Prompts with equal messages stay together whatever their ids, so that no text is in two splits.
+    Where the source's splits part them, train loses its pairs, and `dropped` counts them.
+    """
+    splits, own = {}, {prompt.split for prompt in prompts}
+    if None in own and len(own) > 1:
         raise cli.InputError("rows with and without a split found, all alike expected")
-    if None in named:
-        split["test"], split["train"] = draw(rows, test_share, 2)
+    if None in own:
+        splits["test"], splits["train"] = draw_prompts(prompts, test_share, 2, rng)
     else:
         held_out = set()
         for name in ("test", "valid", "train"):
-            mine = [row for row in rows if row["split"] == name]
-            split[name] = [row for row in mine if row["context"] not in held_out]
-            if again := sum(len(row["pairs"]) for row in mine if row["context"] in held_out):
-                dropped[f"{name} pair of a prompt that is in a held-out split too"] += again
-            held_out |= {row["context"] for row in mine}
-    if valid_share and not split.get("valid"):
-        split["valid"], split["train"] = draw(split["train"], valid_share, 1)
-    return {name: members for name, members in split.items() if members or name != "valid"}
+            named = [prompt for prompt in prompts if prompt.split == name]
+            splits[name] = [prompt for prompt in named if prompt.context not in held_out]
+            repeated = [prompt for prompt in named if prompt.context in held_out]
+            if repeated:
+                reason = f"{name} pair of a prompt that is in a held-out split too"
+                dropped[reason] += sum(len(prompt.pairs) for prompt in repeated)
+            held_out |= {prompt.context for prompt in named}
+    if valid_share and not splits.get("valid"):
+        splits["valid"], splits["train"] = draw_prompts(splits["train"], valid_share, 1, rng)
+    if not splits.get("valid"):
+        splits.pop("valid", None)
+    return splits
+
+
+def draw_prompts(prompts, share, least, rng):
+    """Draw `share` of the distinct prompts, at least `least`, and return (drawn, rest)."""
+    contexts = list(dict.fromkeys(prompt.context for prompt in prompts))
+    order = rng.permutation(len(contexts))
+    chosen = {contexts[i] for i in order[: max(least, round(share * len(contexts)))]}
+    drawn = [prompt for prompt in prompts if prompt.context in chosen]
+    return drawn, [prompt for prompt in prompts if prompt.context not in chosen]
+
+
+def because(dropped):
+    """Return what was dropped so far, as the end of a message; nothing where nothing was."""
+    reasons = "; ".join(f"{count} dropped: {reason}" for reason, count in sorted(dropped.items()))
+    return f" ({reasons})" if reasons else ""
+
+
+def oriented_row(prompt, rng):
+    """Return a prompt as a row of the contract, responses without a pair left out.
+
+    Which response of a pair stands first is drawn from rng: it carries no information.
+    """
+    texts = list(prompt.responses)
+    used = sorted({index for key in prompt.pairs for index in key})
+    new_index = {old: new for new, old in enumerate(used)}
+    pairs, truths = [], []
+    for (a, b), pair in prompt.pairs.items():
+        votes_a, votes_b, p_true = pair.votes_a, pair.votes_b, pair.p_true
+        if rng.random() < 0.5:
+            a, b, votes_a, votes_b, p_true = b, a, votes_b, votes_a, opposite(p_true)
+        votes = {"votes_a": votes_a, "votes_b": votes_b, "ties": pair.ties}
+        pairs.append({"a": new_index[a], "b": new_index[b], **votes})
+        truths.append(p_true)
+    row = {
+        "prompt_id": prompt.prompt_id,
+        "messages": prompt.messages,
+        "responses": [texts[old] for old in used],
+        "pairs": pairs,
+    }
+    if truths[0] is not None:
+        row["p_true"] = truths
+    if prompt.categories:
+        row["categories"] = prompt.categories
+    return row
+
+
+# ---- the stage
 
 
 def prepare(
     args, name, comparisons, votes, inputs, settings, paper=None, readings=None, facts=None
 ):
-    """Turn comparisons into RUN/data: group, split by prompt, orient, write parquet and stats.json.
+    """Turn comparisons into RUN/data, and print and store the counts.
 
-    comparisons: called to get them, only where the stage is not done; votes: how the votes arose (VOTES); inputs: {name: hash}.
-    paper: {column of `table`: the paper's figure}, then a comparison with it is printed and stored, together with the same columns under other
-    readings of the paper, {what differs: (comparisons, ties)}. facts: a dict for stats.json, which comparisons() may still fill.
-    Raises InputError where fewer than three prompts, or an empty split, would remain.
+    comparisons: called to get them, only where the stage is not done; votes: one of VOTE_KINDS;
+    inputs: {name: hash}. paper: {column of tables.paper_columns: figure}, which are put beside ours
+    and beside those under other readings of the paper, {what differs: (comparisons, ties)}. facts:
+    a dict for stats.json, which comparisons() may still fill. Raises InputError as group does, and
+    as divide does.
     """
     run = args.run
-    settings = {
-        "dataset": name,
-        "votes": votes,
-        "seed": args.seed,
-        "ties": args.ties,
-        "min_votes": args.min_votes,
-        "test_share": args.test_share,
-        "valid_share": args.valid_share,
-    } | settings
+    flags = ("seed", "ties", "min_votes", "test_share", "valid_share")
+    flag_values = {flag: getattr(args, flag) for flag in flags}
+    settings = {"dataset": name, "votes": votes} | flag_values | settings
     if run_dir.stage_done(run, "data", settings, inputs, [run / "data"]):
         print(f"data: {run / 'data'} is there, skipped")
         return
     rng = np.random.default_rng([args.seed, 1])
-    rows, dropped = group(comparisons(), args.ties)
-    kept = choose(args, name, rows, dropped, rng)
+    prompts, dropped = group(comparisons(), args.ties)
+    splits = divide(args, name, prompts, dropped, rng)
     stats = settings | {
         "dropped": dict(sorted(dropped.items())),
-        "splits": {split: describe(members) for split, members in kept.items()},
+        "splits": {split: tables.describe(members) for split, members in splits.items()},
     }
-    majority = majority_share([row for members in kept.values() for row in members], args.ties)
-    counts, edges = report.majority_bins(majority)
-    stats["histogram"] = {
-        "majority_share_from": edges[:-1].round(2).tolist(),
-        "pairs": counts.tolist(),
-    }  # figure 4
+    majority = tables.majority_share(tables.in_all(splits), args.ties)
+    counts, edges = figures.majority_bins(majority)
+    bins = edges[:-1].round(2).tolist()
+    stats["histogram"] = {"majority_share_from": bins, "pairs": counts.tolist()}  # figure 4
     if paper:
-        stats["paper"], stats["here"] = paper, table(kept, args.ties)
-        stats["difference"] = {
-            column: stats["here"][column] - figure for column, figure in paper.items()
-        }
-        stats["other_readings"] = {}
-        for reading, (again, ties) in (readings or {}).items():
-            with contextlib.suppress(
-                cli.InputError
-            ):  # too little is left under this reading, or rows that it alone reads are broken: no column
-                others, reasons = group(again(), ties)
-                stats["other_readings"][reading] = table(
-                    choose(
-                        args, name, others, reasons, np.random.default_rng([args.seed, 1]), ties
-                    ),
-                    ties,
-                )
+        here = tables.paper_columns(splits, args.ties)
+        stats |= beside_paper(args, name, paper, here, readings or {})
     stats |= facts or {}
-    kept = {split: [finish(row, rng) for row in members] for split, members in kept.items()}
+    rows = {split: [oriented_row(prompt, rng) for prompt in splits[split]] for split in splits}
     started = run_dir.begin_stage(run, "data", settings, inputs)
     with run_dir.replacing(run / "data") as partial:
         partial.mkdir()
-        for split, members in kept.items():
-            data.write_split(partial / f"{split}.parquet", members)
+        for split in rows:
+            data.write_split(partial / f"{split}.parquet", rows[split])
         run_dir.write_json(partial / "stats.json", stats)
-    report.write_votes(majority, run / "figures" / "data_votes")
+    figures.write_votes(majority, run / "figures" / "data_votes")
     run_dir.end_stage(run, "data", settings, inputs, started)
-    for split, s in stats["splits"].items():
-        print(
-            f"data: {split:5} {s['prompts']:6,} prompts {s['responses']:7,} responses {s['pairs']:8,} pairs   "
-            f"{s['annotators_mean']:.2f} votes a pair, majority {s['majority_mean']:.3f}"
-        )
-    for reason, count in sorted(dropped.items()):
-        print(f"data: {count:,} dropped: {reason}")
-    if len(kept["test"]) < 20:
-        print(
-            f"data: warning: only {len(kept['test'])} test prompts, so the intervals will be wide"
-        )
-    if paper:
-        print(comparison_with_paper(stats))
+    tables.print_counts(stats)
 
 
-def choose(args, name, rows, dropped, rng, ties="drop"):
-    """{split: rows of `group`} with the pairs that have enough votes, split by prompt; `dropped` goes on counting."""
-    rows = drop_pairs(rows, args.min_votes, dropped, ties)
-    if not rows:
-        raise cli.InputError(
-            f"{name}: no pair with {args.min_votes} votes or more found{because(dropped)}"
-        )
-    if len(rows) < 3:
-        raise cli.InputError(
-            f"{name}: {len(rows)} prompts found, at least three expected{because(dropped)}"
-        )
-    kept = split_prompts(rows, args.test_share, args.valid_share, rng, dropped)
-    for split, members in kept.items():
-        if split != "train":
-            kept[split] = members = drop_pairs(
-                members, 2, dropped, ties
-            )  # evaluation counts pairs with two votes or more only
-        least = 2 if split == "test" else 1
-        if len(members) < least:
-            raise cli.InputError(
-                f"{name}: {len(members)} {split} prompts, at least {least} expected{because(dropped)}"
-            )
-    return {split: kept[split] for split in data.SPLITS if split in kept}
-
-
-def because(dropped):
-    """What was dropped so far, as the end of a message; nothing where nothing was."""
-    said = "; ".join(f"{count} dropped: {reason}" for reason, count in sorted(dropped.items()))
-    return f" ({said})" if said else ""
-
-
-# ---- counts
-
-
-def majority_share(rows, ties="drop"):
-    """The larger side's share of n for every pair of the rows of `group`, float64 (pairs,): the paper's p in tables 1 and 2 and in figure 4."""
-    return np.array(
-        [max(pair[:2]) / count_votes(pair, ties) for row in rows for pair in row["pairs"].values()]
-    )
-
-
-def describe(rows, ties="drop"):
-    """Counts of one split's rows of `group`; majority_mean is the paper's average p, mean max(p, 1-p)."""
-    n = np.array([count_votes(pair, ties) for row in rows for pair in row["pairs"].values()])
-    return {
-        "prompts": len(rows),
-        "responses": sum(len({index for pair in row["pairs"] for index in pair}) for row in rows),
-        "pairs": len(n),
-        "annotators_mean": float(n.mean()),
-        "majority_mean": float(majority_share(rows, ties).mean()),
-    }
-
-
-def table(kept, ties):
-    """The columns of the paper's tables 1 and 2. It does not say whether its pairs are those of train alone, so both are given."""
-    every = describe([row for members in kept.values() for row in members], ties)
-    train = describe([row for split in ("train", "valid") for row in kept.get(split, [])], ties)
-    return {
-        "responses": every["responses"],
-        "pairs": every["pairs"],
-        "train_pairs": train["pairs"],
-        "train_prompts": train["prompts"],
-        "test_prompts": len(kept["test"]),
-        "annotators_mean": every["annotators_mean"],
-        "majority_mean": every["majority_mean"],
-    }
-
-
-def comparison_with_paper(stats):
-    """The paper's figures beside ours, as text."""
-    columns = {
-        "paper": stats["paper"],
-        "here": stats["here"],
-        "difference": stats["difference"],
-        **stats["other_readings"],
-    }
-    names = {
-        "responses": "responses",
-        "pairs": "pairs, train and test",
-        "train_pairs": "pairs, train",
-        "train_prompts": "prompts, train",
-        "test_prompts": "prompts, test",
-        "annotators_mean": "votes a pair",
-        "majority_mean": "majority share",
-    }
-    lines = [" " * 22 + "".join(f"  {column:>10}" for column in columns)]
-    for key, words in names.items():
-        line = f"{words:22}"
-        for column, values in columns.items():
-            form = ("+" if column == "difference" else "") + (
-                ",.3f" if key.endswith("mean") else ","
-            )
-            line += (
-                f"  {format(values[key], form) if key in values else '-':>{max(10, len(column))}}"
-            )
-        lines.append(line)
-    return "\n".join(
-        f"data: {line}"
-        for line in [f"{stats['dataset']} beside tables 1 and 2 of the paper", *lines]
-    )
+def beside_paper(args, name, paper, here, readings):
+    """Return the paper's figures, ours, their difference, and ours under other readings."""
+    other = {}
+    for reading, (comparisons, ties) in readings.items():
+        # A reading that leaves too little, or that alone reads broken rows, has no column.
+        with contextlib.suppress(cli.InputError):
+            rng = np.random.default_rng([args.seed, 1])
+            prompts, dropped = group(comparisons(), ties)
+            splits = divide(args, name, prompts, dropped, rng, ties)
+            other[reading] = tables.paper_columns(splits, ties)
+    difference = {column: here[column] - figure for column, figure in paper.items()}
+    return {"paper": paper, "here": here, "difference": difference, "other_readings": other}

@@ -1,24 +1,25 @@
-"""Published data sets: their rows, from the hub or from a local copy by the same code, to prompt groups and a comparison with the paper.
+"""Published data sets: their rows, from the hub or from a local copy, by the same code.
 
-`datasets` finds and downloads the files of a data set on the hub; rows.py reads them, as it reads a local copy. No script of a repository is
-ever run, and no type is guessed or changed on the way: what is not in the expected form is an error that names file and row.
+`datasets` finds and downloads the files of a data set on the hub; pairwise/rows.py reads them, as
+it reads a local copy. No script of a repository is ever run, and no type is guessed or changed on
+the way: what is not in the expected form is an error that names file and row.
 """
 
+import argparse
 import hashlib
 import json
 import logging
-from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from pairwise import cli, rows, run_dir
+from pairwise.prepare import prompts
+
 from tqdm import tqdm
 
-from pairwise import cli, run_dir
-from pairwise.prepare.prompts import add_arguments, prepare
-from pairwise.rows import READERS, read_rows
-
 THEIR_SPLITS = ("train", "validation", "test")  # as the files of a published data set name them
+ENDINGS = ".parquet, .json or .jsonl"
 
 
 class Published(NamedTuple):
@@ -33,24 +34,27 @@ class Published(NamedTuple):
 
 
 def parser(doc):
-    """A Parser with the flags that every published data set has."""
-    made = cli.Parser(doc)
-    add_source_arguments(made)
-    add_arguments(made)
-    return made
+    """Return a Parser with the flags that every published data set has."""
+    flags = cli.Parser(doc)
+    add_source_arguments(flags)
+    prompts.add_arguments(flags)
+    return flags
 
 
-def add_source_arguments(made):
-    made.add_argument(
+def add_source_arguments(flags):
+    """Add --source and --revision to a parser."""
+    flags.add_argument(
         "--source",
         type=Path,
         metavar="PATH",
         help="a local copy instead of the hub: a .parquet, .json or .jsonl file, also .gz, or a "
-        "directory, of which the files (or folders) named train*, validation* and test* are the splits",
+        "directory, of which the files (or folders) named train*, validation* and test* are the "
+        "splits",
     )
-    made.add_argument(
+    flags.add_argument(
         "--revision",
-        help="commit, branch or tag on the hub (default: the newest; the commit that was read is recorded)",
+        help="commit, branch or tag on the hub (default: the newest; the commit that was read is "
+        "recorded)",
     )
 
 
@@ -58,90 +62,98 @@ def add_source_arguments(made):
 
 
 def local_files(path):
-    """{split: [Path, ..]} of a directory; {None: [path]} of a file."""
+    """Return {their split: [Path, ..]} of a directory; {None: [path]} of a file."""
     if not path.is_dir():
         return {None: [path]}
-    found = {}
+    files = {}
     for file in sorted(path.rglob("*")):
-        parts = file.relative_to(path).parts
-        if file.is_file() and readable(file) and not any(part.startswith(".") for part in parts):
-            for split in (
-                split
-                for part in reversed(parts)
-                for split in THEIR_SPLITS
-                if part.lower().startswith(split)
-            ):
-                found.setdefault(split, []).append(file)
-                break
-    for split, files in found.items():
-        twice = [
-            name
-            for name, count in Counter(
-                file.parent / file.name.split(".")[0] for file in files
-            ).items()
-            if count > 1
-        ]
-        if twice:
-            raise cli.InputError(
-                f"{twice[0]}.*: one file expected, found in several forms, of which each would count"
-            )
-    if not found:
+        split = split_by_name(file.relative_to(path))
+        if split and file.is_file() and readable(file):
+            files.setdefault(split, []).append(file)
+    for split in files:
+        stems = Counter(file.parent / file.name.split(".")[0] for file in files[split])
+        for stem, count in stems.items():
+            if count > 1:
+                several = "found in several forms, of which each would count"
+                raise cli.InputError(f"{stem}.*: one file expected, {several}")
+    if not files:
         raise cli.InputError(
-            f"{path}: no file named train*, validation* or test* found, with an ending .parquet, .json or .jsonl, also .gz"
+            f"{path}: no file named train*, validation* or test* found, "
+            f"with an ending {ENDINGS}, also .gz"
         )
-    return found
+    return files
+
+
+def split_by_name(file):
+    """Return the split that a file, or else its innermost folder that does, names; or None.
+
+    file is relative to the source. Files and folders with a dot before their names are hidden.
+    """
+    if any(name.startswith(".") for name in file.parts):
+        return None
+    for name in reversed(file.parts):
+        for split in THEIR_SPLITS:
+            if name.lower().startswith(split):
+                return split
+    return None
 
 
 def readable(file):
+    """Tell whether a file has an ending that a published data set may have."""
     ending = (Path(file.stem) if file.suffix.lower() == ".gz" else file).suffix.lower()
-    return ending in READERS and ending != ".csv"
+    return ending in rows.READERS and ending != ".csv"
 
 
-def hub_files(data, revision, flag):
-    """({split: [Path, ..]}, commit) of a data set on the hub, downloaded into the hub's cache.
+def hub_files(dataset, revision, flag):
+    """Return ({their split: [Path, ..]}, commit) of a data set, downloaded into the hub's cache.
 
-    Raises InputError where the hub cannot be read, with what to download by hand and the command to run then.
+    flag: the script's flag for a local copy. Raises InputError where the hub cannot be read, with
+    what to download by hand and the command to run then.
     """
-    import datasets  # seconds: only where it is needed
+    import datasets  # These two take seconds, so they are imported only where they are needed.
     import huggingface_hub
 
     for library in (datasets, huggingface_hub):
         library.utils.logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of many attempts
-    options = data.options | ({"revision": revision} if revision else {})
-    print(f"data: asking the hub for {data.hub}")
+    # It would print a line for each of many attempts.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    options = dataset.options | ({"revision": revision} if revision else {})
+    print(f"data: asking the hub for {dataset.hub}")
     try:
-        found = datasets.load_dataset_builder(data.hub, **options).config.data_files
-        files = datasets.DownloadManager().download(
-            {split: list(urls) for split, urls in found.items()}
-        )
-    except Exception as error:  # of half a dozen libraries, down to the socket's
+        urls = datasets.load_dataset_builder(dataset.hub, **options).config.data_files
+        urls = {str(split): list(urls[split]) for split in urls}
+        files = datasets.DownloadManager().download(urls)
+    except Exception as error:  # It may come from half a dozen libraries, down to the socket's.
+        reason = f"{type(error).__name__}: {cli.first_line(error).rstrip('.')}"
         raise cli.InputError(
-            f"{data.hub} could not be read from the hub ({type(error).__name__}: {cli.first_line(error).rstrip('.')}); download {data.files} from "
-            f"https://huggingface.co/datasets/{data.hub} and run: {run_dir.command_with(flag, 'PATH')}"
+            f"{dataset.hub} could not be read from the hub ({reason}); download {dataset.files} "
+            f"from https://huggingface.co/datasets/{dataset.hub} and run: "
+            f"{run_dir.command_with(flag, 'PATH')}"
         ) from None
-    commits = {url.split("@", 1)[1].split("/", 1)[0] for urls in found.values() for url in urls}
-    return {
-        str(split): [Path(file) for file in paths] for split, paths in files.items()
-    }, ", ".join(sorted(commits))
+    commits = {url.split("@", 1)[1].split("/", 1)[0] for split in urls for url in urls[split]}
+    paths = {split: [Path(file) for file in files[split]] for split in files}
+    return paths, ", ".join(sorted(commits))
 
 
 def read(files, fields):
-    """(split, where, row) of every row of {split: [Path, ..]}."""
+    """Yield (their split, where, row) of every row of {their split: [Path, ..]}."""
     names = Counter(path.name for paths in files.values() for path in paths)
     for split, paths in files.items():
         for path in paths:
             if path.is_file() and not readable(path):
-                raise cli.InputError(
-                    f"{path}: a file that ends in .parquet, .json or .jsonl, also with .gz, expected"
-                )
+                expected = f"a file that ends in {ENDINGS}, also with .gz, expected"
+                raise cli.InputError(f"{path}: {expected}")
             name = path.name if names[path.name] == 1 else f"{path.parent.name}/{path.name}"
-            for where, row in read_rows(path, dict.fromkeys(fields, "text"), name):
+            for where, row in rows.read_rows(path, dict.fromkeys(fields, "text"), name):
                 yield split, where, row
 
 
 def our_splits(files):
-    """{their split: ours}. Validation is the test split where there is no other; one split alone, or a file, is divided by us (None)."""
+    """Return {their split: ours}.
+
+    Validation is our test split where they have no other. One split alone, or a file, is divided by
+    prompts.py: None.
+    """
     if set(files) <= {None, "train"}:
         return dict.fromkeys(files)
     if "train" not in files:
@@ -153,7 +165,7 @@ def our_splits(files):
 
 
 def hash_source(path, files):
-    """One hash of all files of a local copy: of a file its bytes, of a directory its files' names and bytes."""
+    """Return one hash of all files of a local copy, by their names and bytes."""
     try:
         hashes = {
             str(file.relative_to(path)): run_dir.hash_file(file)
@@ -166,79 +178,85 @@ def hash_source(path, files):
 
 
 class Source:
-    """The rows of a data set: the files are looked for once, when rows are first wanted, and can then be read again and again."""
+    """The rows of a data set. Its files are found when rows are first wanted, and read each time.
 
-    def __init__(self, args, data, flag="--source"):
+    inputs: {name: hash} for the manifest; facts: a dict for stats.json, filled by reading.
+    """
+
+    def __init__(self, args, dataset, flag="--source"):
         if args.source and args.revision:
-            raise cli.InputError(
-                f"--revision {args.revision}: a revision is the hub's, and {flag} is given"
-            )
-        self.args, self.data, self.flag = args, data, flag
-        self.files = local_files(args.source) if args.source else None
-        self.inputs = {
-            "source": hash_source(args.source, self.files)
-            if args.source
-            else f"{data.hub}@{args.revision or 'newest'}"
-        }
-        self.facts = {"hub": data.hub, "commit": None, "rows": {}}  # for stats.json
+            hubs = "a revision is the hub's"
+            raise cli.InputError(f"--revision {args.revision}: {hubs}, and {flag} is given")
+        self.args, self.dataset, self.flag = args, dataset, flag
+        self.facts = {"hub": dataset.hub, "commit": None, "rows": {}}
+        if args.source:
+            self.files = local_files(args.source)
+            self.inputs = {"source": hash_source(args.source, self.files)}
+        else:
+            self.files = None
+            self.inputs = {"source": f"{dataset.hub}@{args.revision or 'newest'}"}
 
     def rows(self):
-        """(our split, where, row) in the order of the files. A number of rows that is not the published one is a warning."""
+        """Yield (our split, where, row) in the order of the files.
+
+        A number of rows that is not the published one is a warning, the first time.
+        """
+        revision, expected = self.args.revision, sum(self.dataset.rows.values())
         if self.files is None:
-            self.files, self.facts["commit"] = hub_files(self.data, self.args.revision, self.flag)
-        names, counts = our_splits(self.files), dict.fromkeys(self.files, 0)
-        for split, where, row in tqdm(
-            read(self.files, self.data.fields),
-            "data",
-            sum(self.data.rows.values()),
-            leave=False,
-            unit="row",
-            mininterval=1,
-            disable=None,
-        ):  # none where stderr is a file
+            self.files, self.facts["commit"] = hub_files(self.dataset, revision, self.flag)
+        ours, counts = our_splits(self.files), dict.fromkeys(self.files, 0)
+        source_rows = read(self.files, self.dataset.fields)
+        bar = {"leave": False, "unit": "row", "mininterval": 1}
+        # disable=None: no bar where stderr is a file.
+        for split, where, row in tqdm(source_rows, "data", expected, disable=None, **bar):
             counts[split] += 1
-            yield names[split], where, row
+            yield ours[split], where, row
         if not any(counts.values()):
-            raise cli.InputError(f"{self.args.source or self.data.hub}: no row found")
+            raise cli.InputError(f"{self.args.source or self.dataset.hub}: no row found")
         if not self.facts["rows"]:
             self.facts["rows"] = {split or "all": count for split, count in counts.items()}
-            published = (
-                self.data.rows if None not in counts else {None: sum(self.data.rows.values())}
-            )
-            for split in counts | published:
-                if counts.get(split, 0) != published.get(split, 0):
-                    print(
-                        f"data: warning: {counts.get(split, 0):,} rows found{f' in {split}' if split else ''}, {published.get(split, 0):,} published"
-                    )
+            warn_of_rows(counts, {None: expected} if None in counts else self.dataset.rows)
 
 
-def prepare_published(args, data, comparisons, votes, paper, choices):
+def warn_of_rows(counts, published):
+    """Print a warning for each split whose number of rows is not the published one."""
+    for split in counts | published:
+        count, expected = counts.get(split, 0), published.get(split, 0)
+        if count != expected:
+            in_split = f" in {split}" if split else ""
+            print(f"data: warning: {count:,} rows found{in_split}, {expected:,} published")
+
+
+def prepare_published(args, dataset, comparisons, votes, paper, choices):
     """Read a published data set and turn it into RUN/data (pairwise/prepare/prompts.py).
 
-    comparisons(rows, args): of (our split, where, row), the Comparison or the reason why there is none; votes: how they arose.
-    paper: its figures; choices: {flag: every value}, what the paper leaves open: ours is recorded, and the figures under every other value
-    stand beside the paper's too.
+    comparisons(source_rows, args) turns (our split, where, row) into Comparisons, or into the
+    reasons why there is none; votes: how they arose. paper: its figures. choices: {flag: every
+    value} of what the paper leaves open: ours is recorded, and the figures under every other value
+    are put beside the paper's too.
     """
-    source = Source(args, data)
+    source = Source(args, dataset)
 
-    def reading(**changed):
-        return lambda: comparisons(source.rows(), Namespace(**(vars(args) | changed)))
+    def reading(**changes):
+        changed_args = argparse.Namespace(**(vars(args) | changes))
+        return lambda: comparisons(source.rows(), changed_args)
 
-    readings = {
-        f"--{flag} {value}": (reading(**{flag: value}), value if flag == "ties" else args.ties)
-        for flag, values in choices.items()
-        for value in values
-        if value != getattr(args, flag)
-    }
+    readings = {}
+    for flag, values in choices.items():
+        for value in values:
+            if value != getattr(args, flag):
+                ties = value if flag == "ties" else args.ties
+                readings[f"--{flag} {value}"] = reading(**{flag: value}), ties
     settings = {flag: getattr(args, flag) for flag in choices}
-    prepare(
+    facts = {"source": source.facts}
+    prompts.prepare(
         args,
-        data.name,
+        dataset.name,
         reading(),
         votes,
         source.inputs,
         settings,
-        paper,
-        readings,
-        {"source": source.facts},
+        paper=paper,
+        readings=readings,
+        facts=facts,
     )

@@ -7,11 +7,11 @@ takes two seconds, for which other kinds of training need not wait.
 
 import copy
 
+from pairwise import cli, run_dir
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-
-from pairwise import cli, run_dir
 
 
 def add(model, rank, alpha):

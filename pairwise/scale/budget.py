@@ -6,9 +6,9 @@ those of activations and of temporary tensors are estimates, for dense decoders 
 
 import math
 
-import torch
-
 from pairwise.scale import offload
+
+import torch
 
 # Bytes of the card that are set aside for what is not counted here: fragmentation, workspaces of
 # kernels, gradients on their way to float32.

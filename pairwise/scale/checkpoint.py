@@ -12,11 +12,11 @@ import os
 import shutil
 import time
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from pairwise import cli, run_dir
 from pairwise.scale import parallel
+
+import torch
+from safetensors.torch import load_file, save_file
 
 
 class Checkpoints:

@@ -16,14 +16,14 @@ import math
 import os
 import re
 
+from pairwise import cli
+from pairwise.scale import parallel
+
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.modeling_layers import GradientCheckpointingLayer
-
-from pairwise import cli
-from pairwise.scale import parallel
 
 MAX_PRECONDITION_DIM = 4096  # This is the default of full training.
 PAGED = {"paged": True}  # This stands for the state of a parameter whose turn it is not.

@@ -9,10 +9,10 @@ import functools
 import os
 import sys
 
+from pairwise import cli
+
 import torch
 import torch.distributed as dist
-
-from pairwise import cli
 
 
 def count():

@@ -1,0 +1,323 @@
+"""Several settings side by side on one test split, with paired intervals of their differences.
+
+    python extras/compare.py runs/a runs/b --out /tmp/ab
+    python extras/compare.py runs/a1,runs/a2 runs/b1,runs/b2 --out /tmp/ab     (two seeds each)
+
+A space separates settings; a comma joins the runs of one setting, whose errors are averaged. Writes
+compare.json, compare.html and figures/compare.png, .pdf into --out. Runs whose test data differ are
+refused. CPU only, without torch.
+"""
+
+import itertools
+import os
+from pathlib import Path
+
+from pairwise import cli, data, figures, metrics, report, run_dir
+
+import matplotlib
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+# The reference lines that all settings share, and how the figure draws them.
+LINES = [line for line in report.REFERENCES if line[1] != "soft_single"]
+LINE_STYLES = {
+    "floor_single": {"color": figures.ORANGE, "lw": 1},
+    "coin_flip": {"color": figures.GREEN, "lw": 1, "ls": (0, (6, 2))},
+    "irreducible": {"color": figures.GREY, "lw": 1, "ls": (0, (1, 1.5))},
+}
+COLOURS = figures.INK, figures.BLUE, "#CC79A7", "#8a6d00", "#56B4E9", "#5e3c99", figures.GREY
+MARKERS = "os^Dvp*X"
+DASHES = "-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2))
+DRAWN = 15  # differences in the figure, at most
+
+
+# ---- the settings and their errors
+
+
+def named_settings(words):
+    """[(name, [run directories])] of words RUN or RUN,RUN,..
+
+    The name of a setting is what the names of its directories have in common at the beginning, else
+    all of them, with as many of the directories above as make the settings distinct. Raises
+    InputError where a run is given twice.
+    """
+    settings = [
+        [Path(word)] if Path(word).is_dir() else [Path(run) for run in word.split(",")]
+        for word in words
+    ]
+    paths = [[run.resolve() for run in runs] for runs in settings]
+    every = list(itertools.chain(*paths))
+    for run in every:
+        if every.count(run) > 1:
+            raise cli.InputError(f"{run} is given twice")
+    for depth in itertools.count(1):
+        names = [["/".join(run.parts[-depth:]) for run in runs] for runs in paths]
+        for short in ([common_start(runs) for runs in names], ["+".join(runs) for runs in names]):
+            if len(set(short)) == len(short):
+                return list(zip(short, settings))
+
+
+def common_start(names):
+    """What the names have in common at the beginning; the first name where that is nothing."""
+    if len(names) == 1:
+        return names[0]
+    return os.path.commonprefix(names).rstrip("/-_.") or names[0]
+
+
+def test_errors(run):
+    """(pairs (P,), {k: {name of metrics.ERRORS: squared errors (P,)}}, {reference line: (P,) or
+    None}) of a run's test split: sums over each prompt's pairs."""
+    stats = data.read_stats(run)
+    split = data.counted_pairs(data.read_split(run, "test"))
+    if split is None:
+        raise cli.InputError(f"{run / 'data' / 'test.parquet'}: no pair of at least two votes")
+    prefixes = metrics.read_prefixes(run)
+    shape = (int(split.response_start[-1]),)
+    rewards = run_dir.read_rewards(run, "test", run_dir.count_members(run), shape)
+    sums, _, forms, lines = metrics.measure(split, rewards, stats, metrics.trained_on_p(run))
+    errors = {}
+    for prefix in prefixes:
+        alpha = np.array(prefix["alpha"])
+        errors[len(alpha)] = {
+            name: metrics.not_negative(name, metrics.error_of(form, alpha))
+            for name, form in forms.items()
+        }
+    for name, terms in lines.items():
+        lines[name] = None if terms is None else metrics.by_prompt(split, terms)
+    return sums["pairs"].astype(np.float64), errors, lines
+
+
+def setting_errors(measured):
+    """(errors by name, each run with all its members; Brier errors by k, for the k that all runs
+    have): the means (P,) of one setting's runs, None where a run has no such figure."""
+
+    def mean(arrays):
+        return None if any(array is None for array in arrays) else np.mean(arrays, 0)
+
+    whole = [errors[max(errors)] for _, errors, _ in measured]
+    by_name = {name: mean([errors.get(name) for errors in whole]) for name in metrics.ERRORS}
+    by_name["soft_single"] = mean([lines["soft_single"] for _, _, lines in measured])
+    sizes = sorted(set.intersection(*(set(errors) for _, errors, _ in measured)))
+    return by_name, {k: mean([errors[k]["brier"] for _, errors, _ in measured]) for k in sizes}
+
+
+def compare(settings, resamples, seed):
+    """compare.json as a dictionary; settings: of `named_settings`."""
+    measured = [[test_errors(run) for run in runs] for _, runs in settings]
+    first = settings[0][1][0]
+    for run in itertools.chain(*(runs for _, runs in settings)):
+        data.must_share_test_data(first, run)
+    pairs, _, lines = measured[0][0]
+    stats = data.read_stats(first)
+    names = "floor_single", "coin_flip", "irreducible", "floor_true", "coin_true"
+    result = {
+        "dataset": stats["dataset"],
+        "votes": stats["votes"],
+        "prompts": len(pairs),
+        "pairs": int(pairs.sum()),
+        "resamples": resamples,
+        "seed": seed,
+        "lines": {name: metrics.Ratio(lines[name], pairs) for name in names},
+        "settings": [],
+        "differences": [],
+    }
+    means = [setting_errors(runs) for runs in measured]
+    for (name, runs), of_runs, (by_name, by_k) in zip(settings, measured, means):
+        whole = [errors[max(errors)]["brier"] for _, errors, _ in of_runs]
+        result["settings"].append(
+            {
+                "name": name,
+                "runs": [str(run) for run in runs],
+                "k": [max(errors) for _, errors, _ in of_runs],
+                "brier_of_runs": [float(errors.sum() / pairs.sum()) for errors in whole],
+            }
+            | {name: metrics.Ratio(errors, pairs) for name, errors in by_name.items()}
+            | {"ensemble": [{"k": k, "brier": metrics.Ratio(by_k[k], pairs)} for k in by_k]}
+        )
+    for i, j in itertools.combinations(range(len(settings)), 2):
+        (one, one_by_k), (other, other_by_k) = means[i], means[j]
+        entry = {"a": settings[i][0], "b": settings[j][0]}
+        for name in ("brier", "brier_soft", "true_error"):
+            known = one[name] is not None and other[name] is not None
+            entry[name] = metrics.Ratio(one[name] - other[name] if known else None, pairs)
+        entry["by_k"] = [
+            {"k": k, "brier": metrics.Ratio(one_by_k[k] - other_by_k[k], pairs)}
+            for k in one_by_k
+            if k in other_by_k
+        ]
+        result["differences"].append(entry)
+    return metrics.estimate(result, resamples, seed)
+
+
+# ---- the table, the figure and the page
+
+
+def sizes(setting):
+    """The k of a setting's runs, once where they agree."""
+    return ", ".join(map(str, dict.fromkeys(setting["k"])))
+
+
+def verdict(difference):
+    """Which side is lower, where the interval of a difference says so."""
+    low, high = difference["brier_ci"]
+    if low <= 0 <= high:
+        return ""
+    return "A lower" if difference["brier"] < 0 else "B lower"
+
+
+def table(result):
+    """The comparison in plain text."""
+    cells = report.cells
+    lines = [
+        f"{result['dataset']}, test split: {result['prompts']} prompts, {result['pairs']} pairs. "
+        "All errors: lower is better.",
+        "",
+    ]
+    width = max(7, *(len(setting["name"]) for setting in result["settings"]))
+    form = "{:<{}}  {:>4}  {:>5}  {:>6}  {:>14}  {:>6}  {:>6}  {:>9}  {:>11}"
+    head = "runs", "k", "Brier", "95 % interval", "soft", "excess", "true err.", "single soft"
+    lines.append(form.format("setting", width, *head))
+    keys = "brier", "brier_ci", "brier_soft", "excess", "true_error", "soft_single"
+    for setting in result["settings"]:
+        texts = len(setting["runs"]), sizes(setting), *cells(setting, *keys, none="-")
+        lines.append(form.format(setting["name"], width, *texts))
+    lines.append("")
+    for name, key, _, _ in LINES:
+        value, limits = cells(result["lines"], key, f"{key}_ci", none="-")
+        lines.append(f"{name:<42} {value:>6}  {limits:>14}")
+    names = [f"{entry['a']} - {entry['b']}" for entry in result["differences"]]
+    title, width = "difference in Brier, A - B", max(26, *map(len, names))
+    lines += ["", f"{title:<{width}}  {'':>6}  {'95 % interval':>16}  excludes zero"]
+    for name, entry in zip(names, result["differences"]):
+        value, limits = cells(entry, "brier", "brier_ci")
+        lines.append(f"{name:<{width}}  {value:>6}  {limits:>16}  {verdict(entry)}".rstrip())
+    return "\n".join(lines)
+
+
+def drawn_differences(result):
+    """All differences where there is room, else those from the first setting."""
+    every = result["differences"]
+    if len(every) <= DRAWN:
+        return every
+    return [entry for entry in every if entry["a"] == result["settings"][0]["name"]][:DRAWN]
+
+
+def clip(name):
+    """A name as the figure shows it."""
+    return name if len(name) <= 30 else f"{name[:29]}…"
+
+
+def draw(result):
+    """Brier score against k, a line a setting, beside the differences with their intervals."""
+    differences = drawn_differences(result)
+    rows = -(-(len(result["settings"]) + len(LINES)) // 2)  # of the legend
+    height = max(2.6, 0.2 * len(differences) + 0.8) + 0.135 * rows + 0.2
+    fig, (left, right) = figures.subplots(figures.WIDE, height, 1, 2, width_ratios=[1.15, 1])
+    draw_errors(left, result)
+    draw_differences(right, differences)
+    handles = left.get_legend_handles_labels()
+    fig.legend(*handles, loc="outside lower left", ncols=2, columnspacing=1.5)
+    return fig
+
+
+def draw_errors(axes, result):
+    """Brier score of every setting against k; right of it, open marks, of its single soft model."""
+    settings = result["settings"]
+    largest = max(k for setting in settings for k in setting["k"])
+    for i, setting in enumerate(settings):
+        look = {
+            "marker": MARKERS[i % len(MARKERS)],
+            "color": COLOURS[i % len(COLOURS)],
+            "zorder": 4,
+        }
+        shift = 0.16 * (i / max(1, len(settings) - 1) - 0.5)  # beside each other, not on top
+        # Runs with fixed weights and unequal k have no k in common.
+        entries = setting["ensemble"] or [setting | {"k": max(setting["k"])}]
+        at = [entry["k"] + shift for entry in entries]
+        for x, entry in zip(at, entries):
+            axes.plot([x, x], entry["brier_ci"], color=look["color"], lw=0.7, zorder=3)
+        brier, dash = [entry["brier"] for entry in entries], DASHES[i % len(DASHES)]
+        axes.plot(at, brier, ls=dash, lw=1.2, ms=3.5, label=clip(setting["name"]), **look)
+        if setting["soft_single"] is not None:
+            open_mark = look | {"mfc": "white", "ms": 4, "mew": 0.9, "ls": "none"}
+            axes.plot(largest + 1 + shift, setting["soft_single"], **open_mark)
+    for name, key, _, _ in LINES:
+        value = result["lines"][key]
+        if value is not None:
+            label = f"{report.pretty(name)} {figures.num(value)}"
+            axes.axhline(value, zorder=2, label=label, **LINE_STYLES[key])
+    step = -(-largest // 10)
+    ticks = list(range(step, largest + 1, step))
+    axes.set_xticks([*ticks, largest + 1], [*ticks, "single\nsoft"])
+    axes.set(xlabel="ensemble size k", ylabel="calibration error (Brier score)")
+    axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
+
+
+def draw_differences(axes, differences):
+    """Differences with their intervals, grey where zero is inside."""
+    for y, entry in enumerate(differences):
+        colour = figures.INK if verdict(entry) else figures.GREY
+        axes.plot(entry["brier_ci"], [y, y], color=colour, lw=1)
+        axes.plot(entry["brier"], y, "o", color=colour, ms=3.5)
+    axes.axvline(0, color=figures.GREY, lw=0.8, ls=(0, (4, 2)))
+    names = [f"{clip(entry['a'])} − {clip(entry['b'])}" for entry in differences]
+    axes.set_yticks(range(len(differences)), names)
+    axes.set(ylim=(len(differences) - 0.5, -0.5), xlabel="difference, 95 % interval")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+
+
+def write(out, result):
+    """Write out/compare.html and out/figures/compare.png, .pdf; returns the page's path."""
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(figures.STYLE):
+        fig = draw(result)
+        image = report.embed(fig, figures.save(fig, out / "figures" / "compare"))
+    values = {name: result[name] for name in ("votes", "lines", "settings", "differences")}
+    by_k = [{e["k"]: e["brier"] for e in setting["ensemble"]} for setting in result["settings"]]
+    every_k = sorted(set().union(*by_k))
+    values |= {
+        "title": f"Settings compared: {result['dataset']}, {result['prompts']} test prompts, "
+        f"{result['pairs']} pairs",
+        "images": {"compare": image},
+        "reference_lines": LINES,
+        "all_drawn": len(drawn_differences(result)) == len(result["differences"]),
+        "brier_by_k": {k: [briers.get(k) for briers in by_k] for k in every_k},
+        "sizes": sizes,
+        "verdict": verdict,
+    }
+    page = report.render(Path(__file__).with_suffix(".html.jinja"), **values)
+    with run_dir.replacing(out / "compare.html") as partial:
+        partial.write_text(page, encoding="utf-8")
+    return out / "compare.html"
+
+
+def main(args):
+    if (args.out / "manifest.json").exists():
+        raise cli.InputError(
+            f"--out {args.out}: another run directory found; its own results stay as they are"
+        )
+    settings = named_settings(args.runs)
+    if len(settings) < 2:
+        raise cli.InputError(
+            f"{len(settings)} setting found, at least 2 expected; a comma joins the seeds of one "
+            "setting, a space settings"
+        )
+    result = compare(settings, args.resamples, args.seed)
+    run_dir.write_json(args.out / "compare.json", result)
+    page = write(args.out, result)
+    print(table(result))
+    print(f"comparison: {page}")
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN,RUN", help="a setting: its runs, joined by commas")
+    add("--out", type=Path, required=True, help="directory for what is written")
+    add("--resamples", type=cli.natural, default=10000, help="bootstrap resamples over prompts")
+    add("--seed", type=cli.seed, default=0, help="of the bootstrap")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run_main(main, parse_args())

@@ -1,0 +1,138 @@
+"""Theorem 3: a run without its outliers, the members that are far from the mixture.
+
+    python extras/prune.py --run runs/demo --beta 4 --out runs/pruned      (seconds, no training)
+
+The members farthest from p_hat, by E |V_j - p_hat|, are removed, of weight at most 1/(BETA-1)
+together. RUN stays as it is: OUT gets its data, rewards and logs, links to its models, and
+weights.json with the one entry k = K, fit "fixed", in which the removed members have weight 0.
+Distances and errors are those of the train pairs with at least two votes.
+"""
+
+import argparse
+import os
+import shutil
+import time
+from pathlib import Path
+
+from pairwise import cli, data, run_dir, theory
+
+import numpy as np
+
+evaluator = cli.import_evaluator()
+
+
+def prune(split, rewards, alpha, beta, stats):
+    """(pruned weights float64 (k,), their train error, facts for the manifest); stats: the data's.
+
+    epsilon is the train error of alpha less Lemma 1's C. Where C is not known (dependent votes),
+    epsilon and what theorem 3 says by it are None.
+    """
+    member_votes = evaluator.votes(rewards, split.a, split.b) / 2
+    remaining = theory.remaining_members(member_votes, alpha, beta)
+    pruned, removed = alpha * remaining / alpha[remaining].sum(), float(alpha[~remaining].sum())
+    mse, pruned_mse = (float(np.mean((x @ member_votes - split.p) ** 2)) for x in (alpha, pruned))
+    numbers = (np.flatnonzero(~remaining) + 1).tolist()
+    facts = {"beta": beta, "removed": numbers, "weight_removed": removed}
+    if stats["votes"] == "dependent":
+        facts |= dict.fromkeys(("epsilon", "gamma", "bound", "bound_of_weight_removed", "error"))
+        facts["guarantee"] = (
+            "the error of the weights is not known for these votes, so there is no bound"
+        )
+        return pruned, pruned_mse, facts
+    ties_as_halves = split.ties if stats["ties"] == "half" else 0
+    sampled = stats["votes"] == "sampled"
+    c = np.mean(theory.irreducible(split.p, split.n, ties_as_halves)) if sampled else 0.0
+    epsilon, error = max(0.0, mse - c), pruned_mse - c
+    gamma = (beta + 1) * epsilon**0.5
+    bound, tighter_bound = (theory.theorem3(epsilon, x) for x in (1 / (beta - 1), removed))
+    facts |= {"epsilon": epsilon, "gamma": gamma, "bound": bound}
+    facts |= {"bound_of_weight_removed": tighter_bound, "error": error}
+    facts["guarantee"] = (
+        f"no member is left with Phi > {beta:g} Phi_min + {gamma:.4f} (epsilon {epsilon:.4f}); "
+        f"the error is {error:.4f}, at most {bound:.4f} by theorem 3, "
+        f"{tighter_bound:.4f} for the weight removed"
+    )
+    return pruned, pruned_mse, facts
+
+
+def copy_run(run, partial, out):
+    """Copy `run` without its weights and their evaluation to `partial`, which will be `out`."""
+    partial.mkdir()
+    for path in sorted(run.iterdir()):
+        if path.name in ("data", "rewards", "logs"):
+            shutil.copytree(path, partial / path.name)
+        elif path.name == "continuations.parquet":
+            shutil.copy(path, partial)
+        elif path.name == "members.json":  # It names its source relative to its directory.
+            formulas = run_dir.read_json(path)
+            source = os.path.relpath((run / formulas["source"]).resolve(), out.resolve())
+            run_dir.write_json(partial / path.name, formulas | {"source": source})
+        elif path.name in ("base", "joint") or path.name.startswith("member_"):
+            (partial / path.name).symlink_to(path.resolve())  # Models are large.
+    stages = run_dir.read_json(run / "manifest.json", {"stages": {}})["stages"]
+    stages = {name: stages[name] for name in stages if name not in ("weights", "evaluate")}
+    run_dir.write_json(partial / "manifest.json", {"stages": stages})
+
+
+def main(args):
+    run, out = args.run, args.out
+    split, k = data.read_split(run, "train"), run_dir.count_members(run)
+    rewards = run_dir.read_rewards(run, "train", k, (int(split.response_start[-1]),))
+    alpha, settings = run_dir.read_weights(run, k), {"prune": args.beta}
+    inputs = data.hashes(run) | {
+        f"rewards of member {j}": run_dir.hash_file(run_dir.reward_path(run, j, "train"))
+        for j in range(1, k + 1)
+    }
+    inputs["weights.json"] = run_dir.hash_file(run / "weights.json")
+    if run_dir.unchanged(out, "weights", settings, inputs, [out / "weights.json"]):
+        print(f"prune: {out} is up to date, skipped")
+        return
+    if out.exists():
+        raise cli.InputError(
+            f"--out {out}: found, a new directory expected; "
+            "the pruned run is a run directory of its own"
+        )
+    stats, split = run_dir.read_json(run / "data" / "stats.json"), data.counted_pairs(split)
+    if split is None:
+        raise cli.InputError(
+            f"{run / 'data' / 'train.parquet'}: no pair of two votes found, "
+            "by which members are compared"
+        )
+    pruned, mse, facts = prune(split, rewards, alpha, args.beta, stats)
+    entry = {"k": k, "alpha": pruned.tolist(), "fit": "fixed", "train_mse": mse, "kkt": None}
+    with run_dir.replacing(out) as partial:  # The run appears whole, so it is not entered as begun.
+        started = time.time()
+        copy_run(run, partial, out)
+        run_dir.write_json(partial / "weights.json", [entry])
+        run_dir.end_stage(partial, "weights", settings, inputs, started, pruned=facts)
+    numbers = ", ".join(map(str, facts["removed"]))
+    names = f"member{'s' * (len(facts['removed']) > 1)} {numbers}" if numbers else "no member"
+    limit = 1 / (args.beta - 1)
+    weight = f"weight {facts['weight_removed']:.4f} of at most 1/(beta-1) = {limit:.4f}"
+    print(f"prune: {names} of {k} removed, {weight}")
+    print(f"prune: {facts['guarantee']}\nprune: {out}")
+
+
+def above_two(text):
+    """argparse type: a number above two, of which theorem 3 leaves something."""
+    value = float(text)
+    if not 2 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} found, a number above 2 expected")
+    return value
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--run", required=True, type=Path, help="a run directory with weights.json")
+    parser.add_argument(
+        "--beta",
+        required=True,
+        type=above_two,
+        help="above 2: the members removed have weight at most 1/(BETA-1)",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="the pruned run, a new directory")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run_main(main, parse_args())

@@ -1,0 +1,87 @@
+"""The diversity of the members on continuations: "diversity" of metrics.json. Never imports torch.
+
+In all docstrings: P prompts, n continuations of each, K members.
+"""
+
+from pairwise import cli, metrics, ranking
+
+import numpy as np
+
+evaluator = cli.import_evaluator()
+
+BETAS = np.logspace(1, -4, 11)  # from policies near the base to policies near the favourites
+CASES = 3  # prompts of which the members' favourites are shown
+
+
+def measure(scores, texts, alpha, patterns, resamples, seed):
+    """How differently the members rank each prompt's continuations: the entry of metrics.json.
+
+    kendall_tau is the mean tau-b between two members' rankings (figure 3); win, how far a member's
+    favourite falls with another; character, the tau-b between a ranking and what shows in the
+    texts; policy, the mean |p_bar - p_hat| of optimal policies (appendix A). A prompt on which a
+    member or an attribute is constant has no tau for it and is left out there.
+
+    scores float32 (K, P, n); texts: of `run_dir.read_continuations`, or None; alpha (K,): the
+    mixture weights; patterns: {attribute: regular expression}.
+    """
+    k, prompts, n = scores.shape
+    counts = np.empty((0, prompts, n), np.float32)
+    if texts:
+        counts = ranking.attribute_counts(texts["texts"], patterns)
+    tau = evaluator.kendall_tau(np.concatenate([scores, counts]))  # (P, K + attributes, the same)
+    known = ~np.isnan(tau)
+    tau, has_tau = np.where(known, tau, 0), known.astype(np.float64)
+    wins = ranking.win_shares(scores) if n > 1 else np.full((prompts, k, k), 0.5)
+    figures = {
+        "prompts": prompts,
+        "continuations": n,
+        "kendall_tau": metrics.Ratio(tau[:, :k, :k], has_tau[:, :k, :k]),
+        "constant_rankings": (~known).diagonal(axis1=1, axis2=2).sum(0)[:k].tolist(),
+        "win": metrics.Ratio(wins, np.full(prompts, float(n > 1))),
+        "repeated": None,
+        "character": None,
+        "policy": None,
+        "favourites": None,
+    }
+    if texts:
+        figures["repeated"] = prompts * n - sum(len(set(answers)) for answers in texts["texts"])
+        character = metrics.Ratio(tau[:, k:, :k], has_tau[:, k:, :k])
+        figures["character"] = {"attributes": list(patterns), "tau": character}
+        figures["favourites"] = favourites(scores, texts, wins)
+    if texts and texts["logprob"]:
+        distance = metrics.Ratio(*policy_distance(scores, texts, alpha))
+        figures["policy"] = {"beta": BETAS.tolist(), "distance": distance}
+    return metrics.estimate(figures, resamples, seed)
+
+
+def policy_distance(scores, texts, alpha):
+    """(float64 (P, betas), float64 (P,)): |p_bar - p_hat| with each of BETAS, summed over all pairs
+    of a prompt's distinct continuations, and the number of these pairs."""
+    sums, pairs = np.empty((len(texts["texts"]), len(BETAS))), np.empty(len(texts["texts"]))
+    for x, (answers, logprob) in enumerate(zip(texts["texts"], texts["logprob"])):
+        distinct = ranking.distinct(answers)
+        rewards, logprob = scores[:, x, distinct], np.array(logprob)[distinct]
+        p_hat = ranking.reward_mixture(rewards, alpha)
+        pairs[x] = len(p_hat)
+        for i, beta in enumerate(BETAS):
+            p_bar = ranking.policy_mixture(rewards, logprob, alpha, beta)
+            sums[x, i] = np.abs(p_bar - p_hat).sum()
+    return sums, pairs
+
+
+def favourites(scores, texts, wins):
+    """The CASES prompts on which members rank each other's favourites lowest, of equal ones the
+    first, with every member's favourite (appendix G)."""
+    k, best = len(scores), ranking.favourites(scores)
+    disagreement = np.zeros(scores.shape[1])
+    if k > 1:
+        disagreement = 1 - wins[:, ~np.eye(k, dtype=bool)].mean(1)
+    return [
+        {
+            "prompt_id": texts["prompt_id"][x],
+            "prompt": texts["messages"][x][-1]["content"],
+            "disagreement": float(disagreement[x]),
+            "texts": [texts["texts"][x][y] for y in best[:, x]],
+        }
+        for x in np.argsort(-np.round(disagreement, 12), kind="stable")[:CASES]
+    ]

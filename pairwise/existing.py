@@ -1,0 +1,82 @@
+"""Existing reward models as members of a run: each is somebody's own, with its tokens and template.
+
+member_0j/source.json: {model: hub id or directory, fingerprint: of its content, dtype, max_length};
+beside it chat_template.jinja, where the model has no template of its own.
+"""
+
+from pairwise import cli, provenance, run_dir
+from pairwise import reward_model as rm
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+
+def load_reward_model(name, tokenizer, dtype, device, named="--from"):
+    """Return an existing reward model, hub id or directory, as a RewardModel, its head in float32.
+
+    Its rewards are those that transformers gives a sequence alone. Raises InputError where it
+    cannot be read, where weights are missing, and where its head has not one output; named: what
+    named it, for errors."""
+    options = {"dtype": dtype, "pad_token_id": tokenizer.pad_token_id}
+    model, missing = rm.read_model(AutoModelForSequenceClassification, name, named, **options)
+    if missing:
+        raise cli.InputError(
+            f"{named} {name}: weights are missing: {', '.join(missing[:5])}; a trained reward "
+            "model expected, head and all"
+        )
+    head = rm.head(model)
+    if head is None or head.out_features != 1:
+        wrong = f"{type(model).__name__} without a linear head"
+        if head is not None:
+            wrong = f"a head with {head.out_features} outputs"
+        raise cli.InputError(
+            f"{named} {name}: {wrong} found, a linear head with one output expected, called score "
+            "or classifier"
+        )
+    # transformers reads a decoder before the last tokens that its own config calls padding.
+    own_pad_id = AutoConfig.from_pretrained(name).get_text_config().pad_token_id
+    return rm.ready(model, device, own_pad_id if hasattr(model, "score") else None)
+
+
+def read_source(directory):
+    """Return {model, fingerprint, dtype, max_length, template} of a member's directory.
+
+    template: a path, or None. Raises InputError where the model is gone, or is another than the
+    one that scored the data."""
+    path, template = directory / "source.json", directory / "chat_template.jinja"
+    source = run_dir.read_json(path)
+    model = source["model"]
+    try:
+        fingerprint = provenance.fingerprint(model)
+    except (OSError, ValueError) as error:
+        raise cli.InputError(
+            f"{path}: {model} cannot be read any more; a changed path belongs there "
+            f"({cli.first_line(error)})"
+        ) from None
+    if fingerprint != source["fingerprint"]:
+        raise cli.InputError(f"{path}: {model} is another model than the one that scored the data")
+    return source | {"template": template if template.exists() else None}
+
+
+def load(run, j, base, tokenizer, dtype, device):
+    """Load member j, from base, the model that its source.json names; members.Kind has the rest."""
+    source = run / run_dir.member_name(j) / "source.json"
+    return load_reward_model(base, tokenizer, dtype, device, f"{source}:")
+
+
+def score(run, settings, questions, args):
+    """Score with every member in its own tokens and template, as members.Kind says.
+
+    All models are there before the first is run."""
+    directories = [run / run_dir.member_name(j + 1) for j in range(run_dir.count_members(run))]
+    rewards, sources = [], [read_source(directory) for directory in directories]
+    chats, texts = [q.messages for q in questions], [q.responses for q in questions]
+    for j, source in enumerate(sources, 1):
+        base, named = source["model"], f"{directories[j - 1] / 'source.json'}:"
+        tokenizer = rm.load_tokenizer(base, source["template"], named)
+        sequences = rm.encode_split(tokenizer, chats, texts, source["max_length"])
+        dtype, tokens = getattr(torch, source["dtype"]), args.micro_batch_tokens
+        reward_model = load(run, j, base, tokenizer, dtype, args.device)
+        rewards.append(rm.score_sequences(reward_model, sequences, tokens, f"member {j}"))
+    return np.stack(rewards)

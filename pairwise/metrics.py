@@ -1,0 +1,390 @@
+"""The figures of metrics.json, from stored rewards, and their intervals. Never imports torch.
+
+A figure is a ratio of sums over prompts, so that its sums over resampled prompts give it anew.
+`estimate` takes figures in nested dicts and lists, shaped like the JSON that they become.
+
+In all docstrings: P prompts, N pairs, K members, R distinct responses. p float64 (N,) in [0, 1] is
+the share of a pair's annotators that prefer its first response, V_j in {0, 1/2, 1} is the vote of
+member j, and p_hat = sum_j alpha_j V_j is the share that the mixture predicts.
+"""
+
+import collections
+import itertools
+from typing import NamedTuple
+
+from pairwise import cli, run_dir, theory
+
+import numpy as np
+from scipy.special import expit
+
+evaluator = cli.import_evaluator()
+
+ERRORS = "brier", "brier_soft", "excess", "true_error"  # squared errors of p_hat
+LABELS = 8  # of a category, the most frequent are shown, others are counted together
+
+
+# ---- terms of single pairs, whose means are reported
+
+
+def floor_single(p):
+    """Least squared error of any single deterministic reward, min(p, 1-p)^2 (section 5)."""
+    return np.minimum(p, 1 - p) ** 2
+
+
+def coin_flip(p):
+    """Squared error of predicting one half everywhere."""
+    return (p - 0.5) ** 2
+
+
+# ---- figures and their intervals
+
+
+class Ratio(NamedTuple):
+    """The figure sum(top) / sum(bottom), sums over prompts.
+
+    top float64 (P, ..), None for a figure that does not exist; bottom (P,) or shaped like top.
+    """
+
+    top: np.ndarray | None
+    bottom: np.ndarray
+
+    @staticmethod
+    def value(top, bottom):
+        return top / bottom
+
+
+class Correlation(NamedTuple):
+    """The figure sum(top) / sqrt(sum(one) sum(two)), sums over prompts; all float64 (P,)."""
+
+    top: np.ndarray
+    one: np.ndarray
+    two: np.ndarray
+
+    @staticmethod
+    def value(top, one, two):
+        return top / np.sqrt(one * two)
+
+
+def estimate(figures, resamples, seed):
+    """Copy nested dicts and lists; every Ratio and Correlation `name` becomes its value, and its 95 %
+    percentile interval over resampled prompts stands beside it as `name_ci`.
+
+    All figures of a call see the same resampled prompts. Values and intervals are nested lists of
+    shapes (..) and (.., 2); they are None where the bottom is zero or the figure does not exist.
+    """
+    waiting = []  # of every figure: itself, its name, and the dict of the copy that it belongs in
+
+    def copied(node):
+        if isinstance(node, list):
+            return [copied(entry) for entry in node]
+        if not isinstance(node, dict):
+            return node
+        copy = {}
+        for name, entry in node.items():
+            if isinstance(entry, Ratio | Correlation):
+                copy[name] = copy[f"{name}_ci"] = None
+                if entry.top is not None:
+                    waiting.append((entry, name, copy))
+            else:
+                copy[name] = copied(entry)
+        return copy
+
+    result = copied(figures)
+    sums = [array for figure, _, _ in waiting for array in figure]
+    drawn = iter(drawn_sums(sums, resamples, seed))
+    for figure, name, copy in waiting:
+        copy[name], limits = value_and_interval(figure, [next(drawn) for _ in figure])
+        copy[f"{name}_ci"] = None if copy[name] is None else limits
+    return result
+
+
+def value_and_interval(figure, drawn):
+    """Value (..) and limits (.., 2) of a Ratio or Correlation as nested lists.
+
+    drawn: the sums over resampled prompts, float64 (resamples, ..), of each array of the figure.
+    """
+    totals = [array.reshape(len(array), -1).sum(0) for array in figure]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = figure.value(*totals)
+        values = figure.value(*(array.reshape(len(array), -1) for array in drawn))
+    limits = np.percentile(values, [2.5, 97.5], axis=0)
+    for column in np.flatnonzero(np.isnan(limits[0]) & ~np.isnan(value)):
+        # Resamples without any pair that counts are left out.
+        limits[:, column] = np.nanpercentile(values[:, column], [2.5, 97.5])
+    shape = figure.top.shape[1:]
+    arrays = value.reshape(shape), limits.T.reshape(*shape, 2)
+    return tuple(np.where(np.isnan(array), None, array).tolist() for array in arrays)
+
+
+def drawn_sums(arrays, resamples, seed):
+    """Sums over resampled prompts, float64 (resamples, ..) each, of arrays float64 (P, ..).
+
+    A resample has the same prompts in all arrays. Equal columns are drawn once: many figures have
+    the same bottom.
+    """
+    columns = np.hstack([array.reshape(len(array), -1) for array in arrays]).T
+    numbers = {}  # of the distinct columns, by their bytes
+    places = [numbers.setdefault(column.tobytes(), len(numbers)) for column in columns]
+    distinct = np.empty((len(columns[0]), len(numbers)))
+    distinct[:, places] = columns.T
+    drawn = resampled(distinct, resamples, seed)
+    ends = np.cumsum([array[0].size for array in arrays])[:-1]
+    return [
+        drawn.take(chosen, axis=1).reshape(resamples, *array.shape[1:])
+        for chosen, array in zip(np.split(places, ends), arrays)
+    ]
+
+
+def resampled(sums, resamples, seed):
+    """Sums over resampled prompts, float64 (resamples, m), of sums (P, m)."""
+    counts = evaluator.bootstrap_counts(len(sums), resamples, seed)
+    blocks = np.array_split(counts, max(1, counts.size // 10**6))  # as float64, a block takes 8 MB
+    return np.concatenate([block.astype(np.float64) @ sums for block in blocks])
+
+
+def by_prompt(split, terms):
+    """Sums over each prompt's pairs, float64 (P, ..), of terms (.., N)."""
+    return np.moveaxis(np.add.reduceat(terms, split.pair_start[:-1], axis=-1), -1, 0)
+
+
+# ---- the squared error of any mixture
+
+
+def squared_errors(split, sums, rewards, soft, c):
+    """{name of ERRORS: (A (P, K, K), b (P, K), c (P,))}: the sums of V V', V p and p^2 over each
+    prompt's pairs, of which `error_of` makes the squared error of any mixture.
+
+    sums: evaluator.pair_statistics of the votes against p; rewards float32 (K, R); soft float64
+    (K, N): sigmoid(r_j(a) - r_j(b)); c (N,): terms of the irreducible error, or None.
+    """
+    soft_soft = np.stack([by_prompt(split, soft * member) for member in soft], 1)
+    forms = {
+        "brier": (sums["vote_vote"], sums["vote_p"], sums["p_p"]),
+        "brier_soft": (soft_soft, by_prompt(split, soft * split.p), sums["p_p"]),
+    }
+    if c is not None:
+        forms["excess"] = sums["vote_vote"], sums["vote_p"], sums["p_p"] - by_prompt(split, c)
+    if split.p_true is not None:
+        true = evaluator.pair_statistics(rewards, split.a, split.b, split.p_true, split.pair_start)
+        forms["true_error"] = true["vote_vote"], true["vote_p"], true["p_p"]
+    return forms
+
+
+def error_of(form, alpha):
+    """Squared error of a mixture, summed over pairs: (p_hat - p)^2 = alpha'A alpha - 2 alpha'b + c.
+
+    Its mean over pairs is the calibration error, equation (2), also called the Brier score. form:
+    A (.., K, K), b (.., K), c (..,) of `squared_errors`; alpha float64 (.., k): the weights of the
+    first k members. Returns float64 (..,).
+    """
+    k = alpha.shape[-1]
+    a, b, c = form[0][..., :k, :k], form[1][..., :k], form[2]
+    return ((a @ alpha[..., None])[..., 0] * alpha).sum(-1) - 2 * (b * alpha).sum(-1) + c
+
+
+def not_negative(name, errors):
+    """Squared errors without what rounding took below zero; the excess may be below it."""
+    return errors if name == "excess" else np.maximum(errors, 0)
+
+
+def measure(split, rewards, stats, soft_single):
+    """(evaluator.pair_statistics, soft float64 (K, N), `squared_errors`, {line: (N,) or None}).
+
+    split: with the pairs that count; rewards float32 (K, R); stats: of stats.json; soft_single:
+    whether the sigmoid of member 1 is a soft model of p, as `trained_on_p` says.
+    """
+    sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
+    p, truth = split.p, split.p_true
+    with np.errstate(over="ignore", invalid="ignore"):
+        margins = np.nan_to_num(rewards[:, split.a] - rewards[:, split.b])  # inf - inf is a tie: 0
+    soft = expit(margins.astype(np.float64))
+    halves = split.ties if stats["ties"] == "half" else np.zeros(len(p))
+    c = {
+        "sampled": theory.irreducible(p, split.n, halves),
+        "population": np.zeros(len(p)),
+        "dependent": None,
+    }[stats["votes"]]
+    lines = {
+        "floor_single": floor_single(p),
+        "coin_flip": coin_flip(p),
+        "soft_single": (soft[0] - p) ** 2 if soft_single else None,
+        "irreducible": c,
+        "floor_true": None if truth is None else floor_single(truth),
+        "coin_true": None if truth is None else coin_flip(truth),
+        "soft_true": (soft[0] - truth) ** 2 if soft_single and truth is not None else None,
+    }
+    return sums, soft, squared_errors(split, sums, rewards, soft, c), lines
+
+
+# ---- one split
+
+
+def split_metrics(split, rewards, prefixes, stats, soft_single, resamples, seed):
+    """(the entry of metrics.json for one split, its `squared_errors`).
+
+    rewards float32 (K, R); prefixes: of `read_prefixes`; stats, soft_single: as for `measure`.
+    """
+    sums, soft, forms, lines = measure(split, rewards, stats, soft_single)
+    votes = evaluator.votes(rewards, split.a, split.b) / 2
+    pairs = sums["pairs"].astype(np.float64)
+    terms = {"annotators_mean": split.n, "majority_mean": np.maximum(split.p, 1 - split.p)} | lines
+    figures = {"prompts": len(split.prompt_id), "pairs": len(split.p)}
+    figures["tie_rate"] = Ratio(sums["ties"].sum(1) / len(rewards), pairs)
+    for name, term in terms.items():
+        figures[name] = Ratio(None if term is None else by_prompt(split, term), pairs)
+    figures["ensemble"] = [
+        {name: prefix[name] for name in ("k", "alpha", "fit")}
+        | mixture_figures(split, votes, soft, forms, np.array(prefix["alpha"]))
+        for prefix in prefixes
+    ]
+    figures["members"] = member_figures(split, sums, forms["brier"])
+    figures |= group_figures(split, np.array(prefixes[-1]["alpha"]) @ votes)
+    figures["pairwise_disagreement"] = Ratio(sums["disagreement"], pairs)
+    entry = estimate(figures, resamples, seed)
+    entry["members"] = member_rows(entry)
+    return entry, forms
+
+
+def agreement_terms(p_hat, p):
+    """float64 (4, N): |p_hat - p|, and x y, x^2, y^2 of x = p_hat - 1/2, y = p - 1/2.
+
+    Pearson's correlation over both orders of every pair is sum x y / sqrt(sum x^2 sum y^2): all
+    means are 1/2, and the other order of a pair only turns both signs.
+    """
+    x = np.round(p_hat - 0.5, 12)  # opposite members with equal weights say 1/2 but for rounding
+    y = p - 0.5
+    return np.stack([np.abs(p_hat - p), x * y, x * x, y * y])
+
+
+def mixture_figures(split, votes, soft, forms, alpha):
+    """Figures of the mixture of the first k members; votes, soft float64 (K, N), alpha (k,)."""
+    pairs = np.diff(split.pair_start).astype(np.float64)
+    figures = {name: Ratio(None, pairs) for name in ERRORS}
+    for name, form in forms.items():
+        figures[name] = Ratio(not_negative(name, error_of(form, alpha)), pairs)
+    hard = by_prompt(split, agreement_terms(alpha @ votes[: len(alpha)], split.p)).T
+    mixed = by_prompt(split, agreement_terms(alpha @ soft[: len(alpha)], split.p)).T
+    return figures | {
+        "l1": Ratio(hard[0], pairs),
+        "l1_soft": Ratio(mixed[0], pairs),
+        "pearson": Correlation(*hard[1:]),
+        "pearson_soft": Correlation(*mixed[1:]),
+    }
+
+
+def member_figures(split, sums, form):
+    """Figures of all members at once, tops (P, K); form: the Brier score's of `squared_errors`."""
+    pairs = sums["pairs"].astype(np.float64)
+    errors = [error_of(form, alone) for alone in np.eye(sums["vote"].shape[1])]
+    # The disagreement score Phi (section 2) is the mean of V (1-p) + (1-V) p = V - 2 V p + p.
+    phi = sums["vote"] - 2 * sums["vote_p"] + sums["p"][:, None]
+    least = by_prompt(split, np.minimum(split.p, 1 - split.p))
+    return {
+        "brier": Ratio(not_negative("brier", np.stack(errors, 1)), pairs),
+        "disagreement": Ratio(phi, pairs),
+        "regret": Ratio(phi - least[:, None], pairs),  # appendix E
+        "accuracy": Ratio(sums["majority"], sums["decided"].astype(np.float64)),
+    }
+
+
+def member_rows(entry):
+    """The members of a split's entry as a list, each with the two numbers below which every beta
+    makes it an outlier (theorem 3): the infimum of Phi is unknown, and the best member's Phi and
+    the mean of min(p, 1-p) bound it."""
+    excess, phis = entry["ensemble"][-1]["excess"], entry["members"]["disagreement"]
+    bounds = min(phis), 1 - entry["majority_mean"]
+    rows = []
+    for j, phi in enumerate(phis):
+        row = {"j": j + 1} | {name: values[j] for name, values in entry["members"].items()}
+        if row["accuracy"] is None:  # no pair has a majority
+            row["accuracy_ci"] = None
+        row["outlier_below"] = (
+            None
+            if excess is None
+            else [theory.outlier_below(phi, bound, max(0.0, excess)) for bound in bounds]
+        )
+        rows.append(row)
+    return rows
+
+
+def group_figures(split, p_hat):
+    """Figures by how much the annotators agree, and by the user's own categories."""
+    p, start = split.p, split.pair_start
+    terms = np.stack([np.ones(len(p)), (p_hat - p) ** 2, *agreement_terms(p_hat, p)])
+
+    def figures(counted):
+        count, error, l1, *correlation = by_prompt(split, terms * counted).T
+        return {
+            "prompts": int((count > 0).sum()),
+            "pairs": int(count.sum()),
+            "brier": Ratio(error, count),
+            "l1": Ratio(l1, count),
+            "pearson": Correlation(*correlation),
+        }
+
+    majority = np.round(np.maximum(p, 1 - p), 9)
+    levels = {
+        "unanimous": majority == 1,
+        "at least 3/4": (majority >= 0.75) & (majority < 1),
+        "above 1/2": (majority > 0.5) & (majority < 0.75),
+        "even": majority == 0.5,
+    }
+    groups = {"agreement": [], "categories": None if split.categories is None else {}}
+    for level, counted in levels.items():
+        if counted.any():
+            groups["agreement"].append({"level": level} | figures(counted))
+    labels = [labels or {} for labels in split.categories or ()]
+    for name in dict.fromkeys(itertools.chain(*labels)):
+        groups["categories"][name] = [
+            head | figures(np.repeat(prompts, np.diff(start)))
+            for head, prompts in by_label([of_prompt.get(name) for of_prompt in labels])
+        ]
+    return groups
+
+
+def by_label(labels):
+    """[({label, labels}, bool (P,))]: the LABELS most frequent labels of the prompts, and the
+    others together as None with their number; None and 1 stand for prompts without a label."""
+    counts = collections.Counter(labels)
+    order = sorted(counts, key=lambda label: (-counts[label], str(label)))
+    size = len(order) if len(order) <= LABELS + 1 else LABELS  # others are two labels at least
+    place = {label: min(i, size) for i, label in enumerate(order)}
+    heads = [{"label": label, "labels": 1} for label in order[:size]]
+    if size < len(order):
+        heads.append({"label": None, "labels": len(order) - size})
+    of_prompt = np.array([place[label] for label in labels])
+    return [(head, of_prompt == i) for i, head in enumerate(heads)]
+
+
+# ---- a run's files
+
+
+def read_prefixes(run):
+    """The entries of weights.json, {k, alpha, fit, ..}. Raises InputError unless they are of as
+    many members as the rewards."""
+    k, path = run_dir.count_members(run), run / "weights.json"
+    prefixes = run_dir.read_json(path)
+    try:
+        largest = max(entry["k"] for entry in prefixes)
+        if largest != k:
+            raise cli.InputError(
+                f"{path}: weights for K = {largest} found, rewards of K = {k} members; "
+                "fit_weights.py fits them anew"
+            )
+        return [
+            entry | {"alpha": run_dir.read_weights(run, entry["k"]).tolist(), "fit": entry["fit"]}
+            for entry in prefixes
+        ]
+    except (KeyError, TypeError, ValueError):
+        raise cli.InputError(
+            f"{path}: a list of {{k, alpha, fit}} expected; fit_weights.py makes it"
+        ) from None
+
+
+def trained_on_p(run):
+    """Whether member 1 was trained on the vote fractions, as far as the manifest says: then its
+    sigmoid is a soft model of them."""
+    if run_dir.kind_of(run, beneath=True) in ("joint", "hardened", "existing"):
+        return False
+    settings = run_dir.stages(run).get(run_dir.member_name(1), {}).get("settings", {})
+    return settings.get("loss", "mse") in ("mse", "bce")

@@ -1,0 +1,96 @@
+"""Counts of prepared data, as printed and stored, and beside the paper's tables 1 and 2.
+
+Prompts and their pairs are those of pairwise/prepare/prompts.py. ties: its IN_N is a reading of the
+paper in which a tie counts in n; any other value changes nothing here.
+"""
+
+import numpy as np
+
+
+def in_all(splits):
+    """Return the prompts of all splits."""
+    return [prompt for prompts in splits.values() for prompt in prompts]
+
+
+def majority_share(prompts, ties="drop"):
+    """Return the larger side's share of n for every pair, float64 (pairs,).
+
+    It is the paper's p in tables 1 and 2 and in figure 4.
+    """
+    pairs = [pair for prompt in prompts for pair in prompt.pairs.values()]
+    return np.array([max(pair.votes_a, pair.votes_b) / pair.n(ties) for pair in pairs])
+
+
+def describe(prompts, ties="drop"):
+    """Return the counts of one split. majority_mean is the paper's average p, mean max(p, 1-p)."""
+    n = np.array([pair.n(ties) for prompt in prompts for pair in prompt.pairs.values()])
+    responses = [len({index for key in prompt.pairs for index in key}) for prompt in prompts]
+    return {
+        "prompts": len(prompts),
+        "responses": sum(responses),
+        "pairs": len(n),
+        "annotators_mean": float(n.mean()),
+        "majority_mean": float(majority_share(prompts, ties).mean()),
+    }
+
+
+def paper_columns(splits, ties):
+    """Return the columns of the paper's tables 1 and 2.
+
+    The paper does not say whether its pairs are those of train alone, so both are given.
+    """
+    every = describe(in_all(splits), ties)
+    train = describe(splits["train"] + splits.get("valid", []), ties)
+    return {
+        "responses": every["responses"],
+        "pairs": every["pairs"],
+        "train_pairs": train["pairs"],
+        "train_prompts": train["prompts"],
+        "test_prompts": len(splits["test"]),
+        "annotators_mean": every["annotators_mean"],
+        "majority_mean": every["majority_mean"],
+    }
+
+
+def print_counts(stats):
+    """Print what stats.json holds."""
+    for split, counts in stats["splits"].items():
+        print(
+            f"data: {split:5} {counts['prompts']:6,} prompts {counts['responses']:7,} responses "
+            f"{counts['pairs']:8,} pairs   {counts['annotators_mean']:.2f} votes a pair, "
+            f"majority {counts['majority_mean']:.3f}"
+        )
+    for reason, count in stats["dropped"].items():
+        print(f"data: {count:,} dropped: {reason}")
+    test_prompts = stats["splits"]["test"]["prompts"]
+    if test_prompts < 20:
+        few = f"only {test_prompts} test prompts"
+        print(f"data: warning: {few}, so the intervals will be wide")
+    if "paper" in stats:
+        print(comparison_with_paper(stats))
+
+
+def comparison_with_paper(stats):
+    """Return the paper's figures beside ours, as text."""
+    columns = {name: stats[name] for name in ("paper", "here", "difference")}
+    columns |= stats["other_readings"]
+    labels = {
+        "responses": "responses",
+        "pairs": "pairs, train and test",
+        "train_pairs": "pairs, train",
+        "train_prompts": "prompts, train",
+        "test_prompts": "prompts, test",
+        "annotators_mean": "votes a pair",
+        "majority_mean": "majority share",
+    }
+    lines = [f"{stats['dataset']} beside tables 1 and 2 of the paper"]
+    lines.append(" " * 22 + "".join(f"  {column:>10}" for column in columns))
+    for key, label in labels.items():
+        line = f"{label:22}"
+        number = ",.3f" if key.endswith("mean") else ","
+        for column, figures in columns.items():
+            form = f"+{number}" if column == "difference" else number
+            cell = format(figures[key], form) if key in figures else "-"
+            line += f"  {cell:>{max(10, len(column))}}"
+        lines.append(line)
+    return "\n".join(f"data: {line}" for line in lines)

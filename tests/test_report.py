@@ -1,0 +1,332 @@
+"""report.py and figures.py: what page, table and figures show, whatever a run has or lacks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib.metadata import packages_distributions
+
+import evaluate
+from pairwise import figures, report
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from test_evaluate import CI, compare, expected, make
+
+ALWAYS = {"calibration", "votes", "reliability", "weights", "training"}
+OF_CONTINUATIONS = {"kendall", "wins"}
+RUNS = {  # what `make` is told, and the figures beyond ALWAYS
+    "everything": ({"categories": True}, {*OF_CONTINUATIONS, "policies"}),
+    "no log probabilities": ({"truth": False}, OF_CONTINUATIONS),
+    "no continuations": ({"valid": 0.0, "continuations": False}, set()),
+    "dependent votes, one member": (
+        {"votes": "dependent", "truth": False, "k": 1},
+        OF_CONTINUATIONS,
+    ),
+}
+
+
+class Page(HTMLParser):
+    """The tags, attributes and tables of a page; it fails where tags are not nested."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.addresses, self.tables, self.words = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+        elif "style" not in self.open:
+            self.words.append(data)
+
+
+def evaluated(directory, **options):
+    """(run, its metrics) of a run made by hand."""
+    run = make(directory / "run", **options)
+    evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "50"]))
+    return run, json.loads((run / "metrics.json").read_text())
+
+
+def page_of(run):
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+def save_nothing(fig, stem):
+    """Stand in for figures.save, which takes longer than all the rest."""
+    stem.parent.mkdir(exist_ok=True)
+    for kind in ("png", "pdf"):
+        stem.with_name(f"{stem.name}.{kind}").touch()
+    return b"<svg/>"
+
+
+@pytest.fixture
+def unsaved(monkeypatch):
+    monkeypatch.setattr(figures, "save", save_nothing)
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def written(request, tmp_path_factory):
+    """(run, metrics, page, figures expected); read only. Only the run with everything is saved."""
+    options, more = RUNS[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "everything":
+            patch.setattr(figures, "save", save_nothing)
+        run, metrics = evaluated(tmp_path_factory.mktemp("written"), **options)
+    return run, metrics, page_of(run), ALWAYS | more
+
+
+def test_page_has_every_figure_and_needs_no_network(written):
+    run, _, page, expected = written
+    drawn = {path.stem for path in (run / "figures").glob("*.png")} - {"data_votes"}
+    assert drawn == expected == {path.stem for path in run.glob("figures/*.pdf")} - {"data_votes"}
+    assert len(page.addresses) == page.tags.count("figcaption") == len(expected)
+    assert all(x.startswith("data:image/svg+xml;base64,") for x in page.addresses)
+    assert "script" not in page.tags and "link" not in page.tags
+
+
+def test_every_row_of_a_table_has_all_columns(written):
+    _, metrics, page, _ = written
+    assert all(len(row) == len(table[0]) for table in page.tables for row in table)
+    test = metrics["splits"]["test"]
+    of_k = next(table for table in page.tables if table[0][:2] == ["k", "Brier"])
+    marked = [row[0] for row in of_k if row[0].startswith("●")]
+    chosen = metrics["k_valid"] if len(test["ensemble"]) > 1 else None
+    assert marked == ([] if chosen is None else [f"● {chosen}"])
+    assert [row[1] for row in of_k[1:]] == [figures.num(e["brier"]) for e in test["ensemble"]]
+    assert [row[7] for row in of_k[1:]] == [figures.num(e["pearson"]) for e in test["ensemble"]]
+    of_members = next(table for table in page.tables if table[0][:2] == ["member", "Brier"])
+    assert [row[3] for row in of_members[1:]] == [
+        figures.num(m["disagreement"]) for m in test["members"]
+    ]
+    labels = [row[0] for table in page.tables for row in table if table[0][0] == "agreement"]
+    assert labels == ["agreement", *(group["level"] for group in test["agreement"])]
+
+
+def test_verdict_names_what_is_known(written):
+    _, metrics, page, _ = written
+    test = metrics["splits"]["test"]
+    last = test["ensemble"][-1]
+    assert f"a pairwise calibration error of {figures.num(last['brier'])}, 95 %" in page.text
+    assert ("irreducible part of the error is not known" in page.text) == (
+        test["irreducible"] is None
+    )
+    assert ("Against the population's true fractions" in page.text) == (
+        last["true_error"] is not None
+    )
+    assert ("There is no single soft model" in page.text) == (test["soft_single"] is None)
+    assert "it is wide and rough" in page.text and "with k = 1 it is" in page.text or last["k"] == 1
+    for line in report.comparisons(test):
+        brier, value, (low, high) = last["brier"], line["value"], last["brier_ci"]
+        assert line["side"] == ("below" if brier < value else "above")
+        assert line["certain"] == (not low <= value <= high)
+        doubt = ", the whole interval too" if line["certain"] else ", but the interval contains it"
+        assert f"{line['side']} the {line['name']} ({figures.num(value)}{doubt})" in page.text
+
+
+def test_table_is_at_most_100_columns_wide(written):
+    _, metrics, _, _ = written
+    lines = report.table(metrics).splitlines()
+    assert max(map(len, lines)) <= 100 or max(lines, key=len).startswith("member ")
+    members = metrics["splits"]["test"]["members"]
+    start = next(i for i, line in enumerate(lines) if line.startswith("member "))
+    for line, member in zip(lines[start + 1 :], members):
+        assert line.split()[:3] == [
+            str(member["j"]),
+            figures.num(member["brier"]),
+            figures.num(member["disagreement"]),
+        ]
+
+
+def test_text_of_the_data_is_escaped(tmp_path, unsaved):
+    run, metrics = evaluated(tmp_path, categories=True)
+    metrics["dataset"] = "<i>a & b</i>"
+    for groups in metrics["splits"]["test"]["categories"].values():
+        groups[0]["label"] = "<script>alert(1)</script>"
+    metrics["diversity"]["favourites"][0] |= {"prompt": "a < b", "texts": ["</td>", " x ", "</td>"]}
+    stage = {"command": "python train_rm.py --run 'a & b'", "settings": {"note": "<b>"}}
+    manifest = {"stages": {"member_01": stage}}
+    weights = json.loads((run / "weights.json").read_text())
+    p = np.array([0.25, 1.0])
+    report.write(tmp_path / "out", metrics, weights, manifest, {}, p, p)
+    page = page_of(tmp_path / "out")
+    cells = [text for table in page.tables for row in table for text in row]
+    assert {"<i>a & b</i>", "<script>alert(1)</script>", "a < b", "</td>", " x "} <= {*cells}
+    assert "note <b>" in cells and "python train_rm.py --run 'a & b'" in page.text
+    assert "script" not in page.tags and "i" not in page.tags and "Training" not in page.text
+    shared = next(table for table in page.tables if table[0] == ["member", "a < b"])
+    assert shared[1:] == [["1, 3", "</td>"], ["2", " x "]]
+
+
+def test_manifest_tells_how_the_run_came_about(tmp_path, unsaved):
+    run, metrics = evaluated(tmp_path, continuations=False)
+    settings = {"target": "centered", "train": "head", "base": "/models/of/base", "lr": 0.1}
+    stage = {"settings": settings | {"seed": 3}, "target_formula": "t = 1/2 + (p - p_hat)"}
+    removal = {"beta": 3.0, "removed": [2], "weight_removed": 0.25, "guarantee": "at most .3"}
+    stages = {
+        "data": {"settings": {"seed": 7}, "date": "2020-01-01", "seconds": 1.5},
+        "member_01": stage | {"git_commit": "0123456789abcdef+", "date": "2020-01-02"},
+        "member_02": stage | {"versions": {"numpy": "2.0", "python": "3.11"}},
+        "weights": {"pruned": removal},
+    }
+    weights = json.loads((run / "weights.json").read_text())
+    p = np.array([0.5, 1.0])
+    report.write(run, metrics, weights, {"stages": stages}, {}, p, p)
+    page = page_of(run)
+    facts = dict(page.tables[0])
+    formula = (
+        "centered: t = 1/2 + (p − p̂), where p̂ is the ensemble before member j (member 1: t = p)"
+    )
+    assert facts["Target"] == formula
+    assert facts["Trained"] == "reward head only, on frozen features"
+    assert facts["Base model"] == "of/base" and facts["Settings"] == "lr 0.1"
+    assert facts["Seeds"] == "training 3; data 7" and facts["Date"] == "2020-01-02"
+    assert facts["Git commit"] == "0123456789ab+"
+    assert facts["Versions"] == "numpy 2.0, python 3.11"
+    pruned = "β = 3, removed: 2, of weight .25; on train prompts at most .3"
+    assert " ".join(facts["Pruned"].split()) == pruned
+    assert ["data", "1.5", "–", "–", "2020-01-01"] in page.tables[-1]
+    assert not (run / "figures" / "training.png").exists()  # The logs are gone, so is the figure.
+
+
+def test_plurality_gain_where_it_was_measured(tmp_path, unsaved):
+    run, metrics = evaluated(tmp_path, continuations=False)
+    assert metrics["plurality"] is None and "Plurality" not in page_of(run).text
+    gain = {"single": 0.05, "mixture": 0.03, "components": 3, "gain": 0.02, "ci": [0.015, 0.025]}
+    (run / "plurality.json").write_text(json.dumps(gain))
+    evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "50"]))
+    assert json.loads((run / "metrics.json").read_text())["plurality"] == gain
+    sentence = "a mixture of 3 rewards .0300: a gain of .0200, 95 % interval [.0150, .0250]"
+    assert sentence in page_of(run).text
+
+
+def test_another_template_has_the_same_layout(tmp_path):
+    template = tmp_path / "other.html.jinja"
+    template.write_text(
+        '{% extends "report.html.jinja" %}{% block body %}'
+        '{{ table(["name", "Brier", "interval"], rows | map("cells", "n", "x", "x_ci"), "wrr") }}'
+        '{% call figure("one") %}{{ vote_kinds.sampled }}{% endcall %}{% endblock %}'
+    )
+    rows = [{"n": "<a>", "x": 0.5, "x_ci": [0, None]}, {"n": 3, "x": None, "x_ci": [0.1, 0.2]}]
+    values = {"title": "Other & more", "rows": rows}
+    page = Page(report.render(template, images={}, **values))
+    table = [["name", "Brier", "interval"], ["<a>", ".5000", "–"], ["3", "–", "[.1000, .2000]"]]
+    assert page.tables == [table] and "figure" not in page.tags
+    assert page.text.startswith("Other & more Other & more")
+    page = Page(report.render(template, images={"one": {"svg": "abc", "width": 3}}, **values))
+    assert page.addresses == ["data:image/svg+xml;base64,abc"]
+    assert "each pair's annotators are drawn from a population" in page.text
+
+
+# ---- numbers as text, and bins
+
+
+def test_numbers_as_text():
+    assert [figures.num(x) for x in (0.09451, -0.5, 1.25, -0.00001, None)] == [
+        ".0945",
+        "-.5000",
+        "1.2500",
+        ".0000",
+        "–",
+    ]
+    assert [figures.short(x) for x in (0.25, -0.25, 0, -0.001, 1)] == [
+        ".25",
+        "−.25",
+        "0",
+        ".00",
+        "1.00",
+    ]
+    assert report.interval([0.1, 0.2]) == "[.1000, .2000]" and report.interval(None, "-") == "-"
+    assert report.pretty("p_hat - C_hat^2") == "p̂ − Ĉ²"
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 7, 20, 100])
+def test_each_bin_of_majority_shares_is_closed_on_the_left(n):
+    counts, edges = figures.majority_bins(np.maximum(np.arange(n + 1), n - np.arange(n + 1)) / n)
+    expected = [0] * 10
+    for votes in range(n + 1):
+        majority = max(votes, n - votes)
+        expected[min((20 * majority - 10 * n) // n, 9)] += 1
+    assert counts.tolist() == expected
+    assert np.allclose(edges, np.linspace(0.5, 1, 11), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 500])
+def test_figures_of_few_and_of_many_values(size):
+    rng = np.random.default_rng(size)
+    p, p_hat = rng.random((2, size))
+    for p_of_pair, predicted in ((p, p_hat), (np.round(p), np.full(size, 0.5))):
+        assert figures.majority_shares(p_of_pair).axes[0].get_ylabel() == "pairs (%)"
+        below = figures.reliability(p_of_pair, predicted).axes[1]
+        percent = [bar.get_height() for bar in below.patches]
+        assert sum(percent) == pytest.approx(100)
+
+
+def test_reliability_counts_each_pair_in_both_orders():
+    axes = figures.reliability(np.array([0.2, 0.6]), np.array([0.25, 0.25])).axes[0]
+    x, y = axes.lines[1].get_data()
+    assert np.allclose(x, [0.25, 0.75]) and np.allclose(y, [0.4, 0.6])
+
+
+# ---- as a program
+
+# Distributions that evaluating a finished run may import from, with what matplotlib needs in turn.
+NEEDED = {"numpy", "scipy", "pyarrow", "matplotlib", "jinja2", "markupsafe", "setuptools"}
+NEEDED |= {"pybind11", "contourpy", "cycler", "fonttools", "kiwisolver", "packaging", "pillow"}
+NEEDED |= {"pyparsing", "python-dateutil", "six", "pairwise-calibrated-rewards"}
+HIDE = """
+import runpy, sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name in {hidden!r}:
+            raise ModuleNotFoundError("hidden: " + name, name=name)
+sys.meta_path.insert(0, Hide())
+for sys.argv in {commands!r}:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_finished_run_needs_few_packages(tmp_path):
+    # It is copied because this process holds the lock of the one that it made.
+    run = shutil.copytree(make(tmp_path / "made"), tmp_path / "run")
+    (run / "weights.json").unlink()
+    hidden = {
+        name
+        for name, distributions in packages_distributions().items()
+        if not NEEDED & {distribution.lower() for distribution in distributions}
+    }
+    assert {"torch", "transformers", "datasets", "safetensors", "tqdm"} <= hidden
+
+    def python(commands, more=""):
+        code = HIDE.format(hidden=hidden, commands=commands) + more
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        words = [sys.executable, "-c", code]
+        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    stages = ("fit_weights.py", "evaluate.py")
+    done = python([[str(REPOSITORY / name), "--run", str(run)] for name in stages])
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert page_of(run).tables and (run / "figures" / "policies.pdf").exists()
+    compare(json.loads((run / "metrics.json").read_text()), expected(run), 1e-9, skip=CI)
+    assert "hidden: torch" in python([], "import torch").stderr  # The hook works.
