@@ -1,10 +1,11 @@
-"""Every number of a run: metrics with intervals, figures and report, from stored rewards.
+"""Compute every number of a run from stored rewards: metrics with intervals, figures and report.
 
     python evaluate.py --run runs/demo
     python evaluate.py --run results/demo --out /tmp/demo     (a committed run stays as it is)
 
-Reads data/, rewards/ and weights.json of the run; writes metrics.json, report.html and figures/
-into it, or into --out. CPU only, without torch, in seconds. extras/compare.py compares runs.
+It reads data/, rewards/ and weights.json of the run, and writes metrics.json, report.html and
+figures/ into it, or into --out. It needs neither a GPU nor torch, and seconds. pairwise/metrics.py
+has the mathematics; extras/compare.py compares runs.
 """
 
 import itertools
@@ -18,14 +19,16 @@ import numpy as np
 
 evaluator = cli.import_evaluator()
 
-FIGURES = "calibration", "votes", "reliability", "weights"  # those that every run has
-# The files whose code makes the numbers and shows them.
+FIGURES = "calibration", "votes", "reliability", "weights"  # Every run has these.
+# These files hold the numbers and show them: a change of one makes the stage run again.
 CODE = (
     "evaluate.py",
     "pairwise/metrics.py",
     "pairwise/diversity.py",
     "pairwise/ranking.py",
+    "pairwise/figures.py",
     "pairwise/report.py",
+    "pairwise/report.html.jinja",
     "pairwise/theory.py",
     "pairwise/weights.py",
     "csrc/*.[ch]pp",
@@ -33,15 +36,14 @@ CODE = (
 
 
 def best_size(ensemble):
-    """The k with the least Brier score; of scores that are equal but for rounding (1e-9, as in
-    fit_weights.py) the smallest k."""
+    """Return the smallest k whose Brier score is within 1e-9, which is rounding, of the least."""
     least = min(entry["brier"] for entry in ensemble)
     return min(entry["k"] for entry in ensemble if entry["brier"] <= least + 1e-9)
 
 
 def read_logs(run, k):
-    """{"member j": the lines of logs/0j.jsonl}, for members that have a log; of a joint run
-    {"all members": those of logs/joint.jsonl}."""
+    """Return {"member j": the steps of logs/0j.jsonl} of the members that have a log, and of a
+    joint run {"all members": those of logs/joint.jsonl}."""
     paths = {f"member {j}": run / "logs" / f"{j:02d}.jsonl" for j in range(1, k + 1)}
     paths["all members"] = run / "logs" / "joint.jsonl"
     return {
@@ -52,20 +54,18 @@ def read_logs(run, k):
 
 
 class Stored(NamedTuple):
-    """What the stages before have left in a run: {split: Split}, stats.json, the entries of
-    weights.json, {split: rewards float32 (K, R)}, and, or None, the rewards of the continuations,
-    float32 (K, P, n), and the continuations."""
+    """What the stages before this one have left in a run."""
 
-    splits: dict
-    stats: dict
-    prefixes: list
-    rewards: dict
-    scores: np.ndarray | None
-    texts: dict | None
+    splits: dict  # {name: data.Split}
+    stats: dict  # data/stats.json
+    prefixes: list  # The entries of weights.json, of metrics.read_prefixes.
+    rewards: dict  # {split: float32 (K, R)}
+    scores: np.ndarray | None  # Rewards of the continuations, float32 (K, P, n).
+    texts: dict | None  # The continuations, of run_dir.read_continuations.
 
 
 def read_stored(run):
-    """Read all of it. Raises InputError where a file is missing or unfit."""
+    """Read what `Stored` holds. Raises InputError where a file is missing or unfit."""
     splits, stats = data.read_splits(run)
     prefixes = metrics.read_prefixes(run)
     k = run_dir.count_members(run)
@@ -78,13 +78,11 @@ def read_stored(run):
 
 
 def hash_inputs(run, stored):
-    """{name: SHA-256} of every file that the results depend on, the code included."""
-    files = [run / "weights.json"]
-    for name in (*stored.splits, "continuations"):
-        if name in stored.splits or stored.scores is not None:
-            k = len(stored.rewards["test"])
-            files += [run_dir.reward_path(run, j, name) for j in range(1, k + 1)]
-    files += [run / name for name in ("continuations.parquet", "plurality.json")]
+    """Return {name: SHA-256} of every file that the results depend on, the code included."""
+    files = [run / name for name in ("weights.json", "continuations.parquet", "plurality.json")]
+    for j in range(1, len(stored.rewards["test"]) + 1):
+        names = *stored.splits, "continuations"
+        files += [run_dir.reward_path(run, j, name) for name in names]
     files += sorted((run / "logs").glob("*.jsonl"))
     hashes = {
         str(path.relative_to(run)): run_dir.hash_file(path) for path in files if path.exists()
@@ -94,11 +92,12 @@ def hash_inputs(run, stored):
 
 
 def refitted_weights(split, rewards, sizes, resamples, seed):
-    """{k: float64 (resamples, k)} of sizes k: the weights fitted to each resample of the prompts.
+    """Fit the weights of the first k members to each resample of the prompts, for all k of sizes.
 
-    split: the train pairs that the weights were fitted to; rewards float32 (K, R).
+    split: the train pairs that the run's weights are fitted to; rewards float32 (K, R). Returns
+    {k: float64 (resamples, k)}.
     """
-    from tqdm import tqdm  # only here: without it, numbers are derived where it is not installed
+    from tqdm import tqdm  # All other numbers are computed where tqdm is not installed, too.
 
     sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
     sums = [sums[name] for name in ("vote_vote", "vote_p", "p_p", "pairs")]
@@ -106,19 +105,20 @@ def refitted_weights(split, rewards, sizes, resamples, seed):
         weights.error_matrix(vote_vote / n, vote_p / n, p_p / n)
         for vote_vote, vote_p, p_p, n in zip(*metrics.drawn_sums(sums, resamples, seed))
     ]
-    show = {"unit": "resample", "leave": False, "mininterval": 1, "disable": None}
-    return {
-        k: np.array(
-            [weights.simplex_weights(q[:k, :k]) for q in tqdm(matrices, f"weights of {k}", **show)]
+    alphas = {}
+    for k in sizes:
+        bar = tqdm(
+            matrices, f"weights of {k}", unit="resample", leave=False, mininterval=1, disable=None
         )
-        for k in sizes
-    }
+        alphas[k] = np.array([weights.simplex_weights(q[:k, :k]) for q in bar])
+    return alphas
 
 
 def refitted_intervals(forms, pairs, alphas, resamples, seed):
-    """{k: {NAME_refit_ci: limits}}: intervals that also hold what the weights owe to chance.
+    """Return {k: {NAME_refit_ci: limits}}, intervals that hold what the weights owe to chance, too.
 
-    forms: `metrics.squared_errors` of a split; pairs (P,); alphas: `refitted_weights`.
+    forms: of a split, by metrics.squared_errors; pairs (P,): its pairs of each prompt; alphas: of
+    `refitted_weights`.
     """
     sums = metrics.drawn_sums([*itertools.chain(*forms.values()), pairs], resamples, seed)
     forms = {name: sums[3 * i : 3 * i + 3] for i, name in enumerate(forms)}
@@ -130,7 +130,7 @@ def refitted_intervals(forms, pairs, alphas, resamples, seed):
 
 
 def compute(run, stored, args):
-    """metrics.json as a dictionary."""
+    """Return metrics.json as a dictionary."""
     sampling = args.resamples, args.seed
     result = {
         "dataset": stored.stats["dataset"],
@@ -160,7 +160,7 @@ def compute(run, stored, args):
     if args.refit:
         fitted = counted["train"] or stored.splits["train"]
         sizes = [prefix["k"] for prefix in stored.prefixes if prefix["fit"] == "qp"]
-        # Another seed, so that splits of as many prompts are not drawn alike.
+        # The seed is another one, so that splits of as many prompts are not drawn alike.
         alphas = refitted_weights(
             fitted, stored.rewards["train"], sizes, args.resamples, args.seed + 1
         )
@@ -168,7 +168,7 @@ def compute(run, stored, args):
             pairs = np.diff(counted[name].pair_start)
             limits = refitted_intervals(forms[name], pairs, alphas, *sampling)
             for entry in result["splits"][name]["ensemble"]:
-                entry |= limits.get(entry["k"], {})
+                entry.update(limits.get(entry["k"], {}))
     return result
 
 
@@ -211,7 +211,7 @@ def parse_args(argv=None):
     add("--run", type=Path, required=True, help="run with data/, rewards/ and weights.json")
     add("--out", type=Path, help="write the results there instead of into the run")
     add("--resamples", type=cli.natural, default=10000, help="bootstrap resamples over prompts")
-    add("--seed", type=cli.seed, default=0, help="of the bootstrap")
+    add("--seed", type=cli.seed, default=0, help="seed of the bootstrap")
     refit = "intervals also with weights fitted to each resample of the train prompts (minutes)"
     add("--refit", action="store_true", help=refit)
     return parser.parse_args(argv)

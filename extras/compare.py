@@ -1,11 +1,11 @@
-"""Several settings side by side on one test split, with paired intervals of their differences.
+"""Compare settings on one test split, with paired intervals of their differences.
 
     python extras/compare.py runs/a runs/b --out /tmp/ab
     python extras/compare.py runs/a1,runs/a2 runs/b1,runs/b2 --out /tmp/ab     (two seeds each)
 
-A space separates settings; a comma joins the runs of one setting, whose errors are averaged. Writes
-compare.json, compare.html and figures/compare.png, .pdf into --out. Runs whose test data differ are
-refused. CPU only, without torch.
+A space separates settings; a comma joins the runs of one setting, whose errors are averaged. It
+writes compare.json, compare.html and figures/compare.png, .pdf into --out, and refuses runs whose
+test data differ. It needs neither a GPU nor torch.
 """
 
 import itertools
@@ -28,14 +28,14 @@ LINE_STYLES = {
 COLOURS = figures.INK, figures.BLUE, "#CC79A7", "#8a6d00", "#56B4E9", "#5e3c99", figures.GREY
 MARKERS = "os^Dvp*X"
 DASHES = "-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2))
-DRAWN = 15  # differences in the figure, at most
+DRAWN = 15  # The figure has at most so many differences.
 
 
 # ---- the settings and their errors
 
 
 def named_settings(words):
-    """[(name, [run directories])] of words RUN or RUN,RUN,..
+    """Return [(name, [run directories])] of words RUN or RUN,RUN,..
 
     The name of a setting is what the names of its directories have in common at the beginning, else
     all of them, with as many of the directories above as make the settings distinct. Raises
@@ -58,15 +58,15 @@ def named_settings(words):
 
 
 def common_start(names):
-    """What the names have in common at the beginning; the first name where that is nothing."""
+    """Return what names have in common at the beginning; the first name where that is nothing."""
     if len(names) == 1:
         return names[0]
     return os.path.commonprefix(names).rstrip("/-_.") or names[0]
 
 
 def test_errors(run):
-    """(pairs (P,), {k: {name of metrics.ERRORS: squared errors (P,)}}, {reference line: (P,) or
-    None}) of a run's test split: sums over each prompt's pairs."""
+    """Return the sums over each test prompt's pairs: pairs (P,), {k: {name of metrics.ERRORS:
+    squared errors (P,)}}, {reference line: (P,) or None}. Raises InputError where none counts."""
     stats = data.read_stats(run)
     split = data.counted_pairs(data.read_split(run, "test"))
     if split is None:
@@ -88,8 +88,8 @@ def test_errors(run):
 
 
 def setting_errors(measured):
-    """(errors by name, each run with all its members; Brier errors by k, for the k that all runs
-    have): the means (P,) of one setting's runs, None where a run has no such figure."""
+    """Average the errors of one setting's runs: {name: (P,), or None where a run has no such
+    figure}, of each run with all its members, and {k: Brier errors (P,)} of k that all have."""
 
     def mean(arrays):
         return None if any(array is None for array in arrays) else np.mean(arrays, 0)
@@ -102,7 +102,7 @@ def setting_errors(measured):
 
 
 def compare(settings, resamples, seed):
-    """compare.json as a dictionary; settings: of `named_settings`."""
+    """Return compare.json as a dictionary; settings: of `named_settings`."""
     measured = [[test_errors(run) for run in runs] for _, runs in settings]
     first = settings[0][1][0]
     for run in itertools.chain(*(runs for _, runs in settings)):
@@ -153,12 +153,12 @@ def compare(settings, resamples, seed):
 
 
 def sizes(setting):
-    """The k of a setting's runs, once where they agree."""
+    """Write the k of a setting's runs, once where they agree."""
     return ", ".join(map(str, dict.fromkeys(setting["k"])))
 
 
 def verdict(difference):
-    """Which side is lower, where the interval of a difference says so."""
+    """Say which side is lower, where the interval of a difference excludes zero."""
     low, high = difference["brier_ci"]
     if low <= 0 <= high:
         return ""
@@ -166,7 +166,7 @@ def verdict(difference):
 
 
 def table(result):
-    """The comparison in plain text."""
+    """Write the comparison as plain text."""
     cells = report.cells
     lines = [
         f"{result['dataset']}, test split: {result['prompts']} prompts, {result['pairs']} pairs. "
@@ -195,7 +195,7 @@ def table(result):
 
 
 def drawn_differences(result):
-    """All differences where there is room, else those from the first setting."""
+    """Return all differences where there is room, else those from the first setting."""
     every = result["differences"]
     if len(every) <= DRAWN:
         return every
@@ -203,15 +203,15 @@ def drawn_differences(result):
 
 
 def clip(name):
-    """A name as the figure shows it."""
+    """Shorten a name for the figure."""
     return name if len(name) <= 30 else f"{name[:29]}…"
 
 
 def draw(result):
-    """Brier score against k, a line a setting, beside the differences with their intervals."""
+    """Draw the Brier score against k, a line a setting, beside the differences."""
     differences = drawn_differences(result)
-    rows = -(-(len(result["settings"]) + len(LINES)) // 2)  # of the legend
-    height = max(2.6, 0.2 * len(differences) + 0.8) + 0.135 * rows + 0.2
+    legend_rows = -(-(len(result["settings"]) + len(LINES)) // 2)
+    height = max(2.6, 0.2 * len(differences) + 0.8) + 0.135 * legend_rows + 0.2
     fig, (left, right) = figures.subplots(figures.WIDE, height, 1, 2, width_ratios=[1.15, 1])
     draw_errors(left, result)
     draw_differences(right, differences)
@@ -221,7 +221,8 @@ def draw(result):
 
 
 def draw_errors(axes, result):
-    """Brier score of every setting against k; right of it, open marks, of its single soft model."""
+    """Draw the Brier score of every setting against k, and right of it, as an open mark, that of
+    its single soft model."""
     settings = result["settings"]
     largest = max(k for setting in settings for k in setting["k"])
     for i, setting in enumerate(settings):
@@ -230,7 +231,7 @@ def draw_errors(axes, result):
             "color": COLOURS[i % len(COLOURS)],
             "zorder": 4,
         }
-        shift = 0.16 * (i / max(1, len(settings) - 1) - 0.5)  # beside each other, not on top
+        shift = 0.16 * (i / max(1, len(settings) - 1) - 0.5)  # Settings stand beside each other.
         # Runs with fixed weights and unequal k have no k in common.
         entries = setting["ensemble"] or [setting | {"k": max(setting["k"])}]
         at = [entry["k"] + shift for entry in entries]
@@ -254,7 +255,7 @@ def draw_errors(axes, result):
 
 
 def draw_differences(axes, differences):
-    """Differences with their intervals, grey where zero is inside."""
+    """Draw the differences with their intervals, grey where zero is inside."""
     for y, entry in enumerate(differences):
         colour = figures.INK if verdict(entry) else figures.GREY
         axes.plot(entry["brier_ci"], [y, y], color=colour, lw=1)
@@ -315,7 +316,7 @@ def parse_args(argv=None):
     add("runs", nargs="+", metavar="RUN,RUN", help="a setting: its runs, joined by commas")
     add("--out", type=Path, required=True, help="directory for what is written")
     add("--resamples", type=cli.natural, default=10000, help="bootstrap resamples over prompts")
-    add("--seed", type=cli.seed, default=0, help="of the bootstrap")
+    add("--seed", type=cli.seed, default=0, help="seed of the bootstrap")
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,6 @@
-"""The diversity of the members on continuations: "diversity" of metrics.json. Never imports torch.
+"""How differently the members rank continuations: "diversity" of metrics.json. Never imports torch.
 
-In all docstrings: P prompts, n continuations of each, K members.
+In all docstrings there are P prompts, n continuations of each, and K members.
 """
 
 from pairwise import cli, metrics, ranking
@@ -9,12 +9,12 @@ import numpy as np
 
 evaluator = cli.import_evaluator()
 
-BETAS = np.logspace(1, -4, 11)  # from policies near the base to policies near the favourites
-CASES = 3  # prompts of which the members' favourites are shown
+BETAS = np.logspace(1, -4, 11)  # They reach from the base model to the members' favourites.
+CASES = 3  # So many prompts are shown with the members' favourites.
 
 
 def measure(scores, texts, alpha, patterns, resamples, seed):
-    """How differently the members rank each prompt's continuations: the entry of metrics.json.
+    """Return the entry of metrics.json.
 
     kendall_tau is the mean tau-b between two members' rankings (figure 3); win, how far a member's
     favourite falls with another; character, the tau-b between a ranking and what shows in the
@@ -55,8 +55,8 @@ def measure(scores, texts, alpha, patterns, resamples, seed):
 
 
 def policy_distance(scores, texts, alpha):
-    """(float64 (P, betas), float64 (P,)): |p_bar - p_hat| with each of BETAS, summed over all pairs
-    of a prompt's distinct continuations, and the number of these pairs."""
+    """Return |p_bar - p_hat| with each of BETAS, float64 (P, betas), summed over all pairs of a
+    prompt's distinct continuations, and the number of these pairs, float64 (P,)."""
     sums, pairs = np.empty((len(texts["texts"]), len(BETAS))), np.empty(len(texts["texts"]))
     for x, (answers, logprob) in enumerate(zip(texts["texts"], texts["logprob"])):
         distinct = ranking.distinct(answers)
@@ -70,8 +70,8 @@ def policy_distance(scores, texts, alpha):
 
 
 def favourites(scores, texts, wins):
-    """The CASES prompts on which members rank each other's favourites lowest, of equal ones the
-    first, with every member's favourite (appendix G)."""
+    """Return the CASES prompts on which members rank each other's favourites lowest, of equal ones
+    the first, with every member's favourite (appendix G)."""
     k, best = len(scores), ranking.favourites(scores)
     disagreement = np.zeros(scores.shape[1])
     if k > 1:

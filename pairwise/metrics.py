@@ -1,11 +1,12 @@
 """The figures of metrics.json, from stored rewards, and their intervals. Never imports torch.
 
-A figure is a ratio of sums over prompts, so that its sums over resampled prompts give it anew.
-`estimate` takes figures in nested dicts and lists, shaped like the JSON that they become.
+A figure is a ratio of sums over prompts, so its sums over resampled prompts give it anew: that is
+all that an interval needs. `estimate` takes figures nested in dicts and lists, in the shape of the
+JSON that they become.
 
-In all docstrings: P prompts, N pairs, K members, R distinct responses. p float64 (N,) in [0, 1] is
-the share of a pair's annotators that prefer its first response, V_j in {0, 1/2, 1} is the vote of
-member j, and p_hat = sum_j alpha_j V_j is the share that the mixture predicts.
+In all docstrings there are P prompts, N pairs, K members and R distinct responses; p float64 (N,)
+in [0, 1] is the share of a pair's annotators that prefer its first response, V_j in {0, 1/2, 1} is
+the vote of member j, and p_hat = sum_j alpha_j V_j is the share that the mixture predicts.
 """
 
 import collections
@@ -19,20 +20,20 @@ from scipy.special import expit
 
 evaluator = cli.import_evaluator()
 
-ERRORS = "brier", "brier_soft", "excess", "true_error"  # squared errors of p_hat
-LABELS = 8  # of a category, the most frequent are shown, others are counted together
+ERRORS = "brier", "brier_soft", "excess", "true_error"  # These are squared errors of p_hat.
+LABELS = 8  # So many labels of a category have their own row; others are counted together.
 
 
-# ---- terms of single pairs, whose means are reported
+# ---- terms of pairs
 
 
 def floor_single(p):
-    """Least squared error of any single deterministic reward, min(p, 1-p)^2 (section 5)."""
+    """Return the floor of any single deterministic reward, min(p, 1-p)^2 (section 5)."""
     return np.minimum(p, 1 - p) ** 2
 
 
 def coin_flip(p):
-    """Squared error of predicting one half everywhere."""
+    """Return the squared error of predicting one half everywhere."""
     return (p - 0.5) ** 2
 
 
@@ -40,7 +41,7 @@ def coin_flip(p):
 
 
 class Ratio(NamedTuple):
-    """The figure sum(top) / sum(bottom), sums over prompts.
+    """A figure sum(top) / sum(bottom), where the sums are over prompts.
 
     top float64 (P, ..), None for a figure that does not exist; bottom (P,) or shaped like top.
     """
@@ -54,7 +55,7 @@ class Ratio(NamedTuple):
 
 
 class Correlation(NamedTuple):
-    """The figure sum(top) / sqrt(sum(one) sum(two)), sums over prompts; all float64 (P,)."""
+    """A figure sum(top) / sqrt(sum(one) sum(two)) of float64 (P,); the sums are over prompts."""
 
     top: np.ndarray
     one: np.ndarray
@@ -66,13 +67,13 @@ class Correlation(NamedTuple):
 
 
 def estimate(figures, resamples, seed):
-    """Copy nested dicts and lists; every Ratio and Correlation `name` becomes its value, and its 95 %
-    percentile interval over resampled prompts stands beside it as `name_ci`.
+    """Copy nested dicts and lists, where every Ratio and Correlation `name` becomes its value, and
+    its 95 % percentile interval over resampled prompts stands beside it as `name_ci`.
 
     All figures of a call see the same resampled prompts. Values and intervals are nested lists of
     shapes (..) and (.., 2); they are None where the bottom is zero or the figure does not exist.
     """
-    waiting = []  # of every figure: itself, its name, and the dict of the copy that it belongs in
+    waiting = []  # It has every figure, its name, and the dict of the copy that it belongs in.
 
     def copied(node):
         if isinstance(node, list):
@@ -99,7 +100,7 @@ def estimate(figures, resamples, seed):
 
 
 def value_and_interval(figure, drawn):
-    """Value (..) and limits (.., 2) of a Ratio or Correlation as nested lists.
+    """Return the value (..) and the limits (.., 2) of a Ratio or Correlation as nested lists.
 
     drawn: the sums over resampled prompts, float64 (resamples, ..), of each array of the figure.
     """
@@ -117,13 +118,13 @@ def value_and_interval(figure, drawn):
 
 
 def drawn_sums(arrays, resamples, seed):
-    """Sums over resampled prompts, float64 (resamples, ..) each, of arrays float64 (P, ..).
+    """Sum each of the arrays (P, ..) over resampled prompts: float64 (resamples, ..) each.
 
     A resample has the same prompts in all arrays. Equal columns are drawn once: many figures have
     the same bottom.
     """
     columns = np.hstack([array.reshape(len(array), -1) for array in arrays]).T
-    numbers = {}  # of the distinct columns, by their bytes
+    numbers = {}  # The bytes of a column find its number among the distinct ones.
     places = [numbers.setdefault(column.tobytes(), len(numbers)) for column in columns]
     distinct = np.empty((len(columns[0]), len(numbers)))
     distinct[:, places] = columns.T
@@ -136,14 +137,14 @@ def drawn_sums(arrays, resamples, seed):
 
 
 def resampled(sums, resamples, seed):
-    """Sums over resampled prompts, float64 (resamples, m), of sums (P, m)."""
+    """Sum the sums (P, m) of prompts over resampled prompts: float64 (resamples, m)."""
     counts = evaluator.bootstrap_counts(len(sums), resamples, seed)
-    blocks = np.array_split(counts, max(1, counts.size // 10**6))  # as float64, a block takes 8 MB
+    blocks = np.array_split(counts, max(1, counts.size // 10**6))  # A block takes 8 to 16 MB.
     return np.concatenate([block.astype(np.float64) @ sums for block in blocks])
 
 
 def by_prompt(split, terms):
-    """Sums over each prompt's pairs, float64 (P, ..), of terms (.., N)."""
+    """Sum terms (.., N) over each prompt's pairs: float64 (P, ..)."""
     return np.moveaxis(np.add.reduceat(terms, split.pair_start[:-1], axis=-1), -1, 0)
 
 
@@ -151,8 +152,8 @@ def by_prompt(split, terms):
 
 
 def squared_errors(split, sums, rewards, soft, c):
-    """{name of ERRORS: (A (P, K, K), b (P, K), c (P,))}: the sums of V V', V p and p^2 over each
-    prompt's pairs, of which `error_of` makes the squared error of any mixture.
+    """Return {name of ERRORS: (A (P, K, K), b (P, K), c (P,))}: the sums of V V', V p and p^2 over
+    each prompt's pairs, of which `error_of` makes the squared error of any mixture.
 
     sums: evaluator.pair_statistics of the votes against p; rewards float32 (K, R); soft float64
     (K, N): sigmoid(r_j(a) - r_j(b)); c (N,): terms of the irreducible error, or None.
@@ -171,11 +172,11 @@ def squared_errors(split, sums, rewards, soft, c):
 
 
 def error_of(form, alpha):
-    """Squared error of a mixture, summed over pairs: (p_hat - p)^2 = alpha'A alpha - 2 alpha'b + c.
+    """Sum (p_hat - p)^2 = alpha'A alpha - 2 alpha'b + c over pairs, for a mixture of weights alpha.
 
-    Its mean over pairs is the calibration error, equation (2), also called the Brier score. form:
-    A (.., K, K), b (.., K), c (..,) of `squared_errors`; alpha float64 (.., k): the weights of the
-    first k members. Returns float64 (..,).
+    The mean over pairs is the pairwise calibration error, equation (2), also called Brier score.
+    form: A (.., K, K), b (.., K), c (..,) of `squared_errors`; alpha float64 (.., k): the weights
+    of the first k members. Returns float64 (..,).
     """
     k = alpha.shape[-1]
     a, b, c = form[0][..., :k, :k], form[1][..., :k], form[2]
@@ -183,12 +184,13 @@ def error_of(form, alpha):
 
 
 def not_negative(name, errors):
-    """Squared errors without what rounding took below zero; the excess may be below it."""
+    """Undo what rounding took below zero of squared errors; the excess may be below it."""
     return errors if name == "excess" else np.maximum(errors, 0)
 
 
 def measure(split, rewards, stats, soft_single):
-    """(evaluator.pair_statistics, soft float64 (K, N), `squared_errors`, {line: (N,) or None}).
+    """Return what the figures of a split need: evaluator.pair_statistics, the soft votes float64
+    (K, N), `squared_errors`, and {reference line: its terms (N,), or None}.
 
     split: with the pairs that count; rewards float32 (K, R); stats: of stats.json; soft_single:
     whether the sigmoid of member 1 is a soft model of p, as `trained_on_p` says.
@@ -196,7 +198,7 @@ def measure(split, rewards, stats, soft_single):
     sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
     p, truth = split.p, split.p_true
     with np.errstate(over="ignore", invalid="ignore"):
-        margins = np.nan_to_num(rewards[:, split.a] - rewards[:, split.b])  # inf - inf is a tie: 0
+        margins = np.nan_to_num(rewards[:, split.a] - rewards[:, split.b])  # inf - inf: a tie
     soft = expit(margins.astype(np.float64))
     halves = split.ties if stats["ties"] == "half" else np.zeros(len(p))
     c = {
@@ -220,7 +222,7 @@ def measure(split, rewards, stats, soft_single):
 
 
 def split_metrics(split, rewards, prefixes, stats, soft_single, resamples, seed):
-    """(the entry of metrics.json for one split, its `squared_errors`).
+    """Return the entry of metrics.json for one split, and its `squared_errors`.
 
     rewards float32 (K, R); prefixes: of `read_prefixes`; stats, soft_single: as for `measure`.
     """
@@ -246,18 +248,18 @@ def split_metrics(split, rewards, prefixes, stats, soft_single, resamples, seed)
 
 
 def agreement_terms(p_hat, p):
-    """float64 (4, N): |p_hat - p|, and x y, x^2, y^2 of x = p_hat - 1/2, y = p - 1/2.
+    """Return float64 (4, N): |p_hat - p|, and x y, x^2, y^2 of x = p_hat - 1/2, y = p - 1/2.
 
     Pearson's correlation over both orders of every pair is sum x y / sqrt(sum x^2 sum y^2): all
     means are 1/2, and the other order of a pair only turns both signs.
     """
-    x = np.round(p_hat - 0.5, 12)  # opposite members with equal weights say 1/2 but for rounding
+    x = np.round(p_hat - 0.5, 12)  # Opposite members of equal weights say 1/2, but for rounding.
     y = p - 0.5
     return np.stack([np.abs(p_hat - p), x * y, x * x, y * y])
 
 
 def mixture_figures(split, votes, soft, forms, alpha):
-    """Figures of the mixture of the first k members; votes, soft float64 (K, N), alpha (k,)."""
+    """Return the figures of the first k members' mixture; votes, soft (K, N), alpha (k,)."""
     pairs = np.diff(split.pair_start).astype(np.float64)
     figures = {name: Ratio(None, pairs) for name in ERRORS}
     for name, form in forms.items():
@@ -273,10 +275,10 @@ def mixture_figures(split, votes, soft, forms, alpha):
 
 
 def member_figures(split, sums, form):
-    """Figures of all members at once, tops (P, K); form: the Brier score's of `squared_errors`."""
+    """Return the figures of all members at once, tops (P, K); form: that of the Brier score."""
     pairs = sums["pairs"].astype(np.float64)
     errors = [error_of(form, alone) for alone in np.eye(sums["vote"].shape[1])]
-    # The disagreement score Phi (section 2) is the mean of V (1-p) + (1-V) p = V - 2 V p + p.
+    # The disagreement score Phi_j (section 2) is the mean of V_j (1-p) + (1-V_j) p.
     phi = sums["vote"] - 2 * sums["vote_p"] + sums["p"][:, None]
     least = by_prompt(split, np.minimum(split.p, 1 - split.p))
     return {
@@ -288,15 +290,17 @@ def member_figures(split, sums, form):
 
 
 def member_rows(entry):
-    """The members of a split's entry as a list, each with the two numbers below which every beta
-    makes it an outlier (theorem 3): the infimum of Phi is unknown, and the best member's Phi and
-    the mean of min(p, 1-p) bound it."""
+    """Return the members of a split's entry as a list of rows.
+
+    outlier_below has two numbers: for every beta below them the member is an outlier (theorem 3),
+    if the unknown infimum of Phi is the best member's Phi, and if it is mean min(p, 1-p).
+    """
     excess, phis = entry["ensemble"][-1]["excess"], entry["members"]["disagreement"]
     bounds = min(phis), 1 - entry["majority_mean"]
     rows = []
     for j, phi in enumerate(phis):
         row = {"j": j + 1} | {name: values[j] for name, values in entry["members"].items()}
-        if row["accuracy"] is None:  # no pair has a majority
+        if row["accuracy"] is None:  # No pair has a majority.
             row["accuracy_ci"] = None
         row["outlier_below"] = (
             None
@@ -308,7 +312,7 @@ def member_rows(entry):
 
 
 def group_figures(split, p_hat):
-    """Figures by how much the annotators agree, and by the user's own categories."""
+    """Return the figures by how far annotators agree, and by the user's own categories."""
     p, start = split.p, split.pair_start
     terms = np.stack([np.ones(len(p)), (p_hat - p) ** 2, *agreement_terms(p_hat, p)])
 
@@ -343,11 +347,11 @@ def group_figures(split, p_hat):
 
 
 def by_label(labels):
-    """[({label, labels}, bool (P,))]: the LABELS most frequent labels of the prompts, and the
-    others together as None with their number; None and 1 stand for prompts without a label."""
+    """Return [({label, labels}, bool (P,))] of the LABELS most frequent labels of the prompts, and
+    of the others together, as None and their number; None and 1 mean prompts without a label."""
     counts = collections.Counter(labels)
     order = sorted(counts, key=lambda label: (-counts[label], str(label)))
-    size = len(order) if len(order) <= LABELS + 1 else LABELS  # others are two labels at least
+    size = len(order) if len(order) <= LABELS + 1 else LABELS  # One label alone is no rest.
     place = {label: min(i, size) for i, label in enumerate(order)}
     heads = [{"label": label, "labels": 1} for label in order[:size]]
     if size < len(order):
@@ -360,8 +364,8 @@ def by_label(labels):
 
 
 def read_prefixes(run):
-    """The entries of weights.json, {k, alpha, fit, ..}. Raises InputError unless they are of as
-    many members as the rewards."""
+    """Read the entries of weights.json, {k, alpha, fit, ..}. Raises InputError unless they are of
+    as many members as the rewards."""
     k, path = run_dir.count_members(run), run / "weights.json"
     prefixes = run_dir.read_json(path)
     try:
@@ -382,8 +386,8 @@ def read_prefixes(run):
 
 
 def trained_on_p(run):
-    """Whether member 1 was trained on the vote fractions, as far as the manifest says: then its
-    sigmoid is a soft model of them."""
+    """Tell whether member 1 was trained on the vote fractions, by the manifest: then its sigmoid is
+    a soft model of them."""
     if run_dir.kind_of(run, beneath=True) in ("joint", "hardened", "existing"):
         return False
     settings = run_dir.stages(run).get(run_dir.member_name(1), {}).get("settings", {})

@@ -1,4 +1,4 @@
-"""Ranked continuations: what K members make of the same n answers to each of P prompts. No torch.
+"""How K members rank the same n continuations of each of P prompts. Never imports torch.
 
 Higher rewards are better. They may be infinite, and none is NaN.
 """
@@ -9,8 +9,8 @@ import numpy as np
 from scipy.special import expit
 from scipy.stats import rankdata
 
-# What shows in a text, by the number of matches of a pattern, capitals or not. A data set with
-# attributes of its own has them in stats.json.
+# A pattern is matched in capitals or not. A data set with attributes of its own has them in
+# stats.json.
 ATTRIBUTES = {
     "words": r"\S+",
     "hedging words": r"\b(?:perhaps|maybe|might|may|could|possibly|probably|likely|seems?|appears?"
@@ -24,8 +24,8 @@ ATTRIBUTES = {
 
 
 def attribute_counts(texts, patterns):
-    """float32 (attributes, P, n): how often each of the patterns, {name: regular expression},
-    occurs in each of the texts, P lists of n str."""
+    """Count how often patterns, {name: regular expression}, occur in texts, P lists of n str:
+    float32 (attributes, P, n)."""
     compiled = [re.compile(pattern, re.IGNORECASE) for pattern in patterns.values()]
     counts = [
         [[len(pattern.findall(text)) for text in answers] for answers in texts]
@@ -35,38 +35,37 @@ def attribute_counts(texts, patterns):
 
 
 def distinct(texts):
-    """Indices of a prompt's texts without those that repeat an earlier one."""
+    """Return the indices of a prompt's texts without those that repeat an earlier one."""
     return np.array([i for i, text in enumerate(texts) if text not in texts[:i]])
 
 
 def ranks(scores):
-    """Ranks along the last axis, float64, 1 the best; equal scores share their mean rank."""
+    """Rank along the last axis, float64, 1 is the best; equal scores share their mean rank."""
     return rankdata(-scores, axis=-1).astype(np.float64)
 
 
 def favourites(scores):
-    """Index of the best continuation along the last axis, of equal ones the first."""
+    """Return the index of the best along the last axis, of equal ones the first."""
     return scores.argmax(-1)
 
 
 def win_shares(scores):
-    """float64 (P, K, K): [x, i, j] is the share of prompt x's other continuations that member j
-    ranks below member i's favourite, equal ones counting half: 1 where it is j's only favourite
-    too, 1/2 where all are equal to j. scores float32 (K, P, n), n >= 2."""
+    """Return float64 (P, K, K): [x, i, j] is the share of prompt x's other continuations that
+    member j ranks below member i's favourite, where equal ones count half. It is 1 where j has the
+    same only favourite, and 1/2 where all are equal to j. scores float32 (K, P, n), n >= 2."""
     k, prompts, n = scores.shape
     rank = ranks(scores)[:, np.arange(prompts)[:, None], favourites(scores).T]  # (j, x, i)
     return (n - rank.transpose(1, 2, 0)) / (n - 1)
 
 
 def reward_mixture(scores, alpha):
-    """p_hat of every pair of a prompt's continuations, ordered as by `policy_mixture`, which tends
-    to it as beta tends to 0; scores (K, n), alpha (K,). Returns float64 (n (n-1) / 2,)."""
+    """Return p_hat, the limit of `policy_mixture` as beta tends to 0; scores (K, n), alpha (K,)."""
     a, b = np.triu_indices(scores.shape[1], 1)
     return alpha @ ((scores[:, a] > scores[:, b]) * 0.5 + (scores[:, a] >= scores[:, b]) * 0.5)
 
 
 def policy_mixture(scores, logprob, alpha, beta):
-    """Probability that the mixture of the members' optimal policies prefers y1 to y2 (appendix A).
+    """Return how probably the mixture of the members' optimal policies prefers y1 (appendix A).
 
         p_bar_j = sigmoid((r_j(y1) - r_j(y2)) / beta + log pi_0(y1) - log pi_0(y2))
         p_bar = sum_j alpha_j p_bar_j
@@ -77,5 +76,5 @@ def policy_mixture(scores, logprob, alpha, beta):
     a, b = np.triu_indices(len(logprob), 1)
     scores = np.asarray(scores, np.float64)
     with np.errstate(invalid="ignore"):
-        margin = np.nan_to_num(scores[:, a] - scores[:, b])  # of equal infinite rewards: 0
+        margin = np.nan_to_num(scores[:, a] - scores[:, b])  # Equal infinite rewards differ by 0.
     return alpha @ expit(margin / beta + (logprob[a] - logprob[b]))
