@@ -286,7 +286,7 @@ def test_an_error_is_told_once(ran):
 
 
 def test_torchrun_itself(data, base, tmp_path):
-    """Two steps of a training that does not stay finite: a line, before torchrun's own report, and no success."""
+    """A training that does not stay finite ends with one line before torchrun's own report."""
     words = [
         "--run",
         fresh(data, tmp_path),
