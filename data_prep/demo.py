@@ -302,13 +302,13 @@ def pretrain(chats, seed, batch=64, lr=3e-3):
 
 def make_base(args):
     """Train the base model on RUN/data's train prompts and write RUN/base."""
-    import torch
-
     run, settings = args.run, {"seed": args.seed, "texts": args.texts}
     inputs = data.hashes(run)
     if run_dir.stage_done(run, "base", settings, inputs, [run / "base"]):
         print(f"base: {run / 'base'} is there, skipped")
         return
+    import torch  # which takes seconds to load
+
     started = run_dir.begin_stage(run, "base", settings, inputs)
     torch.set_num_threads(args.threads)
     train, rng = data.read_split(run, "train"), np.random.default_rng([args.seed, 2])
