@@ -128,7 +128,7 @@ def hub_files(dataset, revision, flag):
         raise cli.InputError(
             f"{dataset.hub} could not be read from the hub ({reason}); download {dataset.files} "
             f"from https://huggingface.co/datasets/{dataset.hub} and run: "
-            f"{run_dir.command_with(flag, 'PATH')}"
+            f"{run_dir.command_with(flag, 'PATH', without='--revision')}"
         ) from None
     commits = {url.split("@", 1)[1].split("/", 1)[0] for split in urls for url in urls[split]}
     paths = {split: [Path(file) for file in files[split]] for split in files}
