@@ -168,6 +168,11 @@ def wrong(where, field, value, expected):
     return cli.InputError(f"{where}: {field}: {shown} found, {expected} expected")
 
 
+def is_number(value):
+    """Tell whether a value is an integer or a float, of which JSON's true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def string(where, field, value):
     """Text, which may be empty."""
     if not isinstance(value, str):
