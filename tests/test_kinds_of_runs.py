@@ -4,13 +4,13 @@ changed."""
 import json
 
 import harden
+import prune
 import pytest
 import respond
 import train_joint
 from conftest import FLAGS, HEAD, export, fit, fresh, train
 
 import evaluate
-import fit_weights
 import score
 from pairwise.cli import InputError
 
@@ -52,10 +52,8 @@ def runs(full_run, head_run, data, base, tmp_path_factory):
         )
     for kind, source in (("pruned", "full"), ("pruned hardened", "hardened")):
         made[kind] = there / "deeper" / kind
-        fit_weights.main(
-            fit_weights.parse_args(
-                arguments("--run", made[source], "--prune", 2.5, "--out", made[kind])
-            )
+        prune.main(
+            prune.parse_args(arguments("--run", made[source], "--beta", 2.5, "--out", made[kind]))
         )
     return made
 
