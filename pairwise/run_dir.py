@@ -232,11 +232,6 @@ def kind_of(run, beneath=False):
     return "existing" if train == "from" else train  # extras/adopt.py enters "from".
 
 
-def made_otherwise(run):
-    kind = kind_of(run)
-    return kind if kind in ("joint", "hardened", "pruned") else None
-
-
 # ---- what the manifest and messages say of a call
 
 
