@@ -115,10 +115,9 @@ def targets_of_stage(args, train):
     Raises InputError where judgments are asked for and there are none."""
     run, j = args.run, args.iteration
     if args.margin_from == "judgments" and train.judgments is None:
-        words = (
-            "no column judgments found for --margin-from; extras/synthetic_judgments.py makes it"
-        )
-        raise cli.InputError(f"{run / 'data' / 'train.parquet'}: {words}")
+        path, script = run / "data" / "train.parquet", "extras/synthetic_judgments.py"
+        words = f"no column judgments found for --margin-from; {script} makes it"
+        raise cli.InputError(f"{path}: {words}")
     alpha = run_dir.read_weights(run, j - 1) if j > 1 else np.zeros(0)
     rewards = run_dir.read_rewards(run, "train", j - 1, (train.response_start[-1],))
     t = target_of(args.target, train.p, rewards, alpha, train.a, train.b)

@@ -139,11 +139,6 @@ class RewardModel:
         """The scalar head, Linear (d -> 1), or (d -> K) where K rewards share the model."""
         return head(self.model)
 
-    @property
-    def device(self):
-        """The torch.device of the parameters."""
-        return next(self.model.parameters()).device
-
 
 def device(name=None):
     """argparse type: a device that is there, as a string; without a name, cuda where it is."""
@@ -254,7 +249,7 @@ def hidden_of_batch(reward_model, sequences):
     model = reward_model.model
     if reward_model.packs:
         return packed.last_hidden(model, sequences, reward_model.packs)
-    return last_hidden(model, *pad(sequences, model.config.pad_token_id, reward_model.device))
+    return last_hidden(model, *pad(sequences, model.config.pad_token_id, model.device))
 
 
 def rewards_of_batch(reward_model, sequences, tokens=None):
@@ -270,7 +265,7 @@ def rewards_of_batch(reward_model, sequences, tokens=None):
         return rewards_of_batch(reward_model, [sequences[i] for i in own])
 
     groups = list(batches_of(reward_model, sequences, tokens))
-    return passes.in_several(run, groups, reward_model.device)
+    return passes.in_several(run, groups, reward_model.model.device)
 
 
 def count_tokens(reward_model, sequences):

@@ -227,12 +227,12 @@ def train_full(
 
     order = split.pair_start, keep, args.pairs_per_step, rng
     steps = [dealt(s) for _ in range(args.epochs) for s in steps_of_prompts(*order)]
-    model, on_gpu = reward_model.model, reward_model.device.type == "cuda"
+    model, on_gpu = reward_model.model, reward_model.model.device.type == "cuda"
     groups = parameter_groups(model)
     groups[1].extend(more)
     memory = None if args.optimizer_memory_gb is None else args.optimizer_memory_gb * 2**30
     if on_gpu:
-        free, _ = torch.cuda.mem_get_info(reward_model.device)
+        free, _ = torch.cuda.mem_get_info(model.device)
         memory = budget.optimizer_budget(free, model, groups, args)
     recompute_activations(model, on_gpu)  # Memory is what a card has least of.
     train(groups, rewards_at, steps, split, targets, loss, args, log, checkpoints, memory)
