@@ -65,11 +65,11 @@ def save_member(model, tokenizer, directory):
         config |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
     dtype = str(next(model.base_model.parameters()).dtype).removeprefix("torch.")
     config |= {"torch_dtype": dtype, "dtype": dtype}
-    described = run_dir.read_json(directory / "tokenizer_config.json") | {
+    tokenizer_config = run_dir.read_json(directory / "tokenizer_config.json") | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    for name, values in (("config.json", config), ("tokenizer_config.json", described)):
+    for name, values in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
         (directory / name).write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -158,8 +158,8 @@ def load_member(run, j, base, tokenizer, dtype, device):
 
 
 def score_trained(run, settings, questions, args):
-    """Score with the members that were trained: one after the other, or those that share a model,
-    or a frozen base, in one pass over it."""
+    """Score with the members of a trained run: one after the other, or in one pass over the model
+    or the frozen base that they share."""
     base, dtype = settings["base"], getattr(torch, settings["dtype"])
     is_joint = run_dir.kind_of(run, beneath=True) == "joint"
     numbers = range(1, run_dir.count_members(run) + 1)

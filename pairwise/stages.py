@@ -115,7 +115,7 @@ def write_rewards(run, j, scores):
 
 
 def facts(args):
-    """What the manifest records of a training or scoring besides its settings."""
+    """Return what the manifest records of a training or scoring besides its settings."""
     numbers = {name: getattr(args, name) for name in ("threads", "device", "micro_batch_tokens")}
     return {"base": str(args.base)} | numbers
 
