@@ -14,7 +14,6 @@ CSV out: row, prompt, response_a, response_b, reward_a_1.., reward_b_1.., p_hat.
 import csv
 import io
 import json
-from itertools import combinations
 from pathlib import Path
 
 from pairwise import cli, members, rows, run_dir
@@ -32,11 +31,9 @@ def read_questions(path):
     Raises InputError with the row and field, what was found and what was expected."""
     questions = []
     for where, row in rows.read_rows(path, FIELDS):
-        responses = [row.get("response_a"), row.get("response_b")]
-        if "responses" in row:
-            responses = row["responses"]
-            if not isinstance(responses, list) or not responses:
-                raise rows.wrong(where, "responses", responses, "a list of responses")
+        responses = row.get("responses", [row.get("response_a"), row.get("response_b")])
+        if not isinstance(responses, list) or not responses:
+            raise rows.wrong(where, "responses", responses, "a list of responses")
         prompt = row.get("prompt")
         messages = rows.messages(where, prompt)
         texts = [rows.text(where, "response", response) for response in responses]
@@ -53,16 +50,12 @@ def answers(questions, rewards, alpha):
     start = 0
     for prompt, _, responses in questions:
         end = start + len(responses)
-        own, start = np.ascontiguousarray(rewards[:, start:end]), end
-        pairs = np.array(list(combinations(range(len(responses)), 2)), np.int64).reshape(-1, 2)
-        votes = evaluator.votes(own, pairs[:, 0].copy(), pairs[:, 1].copy()) / 2
-        p_hat = alpha @ votes  # section 2
-        yield {
-            "prompt": prompt,
-            "responses": responses,
-            "rewards": own.T.tolist(),
-            "p_hat": [[*pair, p] for pair, p in zip(pairs.tolist(), p_hat.tolist())],
-        }
+        scores, start = np.ascontiguousarray(rewards[:, start:end]), end
+        a, b = np.triu_indices(len(responses), 1)  # every pair once
+        p_hat = alpha @ (evaluator.votes(scores, a, b) / 2)  # section 2
+        pairs = list(zip(a.tolist(), b.tolist(), p_hat.tolist()))
+        answer = {"prompt": prompt, "responses": responses}
+        yield answer | {"rewards": scores.T.tolist(), "p_hat": pairs}
 
 
 def as_csv(scored, k):
@@ -82,6 +75,7 @@ def as_csv(scored, k):
 
 
 def main(args):
+    """Score the questions of args.file with all members, and write what they say."""
     torch.set_num_threads(args.threads)
     questions = read_questions(args.file)
     out = args.out or args.file.with_name(rows.kind(args.file)[0] + "-scores.jsonl")

@@ -12,7 +12,7 @@ GPUs: torchrun --standalone --nproc-per-node N -- train_rm.py --run .. (-- keeps
 import time
 from pathlib import Path
 
-from pairwise import cli, data, provenance, run_dir, stages, training
+from pairwise import cli, data, members, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale import adapter, parallel
 from pairwise.scale.checkpoint import Checkpoints
@@ -53,7 +53,7 @@ TARGETS = {"p": vote_fraction, "residual": residual, "centered": centered, "mixt
 
 
 def target_of(name, p, rewards, alpha, a, b):
-    """Target t_j, float64 (N,), of stage j = len(alpha) + 1.
+    """Return the target t_j, float64 (N,), of stage j = len(alpha) + 1.
 
     p (N,): vote fractions; rewards float32 (j-1, R), alpha (j-1,): the ensemble; a, b (N,): pairs.
     """
@@ -102,7 +102,7 @@ def margin_of(split, source):
 
 
 def formula(function):
-    """The formula of a target or a loss: its docstring up to the colon."""
+    """Return the formula of a target or a loss: its docstring up to the colon."""
     return function.__doc__.split(": ")[0]
 
 
@@ -110,13 +110,14 @@ def formula(function):
 
 
 def targets_of_stage(args, train):
-    """(t, m, tied), each (N,): float64 targets and margins, and bool, the pairs to leave out."""
+    """Return (t, m, tied), each (N,): targets and margins, float64, and bool, pairs to leave out.
+
+    Raises InputError where judgments are asked for and there are none."""
     run, j = args.run, args.iteration
     if args.margin_from == "judgments" and train.judgments is None:
-        raise cli.InputError(
-            f"{run / 'data' / 'train.parquet'}: no column judgments found for --margin-from; "
-            "extras/synthetic_judgments.py makes it"
-        )
+        path, script = run / "data" / "train.parquet", "extras/synthetic_judgments.py"
+        words = f"no column judgments found for --margin-from; {script} makes it"
+        raise cli.InputError(f"{path}: {words}")
     alpha = run_dir.read_weights(run, j - 1) if j > 1 else np.zeros(0)
     rewards = run_dir.read_rewards(run, "train", j - 1, (train.response_start[-1],))
     t = target_of(args.target, train.p, rewards, alpha, train.a, train.b)
@@ -152,11 +153,11 @@ def train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, lo
 
 
 def facts_of(args, train, identical, tied):
-    """(facts for the manifest, words on pairs that lack something); identical, tied: bool (N,)."""
-    target, loss = formula(TARGETS[args.target]), formula(LOSSES[args.loss])
-    facts = stages.facts(args) | {"target_formula": target, "loss_formula": loss}
+    """Return facts for the manifest, and words on pairs left out; identical, tied: bool (N,)."""
+    facts, words = stages.facts(args), stages.identical_words(identical)
+    facts["target_formula"] = formula(TARGETS[args.target])
+    facts["loss_formula"] = formula(LOSSES[args.loss])
     facts |= {"processes": parallel.count(), "identical_pairs": int(identical.sum())}
-    words = stages.identical_words(identical)
     if args.loss in ON_MAJORITY:
         facts["tied_pairs"] = int((~identical & tied).sum())
         words += f", {facts['tied_pairs']:,} dropped, their votes tie"
@@ -172,7 +173,7 @@ def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkp
 
     stage: (run, name, settings, inputs) for run_dir's functions; targets: targets_of_stage's.
     """
-    run, j, first = args.run, args.iteration, parallel.rank() == 0
+    run, j, is_first = args.run, args.iteration, parallel.rank() == 0
     directory, log_path = run / run_dir.member_name(j), run / "logs" / f"{j:02d}.jsonl"
     train, (*targets, tied) = splits["train"], targets
     started = parallel.of_first(lambda: run_dir.begin_stage(*stage))
@@ -183,16 +184,16 @@ def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkp
     if trained and args.train != "head":
         member = stages.load(args, j, tokenizer)
     else:
-        with stages.open_log(log_path, first and not trained) as log:
+        with stages.open_log(log_path, is_first and not trained) as log:
             member = train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, log)
-    if first and not trained:
-        stages.save(args, args.train, member, tokenizer, directory)
+    if is_first and not trained:
+        members.save(args, member, tokenizer, directory)
         checkpoints.finish()
     scores = stages.score(args, member, encoded, f"member {j}")
     outputs = (directory, log_path, checkpoints.directory)
     stages.check_finite(scores, f"member {j}", outputs=outputs)
     facts, words = facts_of(args, train, identical, tied)
-    if first:
+    if is_first:
         stages.write_rewards(run, j, scores)
         run_dir.end_stage(*stage, started, **facts)
     print(f"member {j}: trained on {keep.sum():,} pairs in {time.time() - started:.0f} s{words}")
@@ -207,9 +208,8 @@ def main(args):
         return
     run, j, name, member = args.run, args.iteration, run_dir.member_name(args.iteration), None
     if (count := parallel.count()) > 1 and args.train == "head":
-        raise cli.InputError(
-            f"{count} processes found, 1 expected: --train head shares no work; leave out torchrun"
-        )
+        words = "1 expected: --train head shares no work; leave out torchrun"
+        raise cli.InputError(f"{count} processes found, {words}")
     stages.check_own_run(run)
     stages.settle(args)
     # The data and the ensemble so far are read before the base model is looked for.
@@ -273,10 +273,8 @@ def parse_args(argv=None):
     if args.margin_from and args.loss != "margin":
         parser.error("--margin-from is for --loss margin")
     if args.loss in ON_MAJORITY and args.iteration > 1 and args.target != "p":
-        parser.error(
-            f"--loss {args.loss} is on majority labels, which have no residual: one member, "
-            "or --target p, expected"
-        )
+        words = "which have no residual: one member, or --target p, expected"
+        parser.error(f"--loss {args.loss} is on majority labels, {words}")
     rank = (args.lora_rank or 16) if lora else None
     training.fill_in(
         args,

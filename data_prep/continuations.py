@@ -40,10 +40,10 @@ def held_out_prompts(run):
     return *columns, "prompts of prompts.parquet"
 
 
-def answer(model, tokenizer, prompt, longest, number, args):
-    """Return the texts and logprobs of a prompt, token ids, as columns of a row.
+def answer(args, model, tokenizer, prompt, number, longest):
+    """Return the texts and log-probabilities of the answers to a prompt (token ids).
 
-    Its number gives it a seed of its own: where a killed call went on does not matter.
+    Each prompt has a seed of its own, so that it does not matter where a killed call went on.
     """
     torch.manual_seed(int(np.random.SeedSequence([args.seed, number]).generate_state(1)[0]))
     nucleus = (args.temperature, args.top_p, longest)
@@ -51,18 +51,19 @@ def answer(model, tokenizer, prompt, longest, number, args):
     return {"texts": texts, "logprob": logprob}
 
 
-def write(path, rows):
-    """Write rows as parquet."""
+def write_table(path, rows):
+    """Write rows, dicts of the columns, as Parquet."""
     pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
 
 
 def main(args):
+    """Sample the continuations of every prompt drawn, unless that is done."""
     run, path = args.run, args.run / "continuations.parquet"
     prompt_id, messages, kind = held_out_prompts(run)
     count = min(args.prompts, len(prompt_id))
     if count < args.prompts:
-        few = f"only {count} {kind} for --prompts {args.prompts}"
-        print(f"continuations: {few}, all of them taken")
+        limit = f"only {count} {kind} for --prompts {args.prompts}"
+        print(f"continuations: {limit}, all of them taken")
     flags = ("prompts", "count", "temperature", "top_p", "max_tokens", "seed")
     settings = {flag: getattr(args, flag) for flag in flags}
     tokenizer = reward_model.load_tokenizer(args.base, args.chat_template)
@@ -84,13 +85,12 @@ def main(args):
     ]
     started = run_dir.begin_stage(run, "continuations", settings, inputs)
 
-    def continuations(i):
-        number = drawn[i]
-        row = {"prompt_id": prompt_id[number], "messages": messages[number]}
-        return row | answer(model, tokenizer, encoded[i], longest[i], number, args)
+    def row_of(i):
+        prompt = {"prompt_id": prompt_id[drawn[i]], "messages": messages[drawn[i]]}
+        return prompt | answer(args, model, tokenizer, encoded[i], drawn[i], longest[i])
 
     key = settings | inputs
-    rows = sampling.remembered_rows(path, key, count, continuations, "continuations", write)
+    rows = sampling.remembered_rows(path, key, count, row_of, "continuations", write_table)
     run_dir.end_stage(run, "continuations", settings, inputs, started, threads=args.threads)
     repeated = sum(args.count - len(set(row["texts"])) for row in rows)
     print(

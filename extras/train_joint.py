@@ -21,7 +21,7 @@ Full training writes no checkpoints.
 import time
 from pathlib import Path
 
-from pairwise import cli, data, provenance, run_dir, stages, training
+from pairwise import cli, data, members, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale.offload import MAX_PRECONDITION_DIM
 
@@ -114,7 +114,7 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
         for name, (messages, _) in continuations.items():
             member[name] = member[name].reshape(len(messages), -1)
         stages.write_rewards(run, j + 1, member)
-    stages.save(args, "joint", trained, tokenizer, run / "joint")
+    members.save(args, trained, tokenizer, run / "joint")
     if args.weights == "learned":
         write_learned_weights(run, train, scores["train"], alpha)
     facts = {"learned_weights": alpha.tolist(), "identical_pairs": int(identical.sum())}

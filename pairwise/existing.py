@@ -15,25 +15,20 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 def load_reward_model(name, tokenizer, dtype, device, named="--from"):
     """Return an existing reward model, hub id or directory, as a RewardModel, its head in float32.
 
-    Its rewards are those that transformers gives a sequence alone. Raises InputError where it
-    cannot be read, where weights are missing, and where its head has not one output; named: what
-    named it, for errors."""
+    named: what named it, for errors. Raises InputError where it cannot be read, where weights are
+    missing, and where its head has not one output."""
     options = {"dtype": dtype, "pad_token_id": tokenizer.pad_token_id}
     model, missing = rm.read_model(AutoModelForSequenceClassification, name, named, **options)
     if missing:
-        raise cli.InputError(
-            f"{named} {name}: weights are missing: {', '.join(missing[:5])}; a trained reward "
-            "model expected, head and all"
-        )
+        words = f"{', '.join(missing[:5])}; a trained reward model expected, head and all"
+        raise cli.InputError(f"{named} {name}: weights are missing: {words}")
     head = rm.head(model)
     if head is None or head.out_features != 1:
         wrong = f"{type(model).__name__} without a linear head"
         if head is not None:
             wrong = f"a head with {head.out_features} outputs"
-        raise cli.InputError(
-            f"{named} {name}: {wrong} found, a linear head with one output expected, called score "
-            "or classifier"
-        )
+        words = "a linear head with one output expected, called score or classifier"
+        raise cli.InputError(f"{named} {name}: {wrong} found, {words}")
     # transformers reads a decoder before the last tokens that its own config calls padding.
     own_pad_id = AutoConfig.from_pretrained(name).get_text_config().pad_token_id
     return rm.ready(model, device, own_pad_id if hasattr(model, "score") else None)
@@ -50,10 +45,8 @@ def read_source(directory):
     try:
         fingerprint = provenance.fingerprint(model)
     except (OSError, ValueError) as error:
-        raise cli.InputError(
-            f"{path}: {model} cannot be read any more; a changed path belongs there "
-            f"({cli.first_line(error)})"
-        ) from None
+        words = f"cannot be read any more; a changed path belongs there ({cli.first_line(error)})"
+        raise cli.InputError(f"{path}: {model} {words}") from None
     if fingerprint != source["fingerprint"]:
         raise cli.InputError(f"{path}: {model} is another model than the one that scored the data")
     return source | {"template": template if template.exists() else None}
@@ -72,11 +65,10 @@ def score(run, settings, questions, args):
     directories = [run / run_dir.member_name(j + 1) for j in range(run_dir.count_members(run))]
     rewards, sources = [], [read_source(directory) for directory in directories]
     chats, texts = [q.messages for q in questions], [q.responses for q in questions]
-    for j, source in enumerate(sources, 1):
-        base, named = source["model"], f"{directories[j - 1] / 'source.json'}:"
-        tokenizer = rm.load_tokenizer(base, source["template"], named)
+    for j, (directory, source) in enumerate(zip(directories, sources), 1):
+        base, dtype = source["model"], getattr(torch, source["dtype"])
+        tokenizer = rm.load_tokenizer(base, source["template"], f"{directory / 'source.json'}:")
         sequences = rm.encode_split(tokenizer, chats, texts, source["max_length"])
-        dtype, tokens = getattr(torch, source["dtype"]), args.micro_batch_tokens
-        reward_model = load(run, j, base, tokenizer, dtype, args.device)
-        rewards.append(rm.score_sequences(reward_model, sequences, tokens, f"member {j}"))
+        member, tokens = load(run, j, base, tokenizer, dtype, args.device), args.micro_batch_tokens
+        rewards.append(rm.score_sequences(member, sequences, tokens, f"member {j}"))
     return np.stack(rewards)

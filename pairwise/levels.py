@@ -22,14 +22,13 @@ FIELDS = {"member", "scale", "width", "offset", "taste", "taste_scale"}
 
 
 def formula(member, scale, width=None, offset=0.0, taste=None, taste_scale=None):
-    """One entry of members.json; member and taste count from 1."""
+    """Return one entry of members.json; member and taste count from 1."""
     levels = {"width": width, "offset": offset, "taste": taste, "taste_scale": taste_scale}
     return {"member": member, "scale": scale} | levels
 
 
 def hardened(formulas, rewards):
-    """float32 (k, *shape): the rewards of k formulas; rewards float32 (K, *shape): the trained
-    members'."""
+    """Return the rewards of k formulas, float32 (k, *shape); rewards: the members', (K, *shape)."""
     return np.stack([_apply(entry, rewards.astype(np.float64)) for entry in formulas])
 
 
@@ -54,8 +53,7 @@ def _apply(entry, rewards):
 def read_members(run):
     """Return (source run, formulas) of a hardened run.
 
-    Raises InputError where members.json is not what harden.py writes, or its source is missing.
-    """
+    Raises InputError where members.json is not what harden.py writes, or its source is missing."""
     path = run / "members.json"
     content = run_dir.read_json(path)
     try:
@@ -64,12 +62,9 @@ def read_members(run):
     except (KeyError, TypeError):
         valid = False
     if not valid:
-        raise cli.InputError(
-            f"{path}: {{source, members: [formula, ..]}} expected; harden.py makes it"
-        )
+        words = "{source, members: [formula, ..]} expected; harden.py makes it"
+        raise cli.InputError(f"{path}: {words}")
     if not (source / "rewards").is_dir():
-        raise cli.InputError(
-            f"{path}: source {os.path.normpath(source)}: no run directory; "
-            "the run whose rewards were hardened expected"
-        )
+        words = "no run directory; the run whose rewards were hardened expected"
+        raise cli.InputError(f"{path}: source {os.path.normpath(source)}: {words}")
     return source, formulas

@@ -34,18 +34,15 @@ class Question(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What can be done with a kind of member; None where no training makes it, or it has no model.
+    """What can be done with a kind of member.
 
-    save(trained, directory, tokenizer, base): write into the directory, which it makes, what
-    training made of the base: a RewardModel, or of heads on a frozen base their weight, float32
-    (1, d), of a joint run (K, d).
-    load(run, j, base, tokenizer, dtype, device): return the RewardModel of member j.
+    load(run, j, base, tokenizer, dtype, device): return the RewardModel of member j; None where
+    members have no model.
     score(run, settings, questions, args): return the rewards of all members, float32 (K, R), of
     the R responses in the order of the questions, each encoded as in training. settings: those of
     the run's first member, its base as it is found now; args: with add_arguments' flags.
     """
 
-    save: Callable | None
     load: Callable | None
     score: Callable
 
@@ -68,11 +65,11 @@ def save_member(model, tokenizer, directory):
         config |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
     dtype = str(next(model.base_model.parameters()).dtype).removeprefix("torch.")
     config |= {"torch_dtype": dtype, "dtype": dtype}
-    described = run_dir.read_json(directory / "tokenizer_config.json") | {
+    tokenizer_config = run_dir.read_json(directory / "tokenizer_config.json") | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    for name, values in (("config.json", config), ("tokenizer_config.json", described)):
+    for name, values in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
         (directory / name).write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -80,6 +77,21 @@ def save_head(weight, directory):
     """Write the weight of a head alone: all that training it on a frozen base changes."""
     directory.mkdir(parents=True)
     save_file({"score.weight": weight.detach().cpu().contiguous()}, directory / "head.safetensors")
+
+
+def save(args, trained, tokenizer, directory):
+    """Write what training made of args.base: a RewardModel, of --train lora its adapters and head,
+    or of heads on a frozen base their weight, float32 (K, d)."""
+    with run_dir.replacing(directory) as partial:
+        if isinstance(trained, torch.Tensor):
+            save_head(trained, partial)
+        elif args.train == "lora":
+            adapter.save(trained.model, args.base, partial / "adapter")
+        else:
+            save_member(trained.model, tokenizer, partial)
+
+
+# ---- load
 
 
 def load_head(directory):
@@ -99,20 +111,25 @@ def member_directory(run, j):
     return directory
 
 
-# ---- load
+def load_directory(directory, base, tokenizer, dtype, device):
+    """Return the RewardModel of a plain directory, or of a head alone put onto the base."""
+    if (directory / "head.safetensors").exists():
+        reward_model = rm.load_base(base, tokenizer, dtype, device, len(load_head(directory)))
+    else:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            directory, dtype=dtype, output_loading_info=True
+        )
+        missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+        if missing or unexpected:
+            raise cli.InputError(f"{directory}: weights missing {missing}, unexpected {unexpected}")
+        reward_model = rm.ready(model, device)
+    reward_model.head.weight.data.copy_(load_head(directory))  # It was rounded to dtype.
+    return reward_model
 
 
-def load_full(run, j, base, tokenizer, dtype, device):
-    """Load member j of a full run: a plain directory; base and tokenizer are not needed."""
-    directory = member_directory(run, j)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        directory, num_labels=1, dtype=dtype, output_loading_info=True
-    )
-    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
-    if missing or unexpected:
-        raise cli.InputError(f"{directory}: weights missing {missing}, unexpected {unexpected}")
-    rm.head(model).float().weight.data.copy_(load_head(directory))  # It was rounded to dtype.
-    return rm.ready(model, device)
+def load_own(run, j, base, tokenizer, dtype, device):
+    """Load member j of a full or head run from its own directory."""
+    return load_directory(member_directory(run, j), base, tokenizer, dtype, device)
 
 
 def load_lora(run, j, base, tokenizer, dtype, device):
@@ -122,109 +139,13 @@ def load_lora(run, j, base, tokenizer, dtype, device):
     return reward_model
 
 
-def load_frozen(run, j, base, tokenizer, dtype, device):
-    """Load member j of a head run: the base with its head."""
-    weight = load_head(member_directory(run, j))
-    reward_model = rm.load_base(base, tokenizer, dtype, device)
-    reward_model.head.weight.data.copy_(weight)
-    return reward_model
-
-
-def load_joint(run, base, tokenizer, dtype, device):
-    """Load all members of a joint run: one RewardModel whose rewards are (n, K)."""
-    directory, weight = run / "joint", load_head(run / "joint")
-    if (directory / "head.safetensors").exists():
-        reward_model = rm.load_base(base, tokenizer, dtype, device, len(weight))
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype)
-        reward_model = rm.ready(model, device)
-    reward_model.head.weight.data.copy_(weight)
-    return reward_model
-
-
 def load_one_of_joint(run, j, base, tokenizer, dtype, device):
     """Load member j of a joint run: the shared model with one of its heads."""
-    reward_model = load_joint(run, base, tokenizer, dtype, device)
+    reward_model = load_directory(run / "joint", base, tokenizer, dtype, device)
     model, head = reward_model.model, reward_model.head
     model.config.num_labels = model.num_labels = head.out_features = 1
     head.weight = torch.nn.Parameter(head.weight.detach()[j - 1 : j].clone())
     return reward_model
-
-
-# ---- score
-
-
-def encode_questions(source, settings, questions, args):
-    """Return the tokenizer of `source`, a base or a plain directory, and the token ids of all
-    responses."""
-    tokenizer = rm.load_tokenizer(source, args.chat_template)
-    chats, texts = [q.messages for q in questions], [q.responses for q in questions]
-    return tokenizer, rm.encode_split(tokenizer, chats, texts, settings["max_length"])
-
-
-def score_each(run, settings, questions, args):
-    """Score with the members of a full or lora run, one after the other."""
-    base, dtype = settings["base"], getattr(torch, settings["dtype"])
-    source = member_directory(run, 1) if settings["train"] == "full" else base
-    tokenizer, sequences = encode_questions(source, settings, questions, args)
-    rewards, tokens = [], args.micro_batch_tokens
-    for j in range(1, run_dir.count_members(run) + 1):
-        reward_model = load_member(run, j, base, tokenizer, dtype, args.device)
-        rewards.append(rm.score_sequences(reward_model, sequences, tokens, f"member {j}"))
-    return np.stack(rewards)
-
-
-def score_frozen(run, settings, questions, args):
-    """Score with the heads of a head run: they share one pass over the base."""
-    numbers = range(1, run_dir.count_members(run) + 1)
-    weights = [load_head(member_directory(run, j)) for j in numbers]
-    return score_heads(torch.cat(weights), settings, questions, args)
-
-
-def score_heads(weights, settings, questions, args):
-    """Score with K heads on the frozen base; weights: float32 (K, d)."""
-    base, dtype = settings["base"], getattr(torch, settings["dtype"])
-    tokenizer, sequences = encode_questions(base, settings, questions, args)
-    reward_model = rm.load_base(base, tokenizer, dtype, args.device)
-    features = torch.from_numpy(rm.features_of(reward_model, sequences, args.micro_batch_tokens))
-    return np.stack([rm.score_features(features, weight[None]) for weight in weights])
-
-
-def score_joint(run, settings, questions, args):
-    """Score with all heads of a joint run in one pass."""
-    if settings["train"] == "head":
-        return score_heads(load_head(run / "joint"), settings, questions, args)
-    tokenizer, sequences = encode_questions(run / "joint", settings, questions, args)
-    dtype = getattr(torch, settings["dtype"])
-    reward_model = load_joint(run, settings["base"], tokenizer, dtype, args.device)
-    rewards = rm.score_sequences(reward_model, sequences, args.micro_batch_tokens, "joint")
-    return np.ascontiguousarray(rewards.T)
-
-
-def score_hardened(run, settings, questions, args):
-    """Score with the members of the run that was hardened, then apply the formulas."""
-    source, formulas = levels.read_members(run)
-    return levels.hardened(formulas, rewards_of_run(source, settings, questions, args))
-
-
-# ---- the table
-
-
-def save_full(reward_model, directory, tokenizer, base):
-    save_member(reward_model.model, tokenizer, directory)
-
-
-def save_lora(reward_model, directory, tokenizer, base):
-    adapter.save(reward_model.model, base, directory / "adapter")
-
-
-def save_frozen(weight, directory, tokenizer, base):
-    save_head(weight, directory)
-
-
-def save_joint(trained, directory, tokenizer, base):
-    save = save_frozen if isinstance(trained, torch.Tensor) else save_full
-    save(trained, directory, tokenizer, base)
 
 
 def load_member(run, j, base, tokenizer, dtype, device):
@@ -233,19 +154,54 @@ def load_member(run, j, base, tokenizer, dtype, device):
     return kind.load(run, j, base, tokenizer, dtype, device)
 
 
+# ---- score
+
+
+def score_trained(run, settings, questions, args):
+    """Score with the members of a trained run: one after the other, or in one pass over the model
+    or the frozen base that they share."""
+    base, dtype = settings["base"], getattr(torch, settings["dtype"])
+    is_joint = run_dir.kind_of(run, beneath=True) == "joint"
+    numbers = range(1, run_dir.count_members(run) + 1)
+    directories = [run / "joint"] if is_joint else [member_directory(run, j) for j in numbers]
+    source = directories[0] if settings["train"] == "full" else base
+    tokenizer, tokens = rm.load_tokenizer(source, args.chat_template), args.micro_batch_tokens
+    chats, texts = [q.messages for q in questions], [q.responses for q in questions]
+    sequences = rm.encode_split(tokenizer, chats, texts, settings["max_length"])
+    options = base, tokenizer, dtype, args.device
+    if settings["train"] == "head":
+        weight = torch.cat([load_head(directory) for directory in directories])
+        features = rm.features_of(rm.load_base(*options), sequences, tokens)
+        rewards = rm.score_features(features, weight).T
+    elif is_joint:
+        joint = load_directory(run / "joint", *options)
+        rewards = rm.score_sequences(joint, sequences, tokens, "joint").T
+    else:
+        rewards = [
+            rm.score_sequences(load_member(run, j, *options), sequences, tokens, f"member {j}")
+            for j in numbers
+        ]
+    return np.ascontiguousarray(np.atleast_2d(rewards))
+
+
+def score_hardened(run, settings, questions, args):
+    """Score with the members of the run that was hardened, then apply the formulas."""
+    source, formulas = levels.read_members(run)
+    return levels.hardened(formulas, rewards_of_run(source, settings, questions, args))
+
+
 def rewards_of_run(run, settings, questions, args):
     """Return every member's reward of every response, float32 (K, R), as Kind.score does."""
     return KINDS[run_dir.kind_of(run, beneath=True)].score(run, settings, questions, args)
 
 
 KINDS = {
-    "full": Kind(save_full, load_full, score_each),
-    "lora": Kind(save_lora, load_lora, score_each),
-    "head": Kind(save_frozen, load_frozen, score_frozen),
-    "joint": Kind(save_joint, load_one_of_joint, score_joint),
-    "existing": Kind(None, existing.load, existing.score),
-    "hardened": Kind(None, None, score_hardened),
-    "pruned": Kind(None, load_member, rewards_of_run),
+    "full": Kind(load_own, score_trained),
+    "lora": Kind(load_lora, score_trained),
+    "head": Kind(load_own, score_trained),
+    "joint": Kind(load_one_of_joint, score_trained),
+    "existing": Kind(existing.load, existing.score),
+    "hardened": Kind(None, score_hardened),
 }
 
 
@@ -274,23 +230,20 @@ def open_run(args, samples=False):
     kind = run_dir.kind_of(run, beneath=True)
     name = "joint" if kind == "joint" else run_dir.member_name(1)
     if kind not in KINDS or not (run / name).is_dir():
-        raise cli.InputError(
-            f"{run}: no trained members found; a run directory with {name}/ expected"
-        )
+        words = f"no trained members found; a run directory with {name}/ expected"
+        raise cli.InputError(f"{run}: {words}")
     entry = run_dir.read_json(run / "manifest.json")["stages"][name]
     base = args.base or (str(run / "base") if (run / "base").is_dir() else entry["base"])
-    if kind == "existing" and samples and not args.base:
-        raise cli.InputError(
-            f"{run}: its members are existing models; --base, the model that samples the answers, "
-            "expected"
-        )
-    if kind == "existing" and not samples and (args.base or args.chat_template):
-        raise cli.InputError(
-            "--base and --chat-template are for trained members; where those of "
-            f"{run} are, each member's source.json says"
-        )
-    # A directory of all weights has base and template in it.
-    needs_base = samples or args.chat_template or entry["settings"]["train"] != "full"
-    if kind != "existing" and needs_base:
+    if kind == "existing":
+        if samples and not args.base:
+            words = "its members are existing models; --base, the model that samples the answers,"
+            raise cli.InputError(f"{run}: {words} expected")
+        if not samples and (args.base or args.chat_template):
+            raise cli.InputError(
+                "--base and --chat-template are for trained members; where those of "
+                f"{run} are, each member's source.json says"
+            )
+    elif samples or args.chat_template or entry["settings"]["train"] != "full":
+        # Otherwise a directory of all weights has base and template in it.
         provenance.check_base(entry, base, args.chat_template)
     return alpha, entry["settings"] | {"base": base}

@@ -24,14 +24,8 @@ transformers_logging.set_verbosity_error()
 
 # Spare or reserved tokens that can pad, the first that a tokenizer has.
 PAD_NAMES = (
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_0|>",
-    "<|pad|>",
-    "<pad>",
-    "[PAD]",
-    "<|endoftext|>",
-    "<unk>",
-)
+    "<|finetune_right_pad_id|> <|reserved_special_token_0|> <|pad|> <pad> [PAD] <|endoftext|> <unk>"
+).split()
 
 
 # ---- tokens
@@ -58,17 +52,13 @@ def load_tokenizer(base, chat_template=None, named="--base"):
         except (OSError, UnicodeDecodeError) as error:
             raise cli.InputError(f"--chat-template {chat_template}: {error}") from None
     if not tokenizer.chat_template:
-        raise cli.InputError(
-            f"{named} {base} has no chat template; name a Jinja file with --chat-template FILE"
-        )
-    taken, vocabulary = {tokenizer.eos_token, tokenizer.bos_token, None}, tokenizer.get_vocab()
-    candidates = [name for name in (tokenizer.pad_token, *PAD_NAMES) if name not in taken]
-    spare = [name for name in candidates if name in vocabulary]
+        words = "has no chat template; name a Jinja file with --chat-template FILE"
+        raise cli.InputError(f"{named} {base} {words}")
+    usable = tokenizer.get_vocab().keys() - {tokenizer.eos_token, tokenizer.bos_token}
+    spare = [name for name in (tokenizer.pad_token, *PAD_NAMES) if name in usable]
     if not spare:
-        raise cli.InputError(
-            f"{named} {base}: its pad token is its eos token, and no spare one was found among "
-            f"{', '.join(PAD_NAMES)}"
-        )
+        words = "its pad token is its eos token, and no spare one was found among"
+        raise cli.InputError(f"{named} {base}: {words} {', '.join(PAD_NAMES)}")
     tokenizer.pad_token, tokenizer.padding_side = spare[0], "right"
     try:
         encode(tokenizer, [{"role": "user", "content": "a question"}], "an answer")
@@ -91,18 +81,15 @@ def encode(tokenizer, messages, response=None, max_length=None):
             chat, tokenize=True, return_dict=True, add_generation_prompt=response is None
         )["input_ids"]
     except jinja2.TemplateError as error:
-        roles = ", ".join(message["role"] for message in chat)
-        raise cli.InputError(
-            f"the chat template fails ({cli.first_line(error)}) on turns of {roles}"
-        ) from None
+        turns = f"turns of {', '.join(message['role'] for message in chat)}"
+        words = f"the chat template fails ({cli.first_line(error)}) on {turns}"
+        raise cli.InputError(words) from None
     bos = [tokenizer.bos_token_id]
     lead = next(i for i in range(len(ids) + 1) if ids[i : i + 1] != bos)
     if not lead and tokenizer("").input_ids[:1] != bos:
         bos = []  # Neither the template nor the tokenizer begins with one.
-    body = ids[lead:]
-    if max_length:
-        body = body[max(0, len(body) - (max_length - len(bos))) :]
-    return bos + body
+    excess = len(bos) + len(ids) - lead - max_length if max_length else 0
+    return bos + ids[lead + max(0, excess) :]
 
 
 def encode_split(tokenizer, messages, responses, max_length):
@@ -130,7 +117,7 @@ def batches(sequences, tokens):
 
 def pad(sequences, pad_id, device):
     """Return ids and mask, int64 (n, longest), padded on the right; mask is 1 on real tokens."""
-    longest = max(len(ids) for ids in sequences)
+    longest = max(map(len, sequences))
     ids = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids in sequences])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences])
     return ids.to(device), mask.to(device)
@@ -141,36 +128,24 @@ def pad(sequences, pad_id, device):
 
 @dataclass
 class RewardModel:
-    """A reward model that is ready to score, and how its sequences are run.
+    """A reward model that is ready to score, and how its sequences are run."""
 
-    model: transformers' *ForSequenceClassification, its head float32, its dropout off.
-    packs: "varlen" or "segments", how scale/packed.py runs sequences in one row; None where rows
-        are padded.
-    skips: the token id before which an existing decoder is read, where a sequence ends with it;
-        None for every other model.
-    """
-
-    model: torch.nn.Module
-    packs: str | None = None
-    skips: int | None = None
+    model: torch.nn.Module  # transformers', with the head in float32 and dropout off
+    packs: str | None = None  # how packed.py runs rows: "varlen" or "segments"; None: padded
+    skips: int | None = None  # the token id that an existing decoder leaves unread at the end
 
     @property
     def head(self):
         """The scalar head, Linear (d -> 1), or (d -> K) where K rewards share the model."""
         return head(self.model)
 
-    @property
-    def device(self):
-        """The torch.device of the parameters."""
-        return next(self.model.parameters()).device
-
 
 def device(name=None):
     """argparse type: a device that is there, as a string; without a name, cuda where it is."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda") or kind == "cuda" and not torch.cuda.is_available():
-        expected = "cpu or cuda" if torch.cuda.is_available() else "cpu, as there is no cuda here,"
+    available = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if name.split(":")[0] not in available:
+        expected = "cpu or cuda" if "cuda" in available else "cpu, as there is no cuda here,"
         raise argparse.ArgumentTypeError(f"{name} found, {expected} expected")
     return name
 
@@ -217,10 +192,9 @@ def load_base(base, tokenizer, dtype, device, heads=1):
     own = {"score"} if hasattr(model, "score") else {"classifier", "pooler"}
     missing = [name for name in missing if not own & set(name.split("."))]
     if missing:
-        raise cli.InputError(
-            f"--base {base}: weights are missing: {', '.join(missing[:5])}; a checkpoint with all "
-            "weights but the reward head's expected"
-        )
+        words = "a checkpoint with all weights but the reward head's expected"
+        names = ", ".join(missing[:5])
+        raise cli.InputError(f"--base {base}: weights are missing: {names}; {words}")
     if head(model).bias is not None:  # It cancels in every comparison.
         head(model).bias.data.zero_()
         head(model).bias.requires_grad_(False)
@@ -275,7 +249,7 @@ def hidden_of_batch(reward_model, sequences):
     model = reward_model.model
     if reward_model.packs:
         return packed.last_hidden(model, sequences, reward_model.packs)
-    return last_hidden(model, *pad(sequences, model.config.pad_token_id, reward_model.device))
+    return last_hidden(model, *pad(sequences, model.config.pad_token_id, model.device))
 
 
 def rewards_of_batch(reward_model, sequences, tokens=None):
@@ -291,7 +265,7 @@ def rewards_of_batch(reward_model, sequences, tokens=None):
         return rewards_of_batch(reward_model, [sequences[i] for i in own])
 
     groups = list(batches_of(reward_model, sequences, tokens))
-    return passes.in_several(run, groups, reward_model.device)
+    return passes.in_several(run, groups, reward_model.model.device)
 
 
 def count_tokens(reward_model, sequences):
@@ -327,7 +301,7 @@ def over_sequences(reward_model, function, sequences, tokens, label):
     They are run in batches of at most `tokens` tokens. Equal sequences are computed once: apart,
     even in one batch, they can differ in the last bit, and then they would not tie. The batches
     are dealt to the processes, and all have the result."""
-    numbers = {}
+    numbers = {}  # of the distinct sequences
     places = [numbers.setdefault(tuple(ids), len(numbers)) for ids in sequences]
     distinct = [list(ids) for ids in numbers]
     check_positions(reward_model, distinct)
@@ -335,21 +309,17 @@ def over_sequences(reward_model, function, sequences, tokens, label):
     sizes = [sum(len(distinct[i]) for i in group) for group in groups]
     own = parallel.deal(groups, sizes)[parallel.rank()]
     computed, started, done = [], time.time(), 0
-    hidden, count = parallel.rank() > 0, sum(map(len, own))
-    with tqdm(
-        total=count, desc=label, unit="response", leave=False, mininterval=1, disable=hidden
-    ) as bar:
+    options = {"desc": label, "unit": "response", "leave": False, "mininterval": 1}
+    with tqdm(total=sum(map(len, own)), disable=parallel.rank() > 0, **options) as bar:
         for group in own:
-            values = function(reward_model, [distinct[i] for i in group])
-            computed.append((group, values.cpu().numpy()))
-            done += sum(len(distinct[i]) for i in group)
+            batch = [distinct[i] for i in group]
+            computed.append((group, function(reward_model, batch).cpu().numpy()))
+            done += sum(map(len, batch))
             bar.update(len(group))
             bar.set_postfix_str(f"{done / (time.time() - started):,.0f} tokens/s", refresh=False)
-    computed = [pair for process in parallel.gathered(computed) for pair in process]
-    result = np.empty((len(distinct), *computed[0][1].shape[1:]), np.float32)
-    for group, values in computed:
-        result[group] = values
-    return result[places]
+    everywhere = [pair for pairs in parallel.gathered(computed) for pair in pairs]
+    indices, values = map(np.concatenate, zip(*everywhere))
+    return values[np.argsort(indices)][places]
 
 
 def score_sequences(reward_model, sequences, tokens, label="score"):
@@ -374,7 +344,10 @@ def features_of(reward_model, sequences, tokens, label="features"):
 
 
 def score_features(features, weight):
-    """Return rewards float32 (R,) of features float32 (R, d) under a head's weight (1, d).
+    """Return rewards float32 (R,) of features float32 (R, d) under a head's weight (1, d), of K
+    heads (K, d) rewards (R, K).
 
     It is not a matrix product, which can give equal rows unequal rewards."""
-    return (features * weight).sum(1).numpy()
+    features = torch.as_tensor(features)
+    rewards = [(features * head).sum(1) for head in weight.detach().cpu()]
+    return (rewards[0] if len(rewards) == 1 else torch.stack(rewards, 1)).numpy()

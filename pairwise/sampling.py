@@ -41,10 +41,8 @@ def load_language_model(base, device):
     failure = "no causal language model could be loaded"
     model, missing = rm.read_model(AutoModelForCausalLM, base, "--base", failure, dtype=dtype)
     if missing:
-        names = ", ".join(missing[:5])
-        raise cli.InputError(
-            f"--base {base}: no causal language model: weights are missing: {names}"
-        )
+        words = f"no causal language model: weights are missing: {', '.join(missing[:5])}"
+        raise cli.InputError(f"--base {base}: {words}")
     return model.eval().to(device)
 
 
@@ -53,10 +51,8 @@ def room(model, prompt, max_tokens, where):
     model's context leaves. Raises InputError where it leaves none."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**63
     if len(prompt) >= context:
-        raise cli.InputError(
-            f"{where}: {len(prompt)} tokens found, at most {context - 1} expected, as the model's "
-            f"context is {context}"
-        )
+        words = f"at most {context - 1} expected, as the model's context is {context}"
+        raise cli.InputError(f"{where}: {len(prompt)} tokens found, {words}")
     return min(max_tokens, context - len(prompt))
 
 
@@ -68,24 +64,16 @@ def sample(model, tokenizer, prompt, count, temperature, top_p, max_tokens):
     once: each AT_ONCE answers go on from a copy of its keys and values. A model that keeps none
     runs it anew."""
     eos = model.generation_config.eos_token_id  # one, several or none
-    config = GenerationConfig(  # The base's own may bend the distribution.
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=top_p,
-        max_new_tokens=max_tokens,
-        eos_token_id=eos,
-        pad_token_id=tokenizer.pad_token_id,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    options = {"temperature": temperature, "top_k": 0, "top_p": top_p, "max_new_tokens": max_tokens}
+    options |= {"eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id, "do_sample": True}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    config = GenerationConfig(**options)  # The base's own may bend the distribution.
     ids = torch.tensor([prompt], device=model.device)
     ends = torch.tensor(-1 if eos is None else eos, device=model.device)
-    prefix = None
+    prefix, texts, logprob = None, [], []
     if len(prompt) > 1:
         out = model.base_model(input_ids=ids[:, :-1], use_cache=True)
         prefix = getattr(out, "past_key_values", None)
-    texts, logprob = [], []
     while len(texts) < count:
         copies = ids.repeat(min(AT_ONCE, count - len(texts)), 1)
         past = copy.deepcopy(prefix)
@@ -98,21 +86,20 @@ def sample(model, tokenizer, prompt, count, temperature, top_p, max_tokens):
         # A pad token before the first end was sampled like any other.
         real = ended.cumsum(1) - ended == 0
         # These logits are the model's own, before temperature and top-p.
-        of_token = [
+        token_logprob = [
             logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
             for logits, token in zip(out.logits, answers.T)
         ]
         texts += tokenizer.batch_decode(answers, skip_special_tokens=True)
-        logprob += (torch.stack(of_token, 1) * real).sum(1).tolist()
+        logprob += (torch.stack(token_logprob, 1) * real).sum(1).tolist()
     return texts, logprob
 
 
 def remembered_rows(path, key, count, make, label, write=run_dir.write_lines):
     """Return [make(i) for i in range(count)], dicts, after write(path, rows) has written them.
 
-    Each row is kept beside `path` as soon as it is made: after a killed call, one with the same key
-    (a dict for JSON) goes on where that one was.
-    """
+    Each row is stored beside `path` at once: after a killed call, one with the same key (a dict for
+    JSON) goes on where that one was."""
     memory, rows = path.with_name(f".kept-{path.name}"), []
     if memory.exists():
         whole_lines = memory.read_bytes().split(b"\n")[:-1]  # A line without its end was cut off.

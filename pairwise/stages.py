@@ -23,8 +23,7 @@ def settle(args):
 
 def check_own_run(run):
     """Raise InputError where the members of the run are not made one by one, by one call each."""
-    kind = run_dir.kind_of(run)
-    if kind in ("joint", "hardened", "pruned"):
+    if (kind := run_dir.kind_of(run)) in ("joint", "hardened", "pruned"):
         raise cli.InputError(
             f"{run}: a {kind} run found, whose members are complete; "
             "a run of this script's own, or a new one, expected"
@@ -32,50 +31,47 @@ def check_own_run(run):
 
 
 def texts_of(splits):
-    """{split: (messages (P,), responses (P,) lists of str)}."""
+    """Return {split: (messages (P,), responses (P,) lists of str)}."""
     return {name: (split.messages, split.responses) for name, split in splits.items()}
 
 
 def encode(args, texts, tokenizer):
-    """{name: token ids of every distinct response with its prompt, R lists}; texts: texts_of's."""
-    return {
-        name: rm.encode_split(tokenizer, messages, responses, args.max_length)
-        for name, (messages, responses) in texts.items()
-    }
+    """Return {name: token ids of every distinct response, R lists}; texts: as of texts_of."""
+    length = args.max_length
+    return {name: rm.encode_split(tokenizer, *texts[name], length) for name in texts}
 
 
 def encode_for(args, stage, texts, tokenizer, inputs):
-    """{name: what a member is trained on and scores}: token ids, R lists; of --train head features.
+    """Return {name: what a member is trained on and scores}: token ids, R lists, or features.
 
-    Features are float32 (R, d), one per response under the frozen base, computed once for all
-    members of a run in a stage of its own, which is called `stage` and made from `inputs`.
+    Features, of --train head, are float32 (R, d), one per response under the frozen base, computed
+    once for all members of a run in a stage of its own, called `stage` and made from `inputs`.
     """
     if args.train != "head":
         return encode(args, texts, tokenizer)
-    settings = {name: getattr(args, name) for name in ("max_length", "dtype")}
+    entry = (args.run, stage, {name: getattr(args, name) for name in ("max_length", "dtype")})
     paths = {name: args.run / "features" / f"{name}.npy" for name in texts}
-    if not run_dir.stage_done(args.run, stage, settings, inputs, list(paths.values())):
-        started = run_dir.begin_stage(args.run, stage, settings, inputs)
+    if not run_dir.stage_done(*entry, inputs, list(paths.values())):
+        started = run_dir.begin_stage(*entry, inputs)
         base = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
         for name, sequences in encode(args, texts, tokenizer).items():
             label = f"features, {name}"
             features = rm.features_of(base, sequences, args.micro_batch_tokens, label)
             run_dir.write_array(paths[name], features)
-        facts = {"threads": args.threads, "device": args.device}
-        run_dir.end_stage(args.run, stage, settings, inputs, started, **facts)
+        run_dir.end_stage(*entry, inputs, started, threads=args.threads, device=args.device)
     return {name: np.load(path) for name, path in paths.items()}
 
 
 def identical_pairs(split, encoded):
-    """bool (N,): pairs of one token sequence (encoded: R lists) or one feature (R, d) twice."""
+    """Return the pairs of one token sequence (encoded: R lists) or one feature (R, d) twice, as
+    bool (N,)."""
     return np.array([np.all(encoded[a] == encoded[b]) for a, b in zip(split.a, split.b)])
 
 
 def identical_words(identical):
-    """What a script prints about identical pairs: nothing where there are none."""
-    return (
-        f", {identical.sum():,} pairs left out, identical after encoding" if identical.any() else ""
-    )
+    """Return what a script prints about identical pairs: nothing where there are none."""
+    words = f", {identical.sum():,} pairs left out, identical after encoding"
+    return words if identical.any() else ""
 
 
 @contextlib.contextmanager
@@ -86,37 +82,24 @@ def open_log(path, written=True):
         yield log
 
 
-def save(args, kind, member, tokenizer, directory):
-    """Write what training made of the base, in the format of its kind (members.KINDS)."""
-    with run_dir.replacing(directory) as partial:
-        members.KINDS[kind].save(member, partial, tokenizer, args.base)
-
-
 def load(args, j, tokenizer):
-    """Member j of a run as a RewardModel."""
+    """Return member j of a run as a RewardModel."""
     dtype = getattr(torch, args.dtype)
     return members.load_member(args.run, j, args.base, tokenizer, dtype, args.device)
 
 
 def score(args, member, encoded, label):
-    """{name: rewards float32 (R,), or (R, K) of several heads}; encoded: encode_for's."""
-    if not isinstance(member, torch.Tensor):
-        return {
-            name: rm.score_sequences(member, ids, args.micro_batch_tokens, f"{label}, {name}")
-            for name, ids in encoded.items()
-        }
-    heads, scores = member.detach().cpu(), {}
-    for name, features in encoded.items():
-        features = torch.from_numpy(features)
-        rewards = np.stack([rm.score_features(features, head[None]) for head in heads], axis=1)
-        scores[name] = rewards[:, 0] if len(heads) == 1 else rewards
-    return scores
+    """Return {name: rewards float32 (R,), or (R, K) of several heads}; encoded: encode_for's."""
+    if isinstance(member, torch.Tensor):
+        return {name: rm.score_features(encoded[name], member) for name in encoded}
+    tokens = args.micro_batch_tokens
+    return {
+        name: rm.score_sequences(member, sequences, tokens, f"{label}, {name}")
+        for name, sequences in encoded.items()
+    }
 
 
-AFTER_TRAINING = " after the last step; a lower --lr may help"
-
-
-def check_finite(scores, label, advice=AFTER_TRAINING, outputs=()):
+def check_finite(scores, label, advice=" after the last step; a lower --lr may help", outputs=()):
     """Remove the outputs and raise InputError where one of {name: rewards} is not finite."""
     for name, rewards in scores.items():
         if not np.isfinite(rewards).all():
@@ -132,9 +115,9 @@ def write_rewards(run, j, scores):
 
 
 def facts(args):
-    """What the manifest records of a training or scoring besides its settings."""
-    names = ("threads", "device", "micro_batch_tokens")
-    return {"base": str(args.base)} | {name: getattr(args, name) for name in names}
+    """Return what the manifest records of a training or scoring besides its settings."""
+    numbers = {name: getattr(args, name) for name in ("threads", "device", "micro_batch_tokens")}
+    return {"base": str(args.base)} | numbers
 
 
 def score_continuations(args, j, member, tokenizer, texts, inputs):
@@ -152,14 +135,13 @@ def score_continuations(args, j, member, tokenizer, texts, inputs):
     if parallel.of_first(lambda: run_dir.stage_done(*stage, [path])):
         return
     started = parallel.of_first(lambda: run_dir.begin_stage(*stage))
-    texts = {"continuations": (texts["messages"], texts["texts"])}
-    encoded = encode_for(args, "features_continuations", texts, tokenizer, hashes)
+    continuations = {"continuations": (texts["messages"], texts["texts"])}
+    encoded = encode_for(args, "features_continuations", continuations, tokenizer, hashes)
     if args.train == "head":
         member = members.load_head(run / run_dir.member_name(j))
     elif member is None:
         member = load(args, j, tokenizer)
-    rewards = score(args, member, encoded, f"member {j}")
+    rewards = score(args, member, encoded, f"member {j}")["continuations"]
     if parallel.rank() == 0:
-        prompts = len(texts["continuations"][0])
-        run_dir.write_array(path, rewards["continuations"].reshape(prompts, -1))
+        run_dir.write_array(path, rewards.reshape(len(texts["messages"]), -1))
         run_dir.end_stage(*stage, started)

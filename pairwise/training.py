@@ -66,9 +66,9 @@ def micro_batches(step, a, b, lengths, size, tokens):
 
     batches = []
     for pairs in sorted(step, key=longest, reverse=True):
-        together = np.concatenate([batches[-1], pairs]) if batches else pairs
-        if batches and size(np.union1d(a[together], b[together])) <= tokens:
-            batches[-1] = together
+        merged = np.concatenate([*batches[-1:], pairs])
+        if batches and size(np.union1d(a[merged], b[merged])) <= tokens:
+            batches[-1] = merged
         else:
             batches.append(pairs)
     return batches
@@ -99,16 +99,10 @@ def parameter_groups(model):
 def make_optimizer(groups, args, memory):
     """SOAP on float32 masters: BF16 would round small updates away; memory: bytes, None for all."""
     dims = (args.max_precondition_dim, 1)
-    return Offload(
-        [{"params": p, "max_precondition_dim": dim} for p, dim in zip(groups, dims)],
-        lambda groups: SOAP(
-            groups,
-            lr=args.lr,
-            weight_decay=args.weight_decay,
-            precondition_frequency=args.precondition_frequency,
-        ),
-        memory,
-    )
+    groups = [{"params": p, "max_precondition_dim": dim} for p, dim in zip(groups, dims)]
+    names = ("lr", "weight_decay", "precondition_frequency")
+    options = {name: getattr(args, name) for name in names}
+    return Offload(groups, lambda groups: SOAP(groups, **options), memory)
 
 
 def backward(batches, count, rewards_at, split, targets, loss, done):
@@ -118,16 +112,16 @@ def backward(batches, count, rewards_at, split, targets, loss, done):
     """
     total, tokens = 0.0, 0
     for batch in batches:
-        both_sides = np.concatenate([split.a[batch], split.b[batch]])
-        responses, index = np.unique(both_sides, return_inverse=True)  # each response is run once
-        rewards, used = rewards_at(responses)
+        sides = np.concatenate([split.a[batch], split.b[batch]])
+        responses, index = np.unique(sides, return_inverse=True)  # Each response is run once.
+        rewards, tokens_run = rewards_at(responses)
         index = torch.from_numpy(index).to(rewards.device)
         first, second = rewards[index[: len(batch)]], rewards[index[len(batch) :]]
         goals = (torch.from_numpy(values[batch]).to(rewards) for values in targets)
         error = loss(first, second, *goals, done) / count
         error.backward()
         total += error.item()
-        tokens += used
+        tokens += tokens_run
     return total, tokens
 
 
@@ -139,10 +133,8 @@ class StepLog:
         self.before = json.loads(lines[-1])["seconds"] if lines else 0
         self.tokens = self.pairs = 0  # of this process's call, without the steps it resumed from
         file.write("".join(lines))
-        hidden = parallel.rank() > 0
-        self.bar = tqdm(
-            total=steps, initial=len(lines), desc=label, unit="step", mininterval=1, disable=hidden
-        )
+        options = {"desc": label, "unit": "step", "mininterval": 1, "disable": parallel.rank() > 0}
+        self.bar = tqdm(total=steps, initial=len(lines), **options)
 
     def add(self, loss, lr, tokens, pairs, grad_norm):
         """Add the line of the next step."""
@@ -170,38 +162,37 @@ def train(
     Offload's, in bytes. Raise InputError where there is nothing to train on, and where the loss or
     a gradient is not finite.
     """
+    member = f"member {args.iteration}"
     if not steps:
         raise cli.InputError(
-            f"member {args.iteration}: no pair is left to train on: all are identical after "
-            "encoding (a larger --max-length may help) or have tied votes (--loss bt, margin)"
+            f"{member}: no pair is left to train on: all are identical after encoding (a larger "
+            "--max-length may help) or have tied votes (--loss bt, margin)"
         )
     optimizer, lines = make_optimizer(groups, args, memory), []
     if checkpoints:
         checkpoints.check_disk(optimizer.nbytes, sum(p.nbytes for group in groups for p in group))
         lines = checkpoints.resume(optimizer)
-    step_log = StepLog(log, lines, len(steps), f"member {args.iteration}")
+    step_log = StepLog(log, lines, len(steps), member)
     with step_log.bar:
         for number in range(len(lines), len(steps)):
-            step = steps[number]
-            whole = np.concatenate([batch for batches in step for batch in batches])
-            own, done = step[parallel.rank()], number / len(steps)
-            value, tokens = backward(own, len(whole), rewards_at, split, targets, loss, done)
+            pairs = np.concatenate([batch for batches in steps[number] for batch in batches])
+            batches, done = steps[number][parallel.rank()], number / len(steps)
+            value, tokens = backward(batches, len(pairs), rewards_at, split, targets, loss, done)
             optimizer.sum_gradients()
             norm = torch.nn.utils.get_total_norm(optimizer.gradients()).item()
-            of_processes = parallel.gathered((value, tokens, norm**2))
-            value, tokens, square = map(sum, zip(*of_processes))
+            values = parallel.gathered((value, tokens, norm**2))
+            value, tokens, square = map(sum, zip(*values))
             norm = math.sqrt(square)
             if not (math.isfinite(value) and math.isfinite(norm)):
-                prompts = dict.fromkeys(np.searchsorted(split.pair_start, whole, "right") - 1)
+                prompts = dict.fromkeys(np.searchsorted(split.pair_start, pairs, "right") - 1)
                 names = ", ".join(split.prompt_id[i] for i in list(prompts)[:5])
                 raise cli.InputError(
-                    f"member {args.iteration}, step {number + 1}: loss {value}, gradient norm "
-                    f"{norm}; a lower --lr may help, or leaving out a prompt of this step "
-                    f"({names}, ..)"
+                    f"{member}, step {number + 1}: loss {value}, gradient norm {norm}; a lower "
+                    f"--lr may help, or leaving out a prompt of this step ({names}, ..)"
                 )
             rate = args.lr * schedule(number, len(steps), args.warmup)
             optimizer.step(rate)
-            step_log.add(value, rate, tokens, len(whole), norm)
+            step_log.add(value, rate, tokens, len(pairs), norm)
             if checkpoints and checkpoints.due():
                 checkpoints.write(optimizer, lines)
     optimizer.close()
@@ -234,19 +225,16 @@ def train_full(
             for prompts in parallel.deal(step, loads)
         ]
 
-    steps = [
-        dealt(step)
-        for _ in range(args.epochs)
-        for step in steps_of_prompts(split.pair_start, keep, args.pairs_per_step, rng)
-    ]
-    device, model = reward_model.device, reward_model.model
+    order = split.pair_start, keep, args.pairs_per_step, rng
+    steps = [dealt(s) for _ in range(args.epochs) for s in steps_of_prompts(*order)]
+    model, on_gpu = reward_model.model, reward_model.model.device.type == "cuda"
     groups = parameter_groups(model)
     groups[1].extend(more)
     memory = None if args.optimizer_memory_gb is None else args.optimizer_memory_gb * 2**30
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+    if on_gpu:
+        free, _ = torch.cuda.mem_get_info(model.device)
         memory = budget.optimizer_budget(free, model, groups, args)
-    recompute_activations(model, device.type == "cuda")  # memory is what a card has least of
+    recompute_activations(model, on_gpu)  # Memory is what a card has least of.
     train(groups, rewards_at, steps, split, targets, loss, args, log, checkpoints, memory)
     recompute_activations(model, False)
 
@@ -305,10 +293,8 @@ def add_flags(parser):
     words = "larger dimensions are not preconditioned (default 4096; lora: the rank)"
     add("--max-precondition-dim", type=cli.natural, help=words)
     add_scoring_flags(parser)
-    words = (
-        "GiB of the device for float32 masters, SOAP's state and copy buffers; the rest is paged "
-        "through host memory (default: what is free; on a CPU all)"
-    )
+    words = "GiB of the device for float32 masters, SOAP's state and copy buffers; the rest is "
+    words += "paged through host memory (default: what is free; on a CPU all)"
     add("--optimizer-memory-gb", type=cli.nonnegative, metavar="GB", help=words)
     words = "between checkpoints, from which killed training continues; 0: none (default 30)"
     add("--checkpoint-minutes", type=cli.nonnegative, default=30, help=words)
