@@ -187,7 +187,8 @@ def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkp
         with stages.open_log(log_path, is_first and not trained) as log:
             member = train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, log)
     if is_first and not trained:
-        members.save(args, member, tokenizer, directory)
+        with run_dir.replacing(directory) as partial:
+            members.KINDS[args.train].save(member, partial, tokenizer, args.base)
         checkpoints.finish()
     scores = stages.score(args, member, encoded, f"member {j}")
     outputs = (directory, log_path, checkpoints.directory)

@@ -114,7 +114,8 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
         for name, (messages, _) in continuations.items():
             member[name] = member[name].reshape(len(messages), -1)
         stages.write_rewards(run, j + 1, member)
-    members.save(args, trained, tokenizer, run / "joint")
+    with run_dir.replacing(run / "joint") as partial:
+        members.KINDS["joint"].save(trained, partial, tokenizer, args.base)
     if args.weights == "learned":
         write_learned_weights(run, train, scores["train"], alpha)
     facts = {"learned_weights": alpha.tolist(), "identical_pairs": int(identical.sum())}

@@ -1,4 +1,4 @@
-"""Signatures of the compiled evaluator (csrc/); help(evaluator) says what each argument and result is."""
+"""Types of the C++ evaluator (csrc/); help(pairwise.evaluator) says what each function does."""
 
 from typing import Literal, SupportsIndex, TypedDict
 

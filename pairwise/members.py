@@ -34,15 +34,17 @@ class Question(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What can be done with a kind of member.
+    """What can be done with a kind of member; None where it has no model, or no training makes it.
 
-    load(run, j, base, tokenizer, dtype, device): return the RewardModel of member j; None where
-    members have no model.
+    save(trained, directory, tokenizer, base): write into a new directory what training made of the
+    base: a RewardModel, or of heads on a frozen base their weight, float32 (K, d).
+    load(run, j, base, tokenizer, dtype, device): return the RewardModel of member j.
     score(run, settings, questions, args): return the rewards of all members, float32 (K, R), of
     the R responses in the order of the questions, each encoded as in training. settings: those of
     the run's first member, its base as it is found now; args: with add_arguments' flags.
     """
 
+    save: Callable | None
     load: Callable | None
     score: Callable
 
@@ -70,25 +72,26 @@ def save_member(model, tokenizer, directory):
         "model_input_names": ["input_ids", "attention_mask"],
     }
     for name, values in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
-        (directory / name).write_text(json.dumps(values, indent=2) + "\n")
+        (directory / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def save_head(weight, directory):
+def save_full(trained, directory, tokenizer, base):
+    save_member(trained.model, tokenizer, directory)
+
+
+def save_lora(trained, directory, tokenizer, base):
+    adapter.save(trained.model, base, directory / "adapter")
+
+
+def save_head(weight, directory, tokenizer=None, base=None):
     """Write the weight of a head alone: all that training it on a frozen base changes."""
     directory.mkdir(parents=True)
     save_file({"score.weight": weight.detach().cpu().contiguous()}, directory / "head.safetensors")
 
 
-def save(args, trained, tokenizer, directory):
-    """Write what training made of args.base: a RewardModel, of --train lora its adapters and head,
-    or of heads on a frozen base their weight, float32 (K, d)."""
-    with run_dir.replacing(directory) as partial:
-        if isinstance(trained, torch.Tensor):
-            save_head(trained, partial)
-        elif args.train == "lora":
-            adapter.save(trained.model, args.base, partial / "adapter")
-        else:
-            save_member(trained.model, tokenizer, partial)
+def save_joint(trained, directory, tokenizer, base):
+    write = save_head if isinstance(trained, torch.Tensor) else save_full
+    write(trained, directory, tokenizer, base)
 
 
 # ---- load
@@ -196,12 +199,13 @@ def rewards_of_run(run, settings, questions, args):
 
 
 KINDS = {
-    "full": Kind(load_own, score_trained),
-    "lora": Kind(load_lora, score_trained),
-    "head": Kind(load_own, score_trained),
-    "joint": Kind(load_one_of_joint, score_trained),
-    "existing": Kind(existing.load, existing.score),
-    "hardened": Kind(None, score_hardened),
+    "full": Kind(save_full, load_own, score_trained),
+    "lora": Kind(save_lora, load_lora, score_trained),
+    "head": Kind(save_head, load_own, score_trained),
+    "joint": Kind(save_joint, load_one_of_joint, score_trained),
+    "existing": Kind(None, existing.load, existing.score),
+    "hardened": Kind(None, None, score_hardened),
+    "pruned": Kind(None, load_member, rewards_of_run),  # of the kind beneath
 }
 
 
