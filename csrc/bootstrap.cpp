@@ -1,4 +1,4 @@
-#include "bootstrap.hpp"
+#include "evaluator.hpp"
 
 namespace {
 
@@ -30,8 +30,7 @@ struct SplitMix64 {
 }  // namespace
 
 void count_draws(Index prompts, Index resamples, std::uint64_t seed, Index threads, std::int32_t *counts) {
-    const double nanoseconds = 3.0 * prompts * resamples;
-    run_parallel(resamples, count_threads(threads, nanoseconds), [=](Queue &queue) {
+    run_parallel(resamples, count_threads(threads, 3.0 * prompts * resamples), [=](Queue &queue) {
         for (Index resample; queue.take(resample);) {
             std::int32_t *row = counts + resample * prompts;
             std::fill(row, row + prompts, 0);

@@ -21,6 +21,7 @@ inline bool cpu_has_avx512() { return false; }
 
 // How a function is to be computed; automatic is what is fastest on this CPU.
 enum class Path { automatic, portable, avx2, avx512 };
+inline Path fastest_path() { return cpu_has_avx512() ? Path::avx512 : cpu_has_avx2() ? Path::avx2 : Path::portable; }
 
 // Where there is no instruction for it, the compiler's own popcount is a slow call.
 inline std::int64_t popcount(std::uint64_t bits) {

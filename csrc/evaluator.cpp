@@ -11,10 +11,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include "bootstrap.hpp"
-#include "cpu.hpp"
-#include "kendall.hpp"
-#include "pairs.hpp"
+#include "evaluator.hpp"
 
 namespace py = pybind11;
 
@@ -29,34 +26,29 @@ constexpr std::uint64_t largest_int32 = std::numeric_limits<std::int32_t>::max()
 std::string shape_of(const py::array &array) { return py::str(array.attr("shape")); }
 std::string type_of(const py::object &argument) { return py::str(py::type::of(argument).attr("__name__")); }
 
-template <class T> constexpr const char *dtype_name = "";
-template <> constexpr const char *dtype_name<float> = "float32";
-template <> constexpr const char *dtype_name<double> = "float64";
-template <> constexpr const char *dtype_name<std::int32_t> = "int32";
-template <> constexpr const char *dtype_name<std::int64_t> = "int64";
+template <class T> std::string dtype_name() { return py::str(py::dtype::of<T>()); }
+
+template <class T> bool holds(const py::array &array) { return py::isinstance<py::array_t<T>>(array); }
+template <class T> const T *data_of(const py::array &array) { return static_cast<const T *>(array.data()); }
+Indices indices_of(const py::array &array) { return {array.data(), holds<std::int64_t>(array)}; }
 
 // A C-contiguous array of one of two dtypes; `shape` is words for the messages, as in "(members, responses)".
 template <class T, class Other>
 py::array checked_array(const py::object &argument, const std::string &name, Index ndim, const std::string &shape) {
-    std::string wanted = name + " must be a numpy array of " + dtype_name<T>;
-    if (!std::is_same_v<T, Other>) wanted += std::string(" or ") + dtype_name<Other>;
-    if (!py::isinstance<py::array>(argument))
-        throw py::type_error(wanted + ", not " + type_of(argument));
+    const auto refuse = [&](const std::string &type) {
+        const std::string other = std::is_same_v<T, Other> ? "" : " or " + dtype_name<Other>();
+        throw py::type_error(name + " must be a numpy array of " + dtype_name<T>() + other + ", not " + type);
+    };
+    if (!py::isinstance<py::array>(argument)) refuse(type_of(argument));
     const auto array = py::reinterpret_borrow<py::array>(argument);
-    if (!py::isinstance<py::array_t<T>>(array) && !py::isinstance<py::array_t<Other>>(array))
-        throw py::type_error(wanted + ", not " + std::string(py::str(array.dtype())));
+    if (!holds<T>(array) && !holds<Other>(array)) refuse(py::str(array.dtype()));
     if (array.ndim() != ndim) throw py::value_error(name + " must have shape " + shape + ", not " + shape_of(array));
-    const bool contiguous = array.flags() & py::array::c_style;
     const bool aligned = reinterpret_cast<std::uintptr_t>(array.data()) % array.itemsize() == 0;
-    if (!contiguous || !aligned)
+    if (!(array.flags() & py::array::c_style) || !aligned)
         throw py::value_error(name + " must be C-contiguous and aligned (numpy.ascontiguousarray), not a strided view of " +
                               "shape " + shape_of(array));
     return array;
 }
-
-template <class T> const T *data_of(const py::array &array) { return static_cast<const T *>(array.data()); }
-
-template <class T> bool holds(const py::array &array) { return py::isinstance<py::array_t<T>>(array); }
 
 void check_models(Index models, const std::string &name, const py::array &array) {
     if (models < 1 || models > max_models)
@@ -89,23 +81,17 @@ Index checked_threads(const py::object &argument) { return static_cast<Index>(ch
 
 // The path of that name, if this CPU has it.
 Path checked_path(const py::object &argument) {
-    const struct {
-        const char *name;
-        Path path;
-        bool offered;
-    } paths[] = {{"auto", Path::automatic, true},
-                 {"portable", Path::portable, true},
-                 {"avx2", Path::avx2, cpu_has_avx2()},
-                 {"avx512", Path::avx512, cpu_has_avx512()}};
+    std::vector<std::pair<std::string, Path>> paths = {{"auto", Path::automatic}, {"portable", Path::portable}};
+    if (cpu_has_avx2()) paths.emplace_back("avx2", Path::avx2);
+    if (cpu_has_avx512()) paths.emplace_back("avx512", Path::avx512);
     std::string names;
-    for (const auto &each : paths)
-        if (each.offered) names += std::string(names.empty() ? "\"" : ", \"") + each.name + "\"";
+    for (const auto &[name, path] : paths) names += (names.empty() ? "\"" : ", \"") + name + "\"";
     const std::string wanted = "path must be one of " + names + " on this CPU, not ";
     if (!py::isinstance<py::str>(argument)) throw py::type_error(wanted + type_of(argument));
-    const auto name = argument.cast<std::string>();
-    for (const auto &each : paths)
-        if (each.offered && name == each.name) return each.path;
-    throw py::value_error(wanted + "\"" + name + "\"");
+    const auto given = argument.cast<std::string>();
+    for (const auto &[name, path] : paths)
+        if (name == given) return path;
+    throw py::value_error(wanted + "\"" + given + "\"");
 }
 
 // ---- votes ----
@@ -127,16 +113,13 @@ struct PairArguments {
     }
 
     template <class T> Comparisons<T> comparisons() const {
-        return {data_of<T>(rewards), indices(a), indices(b), members, responses, pairs};
+        return {data_of<T>(rewards), indices_of(a), indices_of(b), members, responses, pairs};
     }
 
     // f(Comparisons<T>) with the rewards' T.
     template <class F> auto visit(const F &f) const {
         return holds<float>(rewards) ? f(comparisons<float>()) : f(comparisons<double>());
     }
-
-private:
-    static Indices indices(const py::array &array) { return {array.data(), holds<std::int64_t>(array)}; }
 };
 
 template <class T> void check_rewards(const Comparisons<T> &in, Index threads) {
@@ -258,13 +241,11 @@ py::array_t<double> kendall_tau(const py::object &argument, const py::object &pa
 
 // ---- bootstrap ----
 
-constexpr std::uint64_t largest_seed = std::numeric_limits<std::uint64_t>::max();
-
 py::array_t<std::int32_t> bootstrap_counts(const py::object &prompts_argument, const py::object &resamples_argument,
                                            const py::object &seed_argument, const py::object &threads_argument) {
     const Index prompts = checked_integer(prompts_argument, "prompts", largest_int32);
     const Index resamples = checked_integer(resamples_argument, "resamples", largest_int32);
-    const std::uint64_t seed = checked_integer(seed_argument, "seed", largest_seed);
+    const std::uint64_t seed = checked_integer(seed_argument, "seed", ~std::uint64_t{0});
     const Index threads = checked_threads(threads_argument);
     py::array_t<std::int32_t> result({resamples, prompts});
     std::int32_t *counts = result.mutable_data();

@@ -1,14 +1,12 @@
 // Two ways to count discordant and tied pairs, both in exact integers: by sorting, O(n log n), and by comparing all pairs,
 // O(n^2), but 32 pairs of continuations at a time and, once compared, 64 at a time for every two models. Cost decides.
 
-#include "kendall.hpp"
+#include "evaluator.hpp"
 
-#include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <type_traits>
-
-#include "cpu.hpp"
 
 #if HAS_X86_CODE
 #include <immintrin.h>
@@ -30,23 +28,20 @@ struct Counts {
 
 // ---- O(n log n): sort once per model, then count inversions per pair of models (Knight 1966) ----
 
-template <class T> struct KeyOf;
-template <> struct KeyOf<float> { using type = uint32_t; };
-template <> struct KeyOf<double> { using type = uint64_t; };
+template <class T> using KeyOf = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
 
 // An unsigned integer in the order of the scores.
-template <class T> typename KeyOf<T>::type key_of(T score) {
-    using Key = typename KeyOf<T>::type;
+template <class T> KeyOf<T> key_of(T score) {
     score += T(0);  // -0.0, which equals 0.0, becomes 0.0
-    Key bits;
+    KeyOf<T> bits;
     std::memcpy(&bits, &score, sizeof bits);
-    const Key sign = Key{1} << (8 * sizeof(Key) - 1);
+    const auto sign = KeyOf<T>{1} << (8 * sizeof bits - 1);
     return bits & sign ? ~bits : bits | sign;
 }
 
 template <class T> struct SortScratch {
     struct Entry {
-        typename KeyOf<T>::type key;
+        KeyOf<T> key;
         uint32_t item;
     };
     std::vector<Entry> entries, buffer;
@@ -135,24 +130,20 @@ Index count_inversions(std::vector<uint32_t> &values, std::vector<uint32_t> &buf
     return inversions;
 }
 
-void restart(std::vector<uint32_t> &next, Index n) {
-    next.resize(n);
-    for (Index i = 0; i < n; ++i) next[i] = static_cast<uint32_t>(i);
-}
-
 // Ties are no inversions: continuations are taken by (x, y), and each one's value is its place by (y, x).
 void count_pair(const Ranking &x, const Ranking &y, PairScratch &scratch, Index &tied_in_both, Index &discordant) {
     const Index n = static_cast<Index>(x.order.size());
     const std::vector<uint32_t> *sorted = &x.order;
+    scratch.next.resize(n);
     if (x.tied_pairs > 0) {  // y's order dealt into x's groups
-        restart(scratch.next, n);
+        std::iota(scratch.next.begin(), scratch.next.end(), 0u);
         scratch.sorted.resize(n);
         for (const uint32_t item : y.order) scratch.sorted[scratch.next[x.group[item]]++] = item;
         sorted = &scratch.sorted;
     }
     scratch.values.resize(n);
     if (y.tied_pairs > 0) {
-        restart(scratch.next, n);
+        std::iota(scratch.next.begin(), scratch.next.end(), 0u);
         for (Index i = 0; i < n; ++i) scratch.values[i] = scratch.next[y.group[(*sorted)[i]]]++;
     } else {
         for (Index i = 0; i < n; ++i) scratch.values[i] = y.group[(*sorted)[i]];
@@ -198,17 +189,15 @@ public:
 
 #if HAS_X86_CODE
 
-template <class T> struct Eight;
-template <> struct Eight<float> { __m256 scores; };
-template <> struct Eight<double> { __m256d low, high; };
+struct EightDoubles { __m256d low, high; };
 
-AVX2 inline Eight<float> load(const float *scores) { return {_mm256_loadu_ps(scores)}; }
-AVX2 inline Eight<double> load(const double *scores) { return {_mm256_loadu_pd(scores), _mm256_loadu_pd(scores + 4)}; }
+AVX2 inline __m256 load(const float *scores) { return _mm256_loadu_ps(scores); }
+AVX2 inline EightDoubles load(const double *scores) { return {_mm256_loadu_pd(scores), _mm256_loadu_pd(scores + 4)}; }
 
-template <int comparison> AVX2 inline __m256i compare(const Eight<float> &x, const Eight<float> &y) {
-    return _mm256_castps_si256(_mm256_cmp_ps(x.scores, y.scores, comparison));
+template <int comparison> AVX2 inline __m256i compare(const __m256 &x, const __m256 &y) {
+    return _mm256_castps_si256(_mm256_cmp_ps(x, y, comparison));
 }
-template <int comparison> AVX2 inline __m256i compare(const Eight<double> &x, const Eight<double> &y) {
+template <int comparison> AVX2 inline __m256i compare(const EightDoubles &x, const EightDoubles &y) {
     const __m256 low = _mm256_castpd_ps(_mm256_cmp_pd(x.low, y.low, comparison));
     const __m256 high = _mm256_castpd_ps(_mm256_cmp_pd(x.high, y.high, comparison));
     // half of each mask is enough; the permutation undoes the shuffle's mixing of the two
@@ -226,11 +215,11 @@ template <int comparison, class T>
 AVX2 bool pack(const T *cyclic, Index begin, Index end, Index groups, const uint32_t *valid, uint32_t *words) {
     __m256i ties = _mm256_setzero_si256();
     for (Index column = begin; column < end; ++column) {
-        const Eight<T> x = load(cyclic + 8 * column);
+        const auto x = load(cyclic + 8 * column);
         for (Index group = 0; group < groups; ++group) {
             __m256i bits[4];
             for (int shift = 0; shift < 4; ++shift) {
-                const Eight<T> y = load(cyclic + 8 * column + 4 * group + shift + 1);
+                const auto y = load(cyclic + 8 * column + 4 * group + shift + 1);
                 bits[shift] = compare<comparison>(x, y);
                 ties = _mm256_or_si256(ties, compare<_CMP_EQ_OQ>(x, y));
             }
@@ -283,7 +272,6 @@ public:
     }
 
     AVX2 void operator()(const T *scores, Index prompt, Counts &counts) {
-        for (auto *sums : {&counts.tied, &counts.tied_in_both, &counts.discordant}) std::fill(sums->begin(), sums->end(), 0);
         if (n < 2) return;
         for (Index j = 0; j < models; ++j)
             for (Index done = 0; done < cyclic_length; done += n)
@@ -328,34 +316,26 @@ private:
 
 // The same with AVX-512, whose comparisons give bits at once. Row i has the pairs (i, j), j > i, as masks of 16 or 8 bits; a
 // bit beyond its end is set in no model, so it is no difference and no tie.
-struct Lanes16 {
-    using Mask = std::uint16_t;
-    static constexpr Index count = 16;
-    AVX512 static void compare(float x, const float *y, Mask valid, Mask &less, Mask &tie) {
-        const __m512 all_x = _mm512_set1_ps(x), all_y = _mm512_maskz_loadu_ps(valid, y);
-        less = _mm512_mask_cmp_ps_mask(valid, all_x, all_y, _CMP_LT_OQ);
-        tie = _mm512_mask_cmp_ps_mask(valid, all_x, all_y, _CMP_EQ_OQ);
-    }
-};
-struct Lanes8 {
-    using Mask = std::uint8_t;
-    static constexpr Index count = 8;
-    AVX512 static void compare(double x, const double *y, Mask valid, Mask &less, Mask &tie) {
-        const __m512d all_x = _mm512_set1_pd(x), all_y = _mm512_maskz_loadu_pd(valid, y);
-        less = _mm512_mask_cmp_pd_mask(valid, all_x, all_y, _CMP_LT_OQ);
-        tie = _mm512_mask_cmp_pd_mask(valid, all_x, all_y, _CMP_EQ_OQ);
-    }
-};
+AVX512 inline void compare_row(float x, const float *y, __mmask16 valid, __mmask16 &less, __mmask16 &tie) {
+    const __m512 all_x = _mm512_set1_ps(x), all_y = _mm512_maskz_loadu_ps(valid, y);
+    less = _mm512_mask_cmp_ps_mask(valid, all_x, all_y, _CMP_LT_OQ);
+    tie = _mm512_mask_cmp_ps_mask(valid, all_x, all_y, _CMP_EQ_OQ);
+}
+AVX512 inline void compare_row(double x, const double *y, __mmask8 valid, __mmask8 &less, __mmask8 &tie) {
+    const __m512d all_x = _mm512_set1_pd(x), all_y = _mm512_maskz_loadu_pd(valid, y);
+    less = _mm512_mask_cmp_pd_mask(valid, all_x, all_y, _CMP_LT_OQ);
+    tie = _mm512_mask_cmp_pd_mask(valid, all_x, all_y, _CMP_EQ_OQ);
+}
 
 template <class T> class CountRows {
-    using Lanes = std::conditional_t<sizeof(T) == 4, Lanes16, Lanes8>;
-    using Mask = typename Lanes::Mask;
+    using Mask = std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8>;
+    static constexpr Index lanes = 64 / sizeof(T);
     const Index models, prompts, n;
     const Index room;                         // masks of some rows, so that those of a few models stay in the first-level cache
     std::vector<Mask> less, tie;              // (models, room)
     std::vector<unsigned char> has_ties;      // (models,), in these rows
 
-    static Index masks_of(Index length) { return (length + Lanes::count - 1) / Lanes::count; }
+    static Index masks_of(Index length) { return (length + lanes - 1) / lanes; }
 
 public:
     CountRows(Index models, Index prompts, Index n)
@@ -363,7 +343,6 @@ public:
           less(models * room), tie(models * room), has_ties(models) {}
 
     AVX512 void operator()(const T *scores, Index prompt, Counts &counts) {
-        for (auto *sums : {&counts.tied, &counts.tied_in_both, &counts.discordant}) std::fill(sums->begin(), sums->end(), 0);
         for (Index begin = 0, end; begin + 1 < n; begin = end) {
             Index masks = masks_of(n - 1 - begin);
             for (end = begin + 1; end + 1 < n && masks + masks_of(n - 1 - end) <= room; ++end) masks += masks_of(n - 1 - end);
@@ -379,9 +358,9 @@ private:
         Mask any_tie = 0;
         Index masks = 0;
         for (Index i = begin; i < end; ++i)
-            for (Index j = i + 1; j < n; j += Lanes::count, ++masks) {
-                const auto valid = static_cast<Mask>(n - j >= Lanes::count ? ~0u : (1u << (n - j)) - 1);
-                Lanes::compare(scores[i], scores + j, valid, less_out[masks], tie_out[masks]);
+            for (Index j = i + 1; j < n; j += lanes, ++masks) {
+                const auto valid = static_cast<Mask>(n - j >= lanes ? ~0u : (1u << (n - j)) - 1);
+                compare_row(scores[i], scores + j, valid, less_out[masks], tie_out[masks]);
                 any_tie |= tie_out[masks];
             }
         for (; masks % (64 / sizeof(Mask)) != 0; ++masks) less_out[masks] = tie_out[masks] = 0;
@@ -420,6 +399,7 @@ void taus_by(const MakeCount &make_count, const T *scores, Index models, Index p
         for (Index prompt; queue.take(prompt);) {
             double *out = taus + prompt * models * models;
             std::fill(out, out + models * models, std::numeric_limits<double>::quiet_NaN());
+            for (auto *sums : {&counts.tied, &counts.tied_in_both, &counts.discordant}) std::fill(sums->begin(), sums->end(), 0);
             count(scores, prompt, counts);
             for (Index i = 0; i < models; ++i) {
                 roots[i] = std::sqrt(total - counts.tied[i]);
@@ -443,24 +423,20 @@ void taus_by(const MakeCount &make_count, const T *scores, Index models, Index p
 }  // namespace
 
 template <class T>
-void all_taus(const T *scores, Index models, Index prompts, Index n, [[maybe_unused]] Path path, Index threads,
-              double *taus) {
+void all_taus(const T *scores, Index models, Index prompts, Index n, Path path, Index threads, double *taus) {
     // Nanoseconds on a Zen 4 core, from 2 to 32 models. Their ratio decides, and changes less from CPU to CPU.
     const double pairs = models * (models - 1) / 2, bytes = sizeof(T), size = n;
     const double sorting = models * bytes * (100 + 1.2 * size) + pairs * size * (1.4 + 0.9 * std::log2(size / 32 + 2));
-    [[maybe_unused]] const double comparing =
-        models * (50 + 0.006 * bytes * size * size) + pairs * (10 + 0.005 * size * size);
+    const double comparing = models * (50 + 0.006 * bytes * size * size) + pairs * (10 + 0.005 * size * size);
+    if (path == Path::automatic) path = comparing < sorting ? fastest_path() : Path::portable;
     const auto threads_for = [&](double nanoseconds) { return count_threads(threads, prompts * nanoseconds); };
+    const auto run = [=](const auto &make_count, Index crew) { taus_by(make_count, scores, models, prompts, n, crew, taus); };
 #if HAS_X86_CODE
-    if (path == Path::avx512 || (path == Path::automatic && cpu_has_avx512() && comparing < sorting))
-        return taus_by([=] { return CountRows<T>(models, prompts, n); }, scores, models, prompts, n, threads_for(comparing),
-                       taus);
-    if (path == Path::avx2 || (path == Path::automatic && cpu_has_avx2() && comparing < sorting))
-        return taus_by([=] { return CountAllPairs<T>(models, prompts, n); }, scores, models, prompts, n,
-                       threads_for(comparing), taus);
+    if (path == Path::avx512) return run([=] { return CountRows<T>(models, prompts, n); }, threads_for(comparing));
+    if (path == Path::avx2) return run([=] { return CountAllPairs<T>(models, prompts, n); }, threads_for(comparing));
 #endif
     const Index all = threads_for(sorting), outer = all <= prompts ? all : 1;  // few long rankings: threads within a prompt
-    taus_by([=] { return CountBySorting<T>(models, prompts, n, all / outer); }, scores, models, prompts, n, outer, taus);
+    run([=] { return CountBySorting<T>(models, prompts, n, all / outer); }, outer);
 }
 
 template void all_taus(const float *, Index, Index, Index, Path, Index, double *);

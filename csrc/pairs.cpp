@@ -5,11 +5,10 @@
 //
 // Everything marked INLINE becomes part of three functions, compiled for any CPU, for AVX2 and for AVX-512.
 
-#include "pairs.hpp"
+#include "evaluator.hpp"
 
 #include <cstring>
 #include <limits>
-#include <mutex>
 #include <type_traits>
 #include <utility>
 
@@ -356,30 +355,30 @@ std::vector<Piece> cut(const Index *start, Index prompts) {
     return pieces;
 }
 
+template <class T> void put(T *to, T value, bool add) { *to = add ? *to + value : value; }
+
 // What is exact: halves and quarters of integers too, so the order in which pieces are added doesn't matter.
 template <class T>
 void write_counts(const Scratch<T> &s, Index members, Index prompt, Index pairs, bool add, const PairSums &out) {
-    const auto put = [add](auto *to, auto value) { *to = add ? *to + value : value; };
-    put(out.pairs + prompt, pairs);
-    put(out.decided + prompt, s.decided);
+    put(out.pairs + prompt, pairs, add);
+    put(out.decided + prompt, s.decided, add);
     for (Index j = 0; j < members; ++j) {
         const Index row = prompt * members + j;
-        put(out.ties + row, s.tied[j]);
-        put(out.vote + row, 0.5 * s.halves[j]);
-        put(out.majority + row, 0.5 * s.majority_halves[j]);
+        put(out.ties + row, s.tied[j], add);
+        put(out.vote + row, 0.5 * s.halves[j], add);
+        put(out.majority + row, 0.5 * s.majority_halves[j], add);
         for (Index i = 0; i < members; ++i) {
             const Index lower = std::max(i, j) * members + std::min(i, j);  // only the lower triangle was counted
-            put(out.vote_vote + row * members + i, 0.25 * s.quarters[lower]);
-            put(out.disagreement + row * members + i, 0.5 * s.half_differences[lower]);
+            put(out.vote_vote + row * members + i, 0.25 * s.quarters[lower], add);
+            put(out.disagreement + row * members + i, 0.5 * s.half_differences[lower], add);
         }
     }
 }
 
 void write_sums_with_p(const SumsWithP &s, Index members, Index prompt, bool add, const PairSums &out) {
-    const auto put = [add](double *to, double value) { *to = add ? *to + value : value; };
-    put(out.p + prompt, s.p[0]);
-    put(out.p_p + prompt, s.p[1]);
-    for (Index j = 0; j < members; ++j) put(out.vote_p + prompt * members + j, s.no_lower[j] - 0.5 * s.tied[j]);
+    put(out.p + prompt, s.p[0], add);
+    put(out.p_p + prompt, s.p[1], add);
+    for (Index j = 0; j < members; ++j) put(out.vote_p + prompt * members + j, s.no_lower[j] - 0.5 * s.tied[j], add);
 }
 
 }  // namespace
@@ -400,8 +399,8 @@ template <class T> Index find_nan(const T *values, Index count, Index threads) {
 }
 
 template <class T>
-bool sum_pairs(const Comparisons<T> &in, const double *p, const Index *start, Index prompts, [[maybe_unused]] Path path,
-               Index threads, const PairSums &out) {
+bool sum_pairs(const Comparisons<T> &in, const double *p, const Index *start, Index prompts, Path path, Index threads,
+               const PairSums &out) {
     const auto pieces = cut(start, prompts);
     const auto is_part = [&](const Piece &piece) {
         return piece.end - piece.begin < start[piece.last_prompt] - start[piece.first_prompt];
@@ -411,10 +410,10 @@ bool sum_pairs(const Comparisons<T> &in, const double *p, const Index *start, In
         if (is_part(piece)) write_counts(Scratch<T>(in.members), in.members, piece.first_prompt, 0, false, out);
 
     auto add_pairs = add_pairs_portable<T>;
+    if (path == Path::automatic) path = fastest_path();
 #if HAS_X86_CODE
-    const bool fastest = path == Path::automatic;
-    if (path == Path::avx512 || (fastest && cpu_has_avx512())) add_pairs = add_pairs_avx512<T>;
-    else if (path == Path::avx2 || (fastest && cpu_has_avx2())) add_pairs = add_pairs_avx2<T>;
+    if (path == Path::avx512) add_pairs = add_pairs_avx512<T>;
+    if (path == Path::avx2) add_pairs = add_pairs_avx2<T>;
 #endif
     std::atomic<bool> valid{true};
     std::mutex row_mutex;

@@ -40,6 +40,22 @@ def held_out_prompts(run):
     return *columns, "prompts of prompts.parquet"
 
 
+def answer(model, tokenizer, prompt, longest, number, args):
+    """Return the texts and logprobs of a prompt, token ids, as columns of a row.
+
+    Its number gives it a seed of its own: where a killed call went on does not matter.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([args.seed, number]).generate_state(1)[0]))
+    nucleus = (args.temperature, args.top_p, longest)
+    texts, logprob = sampling.sample(model, tokenizer, prompt, args.count, *nucleus)
+    return {"texts": texts, "logprob": logprob}
+
+
+def write(path, rows):
+    """Write rows as parquet."""
+    pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
+
+
 def main(args):
     run, path = args.run, args.run / "continuations.parquet"
     prompt_id, messages, kind = held_out_prompts(run)
@@ -69,19 +85,9 @@ def main(args):
     started = run_dir.begin_stage(run, "continuations", settings, inputs)
 
     def continuations(i):
-        """Answer the i-th drawn prompt, with a seed of its own.
-
-        So it does not matter where a killed call went on.
-        """
         number = drawn[i]
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, number]).generate_state(1)[0]))
-        nucleus = (args.temperature, args.top_p, longest[i])
-        texts, logprob = sampling.sample(model, tokenizer, encoded[i], args.count, *nucleus)
         row = {"prompt_id": prompt_id[number], "messages": messages[number]}
-        return row | {"texts": texts, "logprob": logprob}
-
-    def write(partial, rows):
-        pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
+        return row | answer(model, tokenizer, encoded[i], longest[i], number, args)
 
     key = settings | inputs
     rows = sampling.remembered_rows(path, key, count, continuations, "continuations", write)

@@ -188,7 +188,6 @@ def begin_stage(run, stage, settings, inputs):
 def end_stage(run, stage, settings, inputs, started, **facts):
     """Enter `stage` in the manifest as complete, its outputs being in place. facts: more keys."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac, else in KiB
-    on_linux = hasattr(os, "sched_getaffinity")
     versions = {"python": platform.python_version()}
     for package in VERSIONS_OF:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -201,7 +200,7 @@ def end_stage(run, stage, settings, inputs, started, **facts):
         "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         "seconds": round(time.time() - started, 1),
         "peak_memory_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10)),
-        "threads": len(os.sched_getaffinity(0)) if on_linux else os.cpu_count(),
+        "threads": cli.usable_cores(),
         "versions": versions,
         "git_commit": _git_commit(),
     }
@@ -230,11 +229,6 @@ def kind_of(run, beneath=False):
         return "joint"
     train = entries.get(member_name(1), {}).get("settings", {}).get("train")
     return "existing" if train == "from" else train  # extras/adopt.py enters "from".
-
-
-def made_otherwise(run):
-    kind = kind_of(run)
-    return kind if kind in ("joint", "hardened", "pruned") else None
 
 
 # ---- what the manifest and messages say of a call

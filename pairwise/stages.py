@@ -23,7 +23,8 @@ def settle(args):
 
 def check_own_run(run):
     """Raise InputError where the members of the run are not made one by one, by one call each."""
-    if kind := run_dir.made_otherwise(run):
+    kind = run_dir.kind_of(run)
+    if kind in ("joint", "hardened", "pruned"):
         raise cli.InputError(
             f"{run}: a {kind} run found, whose members are complete; "
             "a run of this script's own, or a new one, expected"

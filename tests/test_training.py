@@ -832,9 +832,16 @@ def test_flags_are_checked_and_nothing_else(tmp_path, capsys):
     words = ["--run", str(tmp_path / "none"), "--base", "none", "--iteration", "2", "--check"]
     train_rm.main(train_rm.parse_args(words))
     assert not any(capsys.readouterr()) and not (tmp_path / "none").exists()
-    with pytest.raises(SystemExit):
-        train_rm.parse_args([*words, "--loss", "bt"])
-    assert "no residual" in capsys.readouterr().err
+    for flags, said in (
+        ("--loss bt", "no residual"),
+        ("--loss margin --target centered", "no residual"),
+        ("--lr fast", "--lr"),
+        ("--target nothing", "--target"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            train_rm.parse_args([*words, *flags.split()])
+        line = capsys.readouterr().err
+        assert ended.value.code == 2 and said in line and line.count("\n") == 1
 
 
 def test_at_most_28_flags(capsys):

@@ -1,0 +1,1 @@
+"""What the scripts of data_prep/ share: votes into prompts, published data sets, counts."""

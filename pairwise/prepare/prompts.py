@@ -234,11 +234,11 @@ def split_prompts(prompts, test_share, valid_share, rng, dropped):
     return splits
 
 
-def draw_prompts(prompts, share, least, rng):
-    """Draw `share` of the distinct prompts, at least `least`, and return (drawn, rest)."""
+def draw_prompts(prompts, fraction, least, rng):
+    """Draw a fraction of the distinct prompts, at least `least`, and return (drawn, rest)."""
     contexts = list(dict.fromkeys(prompt.context for prompt in prompts))
     order = rng.permutation(len(contexts))
-    chosen = {contexts[i] for i in order[: max(least, round(share * len(contexts)))]}
+    chosen = {contexts[i] for i in order[: max(least, round(fraction * len(contexts)))]}
     drawn = [prompt for prompt in prompts if prompt.context in chosen]
     return drawn, [prompt for prompt in prompts if prompt.context not in chosen]
 

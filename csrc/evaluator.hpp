@@ -1,4 +1,5 @@
-// Votes on pairs of responses, and their sums over the pairs of each prompt.
+// What the evaluator computes: votes on pairs of responses and their sums over the pairs of each prompt, Kendall's tau-b of
+// all pairs of models, and a bootstrap over prompts.
 
 #pragma once
 
@@ -42,3 +43,10 @@ template <class T> Index find_nan(const T *values, Index count, Index threads);
 template <class T>
 bool sum_pairs(const Comparisons<T> &comparisons, const double *p, const Index *prompt_start, Index prompts, Path path,
                Index threads, const PairSums &sums);
+
+// scores (models, prompts, n) without NaN, n < 2^31 -> taus (prompts, models, models). The path must be one this CPU has.
+template <class T>
+void all_taus(const T *scores, Index models, Index prompts, Index n, Path path, Index threads, double *taus);
+
+// How often each prompt is drawn, with replacement: counts (resamples, prompts), the same on every machine.
+void count_draws(Index prompts, Index resamples, std::uint64_t seed, Index threads, std::int32_t *counts);
