@@ -1,4 +1,4 @@
-"""Build the C++ evaluator, csrc/ -> pairwise/evaluator, where `from pairwise import evaluator` finds it.
+"""Build the C++ evaluator, csrc/ -> pairwise/evaluator, for `from pairwise import evaluator`.
 
 pip install --no-build-isolation --no-deps --use-pep517 -e .      (installed, editable)
 python setup.py build_ext --inplace                                (built only)
@@ -12,11 +12,13 @@ from setuptools import setup
 evaluator = Pybind11Extension(
     "pairwise.evaluator",
     sources=sorted(glob("csrc/*.cpp")),
-    # An extension is rebuilt when it is older than its sources or these; a header missing here would leave an old build.
+    # An extension is rebuilt when it is older than its sources or these: a header that were
+    # missing here would leave an old build.
     depends=[*sorted(glob("csrc/*.hpp")), "setup.py"],
     cxx_std=17,
-    # One binary for every CPU, and IEEE arithmetic: ties, infinities and equal results on all machines rely on it
-    # (hence no -march=native, no -ffast-math, and no fused multiply-add where the CPU has one).
+    # It is one binary for every CPU, with IEEE arithmetic, on which ties, infinities and equal
+    # results on all machines rely: hence no -march=native, no -ffast-math, and no fused
+    # multiply-add where the CPU has one.
     extra_compile_args=["-O3", "-ffp-contract=off", "-pthread"],
     extra_link_args=["-pthread"],
 )

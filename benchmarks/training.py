@@ -1,13 +1,16 @@
-"""Training a reward model here and with TRL's RewardTrainer: pairs and tokens a second, same model, data, pairs a step and optimizer.
+"""Training a reward model here and with TRL's RewardTrainer: pairs and tokens a second.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/training.py --json benchmarks/training.json       (10 to 15 minutes)
-    python benchmarks/training.py --card --device cuda --steps 8 --micro-batch-tokens 8192        (8B parameters, random weights; no TRL)
+    python benchmarks/training.py --json benchmarks/training.json            (10 to 15 minutes)
+    python benchmarks/training.py --card --device cuda --steps 8 --micro-batch-tokens 8192
+                                                        (8B parameters, random weights; no TRL)
 
-A 5M-parameter Llama in float32, random tokens, AdamW. TRL takes the best of its micro-batch sizes, in order or grouped by length, and we of
-ours; then everyone trains on the same steps, in turn, again and again; medians. Tokens are those of the distinct responses with their prompts,
-however often they are run. --card times forward and backward passes of a Llama-3-8B configuration, and SOAP on the matrices of one layer,
-times the layers; it has not been run on a card yet.
+Model, data, pairs a step and optimizer are the same: a 5M-parameter Llama in float32, random
+tokens, AdamW. TRL takes the best of its micro-batch sizes, in order or grouped by length, and we
+take the best of ours; then everyone trains on the same steps, in turn, again and again; medians
+count. Tokens are those of the distinct responses with their prompts, however often they are run.
+--card times forward and backward passes of a Llama-3-8B configuration, and SOAP on the matrices of
+one layer, times the layers; it has not been run on a card yet.
 """
 
 import contextlib
@@ -18,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,7 +61,8 @@ LLAMA_3_8B = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
-# responses to a prompt, prompts a step, median tokens of a prompt and the range, of a response and the range; like MultiPref and PersonalLLM
+# Responses to a prompt, prompts a step, median tokens of a prompt and their range, of a response
+# and their range; these are like MultiPref's and PersonalLLM's.
 KINDS = {
     "2 responses, 8 pairs a step": (2, 8, (110, 60, 200), (180, 100, 300)),
     "8 responses, 28 pairs a step": (8, 1, (50, 20, 100), (220, 100, 350)),
@@ -74,30 +79,32 @@ OURS = {
 
 
 def make_data(kind, steps, seed=0, vocabulary=VOCABULARY):
-    """sequences (R,), a, b (N,) and steps: lists of arrays of pair indices, each of one prompt; random tokens, lengths spread log-normally."""
-    responses, prompts, of_prompt, of_response = KINDS[kind]
+    """Return sequences (R,), a, b (N,) and steps: lists of arrays of pair indices, one a prompt.
+
+    Tokens are random; lengths are spread log-normally.
+    """
+    responses, prompts, prompt_length, response_length = KINDS[kind]
     rng = np.random.default_rng(seed)
 
     def tokens(median, least, most):
-        return rng.integers(
-            1, vocabulary, int(np.clip(median * np.exp(0.4 * rng.standard_normal()), least, most))
-        ).tolist()
+        length = median * np.exp(0.4 * rng.standard_normal())
+        return rng.integers(1, vocabulary, int(np.clip(length, least, most))).tolist()
 
-    sequences, pairs, found = [], [], []
+    sequences, pairs, step_list = [], [], []
     for _ in range(steps):
-        found.append([])
+        step_list.append([])
         for _ in range(prompts):
-            prompt, first = tokens(*of_prompt), len(sequences)
-            sequences += [prompt + tokens(*of_response) for _ in range(responses)]
+            prompt, first = tokens(*prompt_length), len(sequences)
+            sequences += [prompt + tokens(*response_length) for _ in range(responses)]
             own = list(combinations(range(first, first + responses), 2))
-            found[-1].append(np.arange(len(pairs), len(pairs) + len(own)))
+            step_list[-1].append(np.arange(len(pairs), len(pairs) + len(own)))
             pairs += own
     a, b = np.array(pairs).T
     return SimpleNamespace(
         sequences=sequences,
         a=a,
         b=b,
-        steps=found,
+        steps=step_list,
         tokens=sum(map(len, sequences)),
         pairs_per_step=len(pairs) // steps,
     )
@@ -117,7 +124,7 @@ def make_model(shape, dtype=torch.float32, device="cpu"):
 
 @contextlib.contextmanager
 def only(model, level):
-    """The first so many of our ingredients."""
+    """Use the first `level` of our ingredients alone."""
     layer, least, packs = model.model.base_model.layers[-1], packed.LEAST_SHARED, model.packs
     hooks = dict(layer._forward_pre_hooks)
     if level < 3:
@@ -149,18 +156,13 @@ def ours(data, level, micro_batch_tokens):
                 for micro in training.micro_batches(
                     step, data.a, data.b, lengths, size, micro_batch_tokens
                 ):
-                    responses, index = np.unique(
-                        np.concatenate([data.a[micro], data.b[micro]]), return_inverse=True
-                    )
-                    rewards = rm.rewards_of_batch(
-                        model, [data.sequences[i] for i in responses], micro_batch_tokens
-                    )[index]
-                    (
-                        train_rm.LOSSES["mse"](
-                            rewards[: len(micro)] - rewards[len(micro) :], 1, None
-                        ).sum()
-                        / data.pairs_per_step
-                    ).backward()
+                    sides = np.concatenate([data.a[micro], data.b[micro]])
+                    responses, index = np.unique(sides, return_inverse=True)
+                    ids = [data.sequences[i] for i in responses]
+                    rewards = rm.rewards_of_batch(model, ids, micro_batch_tokens)[index]
+                    difference = rewards[: len(micro)] - rewards[len(micro) :]
+                    loss = train_rm.LOSSES["mse"](difference, 1, None).sum()
+                    (loss / data.pairs_per_step).backward()
                 optimizer.step()
                 optimizer.zero_grad()
         return time.perf_counter() - started
@@ -169,7 +171,7 @@ def ours(data, level, micro_batch_tokens):
 
 
 class Clock(TrainerCallback):
-    """From the first batch asked for to the last step taken: nothing that TRL does once."""
+    """It times from the first batch to the last step, without what TRL does once."""
 
     def on_epoch_begin(self, *args, **kwargs):
         self.started = time.perf_counter()
@@ -190,7 +192,7 @@ def trl_trainer(model, data, micro_pairs, grouped, directory):
     )
     order = np.concatenate([np.concatenate(step) for step in data.steps])
     chosen, rejected = ([data.sequences[i] for i in side[order]] for side in (data.a, data.b))
-    lengths = [max(map(len, both)) for both in zip(chosen, rejected)]
+    lengths = [max(map(len, pair)) for pair in zip(chosen, rejected)]
     config = RewardConfig(
         output_dir=str(directory),
         per_device_train_batch_size=micro_pairs,
@@ -236,10 +238,13 @@ def trl(data, micro_pairs, grouped, directory):
 
 
 def check_losses(data, directory):
-    """The largest difference between TRL's loss of a step and TRL's formula on our rewards. Raises AssertionError beyond 1e-5."""
-    model, apart = make_model(SMALL), 0.0
+    """Return the largest difference between TRL's loss of a step and its formula on our rewards.
+
+    Raises AssertionError where it is beyond 1e-5.
+    """
+    model, largest = make_model(SMALL), 0.0
     with torch.no_grad():
-        model.head.weight.mul_(20)  # a loss that is not log 2
+        model.head.weight.mul_(20)  # The loss is then not log 2.
     trainer, _ = trl_trainer(model.model, data, data.pairs_per_step, False, directory)
     for step in data.steps:
         pairs = np.concatenate(step)
@@ -250,91 +255,91 @@ def check_losses(data, directory):
             )
             theirs = trainer.compute_loss(model.model, inputs).item()
             r = rm.rewards_of_batch(model, chosen + rejected)
-        apart = max(
-            apart,
-            abs(
-                theirs
-                + torch.nn.functional.logsigmoid(r[: len(pairs)] - r[len(pairs) :]).mean().item()
-            ),
-        )
-    assert apart < 1e-5 and abs(theirs - np.log(2)) > 1e-4, (apart, theirs)
-    return apart
+        difference = r[: len(pairs)] - r[len(pairs) :]
+        loss = -torch.nn.functional.logsigmoid(difference).mean().item()
+        largest = max(largest, abs(theirs - loss))
+    assert largest < 1e-5 and abs(theirs - np.log(2)) > 1e-4, (largest, theirs)
+    return largest
 
 
 # ---- the comparison
 
 
+def tried_settings(data, directory):
+    """Return ({(pairs at a time, grouped by length): TRL's call}, {the same: seconds of one call}).
+
+    Sequential, it takes the steps' own order. The best two sizes are tried grouped by length, too.
+    """
+    size = data.pairs_per_step
+    calls = {
+        (n, False): trl(data, n, False, directory) for n in range(1, size + 1) if size % n == 0
+    }
+    seconds = {setting: call() for setting, call in calls.items()}
+    for n, _ in sorted(seconds, key=seconds.get)[:2]:
+        calls[n, True] = trl(data, n, True, directory)
+        seconds[n, True] = calls[n, True]()
+    return calls, seconds
+
+
 def compare(kind, args, directory):
-    steps, (responses, *_) = (args.steps, KINDS[kind][:2])
-    steps = steps if responses == 2 else max(1, steps // 2)
+    """Race TRL's best two settings and ours, in turn, and print and return a table."""
+    steps = args.steps if KINDS[kind][0] == 2 else max(1, args.steps // 2)
     data = make_data(kind, steps)
-    apart = check_losses(data, directory)
-    B = data.pairs_per_step
+    largest_difference, size = check_losses(data, directory), data.pairs_per_step
+    calls, seconds = tried_settings(data, directory)
     tried = {
-        (n, False): trl(data, n, False, directory) for n in range(1, B + 1) if B % n == 0
-    }  # sequential: the steps' own order
-    seconds_tried = {setting: call() for setting, call in tried.items()}
-    for n, _ in sorted(seconds_tried, key=seconds_tried.get)[:2]:
-        tried[n, True] = trl(data, n, True, directory)
-        seconds_tried[n, True] = tried[n, True]()
-    best = sorted(seconds_tried, key=seconds_tried.get)[:2]  # both compete
-    sizes = {size: ours(data, 3, size) for size in args.micro_batch_tokens}
-    own = min(sizes, key=lambda size: sizes[size]())
-    named = {
-        f"{n} x {B // n}{', by length' * grouped}": taken
-        for (n, grouped), taken in seconds_tried.items()
+        f"{n} x {size // n}{', by length' * grouped}": once
+        for (n, grouped), once in seconds.items()
     }
-    print(
-        f"{kind}: TRL, tried once:",
-        ", ".join(f"{name} {taken:.1f} s" for name, taken in named.items()),
-        file=sys.stderr,
-        flush=True,
-    )
+    words = ", ".join(f"{name} {once:.1f} s" for name, once in tried.items())
+    print(f"{kind}: TRL, tried once: {words}", file=sys.stderr, flush=True)
     contenders = {
-        f"TRL, {n} x {B // n} pairs{', by length' * grouped}": tried[n, grouped]
-        for n, grouped in best
+        f"TRL, {n} x {size // n} pairs{', by length' * grouped}": calls[n, grouped]
+        for n, grouped in sorted(seconds, key=seconds.get)[:2]
     }
+    own_calls = {tokens: ours(data, 3, tokens) for tokens in args.micro_batch_tokens}
+    own = min(own_calls, key=lambda tokens: own_calls[tokens]())
     contenders |= {name: ours(data, level, own) for name, level in OURS.items()}
-    seconds = {name: [] for name in contenders}
+    times = {name: [] for name in contenders}
     for turn in range(args.rounds + 1):
         for name, call in contenders.items():
-            taken = call()
-            if turn:  # the first warms up
-                seconds[name].append(taken)
-    theirs = min(
-        statistics.median(times) for name, times in seconds.items() if name.startswith("TRL")
-    )
-    rows = []
+            once = call()
+            if turn:  # The first turn warms up.
+                times[name].append(once)
     print(
-        f"\n{kind}: {data.tokens / len(data.steps):,.0f} tokens of distinct responses a step; losses differ by {apart:.1e} at most; "
-        f"ours runs {own} tokens at once\n\n"
-        "| | pairs/s | tokens/s | times TRL |\n|---|---|---|---|"
+        f"\n{kind}: {data.tokens / len(data.steps):,.0f} tokens of distinct responses a step; "
+        f"losses differ by {largest_difference:.1e} at most; ours runs {own} tokens at once\n"
     )
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        rows.append(
-            {
-                "name": name,
-                "pairs_per_second": steps * B / median,
-                "tokens_per_second": data.tokens / median,
-                "times_trl": theirs / median,
-                "seconds": times,
-            }
-        )
-        print(
-            f"| {name} | {rows[-1]['pairs_per_second']:.2f} | {rows[-1]['tokens_per_second']:,.0f} | {theirs / median:.2f} |",
-            flush=True,
-        )
     return {
         "data": kind,
         "steps": steps,
-        "pairs_per_step": B,
+        "pairs_per_step": size,
         "tokens": data.tokens,
         "micro_batch_tokens": own,
-        "largest_loss_difference": apart,
-        "tried": named,
-        "rows": rows,
+        "largest_loss_difference": largest_difference,
+        "tried": tried,
+        "rows": table_rows(times, steps * size, data.tokens),
     }
+
+
+def table_rows(times, pairs, tokens):
+    """Print and return the rows of a table; times: {contender: seconds of its calls}."""
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    theirs = min(median for name, median in medians.items() if name.startswith("TRL"))
+    print("| | pairs/s | tokens/s | times TRL |\n|---|---|---|---|")
+    rows = []
+    for name, median in medians.items():
+        row = {
+            "name": name,
+            "pairs_per_second": pairs / median,
+            "tokens_per_second": tokens / median,
+            "times_trl": theirs / median,
+            "seconds": times[name],
+        }
+        rates = f"{row['pairs_per_second']:.2f} | {row['tokens_per_second']:,.0f}"
+        print(f"| {name} | {rates} | {row['times_trl']:.2f} |", flush=True)
+        rows.append(row)
+    return rows
 
 
 # ---- one card, 8B parameters
@@ -346,39 +351,32 @@ def wait(device):
     return time.perf_counter()
 
 
-def card(args):
-    """Tokens a second, utilisation, peak memory and the optimizer's share, of LLAMA_3_8B with --layers layers, its width divided by --shrink."""
-    device, cuda = args.device, args.device.startswith("cuda")
-    dtype = torch.bfloat16 if cuda else torch.float32
-    shape = LLAMA_3_8B | {"num_hidden_layers": args.layers}
-    shape |= {
-        name: shape[name] // args.shrink
-        for name in ("vocab_size", "hidden_size", "intermediate_size")
-    }
-    n = 8192 // args.shrink
-    x = torch.randn(n, n, device=device, dtype=dtype)
+def timed(device, calls):
+    """Return the seconds of each call; the first is made twice, to warm up."""
     times = []
-    for _ in range(20):
+    for call in (calls[0], *calls):
         started = wait(device)
-        x @ x
+        call()
         times.append(wait(device) - started)
-    rate = 2 * n**3 / statistics.median(times)
-    model = make_model(shape, dtype, device)
+    return times[1:]
+
+
+def passes(args, model, data, rate):
+    """Time forward and backward passes over all sequences; rate: FLOP/s of a large product."""
     model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.model.train()  # transformers recomputes in training mode only; this configuration has no dropout
-    data = make_data("2 responses, 8 pairs a step", args.steps, vocabulary=shape["vocab_size"])
-    matrices = sum(
-        p.numel() for p in model.model.base_model.layers[:-1].parameters()
-    )  # of the last layer little is run
+    model.model.train()  # transformers recomputes in training mode; there is no dropout here.
     batches = list(rm.batches_of(model, data.sequences, args.micro_batch_tokens[-1]))
+    # Little of the last layer is run.
+    matrices = sum(p.numel() for p in model.model.base_model.layers[:-1].parameters())
     run = sum(rm.count_tokens(model, [data.sequences[i] for i in batch]) for batch in batches)
-    times = []
-    for batch in (batches[0], *batches):  # the first warms up
-        started = wait(device)
-        rm.rewards_of_batch(model, [data.sequences[i] for i in batch]).square().sum().backward()
-        times.append(wait(device) - started)
-    seconds = sum(times[1:])
-    result = {
+
+    def backward(batch):
+        rewards = rm.rewards_of_batch(model, [data.sequences[i] for i in batch])
+        rewards.square().sum().backward()
+
+    seconds = sum(timed(args.device, [partial(backward, batch) for batch in batches]))
+    cuda = args.device.startswith("cuda")
+    return {
         "layers": args.layers,
         "packs": model.packs,
         "tokens_per_second": data.tokens / seconds,
@@ -388,39 +386,58 @@ def card(args):
         "with_recomputation": 8 * matrices * run / seconds / rate,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
     }
-    layer = [
-        torch.nn.Parameter(p.detach().float().clone())
-        for p in model.model.base_model.layers[0].parameters()
-        if p.ndim > 1
-    ]
-    del model
+
+
+def optimizer_seconds(args, matrices):
+    """Return the seconds of SOAP's step of all layers, from the matrices of one of them."""
     optimizer = SOAP(
-        layer,
+        matrices,
         lr=1e-5,
         precondition_frequency=args.precondition_frequency,
         max_precondition_dim=args.max_precondition_dim,
     )
-    times = []
-    for _ in range(
-        2 + args.precondition_frequency
-    ):  # the first initialises; a whole cycle of the eigenbases counts
-        for p in layer:
-            p.grad = torch.randn_like(p)
-        started = wait(device)
+
+    def step():
+        started = wait(args.device)
         optimizer.step()
-        times.append(wait(device) - started)
-    step = args.layers * statistics.mean(times[2:])
+        return wait(args.device) - started
+
+    times = []
+    for _ in range(2 + args.precondition_frequency):
+        for p in matrices:
+            p.grad = torch.randn_like(p)
+        times.append(step())
+    # The first step initialises; a whole cycle of the eigenbases counts.
+    return args.layers * statistics.mean(times[2:])
+
+
+def card(args):
+    """Time LLAMA_3_8B with --layers layers, its width divided by --shrink, on one card.
+
+    Print and return tokens a second, utilisation, peak memory and the optimizer's part of a step.
+    """
+    device, dtype = args.device, torch.float32
+    if device.startswith("cuda"):
+        dtype = torch.bfloat16
+    shape = LLAMA_3_8B | {"num_hidden_layers": args.layers}
+    for name in ("vocab_size", "hidden_size", "intermediate_size"):
+        shape[name] //= args.shrink
+    n = 8192 // args.shrink
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    rate = 2 * n**3 / statistics.median(timed(device, [lambda: x @ x] * 20))
+    model = make_model(shape, dtype, device)
+    data = make_data("2 responses, 8 pairs a step", args.steps, vocabulary=shape["vocab_size"])
+    result = passes(args, model, data, rate)
+    layer = model.model.base_model.layers[0].parameters()
+    matrices = [torch.nn.Parameter(p.detach().float().clone()) for p in layer if p.ndim > 1]
+    del model, layer
+    step = optimizer_seconds(args, matrices)
     batch = 2 * 512 * data.tokens / len(data.sequences) / result["tokens_per_second"]
-    result |= {
-        "optimizer_step_seconds": step,
-        "optimizer_share_at_512_pairs": step / (step + batch),
-    }
+    result["optimizer_step_seconds"] = step
+    result["optimizer_share_at_512_pairs"] = step / (step + batch)
     for name, value in result.items():
-        print(
-            f"{name.replace('_', ' ')}: {value:,.3f}"
-            if isinstance(value, float)
-            else f"{name.replace('_', ' ')}: {value}"
-        )
+        text = f"{value:,.3f}" if isinstance(value, float) else value
+        print(f"{name.replace('_', ' ')}: {text}")
     return result
 
 
@@ -439,10 +456,8 @@ def main(args):
         try:
             import trl
         except ImportError as error:
-            print(
-                f"error: {error.name} is missing; pip install -r benchmarks/requirements.txt",
-                file=sys.stderr,
-            )
+            words = f"{error.name} is missing; pip install -r benchmarks/requirements.txt"
+            print(f"error: {words}", file=sys.stderr)
             sys.exit(2)
         result |= {"trl": trl.__version__}
         with tempfile.TemporaryDirectory() as directory:
@@ -456,38 +471,19 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--json", type=Path, help="write everything measured here")
     add("--rounds", type=cli.natural, default=5, help="turns that count")
-    add(
-        "--steps",
-        type=cli.natural,
-        default=2,
-        help="optimizer steps a turn (8 responses: half as many)",
-    )
+    words = "optimizer steps a turn (8 responses: half as many)"
+    add("--steps", type=cli.natural, default=2, help=words)
     add("--threads", type=cli.natural, default=os.cpu_count(), help="CPU threads (default: all)")
-    add(
-        "--micro-batch-tokens",
-        type=cli.natural,
-        nargs="+",
-        default=[1024, 4096],
-        help="of ours, tokens run in one forward pass: the best is taken (--card: the last)",
-    )
+    words = "of ours, tokens run in one forward pass: the best is taken (--card: the last)"
+    add("--micro-batch-tokens", type=cli.natural, nargs="+", default=[1024, 4096], help=words)
     add("--card", action="store_true", help="8B parameters on one card instead of the comparison")
     add("--device", type=rm.device, default="cpu", help="of --card")
     add("--layers", type=cli.natural, default=32, help="of --card: fewer for a smaller card")
-    add(
-        "--shrink",
-        type=cli.natural,
-        default=1,
-        help="of --card: divide the width, to try it without a card",
-    )
-    add(
-        "--precondition-frequency", type=cli.natural, default=5, help="of --card: as in train_rm.py"
-    )
-    add(
-        "--max-precondition-dim",
-        type=cli.natural,
-        default=4096,
-        help="of --card: as in train_rm.py",
-    )
+    words = "of --card: divide the width, to try it without a card"
+    add("--shrink", type=cli.natural, default=1, help=words)
+    words = "of --card: as in train_rm.py"
+    add("--precondition-frequency", type=cli.natural, default=5, help=words)
+    add("--max-precondition-dim", type=cli.natural, default=4096, help=words)
     return parser.parse_args(argv)
 
 

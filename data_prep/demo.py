@@ -99,8 +99,7 @@ def write_response(topic, attributes, tips):
         items = " ".join(f"{number} ) {tip} ;" for number, tip in enumerate(advice, 1))
         body = f"{lead} : {items}"
     else:
-        first, *others = advice
-        body = " ".join([f"{lead} {first} .", *(f"then {tip} ." for tip in others)])
+        body = f"{lead} {' . then '.join(advice)} ."
     sentences = (
         OPENING[attributes["formal"]],
         RUDE if attributes["rude"] else "",
@@ -142,11 +141,9 @@ RUDE_SHARE = 0.3  # of the responses; the other attributes are fair coins
 
 def utilities(context, attributes):
     """Return u_v(x, y), float64 (viewpoints, responses), of attributes (responses, attributes)."""
-    tastes = [
-        np.array(taste) + np.array(IN_CONTEXT.get((name, context), 0.0))
-        for name, (_, taste) in VIEWPOINTS.items()
-    ]
-    return np.stack(tastes) @ attributes.T
+    tastes = np.array([taste for _, taste in VIEWPOINTS.values()])
+    changes = [IN_CONTEXT.get((name, context), [0.0] * len(ATTRIBUTES)) for name in VIEWPOINTS]
+    return (tastes + changes) @ attributes.T
 
 
 def population_share(context, attributes):
@@ -177,8 +174,8 @@ def comparisons(prompt_count, responses, seed):
     """
     rng = np.random.default_rng([seed, 0])
     drawn = sorted(rng.choice(len(PROMPTS), prompt_count, replace=False))
-    for number, drawn_prompt in enumerate(drawn):
-        topic, context, when, ask = PROMPTS[drawn_prompt]
+    for number, index in enumerate(drawn):
+        topic, context, when, ask = PROMPTS[index]
         attributes_of = {}  # text: its attributes
         while len(attributes_of) < responses:
             attributes = draw_attributes(rng, 1)[0]
@@ -187,17 +184,10 @@ def comparisons(prompt_count, responses, seed):
         p_true = population_share(context, np.array(list(attributes_of.values())))
         messages = [{"role": "user", "content": write_prompt(topic, context, when, ask)}]
         for a, b in itertools.combinations(range(responses), 2):
-            votes_a = int(rng.binomial(ANNOTATORS, p_true[a, b]))
-            yield prompts.Comparison(
-                prompt_id=f"demo-{number:04d}",
-                messages=messages,
-                response_a=texts[a],
-                response_b=texts[b],
-                votes_a=votes_a,
-                votes_b=ANNOTATORS - votes_a,
-                ties=0,
-                p_true=float(p_true[a, b]),
-            )
+            votes_a, p = int(rng.binomial(ANNOTATORS, p_true[a, b])), float(p_true[a, b])
+            votes = (votes_a, ANNOTATORS - votes_a, 0)
+            prompt_id = f"demo-{number:04d}"
+            yield prompts.Comparison(prompt_id, messages, texts[a], texts[b], *votes, p_true=p)
 
 
 # ---- base model
@@ -232,33 +222,21 @@ def train_tokenizer(texts, vocabulary):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|bos|>",
-        eos_token="<|eos|>",
-        pad_token="<|pad|>",
-        chat_template=CHAT_TEMPLATE,
-    )
+    tokens = {f"{name}_token": f"<|{name}|>" for name in ("bos", "eos", "pad")}
+    tokens["chat_template"] = CHAT_TEMPLATE
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
 
 
 def new_llama(tokenizer):
     """Return an untrained Llama of about a million parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 384}
+    counts = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {name: getattr(tokenizer, name) for name in names}
+    sizes |= dict.fromkeys(counts, 4) | {"max_position_embeddings": 512}
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True, **tokens))
 
 
 def pretrain(chats, seed, batch=64, lr=3e-3):
@@ -302,13 +280,13 @@ def pretrain(chats, seed, batch=64, lr=3e-3):
 
 def make_base(args):
     """Train the base model on RUN/data's train prompts and write RUN/base."""
-    import torch
-
     run, settings = args.run, {"seed": args.seed, "texts": args.texts}
     inputs = data.hashes(run)
     if run_dir.stage_done(run, "base", settings, inputs, [run / "base"]):
         print(f"base: {run / 'base'} is there, skipped")
         return
+    import torch  # which takes seconds to load
+
     started = run_dir.begin_stage(run, "base", settings, inputs)
     torch.set_num_threads(args.threads)
     train, rng = data.read_split(run, "train"), np.random.default_rng([args.seed, 2])
@@ -317,42 +295,32 @@ def make_base(args):
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     run_dir.end_stage(run, "base", settings, inputs, started, threads=args.threads)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    seconds = time.time() - started
+    size, seconds = model.num_parameters(), time.time() - started
     print(f"base: {size:,} parameters, trained on {args.texts:,} texts in {seconds:.0f} s")
 
 
 def main(args):
     settings = {"prompts": args.prompts, "responses": args.responses}
+
+    def population():
+        return comparisons(args.prompts, args.responses, args.seed)
+
     prompts.prepare(
-        args,
-        "demo",
-        lambda: comparisons(args.prompts, args.responses, args.seed),
-        "sampled",
-        {},
-        settings,
-        facts={"attributes": PATTERNS},
+        args, "demo", population, "sampled", {}, settings, facts={"attributes": PATTERNS}
     )
     make_base(args)
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
+    add = parser.add_argument
     prompts.add_arguments(parser, test_share=0.2, valid_share=0.1)
-    parser.add_argument(
-        "--prompts", type=cli.natural, default=500, help="prompts of the population's data set"
-    )
-    parser.add_argument(
-        "--responses",
-        type=cli.natural,
-        default=6,
-        help="responses per prompt, all pairs of them voted on",
-    )
-    parser.add_argument(
-        "--texts", type=cli.natural, default=7000, help="texts that the base model reads, once"
-    )
-    threads = cli.default_threads(1)  # a tiny model gains little by a second
-    parser.add_argument("--threads", type=cli.natural, default=threads, help="CPU threads")
+    add("--prompts", type=cli.natural, default=500, help="prompts of the population's data set")
+    responses_help = "responses per prompt, all pairs of them voted on"
+    add("--responses", type=cli.natural, default=6, help=responses_help)
+    add("--texts", type=cli.natural, default=7000, help="texts that the base model reads, once")
+    threads = cli.default_threads(1)  # A tiny model gains little by a second.
+    add("--threads", type=cli.natural, default=threads, help="CPU threads")
     args = parser.parse_args(argv)
     if args.prompts > len(PROMPTS):
         most = f"at most {len(PROMPTS)} expected, there are no more different ones"

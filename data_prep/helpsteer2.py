@@ -30,18 +30,16 @@ from itertools import product
 from pairwise import cli, rows
 from pairwise.prepare import prompts, published
 
-HUB, STRENGTHS = "nvidia/HelpSteer2", (-100, *range(-3, 4))
+STRENGTHS = (-100, *range(-3, 4))
 RATINGS = published.Published(
     name="helpsteer2",
-    hub=HUB,
+    hub="nvidia/HelpSteer2",
     options={"data_dir": "disagreements"},
     files="disagreements/disagreements.jsonl.gz",
     rows={"train": 23652},
     fields=("prompt", "response", "helpfulness"),
 )
-PREFERENCES = published.Published(
-    name="helpsteer2",
-    hub=HUB,
+PREFERENCES = RATINGS._replace(
     options={"data_dir": "preference"},
     files="preference/preference.jsonl.gz",
     rows={"train": 9125},
@@ -91,6 +89,7 @@ def rated(source_rows, args):
     """Yield the Comparison of every two rows in succession with the same prompt."""
     match = zip if args.annotators == "zip" else product
     waiting = None  # the (split, prompt, response, ratings) that may have a second answer
+    alone = "answer without a second one beside it"
     for split, where, row in source_rows:
         prompt = rows.string(where, "prompt", row.get("prompt"))
         response = rows.string(where, "response", row.get("response"))
@@ -106,10 +105,10 @@ def rated(source_rows, args):
             waiting = None
         else:
             if waiting:
-                yield "answer without a second one beside it"
+                yield alone
             waiting = split, prompt, response, ratings
     if waiting:
-        yield "answer without a second one beside it"
+        yield alone
 
 
 def preferred(source_rows, args):
@@ -129,22 +128,19 @@ def preferred(source_rows, args):
 
 def main(args):
     choices = {"annotators": ("zip", "cross"), "ties": ("drop", "half", prompts.IN_N)}
+    dataset, comparisons = RATINGS, rated
     if args.annotators == "preference":
         choices["annotators"] = ("preference",)
-        published.prepare_published(args, PREFERENCES, preferred, "sampled", PAPER, choices)
-    else:
-        votes = "sampled" if args.annotators == "zip" else "dependent"
-        published.prepare_published(args, RATINGS, rated, votes, PAPER, choices)
+        dataset, comparisons = PREFERENCES, preferred
+    votes = "dependent" if args.annotators == "cross" else "sampled"
+    published.prepare_published(args, dataset, comparisons, votes, PAPER, choices)
 
 
 def parse_args(argv=None):
     parser = published.parser(__doc__)
-    parser.add_argument(
-        "--annotators",
-        choices=("zip", "cross", "preference"),
-        default="zip",
-        help="what a vote is (above)",
-    )
+    kinds = ("zip", "cross", "preference")
+    votes_help = "what a vote is (above)"
+    parser.add_argument("--annotators", choices=kinds, default="zip", help=votes_help)
     return parser.parse_args(argv)
 
 

@@ -19,17 +19,9 @@ from pairwise import cli, rows
 from pairwise.prepare import prompts, published
 
 ANNOTATORS = (
-    "gemma_2b",
-    "gemma_7b",
-    "mistral_raft",
-    "mistral_ray",
-    "mistral_weqweasdas",
-    "llama3_sfairx",
-    "oasst_deberta_v3",
-    "beaver_7b",
-    "oasst_pythia_7b",
-    "oasst_pythia_1b",
-)
+    "gemma_2b gemma_7b mistral_raft mistral_ray mistral_weqweasdas llama3_sfairx oasst_deberta_v3 "
+    "beaver_7b oasst_pythia_7b oasst_pythia_1b"
+).split()
 RESPONSES = tuple(f"response_{i}" for i in range(1, 9))
 SCORES = tuple(f"{response}_{annotator}" for response in RESPONSES for annotator in ANNOTATORS)
 DATA = published.Published(
@@ -53,8 +45,7 @@ PAPER = {
 def score(where, row, field):
     """Return a reward model's score. Raises InputError unless it is a finite number."""
     value = row.get(field)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not abs(value) < float("inf"):
+    if not rows.is_number(value) or not abs(value) < float("inf"):
         raise rows.wrong(where, field, value, "a finite number")
     return value
 
@@ -63,11 +54,10 @@ def comparisons(source_rows, args):
     """Yield the Comparison of every two answers of every row."""
     # A prompt may occur twice, and so may an answer to it: the annotators are the same ten.
     seen = set()
-    signs = dict.fromkeys(ANNOTATORS, 1)
-    if args.beaver == "negated":
-        signs["beaver_7b"] = -1
+    signs = dict.fromkeys(ANNOTATORS, 1) | {"beaver_7b": -1 if args.beaver == "negated" else 1}
     for split, where, row in source_rows:
         prompt = rows.string(where, "prompt", row.get("prompt"))
+        messages = [{"role": "user", "content": prompt}]
         answers = [rows.string(where, response, row.get(response)) for response in RESPONSES]
         scores = [
             [signs[name] * score(where, row, f"{response}_{name}") for name in ANNOTATORS]
@@ -81,17 +71,9 @@ def comparisons(source_rows, args):
             seen.add(pair)
             votes_a = sum(x > y for x, y in zip(scores[i], scores[j]))
             votes_b = sum(x < y for x, y in zip(scores[i], scores[j]))
-            yield prompts.Comparison(
-                prompt_id=None,
-                messages=[{"role": "user", "content": prompt}],
-                response_a=answers[i],
-                response_b=answers[j],
-                votes_a=votes_a,
-                votes_b=votes_b,
-                ties=len(ANNOTATORS) - votes_a - votes_b,
-                split=split,
-                where=where,
-            )
+            votes = (votes_a, votes_b, len(ANNOTATORS) - votes_a - votes_b)
+            source = {"split": split, "where": where}
+            yield prompts.Comparison(None, messages, answers[i], answers[j], *votes, **source)
 
 
 def main(args):

@@ -46,9 +46,9 @@ def is_english(prompt):
     """Tell whether a quarter of the words or more are in WORDS, and nearly all letters ASCII."""
     words = re.findall(r"[^\W\d_]+", prompt.lower())
     letters = "".join(words)
-    common = sum(word in WORDS for word in words)
     ascii_letters = sum(letter.isascii() for letter in letters)
-    return common >= max(1, len(words) / 4) and ascii_letters >= 0.95 * len(letters)
+    common_words = sum(word in WORDS for word in words)
+    return common_words >= max(1, len(words) / 4) and ascii_letters >= 0.95 * len(letters)
 
 
 def opening_prompts(source_rows):
@@ -58,8 +58,8 @@ def opening_prompts(source_rows):
         kind = rows.one_of(where, "conversation_type", row.get("conversation_type"), TYPES)
         prompt = rows.string(where, "opening_prompt", row.get("opening_prompt")).strip()
         if kind != "unguided" and is_english(prompt):
-            name = rows.text(where, "conversation_id", row.get("conversation_id"))
-            ids.setdefault(prompt, name)
+            conversation_id = rows.text(where, "conversation_id", row.get("conversation_id"))
+            ids.setdefault(prompt, conversation_id)
     return ids
 
 
@@ -82,17 +82,17 @@ def main(args):
     if len(ids) < args.count:
         print(f"prompts: only {len(ids)} of the kind, all of them taken")
     order = np.random.default_rng([args.seed, 4]).permutation(len(ids))[: args.count]
-    candidates = list(ids.items())
-    prompt_rows = [
-        {"prompt_id": name, "messages": [{"role": "user", "content": prompt}]}
-        for prompt, name in (candidates[i] for i in sorted(order))
+    candidates = [
+        {"prompt_id": conversation_id, "messages": [{"role": "user", "content": prompt}]}
+        for prompt, conversation_id in ids.items()
     ]
+    prompt_rows = [candidates[i] for i in sorted(order)]
     started = run_dir.begin_stage(run, "prompts", settings, inputs)
     with run_dir.replacing(path) as partial:
         pq.write_table(pa.Table.from_pylist(prompt_rows), partial, compression="zstd")
     run_dir.end_stage(run, "prompts", settings, inputs, started, source=source.facts)
-    of_all = f"{len(prompt_rows)} of {len(ids):,} English prompts"
-    print(f"prompts: {of_all} on values or a controversy")
+    counts = f"{len(prompt_rows)} of {len(ids):,}"
+    print(f"prompts: {counts} English prompts on values or a controversy")
 
 
 def parse_args(argv=None):

@@ -30,13 +30,13 @@ from pathlib import Path
 from pairwise import cli, rows, run_dir
 from pairwise.prepare import prompts
 
-# A number is checked by comparisons only: NaN, infinity and huge integers fail them.
-HALVES = (
-    lambda x: 0 <= x < 2**52 and 2 * x % 1 == 0,
-    "a number of votes (at least 0, a multiple of one half)",
-)
-WHOLE = (lambda x: 1 <= x < 2**52 and x % 1 == 0, "a positive integer")
-FRACTION = (lambda x: 0 <= x <= 1, "a number in [0, 1]")
+HALVES, WHOLE = "a number of votes (at least 0, a multiple of one half)", "a positive integer"
+FRACTION = "a number in [0, 1]"
+IS_VALID = {  # NaN, infinity and huge integers fail the comparisons.
+    HALVES: lambda x: 0 <= x < 2**52 and 2 * x % 1 == 0,
+    WHOLE: lambda x: 1 <= x < 2**52 and x % 1 == 0,
+    FRACTION: lambda x: 0 <= x <= 1,
+}
 NUMBERS = dict.fromkeys(("votes_a", "votes_b", "ties"), HALVES)
 NUMBERS |= {"p": FRACTION, "n": WHOLE, "p_true": FRACTION}
 ALL_OR_NONE = ("prompt_id", "p_true", "split", "categories")
@@ -52,9 +52,8 @@ FIELDS = (
 
 def number(where, row, field):
     """Return a number of the row. Raises InputError unless it is as NUMBERS has it."""
-    value, (is_valid, expected) = row.get(field), NUMBERS[field]
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not is_valid(value):
+    value, expected = row.get(field), NUMBERS[field]
+    if not rows.is_number(value) or not IS_VALID[expected](value):
         raise rows.wrong(where, field, value, expected)
     return float(value)
 
@@ -66,14 +65,12 @@ def label(where, field, value):
     return rows.text(where, field, value)
 
 
-def categories(where, value):
+def categories(where, labels):
     """Return {name: label}."""
-    if not isinstance(value, dict) or not value:
-        raise rows.wrong(where, "categories", value, "an object {name: label}")
-    return {
-        rows.text(where, "categories", name): label(where, f"categories: {name!r}", value[name])
-        for name in value
-    }
+    if not isinstance(labels, dict) or not labels:
+        raise rows.wrong(where, "categories", labels, "an object {name: label}")
+    names = [rows.text(where, "categories", name) for name in labels]
+    return {name: label(where, f"categories: {name!r}", labels[name]) for name in names}
 
 
 # ---- the votes of one row: each of three forms is read as (votes_a, votes_b, ties)
@@ -115,12 +112,11 @@ FORMS = {  # name: (the fields that tell it, its reader)
 
 def form_of(where, row):
     """Return the name of the row's form of votes. Raises InputError unless it has exactly one."""
-    names = [name for name, (fields, _) in FORMS.items() if fields & row.keys()]
-    if len(names) != 1:
-        given = " beside ".join(names) or "no votes"
+    forms = [name for name, (fields, _) in FORMS.items() if fields & row.keys()]
+    if len(forms) != 1:
         expected = f"one of these expected: {'; '.join(FORMS)}"
-        raise cli.InputError(f"{where}: {given} found, {expected}")
-    return names[0]
+        raise cli.InputError(f"{where}: {' beside '.join(forms) or 'no votes'} found, {expected}")
+    return forms[0]
 
 
 # ---- rows
@@ -135,16 +131,10 @@ def comparison(where, row):
     responses = [rows.text(where, name, row.get(name)) for name in ("response_a", "response_b")]
     _, read_votes = FORMS[form_of(where, row)]
     votes = read_votes(where, row)
-    return prompts.Comparison(
-        prompt_id,
-        messages,
-        *responses,
-        *votes,
-        p_true=number(where, row, "p_true") if "p_true" in row else None,
-        categories=categories(where, row["categories"]) if "categories" in row else None,
-        split=row.get("split"),
-        where=where,
-    )
+    p_true = number(where, row, "p_true") if "p_true" in row else None
+    labels = categories(where, row["categories"]) if "categories" in row else None
+    optional = (p_true, labels, row.get("split"), where)
+    return prompts.Comparison(prompt_id, messages, *responses, *votes, *optional)
 
 
 def comparisons(path):
@@ -168,10 +158,8 @@ def comparisons(path):
         key = votes.prompt_id or json.dumps(votes.messages)
         before = split_of.setdefault(key, votes.split)
         if before != votes.split:
-            raise cli.InputError(
-                f"{where}: split {votes.split!r} found, {before!r} before for the same prompt; "
-                "a prompt is in one split"
-            )
+            conflict = f"split {votes.split!r} found, {before!r} before for the same prompt"
+            raise cli.InputError(f"{where}: {conflict}; a prompt is in one split")
         yield votes
     if first is None:
         raise cli.InputError(f"{path}: no row found, at least one comparison expected")
@@ -189,12 +177,10 @@ def main(args):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--source", required=True, type=Path, help="the file of comparisons")
-    parser.add_argument(
-        "--votes",
-        choices=prompts.VOTE_KINDS,
-        default="sampled",
-        help="voters drawn from a population; all of it; or votes that are not independent draws",
+    votes_help = (
+        "voters drawn from a population; all of it; or votes that are not independent draws"
     )
+    parser.add_argument("--votes", choices=prompts.VOTE_KINDS, default="sampled", help=votes_help)
     prompts.add_arguments(parser)
     return parser.parse_args(argv)
 

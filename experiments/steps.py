@@ -49,7 +49,8 @@ def whole(pair_start):
 def begin_run(source, run):
     """Make `run` of the data, and the features where there are any, of `source`."""
     for name in ("data", "features"):
-        (run / name).symlink_to((source / name).resolve())
+        if (source / name).exists():
+            (run / name).symlink_to((source / name).resolve())
     stages = run_dir.read_json(source / "manifest.json")["stages"]
     stages = {name: stages[name] for name in ("data", "base", "features") if name in stages}
     run_dir.write_json(run / "manifest.json", {"stages": stages})

@@ -4,6 +4,7 @@ A mistake of the user's is an InputError. The script then prints its one line an
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -52,12 +53,27 @@ def moved(argv, commands):
             exit_with(f"{flag} is now: {commands[flag]}")
 
 
-def natural(text):
-    """argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} found, an integer of at least 1 expected")
-    return value
+def number_type(name, convert, is_valid, expected):
+    """Return an argparse type: the text converted to a number, refused unless it is valid."""
+
+    def parse(text):
+        value = convert(text)
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text} found, {expected} expected")
+        return value
+
+    parse.__name__ = name  # argparse quotes it where the text is no number.
+    return parse
+
+
+natural = number_type("natural", int, lambda value: value >= 1, "an integer of at least 1")
+positive = number_type("positive", float, lambda value: 0 < value < math.inf, "a number above 0")
+nonnegative = number_type(
+    "nonnegative", float, lambda value: 0 <= value < math.inf, "a number of at least 0"
+)
+fraction = number_type("fraction", float, lambda value: 0 <= value < 1, "a number in [0, 1)")
+# torch and numpy accept these seeds.
+seed = number_type("seed", int, lambda value: 0 <= value < 2**63, "an integer from 0 to 2^63 - 1")
 
 
 def member_number(text):
@@ -65,38 +81,6 @@ def member_number(text):
     value = natural(text)
     if value > 99:
         raise argparse.ArgumentTypeError(f"{text} found, at most 99 expected")
-    return value
-
-
-def positive(text):
-    """argparse type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} found, a number above 0 expected")
-    return value
-
-
-def nonnegative(text):
-    """argparse type: a finite number of at least 0."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} found, a number of at least 0 expected")
-    return value
-
-
-def seed(text):
-    """argparse type: an integer from 0 to 2^63 - 1, as torch and numpy accept a seed."""
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} found, an integer from 0 to 2^63 - 1 expected")
-    return value
-
-
-def fraction(text):
-    """argparse type: a number in [0, 1)."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} found, a number in [0, 1) expected")
     return value
 
 

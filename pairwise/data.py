@@ -55,7 +55,7 @@ class Split:
     votes_a: np.ndarray
     votes_b: np.ndarray
     ties: np.ndarray
-    p_true: np.ndarray | None
+    p_true: np.ndarray | None = None
     categories: list | None = None
     judgments: np.ndarray | None = None
 
@@ -111,46 +111,30 @@ def read_split(run, split):
 
 def _flatten(table):
     """Return the Split of a table with one row a prompt."""
-    pairs, responses = _column(table, "pairs"), _column(table, "responses")
-    response_start, pair_start = _starts(responses), _starts(pairs)
-    pair = {
-        name: pairs.flatten().field(name).to_numpy(zero_copy_only=False)
-        for name in ("a", "b", *VOTE_COLUMNS)
-    }
+    pair_start, response_start = _starts(table["pairs"]), _starts(table["responses"])
+    a, b, *votes = _fields(table["pairs"], ("a", "b", *VOTE_COLUMNS))
     # In the file a and b count a prompt's own responses, in a Split they count all of them.
     shift = np.repeat(response_start[:-1], np.diff(pair_start))
-    return Split(
-        prompt_id=table["prompt_id"].to_pylist(),
-        messages=table["messages"].to_pylist(),
-        responses=responses.to_pylist(),
-        response_start=response_start,
-        pair_start=pair_start,
-        a=pair["a"] + shift,
-        b=pair["b"] + shift,
-        **{name: pair[name] for name in VOTE_COLUMNS},
-        p_true=_optional(table, "p_true", lambda column: column.flatten().to_numpy()),
-        categories=_optional(table, "categories", lambda column: column.to_pylist()),
-        judgments=_optional(table, "judgments", _judgment_counts),
-    )
+    texts = [table[name].to_pylist() for name in ("prompt_id", "messages", "responses")]
+    optional = {}
+    if "p_true" in table.column_names:
+        optional["p_true"] = table["p_true"].combine_chunks().flatten().to_numpy()
+    if "categories" in table.column_names:
+        optional["categories"] = table["categories"].to_pylist()
+    if "judgments" in table.column_names:
+        optional["judgments"] = np.stack(_fields(table["judgments"], "ab"), axis=1)
+    return Split(*texts, response_start, pair_start, a + shift, b + shift, *votes, **optional)
 
 
-def _column(table, name):
-    return table[name].combine_chunks()
+def _fields(column, names):
+    """Return one array for each named field of the structs in a column of lists of structs."""
+    structs = column.combine_chunks().flatten()
+    return [structs.field(name).to_numpy(zero_copy_only=False) for name in names]
 
 
-def _optional(table, name, convert):
-    """Return the converted column, or None where the table has none of this name."""
-    return convert(_column(table, name)) if name in table.column_names else None
-
-
-def _judgment_counts(column):
-    pairs = column.flatten()
-    return np.stack([pairs.field(side).to_numpy() for side in "ab"], axis=1)
-
-
-def _starts(lists):
+def _starts(column):
     """Return where each list begins in all of them flattened, and where the last one ends."""
-    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+    lengths = column.combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
@@ -160,9 +144,8 @@ def read_splits(run):
     Raises InputError where train or test is missing.
     """
     has_valid = (run / "data" / "valid.parquet").exists()
-    names = [name for name in SPLITS if name != "valid" or has_valid]
-    splits = {name: read_split(run, name) for name in names}
-    return splits, read_stats(run)
+    names = SPLITS if has_valid else ("train", "test")
+    return {name: read_split(run, name) for name in names}, read_stats(run)
 
 
 def read_stats(run):
@@ -172,8 +155,8 @@ def read_stats(run):
 
 def hashes(run):
     """Return {file name: SHA-256} of the prepared data's files."""
-    paths = sorted((run / "data").iterdir())
-    return {f"data/{path.name}": run_dir.hash_file(path) for path in paths}
+    files = sorted((run / "data").iterdir())
+    return {f"data/{file.name}": run_dir.hash_file(file) for file in files}
 
 
 # ---- what an evaluation looks at
@@ -190,21 +173,14 @@ def counted_pairs(split):
         return None
     # The number of counted pairs before each prompt, (P+1,).
     start = np.concatenate([[0], np.cumsum(counted)])[split.pair_start]
-
-    def of_pairs(name):
-        values = getattr(split, name)
-        return None if values is None else values[counted]
-
-    def of_prompts(name):
-        values = getattr(split, name)
-        return values and list(itertools.compress(values, np.diff(start)))
-
-    return dataclasses.replace(
-        split,
-        pair_start=np.unique(start),
-        **{name: of_pairs(name) for name in ("a", "b", *VOTE_COLUMNS, "p_true", "judgments")},
-        **{name: of_prompts(name) for name in ("prompt_id", "categories")},
-    )
+    fields = {"pair_start": np.unique(start)}
+    for name in ("a", "b", *VOTE_COLUMNS, "p_true", "judgments"):
+        if (values := getattr(split, name)) is not None:
+            fields[name] = values[counted]
+    for name in ("prompt_id", "categories"):
+        if values := getattr(split, name):
+            fields[name] = list(itertools.compress(values, np.diff(start)))
+    return dataclasses.replace(split, **fields)
 
 
 def must_share_test_data(first, second):
@@ -214,16 +190,14 @@ def must_share_test_data(first, second):
     """
     refusal = f"{second}: not to be compared with {first}, its test data are others"
     paths = [run / "data" / "test.parquet" for run in (first, second)]
-    if run_dir.hash_file(paths[0]) != run_dir.hash_file(paths[1]):
-        # Files of other bytes may hold the same rows.
-        expected, given = (pq.read_table(path).to_pylist() for path in paths)
-        for number, (row, other) in enumerate(zip(expected, given), 1):
-            differing = [name for name in row | other if row.get(name) != other.get(name)]
-            if names := [name for name in differing if name != "categories"]:
-                raise cli.InputError(f"{refusal}: of prompt {number} the {', '.join(names)}")
-        if len(expected) != len(given):
-            counts = f"{len(given)} prompts found, {len(expected)} expected"
-            raise cli.InputError(f"{refusal}: {counts}")
+    expected, given = (pq.read_table(path).to_pylist() for path in paths)
+    for number, (row, other) in enumerate(zip(expected, given), 1):
+        names = [name for name in row | other if name != "categories"]
+        if differing := [name for name in names if row.get(name) != other.get(name)]:
+            raise cli.InputError(f"{refusal}: of prompt {number} the {', '.join(differing)}")
+    if len(expected) != len(given):
+        counts = f"{len(given)} prompts found, {len(expected)} expected"
+        raise cli.InputError(f"{refusal}: {counts}")
     expected, given = read_stats(first), read_stats(second)
     for name in ("votes", "ties"):
         was, now = expected[name], given[name]

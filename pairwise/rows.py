@@ -15,10 +15,8 @@ from pairwise import cli
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# ---- one reader for each ending
-#
-# It takes a binary file, the file's name and the fields that are wanted, as read_rows has them, and
-# yields (where, row).
+# ---- one reader for each ending: of a binary file, its name and the fields of read_rows, it yields
+# (where, row)
 
 
 def read_jsonl(file, name, fields):
@@ -46,16 +44,13 @@ def read_csv(file, name, fields):
         start = reader.line_num + 1
         for cells in reader:
             where, start = f"{name} line {start}", reader.line_num + 1
-            if cells and len(cells) != len(header):
+            if not cells:
+                continue
+            if len(cells) != len(header):
                 expected = f"{len(header)} expected, as in the header"
                 raise cli.InputError(f"{where}: {len(cells)} cells found, {expected}")
-            row = {
-                field: from_cell(cell, fields.get(field))
-                for field, cell in zip(header, cells)
-                if cell
-            }
-            if cells:
-                yield where, row
+            filled = [(field, cell) for field, cell in zip(header, cells) if cell]
+            yield where, {field: from_cell(cell, fields.get(field)) for field, cell in filled}
     except csv.Error as error:
         raise cli.InputError(f"{name} line {reader.line_num}: not CSV ({error})") from None
 
@@ -95,18 +90,14 @@ def decoded_lines(file, name):
 
 
 def parse_json(text, name, line=1):
-    """Return the value of a JSON text that begins in this line.
-
-    NaN and Infinity come through, and no field accepts them.
-    """
+    """Return the value of a JSON text that begins in this line. No field accepts NaN, Infinity."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        # Not all are a JSONDecodeError: a number may have thousands of digits, a text thousands of
-        # brackets.
-        line += getattr(error, "lineno", 1) - 1
-        message = getattr(error, "msg", error)
-        raise cli.InputError(f"{name} line {line}: not JSON ({message})") from None
+    except json.JSONDecodeError as error:
+        where, message = f"{name} line {line + error.lineno - 1}", error.msg
+    except (ValueError, RecursionError) as error:  # from thousands of digits or brackets
+        where, message = f"{name} line {line}", error
+    raise cli.InputError(f"{where}: not JSON ({message})")
 
 
 def from_cell(cell, form):
@@ -144,10 +135,8 @@ def kind(path):
         what = "a directory" if path.is_dir() else "a device or pipe"
         raise cli.InputError(f"{path}: {what} found, a file expected")
     if inner.suffix.lower() not in READERS:
-        raise cli.InputError(
-            f"{path}: ending {inner.suffix or 'none'} found, one of {', '.join(READERS)} expected, "
-            "or one of them with .gz"
-        )
+        expected = f"one of {', '.join(READERS)} expected, or one of them with .gz"
+        raise cli.InputError(f"{path}: ending {inner.suffix or 'none'} found, {expected}")
     return inner.stem, inner.suffix.lower(), zipped
 
 
@@ -177,6 +166,11 @@ def wrong(where, field, value, expected):
     """Return the InputError for a value that is not what is expected."""
     shown = "nothing" if value is None else reprlib.repr(value)
     return cli.InputError(f"{where}: {field}: {shown} found, {expected} expected")
+
+
+def is_number(value):
+    """Tell whether a value is an integer or a float, of which JSON's true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def string(where, field, value):
@@ -226,7 +220,7 @@ def messages(where, prompt):
     if not prompt or prompt[-1]["role"] != "user":
         last = prompt[-1]["role"] if prompt else prompt
         raise wrong(where, "prompt", last, "messages that end with a user turn")
-    contents = [text(where, "prompt message", message.get("content")) for message in prompt]
+    name = "prompt message"
     return [
-        {"role": message["role"], "content": content} for message, content in zip(prompt, contents)
+        {"role": turn["role"], "content": text(where, name, turn.get("content"))} for turn in prompt
     ]

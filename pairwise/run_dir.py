@@ -123,25 +123,23 @@ def stage_done(run, stage, settings, inputs, outputs):
     the paths that it makes. Raises InputError where it was completed with other settings or inputs,
     or where an output is there that no stage has made.
     """
-    entry = stages(run).get(stage)
-    if entry and entry["done"]:
-        must_agree(run, stage, settings, inputs)
-        return all(path.exists() for path in outputs)
-    if entry:  # It was broken off, and is done again from the start.
+    there = [path for path in outputs if path.exists()]
+    if stage not in stages(run):
+        if there:
+            unknown = f"{there[0]} exists but was not made by this stage ({stage})"
+            raise cli.InputError(f"{unknown}; choose another --run")
         return False
-    for path in outputs:
-        if path.exists():
-            raise cli.InputError(
-                f"{path} exists but was not made by this stage ({stage}); choose another --run"
-            )
-    return False
+    must_agree(run, stage, settings, inputs)
+    return stages(run)[stage]["done"] and len(there) == len(outputs)
 
 
 def must_agree(run, stage, settings, inputs):
     """Raise InputError where `stage` of `run` is complete with other settings or inputs."""
     entry = stages(run).get(stage)
-    if not entry or not entry["done"]:
+    if not entry or not entry["done"]:  # A stage that was broken off starts again.
         return
+    number = next(n for n in range(2, 10**6) if not Path(f"{run}-{n}").exists())
+    elsewhere = command_with("--run", f"{run}-{number}", without="--run")
     names = entry["settings"].keys() | settings.keys()
     for name in sorted(names, key=lambda name: (name != "train", name)):  # --train decides others.
         default = LATER_SETTINGS.get(name)
@@ -149,13 +147,13 @@ def must_agree(run, stage, settings, inputs):
         if was != now:
             raise cli.InputError(
                 f"{run} was made with other arguments (stage {stage}): {name.replace('_', '-')} "
-                f"was {was}, is {now}; to have both, run: {_command_elsewhere(run)}"
+                f"was {was}, is {now}; to have both, run: {elsewhere}"
             )
     for name in sorted(entry["inputs"].keys() | inputs.keys()):
         if entry["inputs"].get(name) != inputs.get(name):
             raise cli.InputError(
                 f"{run} was made from another {name} than it is given now (stage {stage}); "
-                f"to have both, run: {_command_elsewhere(run)}"
+                f"to have both, run: {elsewhere}"
             )
 
 
@@ -177,9 +175,8 @@ def begin_stage(run, stage, settings, inputs):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise cli.InputError(
-                f"{run}: another process is working in this run directory"
-            ) from None
+            busy = f"{run}: another process is working in this run directory"
+            raise cli.InputError(busy) from None
         _locks[run.resolve()] = lock
     _enter(run, stage, {"settings": settings, "inputs": inputs, "done": False})
     return time.time()
@@ -209,9 +206,7 @@ def end_stage(run, stage, settings, inputs, started, **facts):
 
 def _enter(run, stage, entry):
     """Write a stage's entry into the manifest."""
-    manifest = read_json(run / "manifest.json", {"stages": {}})
-    manifest["stages"][stage] = entry
-    write_json(run / "manifest.json", manifest)
+    write_json(run / "manifest.json", {"stages": stages(run) | {stage: entry}})
 
 
 def kind_of(run, beneath=False):
@@ -239,24 +234,13 @@ def _command():
     return os.environ.get("PAIRWISE_COMMAND") or shlex.join(["python", *sys.argv])
 
 
-def _command_without(flag):
-    """Return the words of the user's command without a flag and its value."""
-    words = shlex.split(_command())
-    if flag in words[:-1]:
-        at = words.index(flag)
-        del words[at : at + 2]
-    return [word for word in words if not word.startswith(f"{flag}=")]
-
-
-def command_with(*words):
-    """Return the user's command for a local copy: more words, and no --revision of the hub's."""
-    return shlex.join([*_command_without("--revision"), *words])
-
-
-def _command_elsewhere(run):
-    """Return the user's command with a run directory that is not there yet."""
-    number = next(n for n in range(2, 10**6) if not Path(f"{run}-{n}").exists())
-    return shlex.join([*_command_without("--run"), "--run", f"{run}-{number}"])
+def command_with(*words, without):
+    """Return the user's command without a flag and its value, and with more words at its end."""
+    command = shlex.split(_command())
+    if without in command[:-1]:
+        at = command.index(without)
+        del command[at : at + 2]
+    return shlex.join([*(w for w in command if not w.startswith(f"{without}=")), *words])
 
 
 def _git_commit():
@@ -270,7 +254,7 @@ def _git_commit():
         return None
 
 
-# ---- rewards
+# ---- what the stages left
 
 
 def member_name(j):
@@ -302,12 +286,7 @@ def read_rewards(run, split, k, shape):
     rewards = np.empty((k, *shape), np.float32)
     for j in range(1, k + 1):
         path = reward_path(run, j, split)
-        if not path.is_file():
-            raise cli.InputError(f"{path}: no such file")
-        try:
-            stored = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise cli.InputError(f"{path}: not a .npy array ({error})") from None
+        stored = _read_array(path)
         if stored.dtype != np.float32 or stored.shape != shape:
             its_form = f"{stored.dtype} {stored.shape}"
             raise cli.InputError(f"{path}: {its_form} found, float32 {shape} expected")
@@ -321,7 +300,14 @@ def read_rewards(run, split, k, shape):
     return rewards
 
 
-# ---- continuations
+def _read_array(path):
+    """Return the array of a .npy file. Raises InputError where it is missing or broken."""
+    if not path.is_file():
+        raise cli.InputError(f"{path}: no such file")
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise cli.InputError(f"{path}: not a .npy array ({error})") from None
 
 
 def read_continuations(run):
@@ -347,8 +333,8 @@ def read_continuations(run):
         raise cli.InputError(f"{path}: no prompt found, at least 1 expected")
     n = len(columns["texts"][0] or ())
     for name in ("texts", "logprob"):
-        counts = [len(values or ()) for values in columns[name] or ()]
-        for number, count in enumerate(counts, 1):
+        for number, values in enumerate(columns[name] or (), 1):
+            count = len(values or ())
             if count != n or count == 0:
                 expected = f"{n or 'at least 1'} expected"
                 raise cli.InputError(f"{path}: prompt {number}: {count} {name} found, {expected}")
@@ -363,16 +349,10 @@ def read_continuation_rewards(run, k):
     elif not any(path.parent.glob("*_continuations.npy")):
         return None
     else:
-        try:
-            shape = np.load(path, allow_pickle=False).shape
-        except (OSError, ValueError, EOFError):
-            shape = (0, 0)  # read_rewards says what is wrong with the file.
+        shape = _read_array(path).shape
     if len(shape) != 2:
         raise cli.InputError(f"{path}: shape {shape} found, (prompts, n) expected")
     return read_rewards(run, "continuations", k, shape)
-
-
-# ---- mixture weights
 
 
 def read_weights(run, k):
@@ -383,18 +363,15 @@ def read_weights(run, k):
     path = run / "weights.json"
     try:
         prefixes = {entry["k"]: np.array(entry["alpha"], np.float64) for entry in read_json(path)}
-        alpha = prefixes.get(k)
-        valid = alpha is None or (  # NaN fails all of these.
-            alpha.shape == (k,) and (alpha >= 0).all() and abs(alpha.sum() - 1) <= 1e-9
-        )
     except (KeyError, TypeError, ValueError):
         expected = "a list of {k, alpha, fit} expected"
         raise cli.InputError(f"{path}: {expected}; fit_weights.py makes it") from None
-    if alpha is None:
+    if k not in prefixes:
         known = ", ".join(map(str, prefixes))
         expected = f"weights for k = {known} found, k = {k} expected"
         raise cli.InputError(f"{path}: {expected}; fit_weights.py makes them")
-    if not valid:
+    alpha = prefixes[k]  # NaN fails each of the conditions.
+    if not (alpha.shape == (k,) and (alpha >= 0).all() and abs(alpha.sum() - 1) <= 1e-9):
         expected = f"{k} weights that are at least 0 and sum to 1 expected"
         raise cli.InputError(f"{path}: k={k}: {alpha.tolist()} found, {expected}")
     return alpha

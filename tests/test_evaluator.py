@@ -1,10 +1,11 @@
-"""The compiled evaluator against brute force, scipy and malformed calls, on every path that this CPU has."""
+"""The compiled evaluator against brute force, scipy and malformed calls, on this CPU's paths."""
 
 import inspect
 import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 from pairwise import evaluator
@@ -69,7 +70,10 @@ def brute_votes(rewards, a, b):
 
 
 def added(values, less_half_of=0.0):
-    """Sums over the last axis, in the documented order: one by one in pieces of 16,384, then piece by piece."""
+    """Sum over the last axis, in the documented order.
+
+    That is one by one in pieces of 16,384, then piece by piece.
+    """
     less = np.broadcast_to(less_half_of, values.shape)
     pieces = [
         np.cumsum(values[..., part], axis=-1)[..., -1]
@@ -85,8 +89,10 @@ def brute_statistics(rewards, a, b, p, prompt_start, path=None, threads=None):
         v, q = brute_votes(rewards, a[begin:end], b[begin:end]), p[begin:end]
         decided = q != 0.5
         rows.append({
-            "pairs": end - begin, "decided": decided.sum(), "ties": (v == 0.5).sum(1), "p": added(q), "p_p": added(q * q),
-            "vote": v.sum(1), "vote_p": added((v > 0) * q, (v == 0.5) * q), "vote_vote": (v[:, None] * v[None]).sum(2),
+            "pairs": end - begin, "decided": decided.sum(), "ties": (v == 0.5).sum(1),
+            "p": added(q), "p_p": added(q * q),
+            "vote": v.sum(1), "vote_p": added((v > 0) * q, (v == 0.5) * q),
+            "vote_vote": (v[:, None] * v[None]).sum(2),
             "disagreement": np.abs(v[:, None] - v[None]).sum(2),
             "majority": np.where(v == 0.5, 0.5, (v > 0.5) == (q > 0.5))[:, decided].sum(1),
         })  # fmt: skip
@@ -132,7 +138,7 @@ def test_statistics_and_votes_equal_brute_force(seed):
 )
 @pytest.mark.parametrize("ties", [False, True])
 def test_statistics_at_the_borders_of_blocks(rewards_type, a_type, b_type, ties):
-    """Pairs around 64 (a word), 256 (a chunk) and 16,384 (a piece), members around 8, responses near and far."""
+    """Pairs are around 64 (a word), 256 (a chunk) and 16,384 (a piece), members around 8."""
     rng = np.random.default_rng(0)
     counts = (0, 1, 2, 3, 4, 5, 63, 64, 65, 127, 129, 255, 256, 257, 511, 513)
     for n in (*counts, *((16383, 16384, 16385, 33000) if ties else ())):
@@ -185,7 +191,9 @@ from pairwise import evaluator
 n, k = 1_000_000, 8
 rewards, a, p = np.random.default_rng(0).normal(size=(k, n)), np.arange(n), np.full(n, 0.3)
 b = a[::-1].copy()
-evaluator.pair_statistics(rewards[:, :1000].copy(), a[:1000], a[:1000], p[:1000], np.array([0, 1000]), threads=2)
+few = slice(1000)
+start = np.array([0, 1000])
+evaluator.pair_statistics(rewards[:, few].copy(), a[few], a[few], p[few], start, threads=2)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 evaluator.pair_statistics(rewards, a, b, p, np.array([0, n]), threads=2)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -335,7 +343,7 @@ def draw_rankings(n, prompts, dtype):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_kendall_equals_scipy_at_the_borders_of_blocks(dtype):
-    """Around 8 and 32 (vectors), 64 (words), powers of two (halving), and where the path changes."""
+    """Lengths are around 8, 32 (vectors), 64 (words), powers of two (halving), a path's change."""
     small = (7, 8, 9, 31, 32, 33, 63, 64, 65, 71, 72, 73, 127, 128, 129, 130, 191)
     for n in (*small, 255, 256, 257, 260, 300, 511, 513, 700, 1025):
         check_taus(draw_rankings(n, 1, dtype), threads=(1,))
@@ -391,7 +399,7 @@ def test_kendall_by_hand():
 def test_kendall_properties(seed, n):
     scores = draw_scores(seed, n)
     taus, rng = evaluator.kendall_tau(scores), np.random.default_rng(seed)
-    same = lambda x, y: np.array_equal(x, y, equal_nan=True)  # noqa: E731
+    same = partial(np.array_equal, equal_nan=True)
     assert same(evaluator.kendall_tau(np.ascontiguousarray(scores[:, ::-1])), taus[::-1])
     assert same(evaluator.kendall_tau(np.ascontiguousarray(scores[:, :, rng.permutation(n)])), taus)
     reversed_first = scores.copy()
@@ -500,11 +508,15 @@ def good():
     rewards = np.array([[0, 1, 2], [2, 1, 0]], np.float32)
     return {
         "pair_statistics": {
-            "rewards": rewards, "a": np.array([0, 1, 2]), "b": np.array([1, 2, 0]), "p": np.array([0, 0.5, 1]),
+            "rewards": rewards, "a": np.array([0, 1, 2]), "b": np.array([1, 2, 0]),
+            "p": np.array([0, 0.5, 1]),
             "prompt_start": np.array([0, 1, 3]), "path": "auto", "threads": 0,
         },
         "votes": {"rewards": rewards, "a": np.array([0, 1]), "b": np.array([1, 2])},
-        "kendall_tau": {"scores": np.arange(12, dtype=np.float64).reshape(2, 2, 3), "path": "auto", "threads": 0},
+        "kendall_tau": {
+            "scores": np.arange(12, dtype=np.float64).reshape(2, 2, 3),
+            "path": "auto", "threads": 0,
+        },
         "bootstrap_counts": {"prompts": 3, "resamples": 2, "seed": 1, "threads": 0},
     }  # fmt: skip
 
@@ -539,31 +551,42 @@ R, P, S = (("pair_statistics", name) for name in ("rewards", "p", "prompt_start"
 K = ("kendall_tau", "scores")
 MALFORMED = [
     *[(f, name, change, TypeError, "must be a numpy array of") for f, name in ARRAYS
-      for change in (np.ndarray.tolist, lambda x: None, lambda x: x.astype(np.float16), lambda x: x.astype(np.uint32),
+      for change in (np.ndarray.tolist, lambda x: None, lambda x: x.astype(np.float16),
+                     lambda x: x.astype(np.uint32),
                      lambda x: x.astype(x.dtype.newbyteorder()), lambda x: x.astype(object))],
     *[(f, name, lambda x: x[None], ValueError, "must have shape") for f, name in ARRAYS],
     *[(f, name, strided, ValueError, "must be C-contiguous") for f, name in ARRAYS],
     *[(f, name, unaligned, ValueError, "must be C-contiguous and aligned") for f, name in ARRAYS],
     (*R, np.asfortranarray, ValueError, "must be C-contiguous"),
     (*R, lambda x: x[:0], ValueError, r"must hold 1 to 1024 models, not shape \(0, 3\)"),
-    (*R, lambda x: np.zeros((1025, 3), np.float32), ValueError, r"must hold 1 to 1024 models, not shape \(1025, 3\)"),
+    (*R, lambda x: np.zeros((1025, 3), np.float32), ValueError,
+     r"must hold 1 to 1024 models, not shape \(1025, 3\)"),
     (*R, lambda x: edited(x, (1, 2), np.nan), ValueError,
      r"must not be NaN, but is for member 2 \(counted from 1\), response 2"),
-    (*R, lambda x: x.astype(np.int64), TypeError, "must be a numpy array of float32 or float64, not int64"),
-    (*P, lambda x: x.astype(np.float32), TypeError, "must be a numpy array of float64, not float32"),
+    (*R, lambda x: x.astype(np.int64), TypeError,
+     "must be a numpy array of float32 or float64, not int64"),
+    (*P, lambda x: x.astype(np.float32), TypeError,
+     "must be a numpy array of float64, not float32"),
     (*S, lambda x: x.astype(np.int32), TypeError, "must be a numpy array of int64, not int32"),
-    ("votes", "a", lambda x: x.astype(np.int16), TypeError, "must be a numpy array of int64 or int32, not int16"),
-    *[(f, name, change, ValueError, message) for f in ("pair_statistics", "votes") for name, change, message in (
+    ("votes", "a", lambda x: x.astype(np.int16), TypeError,
+     "must be a numpy array of int64 or int32, not int16"),
+    *[(f, name, change, ValueError, message) for f in ("pair_statistics", "votes")
+      for name, change, message in (
         ("a", lambda x: edited(x, 1, -1), r"must index the 3 responses, but a\[1\] is -1"),
         ("a", lambda x: edited(x, 0, 3), r"must index the 3 responses, but a\[0\] is 3"),
-        ("b", lambda x: edited(x, 1, -(2**63)), r"must index the 3 responses, but b\[1\] is -9223372036854775808"),
+        ("b", lambda x: edited(x, 1, -(2**63)),
+         r"must index the 3 responses, but b\[1\] is -9223372036854775808"),
         ("b", lambda x: edited(x, -1, 2**62), "must index the 3 responses"),
-        ("b", lambda x: edited(x.astype(np.int32), 1, -(2**31)), r"must index the 3 responses, but b\[1\] is -2147483648"),
+        ("b", lambda x: edited(x.astype(np.int32), 1, -(2**31)),
+         r"must index the 3 responses, but b\[1\] is -2147483648"),
         ("b", lambda x: x[:-1].copy(), r"must have shape \(\d,\) as a, not"))],
-    *[(*P, lambda x, value=value: edited(x, 1, value), ValueError, r"must be in \[0, 1\], but p\[1\] is " + text)
-      for value, text in ((-1e-9, "-1.0"), (1 + 2**-52, r"1\.0000000000000002"), (np.nan, "-?nan"), (np.inf, "inf"))],
+    *[(*P, lambda x, value=value: edited(x, 1, value), ValueError,
+       r"must be in \[0, 1\], but p\[1\] is " + text)
+      for value, text in ((-1e-9, "-1.0"), (1 + 2**-52, r"1\.0000000000000002"),
+                          (np.nan, "-?nan"), (np.inf, "inf"))],
     (*P, lambda x: x[:2].copy(), ValueError, r"must have shape \(3,\) as a, not \(2,\)"),
-    (*S, lambda x: np.array([0, 3, 1, 3]), ValueError, r"must not decrease, but prompt_start\[2\] is 1 after 3"),
+    (*S, lambda x: np.array([0, 3, 1, 3]), ValueError,
+     r"must not decrease, but prompt_start\[2\] is 1 after 3"),
     (*S, lambda x: np.array([1, 3]), ValueError, "must begin with 0, not 1"),
     (*S, lambda x: np.array([-1, 3]), ValueError, "must begin with 0, not -1"),
     (*S, lambda x: np.array([0, 2]), ValueError, "must end with the number of pairs, 3, not 2"),
@@ -573,18 +596,24 @@ MALFORMED = [
      r"must hold fewer than 2\^31 responses, not shape \(1, 2147483648\)"),
     (*K, lambda x: edited(x, (1, 0, 2), np.nan), ValueError,
      r"must not be NaN, but is for model 2 \(counted from 1\), prompt 0, index 2"),
-    (*K, lambda x: edited(x.astype(np.float32), (0, 1, 0), np.nan), ValueError, ".* model 1 .*, prompt 1, index 0"),
+    (*K, lambda x: edited(x.astype(np.float32), (0, 1, 0), np.nan), ValueError,
+     ".* model 1 .*, prompt 1, index 0"),
     (*K, lambda x: x[:0], ValueError, "must hold 1 to 1024 models"),
     (*K, lambda x: np.lib.stride_tricks.as_strided(x, (1, 1, 2**31)), ValueError,
      r"must hold fewer than 2\^31 continuations, not shape \(1, 1, 2147483648\)"),
-    *[(f, name, lambda x, value=value: value, error, message) for f, name in INTEGERS for value, error, message in (
+    *[(f, name, lambda x, value=value: value, error, message) for f, name in INTEGERS
+      for value, error, message in (
         (-1, ValueError, "must be from 0 to .*, not -1"), (2**64, ValueError, "must be from 0 to"),
-        (1.0, TypeError, "must be an integer, not float"), ("1", TypeError, "must be an integer, not str"))],
-    *[(f, "path", lambda x, value=value: value, error, 'must be one of "auto", "portable".* on this CPU, not ' + found)
+        (1.0, TypeError, "must be an integer, not float"),
+        ("1", TypeError, "must be an integer, not str"))],
+    *[(f, "path", lambda x, value=value: value, error,
+       'must be one of "auto", "portable".* on this CPU, not ' + given)
       for f in ("pair_statistics", "kendall_tau")
-      for value, error, found in (("sse", ValueError, '"sse"'), ("", ValueError, '""'), (None, TypeError, "NoneType"))],
+      for value, error, given in (("sse", ValueError, '"sse"'), ("", ValueError, '""'),
+                                  (None, TypeError, "NoneType"))],
     ("kendall_tau", "threads", lambda x: 1025, ValueError, "must be from 0 to 1024, not 1025"),
-    ("bootstrap_counts", "prompts", lambda x: 2**31, ValueError, "must be from 0 to 2147483647, not 2147483648"),
+    ("bootstrap_counts", "prompts", lambda x: 2**31, ValueError,
+     "must be from 0 to 2147483647, not 2147483648"),
 ]  # fmt: skip
 
 
@@ -602,8 +631,11 @@ def test_pairs_without_responses():
         evaluator.votes(np.zeros((2, 0), np.float32), np.array([0]), np.array([0]))
 
 
+OTHER_DTYPES = [
+    np.float16, np.float32, np.float64, np.int32, np.int64, np.complex64, bool, object,
+]  # fmt: skip
 MUTATIONS = [
-    lambda x, rng: x.astype(rng.choice([np.float16, np.float32, np.float64, np.int32, np.int64, np.complex64, bool, object])),
+    lambda x, rng: x.astype(rng.choice(OTHER_DTYPES)),
     lambda x, rng: x[None],
     lambda x, rng: x[..., ::-1],
     lambda x, rng: x[: rng.integers(0, len(x) + 1)],
@@ -612,14 +644,18 @@ MUTATIONS = [
     lambda x, rng: x.tolist(),
     lambda x, rng: np.broadcast_to(x, (2, *x.shape)),
     lambda x, rng: np.zeros((0,) * x.ndim, x.dtype),
-    lambda x, rng: edited(x, tuple(rng.integers(0, x.shape)), rng.choice([-1, 2, 3, 2**40, -(2**63)])),
-    lambda x, rng: edited(x.astype(np.float64), tuple(rng.integers(0, x.shape)), rng.choice([np.nan, np.inf])),
+    lambda x, rng: edited(
+        x, tuple(rng.integers(0, x.shape)), rng.choice([-1, 2, 3, 2**40, -(2**63)])
+    ),
+    lambda x, rng: edited(
+        x.astype(np.float64), tuple(rng.integers(0, x.shape)), rng.choice([np.nan, np.inf])
+    ),
     lambda x, rng: rng.choice(np.array([None, 1, "x", 2.5, b"", ()], object)),
-]  # fmt: skip
+]
 
 
 def test_random_malformed_calls_raise_or_return():
-    """Nothing but TypeError and ValueError, and what is accepted is right; run it under a sanitizer for more."""
+    """They raise TypeError or ValueError, or what they return is right; sanitizers see more."""
     rng, raised, calls = np.random.default_rng(0), 0, int(15_000 * SHARE)
     functions, scipys = (
         {function: [name for f, name in ARRAYS if f == function] for function in good()},

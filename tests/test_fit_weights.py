@@ -1,4 +1,5 @@
-"""fit_weights.py: the quadratic program against independent oracles, and what it may and may not depend on."""
+"""fit_weights.py and extras/prune.py: the quadratic program against independent oracles, and what
+it may and may not depend on."""
 
 import itertools
 import json
@@ -11,6 +12,7 @@ from pairwise.data import write_split
 from pairwise.run_dir import write_json
 
 import numpy as np
+import prune
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,7 +31,8 @@ def q_of(votes, p):
 
 
 def draw_votes(rng, k=None):
-    """Votes (k, N) and p (N,) with few pairs, and members that are copies, opposites, constant, or exactly right."""
+    """Votes (k, N) and p (N,) with few pairs, and members that are copies, opposites, constant, or
+    exactly right."""
     k, n = k or int(rng.integers(1, 17)), int(rng.integers(1, 13))
     p = rng.integers(0, 5, n) / 4 if rng.random() < 0.7 else rng.integers(0, 4, n) / 3
     kind = rng.integers(4)
@@ -57,10 +60,11 @@ def draw_votes(rng, k=None):
 
 
 def supports_minimum(q):
-    """min alpha'Q alpha over the simplex: the closed form on every support, the best of those that are feasible.
+    """min alpha'Q alpha over the simplex: the best feasible closed form over all supports.
 
-    One optimum is a corner of the set of optima; on its support the closed form is unique, whatever the rank of Q. Each candidate is made exactly
-    feasible before it counts, so that the result is never too small.
+    One optimum is a corner of the set of optima; on its support the closed form is unique, whatever
+    the rank of Q. Each candidate is made exactly feasible before it counts, so that the result is
+    never too small.
     """
     k, best = len(q), np.inf
     for size in range(1, k + 1):
@@ -77,7 +81,8 @@ def supports_minimum(q):
 
 
 def gram(rng, k, kind):
-    """A positive semidefinite Q: of full rank, singular, or singular up to a perturbation of 1e-3 .. 1e-15."""
+    """A positive semidefinite Q: of full rank, singular, or singular up to a perturbation of
+    1e-3 .. 1e-15."""
     rank = k if kind == "full" else int(rng.integers(1, k + 1))
     factor = rng.normal(size=(k, rank)) + rng.choice([0, 1, 3])
     if kind == "near":
@@ -113,9 +118,9 @@ def test_weights_are_as_good_as_slsqp(kind):
         q = q_of(*draw_votes(rng, k)) if kind == "votes" else gram(rng, k, kind)
         alpha = weights.simplex_weights(q)
         found = minimize(
-            lambda x: x @ q @ x,
+            lambda x, q=q: x @ q @ x,
             np.full(k, 1 / k),
-            jac=lambda x: 2 * q @ x,
+            jac=lambda x, q=q: 2 * q @ x,
             method="SLSQP",
             bounds=[(0, 1)] * k,
             constraints={"type": "eq", "fun": lambda x: x.sum() - 1, "jac": np.ones_like},
@@ -159,7 +164,8 @@ def test_kkt_residual_of_every_prefix_is_within_the_promise(seed):
 
 
 def test_a_member_that_could_join_but_need_not():
-    """Members 1 and 3 are copies, and member 2 is worth exactly as much in the mixture as out of it. scipy 1.17's nnls gives member 2 a weight of .05."""
+    """Members 1 and 3 are copies, and member 2 is worth as much in the mixture as out of it: scipy
+    1.17's nnls gives it a weight of .05."""
     votes = (
         np.array(
             [[1, 1, 0, 0, 0, 1, 1, 1, 0], [1, 2, 1, 2, 2, 2, 2, 0, 2], [1, 1, 0, 0, 0, 1, 1, 1, 0]]
@@ -193,7 +199,8 @@ def test_quadratic_form_is_the_calibration_error(seed):
 @settings(max_examples=200, deadline=None)
 @given(seeds)
 def test_residual_is_positive_away_from_the_optimum(seed):
-    """Any error above the least shows in the residual; so does a weight moved where the optimum is unique, or out of the simplex."""
+    """Any error above the least shows in the residual; so does a weight moved where the optimum is
+    unique, or out of the simplex."""
     rng = np.random.default_rng(seed)
     q = q_of(*draw_votes(rng))
     alpha = weights.simplex_weights(q)
@@ -486,13 +493,11 @@ def test_early_stop_is_by_the_validation_prompts(run, capsys):
     assert status.value.code == 3 and "member 2 is the last" in capsys.readouterr().out
 
 
-# ---- --prune
+# ---- extras/prune.py
 
 
-def prune(run, beta, out):
-    fit_weights.main(
-        fit_weights.parse_args(["--run", str(run), "--prune", str(beta), "--out", str(out)])
-    )
+def prune_run(run, beta, out):
+    prune.main(prune.parse_args(["--run", str(run), "--beta", str(beta), "--out", str(out)]))
 
 
 @pytest.mark.parametrize("votes", ["sampled", "population", "dependent"])
@@ -508,7 +513,7 @@ def test_pruned_run_is_a_run_of_its_own(run, votes, tmp_path, capsys):
         {path: path.read_bytes() for path in run.rglob("*") if path.is_file()},
         tmp_path / "pruned",
     )
-    prune(run, 2.5, out)
+    prune_run(run, 2.5, out)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
     split = read_split(run, "train")
@@ -575,35 +580,37 @@ def test_pruned_run_is_a_run_of_its_own(run, votes, tmp_path, capsys):
     ] == [3]
     assert ">Pruned<" in (out / "report.html").read_text()
     capsys.readouterr()
-    prune(run, 2.5, out)
+    prune_run(run, 2.5, out)
     assert "up to date, skipped" in capsys.readouterr().out
     after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match="found, a new directory expected"):
-        prune(run, 3, out)
+        prune_run(run, 3, out)
     with pytest.raises(InputError, match="pruned weights found"):  # they are not silently replaced
         fit(out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == after
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "script, flags, words",
     [
-        (["--prune", "2", "--out", "x"], "2 found, a number above 2"),
-        (["--prune", "nan", "--out", "x"], "above 2"),
-        (["--prune", "3"], "expected together"),
-        (["--out", "x"], "expected together"),
-        (["--prune", "3", "--out", "x", "--early-stop"], "without --early-stop"),
-        (["--early-stop", "0"], "at least 1"),
+        (prune, ["--beta", "2", "--out", "x"], "2 found, a number above 2"),
+        (prune, ["--beta", "nan", "--out", "x"], "above 2"),
+        (prune, ["--beta", "3"], "required: --out"),
+        (prune, ["--out", "x"], "required: --beta"),
+        (fit_weights, ["--out", "x"], "--out"),
+        (fit_weights, ["--prune", "3", "--out", "x"], "--prune is now: python extras/prune.py"),
+        (fit_weights, ["--prune=3"], "--beta BETA --out DIR"),
+        (fit_weights, ["--early-stop", "0"], "at least 1"),
     ],
 )
-def test_bad_flags_are_one_line(flags, said, capsys):
+def test_bad_flags_are_one_line(script, flags, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        fit_weights.parse_args(["--run", "r", *flags])
+        script.parse_args(["--run", "r", *flags])
     lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and said in lines[0]
+    assert stop.value.code == 2 and len(lines) == 1 and words in lines[0]
 
 
 def test_pruning_needs_weights(run, tmp_path):
     with pytest.raises(InputError, match="weights.json: no such file"):
-        prune(run, 3, tmp_path / "out")
+        prune_run(run, 3, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,5 @@
-"""Hardened ensembles: what their votes must be for any rewards, what the layouts promise, and a run that evaluate.py and score.py take."""
+"""Hardened ensembles: what their votes must be for any rewards, what the layouts promise, and a run
+that evaluate.py and score.py take."""
 
 import json
 import shutil
@@ -7,6 +8,7 @@ import sys
 
 import evaluate
 import score
+from pairwise import soft_model, weights
 from pairwise.cli import InputError
 from pairwise.data import Split, read_split
 from pairwise.levels import formula, hardened
@@ -27,7 +29,7 @@ def pairs(n, r=500, seed=0):
 
 
 def p_hat(formulas, alpha, rewards, a, b):
-    return alpha @ harden.votes_of(formulas, rewards, a, b)
+    return alpha @ harden.member_votes(formulas, rewards, a, b)
 
 
 def separated(layout, u, a, b):
@@ -44,9 +46,18 @@ def simulated(n=4000, r=800, seed=0, heads=1):
     a, b = pairs(n, r, seed)
     p = expit(rewards[:, a].astype(float) - rewards[:, b]).mean(0)
     votes = rng.binomial(9, p).astype(float)
-    start = lambda total: np.array([0, total])
     return Split(
-        ["x"], [[]], [[]], start(r), start(len(a)), a, b, votes, 9 - votes, np.zeros(len(a)), p
+        ["x"],
+        [[]],
+        [[]],
+        np.array([0, r]),
+        np.array([0, len(a)]),
+        a,
+        b,
+        votes,
+        9 - votes,
+        np.zeros(len(a)),
+        p,
     ), rewards
 
 
@@ -64,7 +75,7 @@ def test_share_of_levels_whatever_the_taste(name, spread):
             np.float32
         )
         u = 1.3 * rewards[0].astype(np.float64)
-        formulas = harden.paired(1, 1.3, layout, 2, 1.0)
+        formulas = harden.opposed_pairs(1, 1.3, layout, 2, 1.0)
         expected = 0.5 + np.sign(u[a] - u[b]) * separated(layout, u, a, b) / 2
         np.testing.assert_allclose(
             p_hat(formulas, np.full(8, 1 / 8), rewards, a, b), expected, atol=1e-12
@@ -72,12 +83,13 @@ def test_share_of_levels_whatever_the_taste(name, spread):
 
 
 def test_reversed_inside_a_level():
-    """With the order of u itself, and its reverse inside levels, the same holds with k - 1 levels, and nothing ties."""
+    """With the order of u itself, and its reverse inside levels, the same holds with k - 1 levels,
+    and nothing ties."""
     rewards = np.random.default_rng(2).normal(size=(1, 500)).astype(np.float32)
     a, b = pairs(3000)
     u, (widths, offsets) = 2.0 * rewards[0].astype(np.float64), harden.equal_layout(7, 2.5)
     formulas = [formula(1, 2.0)] + [formula(1, 2.0, w, o) for w, o in zip(widths, offsets)]
-    found = harden.votes_of(formulas, rewards, a, b)
+    found = harden.member_votes(formulas, rewards, a, b)
     assert not (found == 0.5).any()
     alpha = np.array([0.5] + [0.5 / 7] * 7)
     np.testing.assert_allclose(
@@ -92,27 +104,29 @@ def test_equal_rewards_tie_and_swapped_pairs_mirror():
     rewards[:, 20:] = rewards[:, :20]
     a, b = np.arange(20), np.arange(20, 40)
     formulas = [
-        *harden.paired(1, 1.0, LAYOUTS["quantile"], 2, 1.0),
+        *harden.opposed_pairs(1, 1.0, LAYOUTS["quantile"], 2, 1.0),
         formula(1, 1.0),
         formula(1, 1.0, 2.0, 0.3),
     ]
-    assert (harden.votes_of(formulas, rewards, a, b) == 0.5).all()
+    assert (harden.member_votes(formulas, rewards, a, b) == 0.5).all()
     b = (a + 7) % 20
     np.testing.assert_array_equal(
-        harden.votes_of(formulas, rewards, a, b), 1 - harden.votes_of(formulas, rewards, b, a)
+        harden.member_votes(formulas, rewards, a, b),
+        1 - harden.member_votes(formulas, rewards, b, a),
     )
 
 
 def test_random_levels_are_the_logistic_model():
-    """A level of random offset and width w parts a distance d with probability min(d / w, 1); with F for the widths the mean is 2 sigmoid(d) - 1."""
+    """A level of random offset and width w parts a distance d with probability min(d / w, 1); with
+    F for the widths the mean is 2 sigmoid(d) - 1."""
 
     def density(w):
-        return (harden.mixing(w + 1e-5) - harden.mixing(w - 1e-5)) / 2e-5
+        return (harden.width_distribution(w + 1e-5) - harden.width_distribution(w - 1e-5)) / 2e-5
 
     for d in (0.1, 1.0, 3.0):
         share = (
-            quad(lambda w: min(d / w, 1) * density(w), 1e-3, d)[0]
-            + quad(lambda w: min(d / w, 1) * density(w), d, 80)[0]
+            quad(lambda w, d=d: min(d / w, 1) * density(w), 1e-3, d)[0]
+            + quad(lambda w, d=d: min(d / w, 1) * density(w), d, 80)[0]
         )
         assert abs(0.5 + share / 2 - expit(d)) < 1e-5
 
@@ -122,7 +136,7 @@ def test_quantile_layout_comes_near_the_soft_model():
     a, b = pairs(3000)
     errors = []
     for k in (8, 32, 128):
-        formulas = harden.paired(1, 1.0, harden.quantile_layout(k // 2), 2, 1.0)
+        formulas = harden.opposed_pairs(1, 1.0, harden.quantile_layout(k // 2), 2, 1.0)
         errors.append(
             np.mean(
                 (
@@ -139,11 +153,9 @@ def test_largest_remainder():
     np.testing.assert_array_equal(harden.largest_remainder([0.5, 0.3, 0.2], 8), [4, 2, 2])
     np.testing.assert_array_equal(harden.largest_remainder([0.96, 0.04], 8), [8, 0])
     for _ in range(20):
-        weights = np.random.default_rng(_).dirichlet(np.ones(5))
-        counts = harden.largest_remainder(weights, 20)
-        assert (
-            counts.sum() == 20 and not (counts % 2).any() and (abs(counts - 20 * weights) < 2).all()
-        )
+        w = np.random.default_rng(_).dirichlet(np.ones(5))
+        counts = harden.largest_remainder(w, 20)
+        assert counts.sum() == 20 and not (counts % 2).any() and (abs(counts - 20 * w) < 2).all()
 
 
 def test_pick_beats_chance_and_keeps_to_the_simplex():
@@ -155,14 +167,15 @@ def test_pick_beats_chance_and_keeps_to_the_simplex():
     error = alpha @ q[np.ix_(chosen, chosen)] @ alpha
     assert error < min(q.diagonal())
     parts = [q[np.ix_(c, c)] for c in (rng.choice(40, 5, replace=False) for _ in range(200))]
-    others = [w @ part @ w for part in parts for w in [harden.simplex_weights(part)]]
+    others = [w @ part @ w for part in parts for w in [weights.simplex_weights(part)]]
     assert error <= np.quantile(others, 0.01)
 
 
 @pytest.mark.parametrize("k", [4, 8, 9])
 def test_fitted_layout_follows_the_soft_model_better(k):
     split, rewards = simulated(heads=2)
-    found = harden.layouts(rewards, split, [1], np.ones(1), 1.0, 0.0, k, {1: 2})
+    model = harden.SoftModel([1], np.ones(1), 1.0, 0.0)
+    found = harden.fit_layouts(model, rewards, split, k)
     assert set(found) == ({"fitted"} if k % 2 else {"fitted", "equal", "quantile"})
     for formulas, alpha, misfit in found.values():
         assert len(formulas) == len(alpha) == k and abs(alpha.sum() - 1) < 1e-9
@@ -177,22 +190,14 @@ def test_fitted_layout_follows_the_soft_model_better(k):
 def test_many_components():
     """More formulas to pick from than the evaluator takes at once."""
     split, rewards = simulated(n=500, r=100, heads=8)
-    found = harden.layouts(
-        rewards,
-        split,
-        list(range(1, 9)),
-        np.full(8, 1 / 8),
-        1.0,
-        0.0,
-        16,
-        dict.fromkeys(range(1, 9)),
-        "fitted",
-    )
+    model = harden.SoftModel(list(range(1, 9)), np.full(8, 1 / 8), 1.0, 0.0)
+    found = harden.fit_layouts(model, rewards, split, 16, "fitted")
     assert found["fitted"][2] < 0.01
 
 
 def test_several_components():
-    """Votes that follow two opposed rewards: one component cannot, two can, and validation pairs say so."""
+    """Votes that follow two opposed rewards: one component cannot, two can, and validation pairs
+    say so."""
     split, rewards = simulated(heads=2)
     rewards = 6 * rewards
     soft = expit(rewards[:, split.a].astype(float) - rewards[:, split.b]).mean(0)
@@ -202,14 +207,15 @@ def test_several_components():
         harden.harden((split, rewards), (split, rewards), 8, "equal", counts)
         for counts in ([1], None)
     )
-    assert both["components"] == [1, 2] and both["brier"] < 0.7 * one["brier"]
-    assert [f["member"] for f in both["formulas"]].count(1) == 4 and len(both["alpha"]) == 8
+    assert both.model.members == [1, 2] and both.brier < 0.7 * one.brier
+    assert [f["member"] for f in both.formulas].count(1) == 4 and len(both.alpha) == 8
 
 
 def test_scale_and_lapses_are_found():
     split, rewards = simulated(n=30000)
-    du = harden.differences(rewards, split)
-    tau, a = harden.tune(du, np.ones(1), harden.lapsed(expit(1.7 * du[0]), 0.1))
+    du = soft_model.reward_differences(rewards, split.a, split.b)
+    p = 0.1 + 0.8 * expit(1.7 * du[0])
+    tau, a = soft_model.fit_scale_and_lapses(du, np.ones(1), p)
     assert abs(tau - 1.7) < 1e-2 and abs(a - 0.1) < 1e-3
 
 
@@ -226,16 +232,16 @@ def test_run_of_its_own(full_run, tmp_path, layout, capsys):
     out = make(full_run, tmp_path / "hard", "--k", "4", "--layout", layout)
     assert "no validation" not in capsys.readouterr().out
     evaluate.main(evaluate.parse_args(["--run", str(out), "--resamples", "50"]))
-    weights, metrics = (
+    prefixes, metrics = (
         json.loads((out / "weights.json").read_text()),
         json.loads((out / "metrics.json").read_text()),
     )
-    assert [(w["k"], w["fit"]) for w in weights] == [(4, "fixed")] and metrics["k"] == 4
+    assert [(w["k"], w["fit"]) for w in prefixes] == [(4, "fixed")] and metrics["k"] == 4
     test = metrics["splits"]["test"]
     split = read_split(out, "test")
     rewards = np.stack([np.load(full_run / "rewards" / f"0{j}_test.npy") for j in (1, 2)])
     formulas = json.loads((out / "members.json").read_text())["members"]
-    by_hand = p_hat(formulas, np.array(weights[0]["alpha"]), rewards, split.a, split.b)
+    by_hand = p_hat(formulas, np.array(prefixes[0]["alpha"]), rewards, split.a, split.b)
     assert test["ensemble"][0]["brier"] == pytest.approx(
         np.mean((by_hand - split.p) ** 2), abs=1e-9
     )
@@ -299,4 +305,4 @@ def test_refused(full_run, tmp_path):
 
 def test_without_torch():
     code = "import sys; sys.modules['torch'] = None; import harden, pairwise.levels"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY / "extras")

@@ -1,4 +1,7 @@
-"""Several processes, as torchrun starts them, on the CPU: the results of one process, state in shares, checkpoints for any number of them."""
+"""Several processes, as torchrun starts them, on the CPU, give the results of one process.
+
+Each owns some of the optimizer's state, and checkpoints are for any number of processes.
+"""
 
 import json
 import os
@@ -30,7 +33,12 @@ import torch, tqdm, train_rm
 from pairwise import cli, run_dir, training
 from pairwise.scale import checkpoint, offload
 
-PLACES = {"step": (offload.Offload, "step"), "file": (offload, "save_file"), "sync": (os, "fsync"), "error": (torch, "sigmoid")}
+PLACES = {
+    "step": (offload.Offload, "step"),
+    "file": (offload, "save_file"),
+    "sync": (os, "fsync"),
+    "error": (torch, "sigmoid"),
+}
 
 def at(place, number, do):
     count, (owner, name) = [0], PLACES[place]
@@ -51,24 +59,30 @@ def held(path):
 
 def process(rank, job):
     if job.get("rank") == rank:
-        die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-        at(job["place"], job["number"], (lambda function, *args: function(*args) * float("nan")) if job["place"] == "error" else die)
-    if job.get("plain"):  # an optimizer that does not make much of a rounding error
-        training.SOAP = lambda groups, lr, weight_decay, precondition_frequency: torch.optim.SGD(groups, lr)
+        def die(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGKILL)
+        def spoil(function, *args):
+            return function(*args) * float("nan")
+        at(job["place"], job["number"], spoil if job["place"] == "error" else die)
+    if job.get("plain"):  # This optimizer does not make much of a rounding error.
+        training.SOAP = lambda groups, lr, **others: torch.optim.SGD(groups, lr)
     if job.get("held"):
         held(f"{job['run']}-held-{rank}")
     sys.argv[0] = "train_rm.py"
-    cli.run_main(train_rm.main, train_rm.parse_args(["--run", job["run"], "--iteration", "1", *flags, *job["flags"]]))
+    words = ["--run", job["run"], "--iteration", "1", *flags, *job["flags"]]
+    cli.run_main(train_rm.main, train_rm.parse_args(words))
 
 def started(rank, job, store):
     child = os.fork()
     if not child:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         sys.stderr = open(f"{job['run']}.stderr", "a")
         sys.stdout = open(f"{job['run']}.stdout", "a")
         code = 0
-        tqdm.tqdm.set_lock(threading.RLock())  # not the one that forked processes share, and that who is killed may hold
+        # Forked processes share the other lock, which one that is killed may hold.
+        tqdm.tqdm.set_lock(threading.RLock())
         try:
             process(rank, job)
         except SystemExit as ended:
@@ -104,7 +118,9 @@ OFTEN, PAGED, PLAIN = (
     ("--optimizer-memory-gb", "0"),
     ("--pairs-per-step", "40", "--lr", "0.1", "--warmup", "0"),
 )
-JOBS = [  # run, processes, flags, and what befalls one of them at a number of calls; the first runs alone in the harness itself
+# These are run, processes, flags, and what befalls one of them at a number of calls. The first job
+# runs alone in the harness itself.
+JOBS = [
     ("float32", 1, SAME, {}),
     ("bfloat16", 1, SAME, {}),
     ("plain", 1, PLAIN, {"plain": True}),
@@ -131,7 +147,10 @@ JOBS = [  # run, processes, flags, and what befalls one of them at a number of c
 
 @pytest.fixture(scope="module")
 def ran(data, base, tmp_path_factory):
-    """The directory with a run for each name in JOBS, with continuations of two prompts to score, and the exit codes of every job's processes."""
+    """Return the directory of the runs in JOBS, and the exit codes of every job's processes.
+
+    Each run has continuations of two prompts to score.
+    """
     directory = tmp_path_factory.mktemp("parallel")
     messages = [
         [{"role": "user", "content": text}]
@@ -184,7 +203,11 @@ def test_all_end_together(ran):
     "name", sorted({name for name, *_ in JOBS if "32 " in name or "16 " in name})
 )
 def test_any_number_of_processes_gives_the_same_bits(ran, name):
-    """...as one, where the order of sums is the same: also with a process that has nothing to do, paged, killed, and continued by fewer or more."""
+    """They are those of one, where the order of sums is the same.
+
+    They stay so with a process that has nothing to do, paged, killed, and continued by fewer or
+    more.
+    """
     one, run = ran[0] / name.split()[0], ran[0] / name
     found, expected = outputs(run), outputs(one)
     for ours, theirs in zip(found.pop("logs/01.jsonl"), expected.pop("logs/01.jsonl"), strict=True):
@@ -224,7 +247,10 @@ def test_each_holds_half_of_masters_and_state(ran):
 
 @pytest.mark.parametrize("name", ["plain two", "plain three"])
 def test_other_orders_of_sums_give_other_roundings_alone(ran, base, name):
-    """Six prompts a step, with plain gradient descent: SOAP divides by the size of a gradient, and of zero only rounding is left."""
+    """Steps are of six prompts, with plain gradient descent.
+
+    SOAP divides by the size of a gradient, and of zero only rounding is left.
+    """
     one, run, before = ran[0] / "plain", ran[0] / name, load_file(base / "model.safetensors")
     logs = [
         [json.loads(line) for line in (run / "logs" / "01.jsonl").read_text().splitlines()]
@@ -247,9 +273,8 @@ def test_other_orders_of_sums_give_other_roundings_alone(ran, base, name):
 
 def test_an_error_is_told_once(ran):
     """...by one of them: a loss that is not finite in the second alone, and what none can do."""
-    said = (
-        (ran[0] / "nan.stderr").read_text().split("train_rm.py: error: ")
-    )  # before it the progress bar, which may not have ended its line
+    # Before it stands the progress bar, which may not have ended its line.
+    said = (ran[0] / "nan.stderr").read_text().split("train_rm.py: error: ")
     assert (
         len(said) == 2
         and said[1].startswith("member 1, step 3: loss nan, gradient norm nan; ")
@@ -261,7 +286,7 @@ def test_an_error_is_told_once(ran):
 
 
 def test_torchrun_itself(data, base, tmp_path):
-    """Two steps of a training that does not stay finite: a line, before torchrun's own report, and no success."""
+    """A training that does not stay finite ends with one line before torchrun's own report."""
     words = [
         "--run",
         fresh(data, tmp_path),
@@ -354,7 +379,7 @@ def test_run_all_refuses(tmp_path, flags, said):
 def test_dealt_evenly_and_in_order(monkeypatch):
     rng = np.random.default_rng(0)
     for processes in (1, 2, 3, 8):
-        monkeypatch.setattr(parallel, "count", lambda: processes)
+        monkeypatch.setattr(parallel, "count", lambda processes=processes: processes)
         for size in (0, 1, 2, 7, 50):
             sizes = rng.integers(1, 100, size).tolist()
             dealt = parallel.deal(list(range(size)), sizes)

@@ -1,4 +1,5 @@
-"""Lemma 1 and theorems 2 to 4 where everything is known and each statement can be computed exactly; the ranking solver against the known facets."""
+"""Lemma 1 and theorems 2 to 4 where everything is known and each statement can be computed exactly;
+the ranking solver against the known facets."""
 
 import itertools
 import math
@@ -79,7 +80,8 @@ def distance(x, y):
 
 
 def draw_ensemble(rng):
-    """Members that never tie, with weights some of which are zero or equal, and the true shares of a population that they are more or less near to."""
+    """Members that never tie, with weights some of which are zero or equal, and the true shares of
+    a population that they are more or less near to."""
     k, pairs = int(rng.integers(1, 9)), int(rng.integers(1, 8))
     votes = population(rng, k, pairs)
     for j in range(k):
@@ -100,7 +102,8 @@ def draw_ensemble(rng):
 @settings(max_examples=250, deadline=None)
 @given(seeds, st.sampled_from([2.01, 2.2, 2.5, 3, 4, 6, 11]), st.booleans())
 def test_theorem_3_holds_for_random_ensembles(seed, beta, ties):
-    """Both statements, exactly: the pairs are the whole distribution, the rewards are all 0/1 patterns on them (the largest class there is), or the members alone."""
+    """Both statements, exactly: the pairs are the whole distribution, the rewards are all 0/1
+    patterns on them (the largest class there is), or the members alone."""
     rng = np.random.default_rng(seed)
     votes, alpha, p_true = draw_ensemble(rng)
     everything = np.array(list(itertools.product([0.0, 1.0], repeat=votes.shape[1])))
@@ -137,7 +140,7 @@ def test_theorem_3_holds_for_random_ensembles(seed, beta, ties):
     assert removed + alpha[last] > 1 / (beta - 1) - 1e-12
 
 
-def test_kept_members_by_hand():
+def test_remaining_members_by_hand():
     votes = np.array(
         [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]], float
     )  # p_hat 3/4, 3/4, 1/2, 1/4: distances 7/16, 5/16, 5/16, 9/16
@@ -190,8 +193,10 @@ def test_kept_members_by_hand():
     ],
 )
 def test_theorem_4_by_all_samples_of_one_comparison(n, truth, pairs, delta):
-    """One triple, rewards for and against: VC dimension 1, p_hat = alpha any number in [0, 1]. The gap (1 - 2 alpha) times a difference of means, plus
-    one of means of squares, is largest at alpha 0 or 1; its distribution over all samples of vote fractions is multinomial."""
+    """One triple, rewards for and against: VC dimension 1, p_hat = alpha any number in [0, 1].
+
+    The gap (1 - 2 alpha) times a difference of means, plus one of means of squares, is largest at
+    alpha 0 or 1; its distribution over all samples of vote fractions is multinomial."""
     values = np.arange(n + 1) / n
     chance = np.array([math.comb(n, x) * truth**x * (1 - truth) ** (n - x) for x in range(n + 1)])
     counts = np.array(
@@ -253,7 +258,8 @@ def matrix(values, m):
 
 
 def worst_cycle(p):
-    """Largest p_ij + p_jk + p_ki - 2 over cycles of three: at most zero is all of the polytope for m <= 5."""
+    """Largest p_ij + p_jk + p_ki - 2 over cycles of three: at most zero is all of the polytope for
+    m <= 5."""
     return max(
         (p[i, j] + p[j, k] + p[k, i] - 2 for i, j, k in itertools.permutations(range(len(p)), 3)),
         default=-1,
@@ -312,7 +318,8 @@ def test_solver_calibrates_every_population_and_moves_with_the_names(seed, m):
 
 
 def test_condorcet_cycle():
-    """Two thirds prefer each to the next: three rankings. A whole cycle is a distance of 1 away, by reversing one pair."""
+    """Two thirds prefer each to the next: three rankings. A whole cycle is a distance of 1 away, by
+    reversing one pair."""
     orders, weights, far, _ = theory.calibrated_ensemble(matrix([2 / 3, 1 / 3, 2 / 3], 3))
     assert (
         far < 1e-12

@@ -1,4 +1,5 @@
-"""experiments/: populations, the choice on validation prompts, folds, and the plurality gain where there are viewpoints and where there are none."""
+"""experiments/ and extras/plurality.py: populations, the choice on validation prompts, folds, and
+the plurality gain where there are viewpoints and where there are none."""
 
 import csv
 import dataclasses
@@ -63,7 +64,8 @@ def test_populations_are_what_they_say(runs, tmp_path):
 
 
 def test_recommended_on_clusters_and_continuum(runs, tmp_path):
-    """At k = 6: an error against the truth below a quarter of literal FSAM's where there are viewpoints, below .8 of it on a continuum."""
+    """At k = 6: an error against the truth below a quarter of literal FSAM's where there are
+    viewpoints, below .8 of it on a continuum."""
     for name, factor in (("clusters", 0.25), ("continuum", 0.8)):
         rows = table(
             runs[name],
@@ -88,7 +90,7 @@ def test_recommended_on_clusters_and_continuum(runs, tmp_path):
 
 
 def test_folds_hold_every_prompt_once(runs):
-    folds = variants.read_run(runs["camps"], 0, 5)
+    folds = variants.read_runs(runs["camps"], 0, 5)
     names = [set(fold["test"][0].prompt_id) for fold in folds]
     assert (
         sum(map(len, names))
@@ -102,25 +104,27 @@ def test_folds_hold_every_prompt_once(runs):
         split, x = fold["test"]
         assert len(x) == split.response_start[-1] and split.a.max() < len(x)
     with pytest.raises(InputError, match="--folds 2"):
-        variants.read_run(runs["camps"], 0, 2)
+        variants.read_runs(runs["camps"], 0, 2)
 
 
-def test_cut_and_merged_are_inverse(runs):
-    split, x = read_split(runs["camps"], "test"), np.load(runs["camps"] / "features" / "test.npy")
-    keep = np.arange(len(split.prompt_id)) < 40
-    parts = [variants.cut(split, x, keep), variants.cut(split, x, ~keep)]
-    joined = variants.merged([part for part, _ in parts])
-    np.testing.assert_array_equal(np.concatenate([x for _, x in parts]), x)
-    for field in dataclasses.fields(split):
-        np.testing.assert_array_equal(getattr(joined, field.name), getattr(split, field.name))
+def test_restricted_and_merged_are_inverse(runs):
+    featured = plurality.read_features(runs["camps"])["test"]
+    keep = np.arange(len(featured.split.prompt_id)) < 40
+    joined = variants.merged([plurality.restricted(featured, mask) for mask in (keep, ~keep)])
+    np.testing.assert_array_equal(joined.features, featured.features)
+    for field in dataclasses.fields(featured.split):
+        np.testing.assert_array_equal(
+            getattr(joined.split, field.name), getattr(featured.split, field.name)
+        )
 
 
 def test_fit_is_at_a_minimum(runs):
-    """The gradient of what fit minimises vanishes where it stops, and the same seed ends in the same weights."""
-    data = variants.read_run(runs["camps"], 0)[0]
-    split, x = data["train"]
-    w = variants.fit_single(x, split, split.p, 1e-2, 0)
-    np.testing.assert_array_equal(w, variants.fit_single(x, split, split.p, 1e-2, 0))
+    """The gradient of what fit minimises vanishes where it stops, and the same seed ends in the
+    same weights."""
+    train = plurality.read_run(runs["camps"], 0)["train"]
+    split, x = train
+    w = plurality.fit_single(train, split.p, 1e-2, 0)
+    np.testing.assert_array_equal(w, plurality.fit_single(train, split.p, 1e-2, 0))
     at = torch.from_numpy(w).requires_grad_()
     q = torch.sigmoid(torch.from_numpy(x[split.a] - x[split.b]) @ at[0])
     ((q - torch.from_numpy(split.p)).square().mean() + 1e-2 * at.square().sum()).backward()
@@ -128,7 +132,8 @@ def test_fit_is_at_a_minimum(runs):
 
 
 def test_plurality_gain(runs):
-    """Its interval excludes zero where there are clusters and camps, and covers it where one viewpoint is voted on with noise."""
+    """Its interval excludes zero where there are clusters and camps, and covers it where one
+    viewpoint is voted on with noise."""
     for name, several in (("clusters", True), ("camps", True), ("single", False)):
         plurality.main(plurality.parse_args(["--run", str(runs[name])]))
         found = json.loads((runs[name] / "plurality.json").read_text())

@@ -22,8 +22,7 @@ import numpy as np
 
 # How the votes of a pair arose decides what is known of the irreducible error.
 VOTE_KINDS = ("sampled", "population", "dependent")
-# For counts alone, a reading of the paper beside --ties drop and --ties half: a tie is no vote for
-# a side, but its annotator counts in n.
+# A reading of the paper beside --ties drop and half: a tie is no vote, but its annotator is in n.
 IN_N = "in n"
 
 
@@ -47,15 +46,20 @@ class Comparison(NamedTuple):
 class Pair:
     """All votes on two responses a and b of a prompt, a being the one that was seen first."""
 
-    p_true: float | None
-    votes_a: float = 0.0
-    votes_b: float = 0.0
-    ties: float = 0.0
+    votes_a: float
+    votes_b: float
+    ties: float
+    p_true: float | None  # the population's fraction for a
 
     def n(self, ties="drop"):
         """Return the number of votes; with ties IN_N, 0 where there are only ties."""
         votes = self.votes_a + self.votes_b
         return votes + self.ties if ties == IN_N and votes else votes
+
+    def reversed(self):
+        """Return the votes on b and a."""
+        p_true = None if self.p_true is None else 1 - self.p_true
+        return Pair(self.votes_b, self.votes_a, self.ties, p_true)
 
 
 @dataclasses.dataclass
@@ -107,22 +111,16 @@ def group(comparisons, ties):
         context = json.dumps(comparison.messages, ensure_ascii=False, sort_keys=True)
         key = comparison.split, comparison.prompt_id or context
         if key not in prompts:
-            prompts[key] = Prompt(
-                prompt_id=comparison.prompt_id or hashlib.sha256(context.encode()).hexdigest()[:16],
-                messages=comparison.messages,
-                context=context,
-                categories=comparison.categories,
-                split=comparison.split,
-            )
+            name = comparison.prompt_id or hashlib.sha256(context.encode()).hexdigest()[:16]
+            source = (comparison.messages, context, comparison.categories, comparison.split)
+            prompts[key] = Prompt(name, *source)
         prompt, where = prompts[key], comparison.where
         if prompt.context != context:
-            name = f"prompt_id {comparison.prompt_id!r}"
-            raise cli.InputError(f"{where}: {name} has another prompt than before")
+            contradiction = f"prompt_id {prompt.prompt_id!r} has another prompt than before"
+            raise cli.InputError(f"{where}: {contradiction}")
         if prompt.categories != comparison.categories:
-            raise cli.InputError(
-                f"{where}: categories {comparison.categories} found, {prompt.categories} before "
-                "for the same prompt"
-            )
+            before = f"{prompt.categories} before for the same prompt"
+            raise cli.InputError(f"{where}: categories {comparison.categories} found, {before}")
         add_votes(prompt, comparison, ties)
     return list(prompts.values()), dropped
 
@@ -148,21 +146,16 @@ def add_votes(prompt, comparison, ties):
     b = index.setdefault(comparison.response_b, len(index))
     half = comparison.ties / 2 if ties == "half" else 0.0
     votes_a, votes_b = comparison.votes_a + half, comparison.votes_b + half
-    p_true = comparison.p_true
+    new = Pair(votes_a, votes_b, comparison.ties, comparison.p_true)
     if a > b:
-        a, b, votes_a, votes_b, p_true = b, a, votes_b, votes_a, opposite(p_true)
-    pair = prompt.pairs.setdefault((a, b), Pair(p_true))
-    pair.votes_a += votes_a
-    pair.votes_b += votes_b
-    pair.ties += comparison.ties
-    if abs((pair.p_true or 0) - (p_true or 0)) > 1e-6:  # float32 files give p, and 1 - p.
+        a, b, new = b, a, new.reversed()
+    pair = prompt.pairs.setdefault((a, b), Pair(0.0, 0.0, 0.0, new.p_true))
+    pair.votes_a += new.votes_a
+    pair.votes_b += new.votes_b
+    pair.ties += new.ties
+    if abs((pair.p_true or 0) - (new.p_true or 0)) > 1e-6:  # float32 files give p, and 1 - p.
         message = "p_true differs from an earlier row for the same two responses"
         raise cli.InputError(f"{comparison.where}: {message}")
-
-
-def opposite(p_true):
-    """Return the population's fraction for b, where p_true is that for a; None stays None."""
-    return None if p_true is None else 1 - p_true
 
 
 def drop_pairs(prompts, least, dropped, ties="drop"):
@@ -182,27 +175,32 @@ def drop_pairs(prompts, least, dropped, ties="drop"):
 # ---- splits
 
 
-def divide(args, name, prompts, dropped, rng, ties="drop"):
-    """Return {split: Prompts with enough votes}, split by prompt, and go on counting in `dropped`.
+def divide(args, name, comparisons, rng, ties):
+    """Return {split: Prompts with enough votes}, and a Counter of what was dropped, by reason.
 
-    Raises InputError where fewer than three prompts, or an empty split, would remain.
+    comparisons, ties: as for group. Raises InputError as group does, and where fewer than three
+    prompts, or an empty split, would remain.
     """
+    prompts, dropped = group(comparisons, ties)
     prompts = drop_pairs(prompts, args.min_votes, dropped, ties)
     if not prompts:
-        shortage = f"no pair with {args.min_votes} votes or more found"
-        raise cli.InputError(f"{name}: {shortage}{because(dropped)}")
+        raise too_few(name, f"no pair with {args.min_votes} votes or more found", dropped)
     if len(prompts) < 3:
-        shortage = f"{len(prompts)} prompts found, at least three expected"
-        raise cli.InputError(f"{name}: {shortage}{because(dropped)}")
+        raise too_few(name, f"{len(prompts)} prompts found, at least three expected", dropped)
     splits = split_prompts(prompts, args.test_share, args.valid_share, rng, dropped)
     for split in splits:
         if split != "train":  # Evaluation counts pairs with two votes or more only.
             splits[split] = drop_pairs(splits[split], 2, dropped, ties)
         count, least = len(splits[split]), 2 if split == "test" else 1
         if count < least:
-            shortage = f"{count} {split} prompts, at least {least} expected"
-            raise cli.InputError(f"{name}: {shortage}{because(dropped)}")
-    return {split: splits[split] for split in data.SPLITS if split in splits}
+            raise too_few(name, f"{count} {split} prompts, at least {least} expected", dropped)
+    return {split: splits[split] for split in data.SPLITS if split in splits}, dropped
+
+
+def too_few(name, shortage, dropped):
+    """Return the InputError of a data set with too little in it, which says what was dropped."""
+    reasons = "; ".join(f"{count} dropped: {reason}" for reason, count in sorted(dropped.items()))
+    return cli.InputError(f"{name}: {shortage}{f' ({reasons})' if reasons else ''}")
 
 
 def split_prompts(prompts, test_share, valid_share, rng, dropped):
@@ -212,26 +210,23 @@ def split_prompts(prompts, test_share, valid_share, rng, dropped):
     Prompts with equal messages stay together whatever their ids, so that no text is in two splits.
     Where the source's splits part them, train loses its pairs, and `dropped` counts them.
     """
-    splits, own = {}, {prompt.split for prompt in prompts}
-    if None in own and len(own) > 1:
-        raise cli.InputError("rows with and without a split found, all alike expected")
-    if None in own:
+    splits, own_splits = {}, {prompt.split for prompt in prompts}
+    if own_splits == {None}:
         splits["test"], splits["train"] = draw_prompts(prompts, test_share, 2, rng)
+    elif None in own_splits:
+        raise cli.InputError("rows with and without a split found, all alike expected")
     else:
         held_out = set()
         for name in ("test", "valid", "train"):
             named = [prompt for prompt in prompts if prompt.split == name]
             splits[name] = [prompt for prompt in named if prompt.context not in held_out]
-            repeated = [prompt for prompt in named if prompt.context in held_out]
-            if repeated:
+            if repeated := [prompt for prompt in named if prompt.context in held_out]:
                 reason = f"{name} pair of a prompt that is in a held-out split too"
                 dropped[reason] += sum(len(prompt.pairs) for prompt in repeated)
             held_out |= {prompt.context for prompt in named}
     if valid_share and not splits.get("valid"):
         splits["valid"], splits["train"] = draw_prompts(splits["train"], valid_share, 1, rng)
-    if not splits.get("valid"):
-        splits.pop("valid", None)
-    return splits
+    return {name: members for name, members in splits.items() if members or name != "valid"}
 
 
 def draw_prompts(prompts, fraction, least, rng):
@@ -241,12 +236,6 @@ def draw_prompts(prompts, fraction, least, rng):
     chosen = {contexts[i] for i in order[: max(least, round(fraction * len(contexts)))]}
     drawn = [prompt for prompt in prompts if prompt.context in chosen]
     return drawn, [prompt for prompt in prompts if prompt.context not in chosen]
-
-
-def because(dropped):
-    """Return what was dropped so far, as the end of a message; nothing where nothing was."""
-    reasons = "; ".join(f"{count} dropped: {reason}" for reason, count in sorted(dropped.items()))
-    return f" ({reasons})" if reasons else ""
 
 
 def oriented_row(prompt, rng):
@@ -259,18 +248,13 @@ def oriented_row(prompt, rng):
     new_index = {old: new for new, old in enumerate(used)}
     pairs, truths = [], []
     for (a, b), pair in prompt.pairs.items():
-        votes_a, votes_b, p_true = pair.votes_a, pair.votes_b, pair.p_true
         if rng.random() < 0.5:
-            a, b, votes_a, votes_b, p_true = b, a, votes_b, votes_a, opposite(p_true)
-        votes = {"votes_a": votes_a, "votes_b": votes_b, "ties": pair.ties}
+            a, b, pair = b, a, pair.reversed()
+        votes = {name: getattr(pair, name) for name in data.VOTE_COLUMNS}
         pairs.append({"a": new_index[a], "b": new_index[b], **votes})
-        truths.append(p_true)
-    row = {
-        "prompt_id": prompt.prompt_id,
-        "messages": prompt.messages,
-        "responses": [texts[old] for old in used],
-        "pairs": pairs,
-    }
+        truths.append(pair.p_true)
+    row = {"prompt_id": prompt.prompt_id, "messages": prompt.messages}
+    row |= {"responses": [texts[old] for old in used], "pairs": pairs}
     if truths[0] is not None:
         row["p_true"] = truths
     if prompt.categories:
@@ -294,47 +278,42 @@ def prepare(
     """
     run = args.run
     flags = ("seed", "ties", "min_votes", "test_share", "valid_share")
-    flag_values = {flag: getattr(args, flag) for flag in flags}
-    settings = {"dataset": name, "votes": votes} | flag_values | settings
+    own_settings = {flag: getattr(args, flag) for flag in flags}
+    settings = {"dataset": name, "votes": votes} | own_settings | settings
     if run_dir.stage_done(run, "data", settings, inputs, [run / "data"]):
         print(f"data: {run / 'data'} is there, skipped")
         return
     rng = np.random.default_rng([args.seed, 1])
-    prompts, dropped = group(comparisons(), args.ties)
-    splits = divide(args, name, prompts, dropped, rng)
-    stats = settings | {
-        "dropped": dict(sorted(dropped.items())),
-        "splits": {split: tables.describe(members) for split, members in splits.items()},
-    }
-    majority = tables.majority_share(tables.in_all(splits), args.ties)
+    splits, dropped = divide(args, name, comparisons(), rng, args.ties)
+    stats = settings | {"dropped": dict(sorted(dropped.items()))}
+    stats["splits"] = {split: tables.describe(splits[split]) for split in splits}
+    majority = tables.majority_share(tables.in_all(splits))
     counts, edges = figures.majority_bins(majority)
     bins = edges[:-1].round(2).tolist()
     stats["histogram"] = {"majority_share_from": bins, "pairs": counts.tolist()}  # figure 4
     if paper:
-        here = tables.paper_columns(splits, args.ties)
-        stats |= beside_paper(args, name, paper, here, readings or {})
+        stats |= beside_paper(args, name, paper, splits, readings)
     stats |= facts or {}
     rows = {split: [oriented_row(prompt, rng) for prompt in splits[split]] for split in splits}
     started = run_dir.begin_stage(run, "data", settings, inputs)
     with run_dir.replacing(run / "data") as partial:
         partial.mkdir()
-        for split in rows:
-            data.write_split(partial / f"{split}.parquet", rows[split])
+        for split, prompt_rows in rows.items():
+            data.write_split(partial / f"{split}.parquet", prompt_rows)
         run_dir.write_json(partial / "stats.json", stats)
     figures.write_votes(majority, run / "figures" / "data_votes")
     run_dir.end_stage(run, "data", settings, inputs, started)
     tables.print_counts(stats)
 
 
-def beside_paper(args, name, paper, here, readings):
+def beside_paper(args, name, paper, splits, readings):
     """Return the paper's figures, ours, their difference, and ours under other readings."""
-    other = {}
+    here, other = tables.paper_columns(splits, args.ties), {}
     for reading, (comparisons, ties) in readings.items():
         # A reading that leaves too little, or that alone reads broken rows, has no column.
         with contextlib.suppress(cli.InputError):
             rng = np.random.default_rng([args.seed, 1])
-            prompts, dropped = group(comparisons(), ties)
-            splits = divide(args, name, prompts, dropped, rng, ties)
-            other[reading] = tables.paper_columns(splits, ties)
+            splits_then, _ = divide(args, name, comparisons(), rng, ties)
+            other[reading] = tables.paper_columns(splits_then, ties)
     difference = {column: here[column] - figure for column, figure in paper.items()}
     return {"paper": paper, "here": here, "difference": difference, "other_readings": other}

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,19 +44,15 @@ def parser(doc):
 
 def add_source_arguments(flags):
     """Add --source and --revision to a parser."""
-    flags.add_argument(
-        "--source",
-        type=Path,
-        metavar="PATH",
-        help="a local copy instead of the hub: a .parquet, .json or .jsonl file, also .gz, or a "
+    source_help = (
+        "a local copy instead of the hub: a .parquet, .json or .jsonl file, also .gz, or a "
         "directory, of which the files (or folders) named train*, validation* and test* are the "
-        "splits",
+        "splits"
     )
-    flags.add_argument(
-        "--revision",
-        help="commit, branch or tag on the hub (default: the newest; the commit that was read is "
-        "recorded)",
-    )
+    flags.add_argument("--source", type=Path, metavar="PATH", help=source_help)
+    newest = "the newest; the commit that was read is recorded"
+    revision_help = f"commit, branch or tag on the hub (default: {newest})"
+    flags.add_argument("--revision", help=revision_help)
 
 
 # ---- files
@@ -66,21 +63,19 @@ def local_files(path):
     if not path.is_dir():
         return {None: [path]}
     files = {}
+    stems = set()
     for file in sorted(path.rglob("*")):
         split = split_by_name(file.relative_to(path))
         if split and file.is_file() and readable(file):
             files.setdefault(split, []).append(file)
-    for split in files:
-        stems = Counter(file.parent / file.name.split(".")[0] for file in files[split])
-        for stem, count in stems.items():
-            if count > 1:
+            stem = file.parent / file.name.split(".")[0]
+            if stem in stems:
                 several = "found in several forms, of which each would count"
                 raise cli.InputError(f"{stem}.*: one file expected, {several}")
+            stems.add(stem)
     if not files:
-        raise cli.InputError(
-            f"{path}: no file named train*, validation* or test* found, "
-            f"with an ending {ENDINGS}, also .gz"
-        )
+        names = "no file named train*, validation* or test* found"
+        raise cli.InputError(f"{path}: {names}, with an ending {ENDINGS}, also .gz")
     return files
 
 
@@ -91,11 +86,8 @@ def split_by_name(file):
     """
     if any(name.startswith(".") for name in file.parts):
         return None
-    for name in reversed(file.parts):
-        for split in THEIR_SPLITS:
-            if name.lower().startswith(split):
-                return split
-    return None
+    names = product(reversed(file.parts), THEIR_SPLITS)
+    return next((split for name, split in names if name.lower().startswith(split)), None)
 
 
 def readable(file):
@@ -110,13 +102,11 @@ def hub_files(dataset, revision, flag):
     flag: the script's flag for a local copy. Raises InputError where the hub cannot be read, with
     what to download by hand and the command to run then.
     """
-    import datasets  # These two take seconds, so they are imported only where they are needed.
-    import huggingface_hub
+    import datasets  # It takes seconds, so it is imported only where it is needed.
 
-    for library in (datasets, huggingface_hub):
-        library.utils.logging.set_verbosity_error()
-    # It would print a line for each of many attempts.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # These would print a line for each of many attempts.
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     options = dataset.options | ({"revision": revision} if revision else {})
     print(f"data: asking the hub for {dataset.hub}")
     try:
@@ -125,10 +115,10 @@ def hub_files(dataset, revision, flag):
         files = datasets.DownloadManager().download(urls)
     except Exception as error:  # It may come from half a dozen libraries, down to the socket's.
         reason = f"{type(error).__name__}: {cli.first_line(error).rstrip('.')}"
+        command = run_dir.command_with(flag, "PATH", without="--revision")
         raise cli.InputError(
             f"{dataset.hub} could not be read from the hub ({reason}); download {dataset.files} "
-            f"from https://huggingface.co/datasets/{dataset.hub} and run: "
-            f"{run_dir.command_with(flag, 'PATH')}"
+            f"from https://huggingface.co/datasets/{dataset.hub} and run: {command}"
         ) from None
     commits = {url.split("@", 1)[1].split("/", 1)[0] for split in urls for url in urls[split]}
     paths = {split: [Path(file) for file in files[split]] for split in files}
@@ -166,12 +156,9 @@ def our_splits(files):
 
 def hash_source(path, files):
     """Return one hash of all files of a local copy, by their names and bytes."""
+    source_files = sum(files.values(), [])
     try:
-        hashes = {
-            str(file.relative_to(path)): run_dir.hash_file(file)
-            for paths in files.values()
-            for file in paths
-        }
+        hashes = {str(file.relative_to(path)): run_dir.hash_file(file) for file in source_files}
     except OSError as error:
         raise cli.InputError(f"{path}: cannot be read ({error.strerror})") from None
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
@@ -189,33 +176,30 @@ class Source:
             raise cli.InputError(f"--revision {args.revision}: {hubs}, and {flag} is given")
         self.args, self.dataset, self.flag = args, dataset, flag
         self.facts = {"hub": dataset.hub, "commit": None, "rows": {}}
+        self.files, self.inputs = None, {"source": f"{dataset.hub}@{args.revision or 'newest'}"}
         if args.source:
             self.files = local_files(args.source)
             self.inputs = {"source": hash_source(args.source, self.files)}
-        else:
-            self.files = None
-            self.inputs = {"source": f"{dataset.hub}@{args.revision or 'newest'}"}
 
     def rows(self):
         """Yield (our split, where, row) in the order of the files.
 
         A number of rows that is not the published one is a warning, the first time.
         """
-        revision, expected = self.args.revision, sum(self.dataset.rows.values())
+        args, dataset, total = self.args, self.dataset, sum(self.dataset.rows.values())
         if self.files is None:
-            self.files, self.facts["commit"] = hub_files(self.dataset, revision, self.flag)
+            self.files, self.facts["commit"] = hub_files(dataset, args.revision, self.flag)
         ours, counts = our_splits(self.files), dict.fromkeys(self.files, 0)
-        source_rows = read(self.files, self.dataset.fields)
-        bar = {"leave": False, "unit": "row", "mininterval": 1}
         # disable=None: no bar where stderr is a file.
-        for split, where, row in tqdm(source_rows, "data", expected, disable=None, **bar):
+        bar = {"leave": False, "unit": "row", "mininterval": 1, "disable": None}
+        for split, where, row in tqdm(read(self.files, dataset.fields), "data", total, **bar):
             counts[split] += 1
             yield ours[split], where, row
         if not any(counts.values()):
-            raise cli.InputError(f"{self.args.source or self.dataset.hub}: no row found")
+            raise cli.InputError(f"{args.source or dataset.hub}: no row found")
         if not self.facts["rows"]:
             self.facts["rows"] = {split or "all": count for split, count in counts.items()}
-            warn_of_rows(counts, {None: expected} if None in counts else self.dataset.rows)
+            warn_of_rows(counts, {None: total} if None in counts else dataset.rows)
 
 
 def warn_of_rows(counts, published):
@@ -239,24 +223,15 @@ def prepare_published(args, dataset, comparisons, votes, paper, choices):
 
     def reading(**changes):
         changed_args = argparse.Namespace(**(vars(args) | changes))
-        return lambda: comparisons(source.rows(), changed_args)
+        return lambda: comparisons(source.rows(), changed_args), changed_args.ties
 
-    readings = {}
-    for flag, values in choices.items():
-        for value in values:
-            if value != getattr(args, flag):
-                ties = value if flag == "ties" else args.ties
-                readings[f"--{flag} {value}"] = reading(**{flag: value}), ties
-    settings = {flag: getattr(args, flag) for flag in choices}
-    facts = {"source": source.facts}
-    prompts.prepare(
-        args,
-        dataset.name,
-        reading(),
-        votes,
-        source.inputs,
-        settings,
-        paper=paper,
-        readings=readings,
-        facts=facts,
-    )
+    readings = {
+        f"--{flag} {value}": reading(**{flag: value})
+        for flag, values in choices.items()
+        for value in values
+        if value != getattr(args, flag)
+    }
+    settings, facts = {flag: getattr(args, flag) for flag in choices}, {"source": source.facts}
+    beside = {"paper": paper, "readings": readings, "facts": facts}
+    ours, _ = reading()
+    prompts.prepare(args, dataset.name, ours, votes, source.inputs, settings, **beside)

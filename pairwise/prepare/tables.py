@@ -6,6 +6,16 @@ paper in which a tie counts in n; any other value changes nothing here.
 
 import numpy as np
 
+LABELS = {  # the columns of tables 1 and 2
+    "responses": "responses",
+    "pairs": "pairs, train and test",
+    "train_pairs": "pairs, train",
+    "train_prompts": "prompts, train",
+    "test_prompts": "prompts, test",
+    "annotators_mean": "votes a pair",
+    "majority_mean": "majority share",
+}
+
 
 def in_all(splits):
     """Return the prompts of all splits."""
@@ -39,17 +49,10 @@ def paper_columns(splits, ties):
 
     The paper does not say whether its pairs are those of train alone, so both are given.
     """
-    every = describe(in_all(splits), ties)
     train = describe(splits["train"] + splits.get("valid", []), ties)
-    return {
-        "responses": every["responses"],
-        "pairs": every["pairs"],
-        "train_pairs": train["pairs"],
-        "train_prompts": train["prompts"],
-        "test_prompts": len(splits["test"]),
-        "annotators_mean": every["annotators_mean"],
-        "majority_mean": every["majority_mean"],
-    }
+    columns = {"train_pairs": train["pairs"], "train_prompts": train["prompts"]}
+    columns |= describe(in_all(splits), ties) | {"test_prompts": len(splits["test"])}
+    return {name: columns[name] for name in LABELS}
 
 
 def print_counts(stats):
@@ -62,10 +65,8 @@ def print_counts(stats):
         )
     for reason, count in stats["dropped"].items():
         print(f"data: {count:,} dropped: {reason}")
-    test_prompts = stats["splits"]["test"]["prompts"]
-    if test_prompts < 20:
-        few = f"only {test_prompts} test prompts"
-        print(f"data: warning: {few}, so the intervals will be wide")
+    if (count := stats["splits"]["test"]["prompts"]) < 20:
+        print(f"data: warning: only {count} test prompts, so the intervals will be wide")
     if "paper" in stats:
         print(comparison_with_paper(stats))
 
@@ -74,18 +75,9 @@ def comparison_with_paper(stats):
     """Return the paper's figures beside ours, as text."""
     columns = {name: stats[name] for name in ("paper", "here", "difference")}
     columns |= stats["other_readings"]
-    labels = {
-        "responses": "responses",
-        "pairs": "pairs, train and test",
-        "train_pairs": "pairs, train",
-        "train_prompts": "prompts, train",
-        "test_prompts": "prompts, test",
-        "annotators_mean": "votes a pair",
-        "majority_mean": "majority share",
-    }
     lines = [f"{stats['dataset']} beside tables 1 and 2 of the paper"]
     lines.append(" " * 22 + "".join(f"  {column:>10}" for column in columns))
-    for key, label in labels.items():
+    for key, label in LABELS.items():
         line = f"{label:22}"
         number = ",.3f" if key.endswith("mean") else ","
         for column, figures in columns.items():
