@@ -5,6 +5,7 @@ from metrics.json as evaluate.py wrote it: nothing is computed here but bins and
 """
 
 import io
+import itertools
 
 from pairwise import run_dir, theory
 
@@ -15,22 +16,14 @@ from matplotlib.ticker import MaxNLocator
 
 NARROW, WIDE = 3.4, 7.0  # One and two columns of a paper, in inches.
 STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 8),
+    **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 7),
+    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     "axes.titlelocation": "left",
     "axes.formatter.useoffset": False,
     "axes.formatter.limits": (-3, 7),
-    "legend.frameon": False,
     "legend.handlelength": 2.8,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
     "pdf.fonttype": 42,
     "svg.hashsalt": "pairwise",  # It makes the ids in an SVG the same in every run.
 }
@@ -38,41 +31,39 @@ STYLE = {
 INK, BLUE, ORANGE, GREEN, GREY = "black", "#0072B2", "#D55E00", "#00795a", "#777777"
 BAR = "#6f8fae"
 
-# The reference lines of figure `calibration`: their keys in metrics["splits"]["test"], against the
-# votes and against the true fractions, their label and how they are drawn.
-REFERENCE_LINES = [
-    (
-        "floor_single",
-        "floor_true",
-        "single deterministic reward (shaded): at least",
-        {"color": ORANGE, "lw": 1.1},
-    ),
-    ("coin_flip", "coin_true", "coin flip", {"color": GREEN, "lw": 1.1, "ls": (0, (6, 2))}),
-    (
-        "soft_single",
-        "soft_true",
-        "single soft model",
-        {"color": BLUE, "lw": 1.1, "ls": (0, (4, 1.5, 1, 1.5))},
-    ),
-    ("irreducible", None, "irreducible error Ĉ", {"color": INK, "lw": 1, "ls": (0, (1, 1.5))}),
+FLOOR = "floor of any single deterministic reward"
+# What the ensemble is compared with: name, key in metrics["splits"]["test"], key of the same
+# against the true fractions, how it is computed.
+REFERENCES = [
+    (FLOOR, "floor_single", "floor_true", "mean min(p, 1-p)^2"),
+    ("coin flip", "coin_flip", "coin_true", "p_hat = 1/2 for every pair"),
+    ("single soft model", "soft_single", "soft_true", "sigmoid(r1(y1) - r1(y2)) of member 1"),
+    ("irreducible error C_hat", "irreducible", None, "the true fractions' own score"),
 ]
+REFERENCE_STYLES = {  # by the first key
+    "floor_single": {"color": ORANGE, "lw": 1.1},
+    "coin_flip": {"color": GREEN, "lw": 1.1, "ls": (0, (6, 2))},
+    "soft_single": {"color": BLUE, "lw": 1.1, "ls": (0, (4, 1.5, 1, 1.5))},
+    "irreducible": {"color": INK, "lw": 1, "ls": (0, (1, 1.5))},
+}
 
 
-def num(x, none="–"):
+def num(x, none="–", digits=4):
     """Write x with four decimals and no zero before the point, .0945; None becomes `none`."""
     if x is None:
         return none
-    text = f"{x:.4f}"
-    text = text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
-    return ".0000" if text == "-.0000" else text
+    text = f"{round(x, digits) + 0.0:.{digits}f}"  # -0.0 + 0.0 is 0.0, without a minus.
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 
 
 def short(x):
     """Write x with two decimals, .25; an exact zero as 0, and what rounds to zero as .00."""
-    if x == 0:
-        return "0"
-    rounded = round(x, 2) + 0.0  # -0.0 + 0.0 is 0.0: no minus stands before .00.
-    return f"{rounded:.2f}".replace("0.", ".", 1).replace("-", "−")
+    return "0" if x == 0 else num(x, digits=2).replace("-", "−")
+
+
+def pretty(text):
+    """Write plain-text mathematics as a page or a figure shows it."""
+    return text.replace("p_hat", "p̂").replace("C_hat", "Ĉ").replace("^2", "²").replace(" - ", " − ")
 
 
 def save(fig, stem):
@@ -109,26 +100,19 @@ def calibration(split, chosen):
     split: metrics["splits"]["test"]; chosen: the k to mark, or None. Below a panel stands a legend
     with the values of its reference lines, because labels beside nearly equal lines would collide.
     """
-    simulated = split["ensemble"][-1].get("true_error") is not None
-    shown_lines = sum(split.get(line[0]) is not None for line in REFERENCE_LINES)
-    rows = 3 + (chosen is not None) + shown_lines  # of the legend
-    fig = Figure(figsize=(WIDE if simulated else NARROW, 2.65 + 0.13 * rows))
-    bottom = 0.13 * rows + 0.48
+    simulated = split["ensemble"][-1]["true_error"] is not None
+    lines = sum(split[key] is not None for _, key, _, _ in REFERENCES)
+    legend_height = 0.13 * (3 + (chosen is not None) + lines)
+    wide, tall = WIDE if simulated else NARROW, 2.65 + legend_height
+    fig = Figure(figsize=(wide, tall))
+    bottom = legend_height + 0.48
     for left, against_truth in ((0, False), (NARROW + 0.15, True))[: 1 + simulated]:
-        height = fig.get_figheight() - bottom - 0.25
-        axes = axes_at(fig, left + 0.66, bottom, 2.64, height)
+        axes = axes_at(fig, left + 0.66, bottom, 2.64, tall - bottom - 0.25)
         error_panel(axes, split, chosen, against_truth)
-        fig.legend(
-            *axes.get_legend_handles_labels(),
-            loc="upper left",
-            bbox_to_anchor=(
-                (left + 0.3) / fig.get_figwidth(),
-                (bottom - 0.42) / fig.get_figheight(),
-            ),
-            borderaxespad=0,
-            borderpad=0,
-            labelspacing=0.3,
-        )
+        corner = (left + 0.3) / wide, (bottom - 0.42) / tall
+        spacing = {"borderaxespad": 0, "borderpad": 0, "labelspacing": 0.3}
+        handles = axes.get_legend_handles_labels()
+        fig.legend(*handles, loc="upper left", bbox_to_anchor=corner, **spacing)
     return fig
 
 
@@ -136,8 +120,6 @@ def error_panel(axes, split, chosen, against_truth):
     """Draw the error against the votes (the Brier score) or against the true fractions."""
     ensemble = split["ensemble"]
     sizes = np.array([entry["k"] for entry in ensemble])
-    lines = [(split.get(line[1 if against_truth else 0]), *line[2:]) for line in REFERENCE_LINES]
-    lines = [line for line in lines if line[0] is not None]
     if against_truth:
         axes.set_ylabel("true error")
         title, bound, c = "against the true fractions", "Theorem 2: 1/(4k)", 0
@@ -145,19 +127,19 @@ def error_panel(axes, split, chosen, against_truth):
     else:
         axes.set_ylabel("calibration error (Brier score)")
         title, bound = "against the annotators' votes", "Theorem 2: 1/(4k) + Ĉ"
-        c = split.get("irreducible")
+        c = split["irreducible"]
         error = [entry["brier"] for entry in ensemble]
-        soft = [entry.get("brier_soft") for entry in ensemble]
-        soft = [] if None in soft else soft
-        limits = [entry.get("brier_ci") for entry in ensemble]
-        bars = [(k, *ci) for k, ci in zip(sizes, limits) if ci is not None and None not in ci]
+        soft = [entry["brier_soft"] for entry in ensemble]
+        bars = [entry["brier_ci"] for entry in ensemble]
+    lines = {
+        key: split.get(true_key if against_truth else key) for _, key, true_key, _ in REFERENCES
+    }
+    lines = {key: value for key, value in lines.items() if value is not None}
     # The left corner above the axes is for the exponent of tiny values.
     axes.set_title(title, loc="center", y=1.03, pad=0)
-    scale(
-        axes, sizes, [*error, *soft, *(x for bar in bars for x in bar[1:]), *(x[0] for x in lines)]
-    )
+    scale(axes, sizes, [*error, *soft, *itertools.chain(*bars), *lines.values()])
 
-    for k, *limits in bars:
+    for k, limits in zip(sizes, bars):
         axes.plot([k] * 2, limits, color=INK, lw=0.7, marker="_", ms=4, zorder=4)
     label = "ensemble" + (", 95 % interval" if bars else "")
     axes.plot(sizes, error, "o-", color=INK, ms=3.5, lw=1.4, zorder=5, label=label)
@@ -168,16 +150,18 @@ def error_panel(axes, split, chosen, against_truth):
     if soft:
         label = "the same mixture with soft votes"
         axes.plot(sizes, soft, "s-", color=BLUE, ms=2.2, lw=0.7, zorder=4, label=label)
-    for value, label, style in lines:
-        axes.axhline(value, label=f"{label} {num(value)}", zorder=3, **style)
+    labels = {key: pretty(name) for name, key, _, _ in REFERENCES}
+    labels["floor_single"] = "single deterministic reward (shaded): at least"
+    for key, value in lines.items():
+        label = f"{labels[key]} {num(value)}"
+        axes.axhline(value, label=label, zorder=3, **REFERENCE_STYLES[key])
     low, high = axes.get_ylim()
-    axes.axhspan(low, lines[0][0], color="#f0e9d2", lw=0, zorder=0)  # below the floor
+    axes.axhspan(low, lines["floor_single"], color="#f0e9d2", lw=0, zorder=0)
     # The bound at k = 1 would flatten everything else, so it is drawn only where it fits.
     if c is not None and theory.theorem2(sizes[-1], c) < high:
         fine = np.linspace(sizes[0], sizes[-1] + 0.5, 200)
-        dashes = (0, (5, 1.5, 1, 1.5, 1, 1.5))
-        values = theory.theorem2(fine, c)
-        axes.plot(fine, values, color=GREY, lw=1, ls=dashes, zorder=3, label=bound)
+        style = {"color": GREY, "lw": 1, "ls": (0, (5, 1.5, 1, 1.5, 1, 1.5)), "zorder": 3}
+        axes.plot(fine, theory.theorem2(fine, c), label=bound, **style)
 
 
 def scale(axes, sizes, shown):
@@ -186,7 +170,7 @@ def scale(axes, sizes, shown):
     low, high = max(min(shown) - pad, -0.3 * pad), max(shown) + pad
     axes.set(xlim=(sizes[0] - 0.5, sizes[-1] + 0.5), ylim=(low, high), xlabel="ensemble size k")
     step = -(-len(sizes) // 10)
-    axes.set_xticks(sizes if step == 1 else [k for k in sizes if k % step == 0])
+    axes.set_xticks([k for k in sizes if k % step == 0])
     axes.set_yticks([y for y in MaxNLocator(6).tick_values(low, high) if max(0, low) <= y <= high])
 
 
@@ -198,8 +182,7 @@ def kendall(diversity):
     if not diversity:
         return None
     tau = np.array(diversity["kendall_tau"], dtype=float)
-    least = np.min(tau, where=np.isfinite(tau), initial=0)
-    low = min(0.0, np.floor(10 * least) / 10)
+    low = np.floor(10 * np.min(tau, where=np.isfinite(tau), initial=0)) / 10
     title = f"Kendall τ, colours from {low:g} to 1".replace("-", "−")
     return matrix(tau, low, 1.0, title, "member", range(1, len(tau) + 1))
 
@@ -209,8 +192,8 @@ def wins(diversity):
     if not diversity or diversity["win"][0][0] is None:
         return None
     rows = range(1, len(diversity["win"]) + 1)
-    title = "share of the others ranked below"
-    return matrix(diversity["win"], 0.0, 1.0, title, "favourite of member", rows)
+    labels = "share of the others ranked below", "favourite of member"
+    return matrix(diversity["win"], 0.0, 1.0, *labels, rows)
 
 
 def mixture_weights(weights):
@@ -238,9 +221,8 @@ def matrix(values, low, high, title, ylabel, rows):
     fig = Figure(figsize=(wide, tall))
     axes = axes_at(fig, left, 0.45, m * width, n * height)
     edges = np.arange(m + 1) + 0.5, np.arange(n + 1) + 0.5
-    known = np.ma.masked_invalid(values)
     options = {"cmap": "Blues", "vmin": low, "vmax": high, "edgecolors": "white", "lw": 0.8}
-    mesh = axes.pcolormesh(*edges, known, **options)
+    mesh = axes.pcolormesh(*edges, np.ma.masked_invalid(values), **options)
     axes.set(ylim=(n + 0.5, 0.5), xlabel="member", ylabel=ylabel)
     fig.text(0.5, 1 - 0.08 / tall, title, va="top", ha="center")
     step = -(-max(m, n) // 24)
@@ -281,16 +263,14 @@ def majority_shares(p):
     """
     majority = np.round(np.maximum(p, 1 - p), 9)
     values, counts = np.unique(majority, return_counts=True)
-    gap = np.diff(values).min() if len(values) > 1 else 0.5
-    if len(values) <= 12:
-        width = min(0.8 * gap, 0.04)
-    else:
+    width = min(0.8 * np.diff(values).min(initial=1), 0.04)
+    if len(values) > 12:
         counts, edges = majority_bins(majority)
         values, width = edges[:-1] + 0.025, 0.05
     height = 100 * counts / len(p)
     fig, axes = subplots(NARROW, 2.2)
     axes.bar(values, height, width, color=BAR, edgecolor=INK, lw=0.5)
-    if len(values) == 1 or np.diff(values).min() > 0.045:  # There is room for numbers over bars.
+    if np.diff(values).min(initial=1) > 0.045:  # There is room for numbers over bars.
         for x, y in zip(values, height):
             text = f"{y:.0f}" if y >= 1 else "<1" if y else ""
             above = y + 0.015 * height.max()
@@ -313,20 +293,15 @@ def reliability(p, p_hat):
     Each pair counts in both orders, because which response stands first means nothing.
     """
     x, y = np.round(np.concatenate([p_hat, 1 - p_hat]), 9), np.concatenate([p, 1 - p])
-    values, group = np.unique(x, return_inverse=True)
-    binned = len(values) > 12
+    centre, group = np.unique(x, return_inverse=True)
+    width = min(0.04, 0.8 * np.diff(centre).min(initial=1))
+    binned = len(centre) > 12
     if binned:  # The number of bins is odd: 1/2 is the middle of one, not an edge.
-        group = np.minimum((x * 11).astype(int), 10)
+        bins, group = np.unique(np.minimum((x * 11).astype(int), 10), return_inverse=True)
+        centre, width = (bins + 0.5) / 11, 1 / 11
     count = np.bincount(group)
-    filled, divisor = count > 0, np.maximum(count, 1)
-    mean_x, mean_y = np.bincount(group, x) / divisor, np.bincount(group, y) / divisor
-    spread = np.sqrt(np.maximum(np.bincount(group, y * y) / divisor - mean_y**2, 0))
-    mean_x, mean_y, spread, count = (a[filled] for a in (mean_x, mean_y, spread, count))
-    if binned:
-        centre, width = (np.floor(mean_x * 11).clip(0, 10) + 0.5) / 11, 1 / 11
-    else:
-        centre = mean_x
-        width = min(0.04, 0.8 * np.diff(values).min()) if len(values) > 1 else 0.04
+    mean_x, mean_y = np.bincount(group, x) / count, np.bincount(group, y) / count
+    spread = np.sqrt(np.maximum(np.bincount(group, y * y) / count - mean_y**2, 0))
 
     fig, (axes, below) = subplots(NARROW, 3.7, 2, 1, sharex=True, height_ratios=[4, 1])
     axes.plot([0, 1], [0, 1], color=GREY, lw=0.8, ls=(0, (4, 2)), label=r"$p = \hat{p}$")
@@ -340,8 +315,9 @@ def reliability(p, p_hat):
     below.bar(centre, percent, max(width, 0.006), color=BAR, edgecolor=INK, lw=0.4)
     below.set(xlabel=r"ensemble's share $\hat{p}$", ylabel="pairs (%)")
     below.yaxis.set_major_locator(MaxNLocator(3))
-    handles = axes.get_legend_handles_labels()
-    fig.legend(*handles, loc="outside lower center", ncols=3, columnspacing=1.2)
+    fig.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, columnspacing=1.2
+    )
     return fig
 
 
@@ -374,9 +350,8 @@ def training(logs):
         return None
     columns = min(4, len(logs))
     rows = -(-len(logs) // columns)
-    wide, tall = NARROW if columns < 3 else WIDE, 0.5 + 1.25 * rows
-    shared = {"sharex": True, "sharey": True, "squeeze": False}
-    fig, panels = subplots(wide, tall, rows, columns, **shared)
+    shape = NARROW if columns < 3 else WIDE, 0.5 + 1.25 * rows, rows, columns
+    fig, panels = subplots(*shape, sharex=True, sharey=True, squeeze=False)
     for axes, (title, lines) in zip(panels.flat, logs.items()):
         loss = np.array([line["loss"] for line in lines])
         pairs = np.cumsum([line["pairs"] for line in lines])

@@ -13,19 +13,6 @@ from pairwise import figures, run_dir, theory
 import jinja2
 import matplotlib
 
-# What the ensemble is compared with: name, key in metrics["splits"]["test"], key of the same
-# against the true fractions, how it is computed.
-REFERENCES = [
-    (
-        "floor of any single deterministic reward",
-        "floor_single",
-        "floor_true",
-        "mean min(p, 1-p)^2",
-    ),
-    ("coin flip", "coin_flip", "coin_true", "p_hat = 1/2 for every pair"),
-    ("single soft model", "soft_single", "soft_true", "sigmoid(r1(y1) - r1(y2)) of member 1"),
-    ("irreducible error C_hat", "irreducible", None, "the true fractions' own score"),
-]
 ERRORS = ("brier", "brier_ci", "brier_soft", "excess", "true_error", "l1", "pearson")
 LEGEND = (
     "Brier: mean (p_hat - p)^2, the pairwise calibration error; p: share of annotators, p_hat: "
@@ -40,28 +27,20 @@ LEGEND = (
 
 def interval(limits, none="–"):
     """Write the two limits of an interval, [.0945, .1012]; `none` where they do not exist."""
-    missing = limits is None or None in limits
-    return none if missing else f"[{figures.num(limits[0])}, {figures.num(limits[1])}]"
-
-
-def pretty(text):
-    """Write plain-text mathematics as a page shows it."""
-    return text.replace("p_hat", "p̂").replace("C_hat", "Ĉ").replace("^2", "²").replace(" - ", " − ")
+    if limits is None or None in limits:
+        return none
+    return f"[{figures.num(limits[0])}, {figures.num(limits[1])}]"
 
 
 def cells(entry, *keys, none="–"):
-    """Write entry[key] for every key: an interval where the key ends in _ci, else a number.
+    """Write entry[key] of every key, an interval or a number; text and whole numbers stay."""
 
-    Text and whole numbers stay as they are.
-    """
-    texts = []
-    for key in keys:
-        x = entry[key]
-        if key.endswith("_ci"):
-            texts.append(interval(x, none))
-        else:
-            texts.append(x if isinstance(x, int | str) else figures.num(x, none))
-    return texts
+    def text(x):
+        if isinstance(x, list):
+            return interval(x, none)
+        return x if isinstance(x, int | str) else figures.num(x, none)
+
+    return [text(entry[key]) for key in keys]
 
 
 def references(split):
@@ -71,40 +50,36 @@ def references(split):
     """
     rows = [
         (name, split[key], split[f"{key}_ci"], split.get(true_key), how)
-        for name, key, true_key, how in REFERENCES
+        for name, key, true_key, how in figures.REFERENCES
     ]
-    whole, c = split["ensemble"][-1], split["irreducible"]
-    if whole["true_error"] is not None:
-        k = whole["k"]
-        bound = None if c is None else theory.theorem2(k, c)
+    k, c = split["ensemble"][-1]["k"], split["irreducible"]
+    if split["floor_true"] is not None:
+        bound, true_bound = None if c is None else theory.theorem2(k, c), theory.theorem2(k)
         how = "some k-ensemble reaches 1/(4k) + C_hat"
-        rows.append((f"Theorem 2 at k = {k}", bound, None, theory.theorem2(k), how))
+        rows.append((f"Theorem 2 at k = {k}", bound, None, true_bound, how))
     return rows
 
 
 def chosen_size(metrics):
     """The k that validation prompts choose, or None; weights from elsewhere leave no choice."""
-    several = len(metrics["splits"]["test"]["ensemble"]) > 1
-    return metrics["k_valid"] if several else None
+    return metrics["k_valid"] if len(metrics["splits"]["test"]["ensemble"]) > 1 else None
 
 
 def table(metrics):
     """The result table in plain text, at most 100 columns."""
     split = metrics["splits"]["test"]
-    title = (
-        f"{metrics['dataset']}, test split: {split['prompts']} prompts, {split['pairs']} pairs, "
-        f"{split['annotators_mean']:.1f} votes a pair. All errors: lower is better."
-    )
+    counts = f"{split['prompts']} prompts, {split['pairs']} pairs"
+    votes = f"{split['annotators_mean']:.1f} votes a pair"
+    title = f"{metrics['dataset']}, test split: {counts}, {votes}. All errors: lower is better."
     head = ("k", "Brier", "95 % interval", "soft", "excess", "true err.", "L1", "r")
     columns = "{:>3}  {:>6}  {:>14}  {:>6}  {:>6}  {:>9}  {:>5}  {:>6}  "
     lines = [*textwrap.wrap(title, 100), "", columns.format(*head) + "mixture weights"]
     for entry in split["ensemble"]:
-        row = columns.format(entry["k"], *cells(entry, *ERRORS, none="-"))
+        row = columns.format(*cells(entry, "k", *ERRORS, none="-"))
         alpha = " ".join(figures.short(a).ljust(3) for a in entry["alpha"])
         indent = {"initial_indent": row, "subsequent_indent": " " * len(row)}
         lines += textwrap.wrap(alpha, 100, **indent)
-    if chosen_size(metrics):
-        k = metrics["k_valid"]
+    if k := chosen_size(metrics):
         lines.append(f"on validation prompts the Brier score is least with k = {k}")
 
     columns = "{:<42}{:>6}  {:>14}  {:>9}"
@@ -116,8 +91,8 @@ def table(metrics):
     columns = "{:>6}  {:>6}  {:>6}  {:>14}  {:>6}  {:>8}"
     head = ("member", "Brier", "Phi", "95 % interval", "regret", "accuracy")
     lines += ["", columns.format(*head)]
-    keys = ("brier", "disagreement", "disagreement_ci", "regret", "accuracy")
-    lines += [columns.format(m["j"], *cells(m, *keys, none="-")) for m in split["members"]]
+    keys = ("j", "brier", "disagreement", "disagreement_ci", "regret", "accuracy")
+    lines += [columns.format(*cells(member, *keys, none="-")) for member in split["members"]]
     return "\n".join([*lines, "", *textwrap.wrap(LEGEND, 100)])
 
 
@@ -135,12 +110,12 @@ def origin(stages):
 
     stages: the manifest's, by name, whose keys may be missing.
     """
-    names = sorted(stages)
-    settings = [stages[x].get("settings") or {} for x in names if x.startswith("member_")]
-    formulas = dict.fromkeys(
-        (stages[x]["settings"].get("target"), stages[x]["target_formula"])
-        for x in names
-        if "target_formula" in stages[x]
+    members = [stages[name] for name in sorted(stages) if name.startswith("member_")]
+    settings = [member.get("settings") or {} for member in members]
+    targets = dict.fromkeys(
+        figures.pretty(f"{member['settings'].get('target')}: {member['target_formula']}")
+        for member in members
+        if "target_formula" in member
     )
     shown_alone = ("target", "train", "base", "seed")
     keys = dict.fromkeys(key for entry in settings for key in entry if key not in shown_alone)
@@ -151,7 +126,7 @@ def origin(stages):
     return {
         "base": distinct([*settings, *stages.values()], "base"),
         "train": distinct(settings, "train"),
-        "targets": [pretty(f"{name}: {formula}") for name, formula in formulas],
+        "targets": list(targets),
         "seeds": distinct(settings, "seed"),
         "data_seeds": distinct([stages.get("data", {}).get("settings") or {}], "seed"),
         "settings": [f"{key} {text}" for key, text in others.items() if text],
@@ -167,8 +142,8 @@ def comparisons(split):
 
     certain: whether the whole interval lies on the same side; None where the two are equal.
     """
-    whole, lines = split["ensemble"][-1], []
-    brier, (low, high) = whole["brier"], whole["brier_ci"]
+    brier, (low, high) = split["ensemble"][-1]["brier"], split["ensemble"][-1]["brier_ci"]
+    lines = []
     for name, value, *_ in references(split)[:3]:
         if value is not None:
             side = "below" if brier < value else "above" if brier > value else "equal to"
@@ -179,13 +154,14 @@ def comparisons(split):
 
 def favourites(cases):
     """(prompt, rows) of each case; members with the same favourite share a row."""
-    shown = []
+    prompts = []
     for case in cases:
         members = {}
         for j, text in enumerate(case["texts"], 1):
             members.setdefault(text, []).append(str(j))
-        shown.append((case["prompt"], [(", ".join(js), text) for text, js in members.items()]))
-    return shown
+        rows = [(", ".join(numbers), text) for text, numbers in members.items()]
+        prompts.append((case["prompt"], rows))
+    return prompts
 
 
 def page_values(metrics, weights, stages):
@@ -197,10 +173,7 @@ def page_values(metrics, weights, stages):
         "metrics": metrics,
         "chosen": chosen_size(metrics),
         "comparisons": comparisons(split),
-        "references": [
-            (pretty(name), figures.num(x), interval(limits), figures.num(true), pretty(how))
-            for name, x, limits, true, how in references(split)
-        ],
+        "references": references(split),
         "member_names": [f"member {member['j']}" for member in split["members"]],
         "outliers_known": all(None not in limits for limits in outlier_limits),
         "favourites": favourites(diversity.get("favourites") or ()),
@@ -234,7 +207,7 @@ def render(template, **values):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (figures.num, figures.short, interval, pretty, cells)
+    filters = (figures.num, figures.short, figures.pretty, interval, cells)
     environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template(Path(template).name).render(values)
 
@@ -248,8 +221,7 @@ def write(out, metrics, weights, manifest, logs, p, p_hat):
     """
     out = Path(out)
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    diversity = metrics["diversity"]
-    images = {}
+    diversity, images = metrics["diversity"], {}
     with matplotlib.rc_context(figures.STYLE):
         drawn = {
             "calibration": figures.calibration(metrics["splits"]["test"], chosen_size(metrics)),

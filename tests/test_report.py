@@ -258,7 +258,7 @@ def test_numbers_as_text():
         "1.00",
     ]
     assert report.interval([0.1, 0.2]) == "[.1000, .2000]" and report.interval(None, "-") == "-"
-    assert report.pretty("p_hat - C_hat^2") == "p̂ − Ĉ²"
+    assert figures.pretty("p_hat - C_hat^2") == "p̂ − Ĉ²"
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 7, 20, 100])
