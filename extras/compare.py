@@ -18,13 +18,9 @@ import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-# The reference lines that all settings share, and how the figure draws them.
-LINES = [line for line in report.REFERENCES if line[1] != "soft_single"]
-LINE_STYLES = {
-    "floor_single": {"color": figures.ORANGE, "lw": 1},
-    "coin_flip": {"color": figures.GREEN, "lw": 1, "ls": (0, (6, 2))},
-    "irreducible": {"color": figures.GREY, "lw": 1, "ls": (0, (1, 1.5))},
-}
+# All settings share these reference lines; the single soft model is each setting's own.
+LINES = [line for line in figures.REFERENCES if line[1] != "soft_single"]
+IRREDUCIBLE = {"color": figures.GREY, "lw": 1, "ls": (0, (1, 1.5))}
 COLOURS = figures.INK, figures.BLUE, "#CC79A7", "#8a6d00", "#56B4E9", "#5e3c99", figures.GREY
 MARKERS = "os^Dvp*X"
 DASHES = "-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2))
@@ -242,11 +238,13 @@ def draw_errors(axes, result):
         if setting["soft_single"] is not None:
             open_mark = look | {"mfc": "white", "ms": 4, "mew": 0.9, "ls": "none"}
             axes.plot(largest + 1 + shift, setting["soft_single"], **open_mark)
+    # The first setting is drawn in ink, so the irreducible error is grey.
+    styles = figures.REFERENCE_STYLES | {"irreducible": IRREDUCIBLE}
     for name, key, _, _ in LINES:
         value = result["lines"][key]
         if value is not None:
-            label = f"{report.pretty(name)} {figures.num(value)}"
-            axes.axhline(value, zorder=2, label=label, **LINE_STYLES[key])
+            label = f"{figures.pretty(name)} {figures.num(value)}"
+            axes.axhline(value, zorder=2, label=label, **styles[key])
     step = -(-largest // 10)
     ticks = list(range(step, largest + 1, step))
     axes.set_xticks([*ticks, largest + 1], [*ticks, "single\nsoft"])
