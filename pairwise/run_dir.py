@@ -123,14 +123,14 @@ def stage_done(run, stage, settings, inputs, outputs):
     the paths that it makes. Raises InputError where it was completed with other settings or inputs,
     or where an output is there that no stage has made.
     """
-    there = [path for path in outputs if path.exists()]
+    existing = [path for path in outputs if path.exists()]
     if stage not in stages(run):
-        if there:
-            unknown = f"{there[0]} exists but was not made by this stage ({stage})"
+        if existing:
+            unknown = f"{existing[0]} exists but was not made by this stage ({stage})"
             raise cli.InputError(f"{unknown}; choose another --run")
         return False
     must_agree(run, stage, settings, inputs)
-    return stages(run)[stage]["done"] and len(there) == len(outputs)
+    return stages(run)[stage]["done"] and len(existing) == len(outputs)
 
 
 def must_agree(run, stage, settings, inputs):
