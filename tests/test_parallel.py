@@ -348,7 +348,7 @@ def test_run_all_starts_it(tmp_path, flags, expected):
     lines = [
         line
         for line in done.stdout.replace(f"{REPOSITORY}/", "").splitlines()
-        if "--iteration" in line and not line.startswith("- ")
+        if "--iteration" in line and "--check" not in line
     ]
     words = f"--base {tmp_path}/run/base --threads 1 --lr 3e-3 --dtype float32"
     assert lines == [f"{expected} --run {tmp_path}/run --iteration {j} {words}" for j in (1, 2)]
