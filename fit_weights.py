@@ -119,11 +119,11 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--run", required=True, type=Path, help="directory with data/ and rewards/")
     patience = {"nargs": "?", "const": 1, "type": cli.natural, "metavar": "PATIENCE"}
-    help = (
+    stops = (
         f"exit with code {STOP} where the last PATIENCE members (1) did not lower "
         "the Brier score on the validation prompts"
     )
-    parser.add_argument("--early-stop", **patience, help=help)
+    parser.add_argument("--early-stop", **patience, help=stops)
     return parser.parse_args(argv)
 
 
