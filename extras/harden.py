@@ -249,10 +249,9 @@ def harden(train, tuning, k, layout="auto", sizes=None):
         model = SoftModel((used + 1).tolist(), w[used], tau, a)
         by_layout = fit_layouts(model, rewards, split, k, layout)
         if not by_layout:
-            needed = (
-                "pairs of members with a taste need an even --k and a run of at least two members"
-            )
-            raise cli.InputError(f"--layout {layout}: {needed}; --k {k} and {len(rewards)} found")
+            expected = "an even --k and a run of at least two members"
+            problem = f"pairs of members with a taste need {expected}"
+            raise cli.InputError(f"--layout {layout}: {problem}; --k {k} and {len(rewards)} found")
         best = min(by_layout, key=lambda name: by_layout[name][2])
         formulas, alpha, misfit = by_layout[best]
         p_hat = alpha @ member_votes(formulas, tuning_rewards, *tuning_pairs)
@@ -353,11 +352,8 @@ def parse_args(argv=None):
     add("--run", required=True, type=Path, help="a finished run, with data/ and rewards/")
     add("--out", required=True, type=Path, help="the hardened ensemble's own run directory")
     add("--k", type=cli.member_number, default=8, help="hardened members (default 8)")
-    layouts, layout = (
-        ("auto", "quantile", "equal", "fitted"),
-        "how the levels are laid out (see above)",
-    )
-    add("--layout", choices=layouts, default="auto", help=layout)
+    layouts = "auto", "quantile", "equal", "fitted"
+    add("--layout", choices=layouts, default="auto", help="how the levels are laid out (see above)")
     return parser.parse_args(argv)
 
 
