@@ -84,9 +84,7 @@ def hash_inputs(run, stored):
         names = *stored.splits, "continuations"
         files += [run_dir.reward_path(run, j, name) for name in names]
     files += sorted((run / "logs").glob("*.jsonl"))
-    hashes = {
-        str(path.relative_to(run)): run_dir.hash_file(path) for path in files if path.exists()
-    }
+    hashes = {str(x.relative_to(run)): run_dir.hash_file(x) for x in files if x.exists()}
     code = [path for pattern in CODE for path in sorted(cli.REPOSITORY.glob(pattern))]
     return data.hashes(run) | hashes | {path.name: run_dir.hash_file(path) for path in code}
 
@@ -105,11 +103,10 @@ def refitted_weights(split, rewards, sizes, resamples, seed):
         weights.error_matrix(vote_vote / n, vote_p / n, p_p / n)
         for vote_vote, vote_p, p_p, n in zip(*metrics.drawn_sums(sums, resamples, seed))
     ]
+    look = {"unit": "resample", "leave": False, "mininterval": 1, "disable": None}
     alphas = {}
     for k in sizes:
-        bar = tqdm(
-            matrices, f"weights of {k}", unit="resample", leave=False, mininterval=1, disable=None
-        )
+        bar = tqdm(matrices, f"weights of {k}", **look)
         alphas[k] = np.array([weights.simplex_weights(q[:k, :k]) for q in bar])
     return alphas
 
@@ -124,14 +121,14 @@ def refitted_intervals(forms, pairs, alphas, resamples, seed):
     forms = {name: sums[3 * i : 3 * i + 3] for i, name in enumerate(forms)}
     limits = {k: {} for k in alphas}
     for (k, alpha), (name, form) in itertools.product(alphas.items(), forms.items()):
-        errors = metrics.not_negative(name, metrics.error_of(form, alpha)) / sums[-1]
+        errors = metrics.error_of(name, form, alpha) / sums[-1]
         limits[k][f"{name}_refit_ci"] = np.percentile(errors, [2.5, 97.5]).tolist()
     return limits
 
 
 def compute(run, stored, args):
     """Return metrics.json as a dictionary."""
-    sampling = args.resamples, args.seed
+    resampling = args.resamples, args.seed
     result = {
         "dataset": stored.stats["dataset"],
         "k": len(stored.rewards["test"]),
@@ -144,29 +141,26 @@ def compute(run, stored, args):
     if stored.scores is not None:
         alpha = np.array(stored.prefixes[-1]["alpha"])
         patterns = stored.stats.get("attributes", ranking.ATTRIBUTES)
-        result["diversity"] = diversity.measure(
-            stored.scores, stored.texts, alpha, patterns, *sampling
-        )
-    soft_single = metrics.trained_on_p(run)
+        ranked = stored.scores, stored.texts, alpha, patterns
+        result["diversity"] = diversity.measure(*ranked, *resampling)
+    common = stored.prefixes, stored.stats, metrics.trained_on_p(run), *resampling
     counted = {name: data.counted_pairs(split) for name, split in stored.splits.items()}
     forms = {}
     for name, split in counted.items():
         if split is not None:
-            result["splits"][name], forms[name] = metrics.split_metrics(
-                split, stored.rewards[name], stored.prefixes, stored.stats, soft_single, *sampling
-            )
+            entry = metrics.split_metrics(split, stored.rewards[name], *common)
+            result["splits"][name], forms[name] = entry
     if "valid" in result["splits"]:
         result["k_valid"] = best_size(result["splits"]["valid"]["ensemble"])
     if args.refit:
         fitted = counted["train"] or stored.splits["train"]
         sizes = [prefix["k"] for prefix in stored.prefixes if prefix["fit"] == "qp"]
         # The seed is another one, so that splits of as many prompts are not drawn alike.
-        alphas = refitted_weights(
-            fitted, stored.rewards["train"], sizes, args.resamples, args.seed + 1
-        )
+        draws = args.resamples, args.seed + 1
+        alphas = refitted_weights(fitted, stored.rewards["train"], sizes, *draws)
         for name in forms.keys() - {"train"}:
             pairs = np.diff(counted[name].pair_start)
-            limits = refitted_intervals(forms[name], pairs, alphas, *sampling)
+            limits = refitted_intervals(forms[name], pairs, alphas, *resampling)
             for entry in result["splits"][name]["ensemble"]:
                 entry.update(limits.get(entry["k"], {}))
     return result
@@ -177,9 +171,8 @@ def main(args):
     in_place = args.out is None or args.out.resolve() == run.resolve()
     out = run if in_place else args.out
     if not in_place and (out / "manifest.json").exists():
-        raise cli.InputError(
-            f"--out {out}: another run directory found; its own results stay as they are"
-        )
+        other = f"--out {out}: another run directory found"
+        raise cli.InputError(f"{other}; its own results stay as they are")
     stored = read_stored(run)
     settings = {"resamples": args.resamples, "seed": args.seed, "refit": args.refit}
     inputs = hash_inputs(run, stored)

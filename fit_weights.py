@@ -33,9 +33,10 @@ def fit_prefixes(q):
     prefixes = []
     for k in range(1, len(q) + 1):
         q_k = q[:k, :k]
-        alpha = weights.simplex_weights(q_k)  # argmin of equation (2)
-        mse, kkt = float(alpha @ q_k @ alpha), weights.kkt_residual(q_k, alpha)
-        prefixes += [{"k": k, "alpha": alpha.tolist(), "fit": "qp", "train_mse": mse, "kkt": kkt}]
+        alpha = weights.simplex_weights(q_k)  # This is the argmin of equation (2).
+        entry = {"k": k, "alpha": alpha.tolist(), "fit": "qp"}
+        entry |= {"train_mse": float(alpha @ q_k @ alpha), "kkt": weights.kkt_residual(q_k, alpha)}
+        prefixes.append(entry)
     return prefixes
 
 
@@ -56,15 +57,12 @@ def early_stop(run, prefixes, patience):
     """Print the validation error of every prefix and whether to stop; exit with STOP where to."""
     path = run / "data" / "valid.parquet"
     if not path.exists():
-        raise cli.InputError(
-            f"{path}: no such file; --early-stop needs validation prompts: "
-            "data prepared with --valid-share"
-        )
+        needed = "--early-stop needs validation prompts: data prepared with --valid-share"
+        raise cli.InputError(f"{path}: no such file; {needed}")
     split = data.counted_pairs(data.read_split(run, "valid"))
     if split is None:
-        raise cli.InputError(
-            f"{path}: no pair of two votes found, by which --early-stop could tell"
-        )
+        missing = "no pair of two votes found, by which --early-stop could tell"
+        raise cli.InputError(f"{path}: {missing}")
     responses = int(split.response_start[-1])
     rewards = run_dir.read_rewards(run, "valid", len(prefixes), (responses,))
     member_votes = evaluator.votes(rewards, split.a, split.b) / 2
@@ -83,26 +81,22 @@ def check_kind(run):
     """Raise InputError where the weights of `run` are given by how its members came about."""
     path, kind = run / "weights.json", run_dir.kind_of(run)
     if kind in ("hardened", "pruned"):
-        raise cli.InputError(
-            f"{path}: {kind} weights found, which stay; "
-            "those of the run that it was made from are fitted, with --run of that one"
-        )
-    stages = run_dir.read_json(run / "manifest.json", {"stages": {}})["stages"]
-    if stages.get("joint", {}).get("settings", {}).get("weights") == "learned":
-        raise cli.InputError(
-            f"{path}: weights found that were learned with the rewards, which stay; "
-            "train_joint.py --weights qp leaves them to be fitted"
-        )
+        fitted = "those of the run that it was made from are fitted, with --run of that one"
+        raise cli.InputError(f"{path}: {kind} weights found, which stay; {fitted}")
+    if run_dir.stages(run).get("joint", {}).get("settings", {}).get("weights") == "learned":
+        learned = "weights found that were learned with the rewards, which stay"
+        fitted = "train_joint.py --weights qp leaves them to be fitted"
+        raise cli.InputError(f"{path}: {learned}; {fitted}")
 
 
 def main(args):
     run, path = args.run, args.run / "weights.json"
     split, k = data.read_split(run, "train"), run_dir.count_members(run)
     rewards = run_dir.read_rewards(run, "train", k, (int(split.response_start[-1]),))
-    inputs = data.hashes(run) | {
-        f"rewards of member {j}": run_dir.hash_file(run_dir.reward_path(run, j, "train"))
-        for j in range(1, k + 1)
+    paths = {
+        f"rewards of member {j}": run_dir.reward_path(run, j, "train") for j in range(1, k + 1)
     }
+    inputs = data.hashes(run) | {name: run_dir.hash_file(paths[name]) for name in paths}
     check_kind(run)
     if run_dir.unchanged(run, "weights", {}, inputs, [path]):
         print(f"weights: {path} is up to date, skipped")
@@ -124,15 +118,12 @@ def parse_args(argv=None):
     cli.moved(argv, {"--prune": "python extras/prune.py --run RUN --beta BETA --out DIR"})
     parser = cli.Parser(__doc__)
     parser.add_argument("--run", required=True, type=Path, help="directory with data/ and rewards/")
-    parser.add_argument(
-        "--early-stop",
-        nargs="?",
-        const=1,
-        type=cli.natural,
-        metavar="PATIENCE",
-        help=f"exit with code {STOP} where the last PATIENCE members (1) did not lower "
-        "the Brier score on the validation prompts",
+    patience = {"nargs": "?", "const": 1, "type": cli.natural, "metavar": "PATIENCE"}
+    stops = (
+        f"exit with code {STOP} where the last PATIENCE members (1) did not lower "
+        "the Brier score on the validation prompts"
     )
+    parser.add_argument("--early-stop", **patience, help=stops)
     return parser.parse_args(argv)
 
 

@@ -8,6 +8,7 @@ writes compare.json, compare.html and figures/compare.png, .pdf into --out, and 
 test data differ. It needs neither a GPU nor torch.
 """
 
+import collections
 import itertools
 import os
 from pathlib import Path
@@ -18,9 +19,8 @@ import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-# All settings share these reference lines; the single soft model is each setting's own.
+# All settings share the other reference lines.
 LINES = [line for line in figures.REFERENCES if line[1] != "soft_single"]
-IRREDUCIBLE = {"color": figures.GREY, "lw": 1, "ls": (0, (1, 1.5))}
 COLOURS = figures.INK, figures.BLUE, "#CC79A7", "#8a6d00", "#56B4E9", "#5e3c99", figures.GREY
 MARKERS = "os^Dvp*X"
 DASHES = "-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2))
@@ -42,9 +42,8 @@ def named_settings(words):
         for word in words
     ]
     paths = [[run.resolve() for run in runs] for runs in settings]
-    every = list(itertools.chain(*paths))
-    for run in every:
-        if every.count(run) > 1:
+    for run, count in collections.Counter(itertools.chain(*paths)).items():
+        if count > 1:
             raise cli.InputError(f"{run} is given twice")
     for depth in itertools.count(1):
         names = [["/".join(run.parts[-depth:]) for run in runs] for runs in paths]
@@ -55,9 +54,8 @@ def named_settings(words):
 
 def common_start(names):
     """Return what names have in common at the beginning; the first name where that is nothing."""
-    if len(names) == 1:
-        return names[0]
-    return os.path.commonprefix(names).rstrip("/-_.") or names[0]
+    common = os.path.commonprefix(names).rstrip("/-_.") or names[0]
+    return common if len(names) > 1 else names[0]
 
 
 def test_errors(run):
@@ -75,8 +73,7 @@ def test_errors(run):
     for prefix in prefixes:
         alpha = np.array(prefix["alpha"])
         errors[len(alpha)] = {
-            name: metrics.not_negative(name, metrics.error_of(form, alpha))
-            for name, form in forms.items()
+            name: metrics.error_of(name, form, alpha) for name, form in forms.items()
         }
     for name, terms in lines.items():
         lines[name] = None if terms is None else metrics.by_prompt(split, terms)
@@ -90,11 +87,12 @@ def setting_errors(measured):
     def mean(arrays):
         return None if any(array is None for array in arrays) else np.mean(arrays, 0)
 
-    whole = [errors[max(errors)] for _, errors, _ in measured]
+    _, errors_of_runs, lines_of_runs = zip(*measured)
+    whole = [errors[max(errors)] for errors in errors_of_runs]
     by_name = {name: mean([errors.get(name) for errors in whole]) for name in metrics.ERRORS}
-    by_name["soft_single"] = mean([lines["soft_single"] for _, _, lines in measured])
-    sizes = sorted(set.intersection(*(set(errors) for _, errors, _ in measured)))
-    return by_name, {k: mean([errors[k]["brier"] for _, errors, _ in measured]) for k in sizes}
+    by_name["soft_single"] = mean([lines["soft_single"] for lines in lines_of_runs])
+    sizes = sorted(set.intersection(*map(set, errors_of_runs)))
+    return by_name, {k: mean([errors[k]["brier"] for errors in errors_of_runs]) for k in sizes}
 
 
 def compare(settings, resamples, seed):
@@ -118,31 +116,29 @@ def compare(settings, resamples, seed):
         "differences": [],
     }
     means = [setting_errors(runs) for runs in measured]
-    for (name, runs), of_runs, (by_name, by_k) in zip(settings, measured, means):
-        whole = [errors[max(errors)]["brier"] for _, errors, _ in of_runs]
-        result["settings"].append(
-            {
-                "name": name,
-                "runs": [str(run) for run in runs],
-                "k": [max(errors) for _, errors, _ in of_runs],
-                "brier_of_runs": [float(errors.sum() / pairs.sum()) for errors in whole],
-            }
-            | {name: metrics.Ratio(errors, pairs) for name, errors in by_name.items()}
-            | {"ensemble": [{"k": k, "brier": metrics.Ratio(by_k[k], pairs)} for k in by_k]}
-        )
+    for (name, runs), measured_runs, (by_name, by_k) in zip(settings, measured, means):
+        whole = [errors[max(errors)]["brier"] for _, errors, _ in measured_runs]
+        entry = {"name": name, "runs": [str(run) for run in runs]}
+        entry["k"] = [max(errors) for _, errors, _ in measured_runs]
+        entry["brier_of_runs"] = [float(errors.sum() / pairs.sum()) for errors in whole]
+        entry |= {name: metrics.Ratio(errors, pairs) for name, errors in by_name.items()}
+        entry["ensemble"] = brier_by_k(by_k, pairs)
+        result["settings"].append(entry)
     for i, j in itertools.combinations(range(len(settings)), 2):
         (one, one_by_k), (other, other_by_k) = means[i], means[j]
         entry = {"a": settings[i][0], "b": settings[j][0]}
         for name in ("brier", "brier_soft", "true_error"):
             known = one[name] is not None and other[name] is not None
             entry[name] = metrics.Ratio(one[name] - other[name] if known else None, pairs)
-        entry["by_k"] = [
-            {"k": k, "brier": metrics.Ratio(one_by_k[k] - other_by_k[k], pairs)}
-            for k in one_by_k
-            if k in other_by_k
-        ]
+        common = sorted(one_by_k.keys() & other_by_k.keys())
+        entry["by_k"] = brier_by_k({k: one_by_k[k] - other_by_k[k] for k in common}, pairs)
         result["differences"].append(entry)
     return metrics.estimate(result, resamples, seed)
+
+
+def brier_by_k(errors, pairs):
+    """Return the list of entries {k, brier} of {k: sums of squared errors (P,)}; pairs (P,)."""
+    return [{"k": k, "brier": metrics.Ratio(errors[k], pairs)} for k in errors]
 
 
 # ---- the table, the figure and the page
@@ -163,29 +159,25 @@ def verdict(difference):
 
 def table(result):
     """Write the comparison as plain text."""
-    cells = report.cells
-    lines = [
-        f"{result['dataset']}, test split: {result['prompts']} prompts, {result['pairs']} pairs. "
-        "All errors: lower is better.",
-        "",
-    ]
+    counts = f"{result['prompts']} prompts, {result['pairs']} pairs"
+    lines = [f"{result['dataset']}, test split: {counts}. All errors: lower is better.", ""]
     width = max(7, *(len(setting["name"]) for setting in result["settings"]))
     form = "{:<{}}  {:>4}  {:>5}  {:>6}  {:>14}  {:>6}  {:>6}  {:>9}  {:>11}"
     head = "runs", "k", "Brier", "95 % interval", "soft", "excess", "true err.", "single soft"
     lines.append(form.format("setting", width, *head))
     keys = "brier", "brier_ci", "brier_soft", "excess", "true_error", "soft_single"
     for setting in result["settings"]:
-        texts = len(setting["runs"]), sizes(setting), *cells(setting, *keys, none="-")
+        texts = len(setting["runs"]), sizes(setting), *report.cells(setting, *keys, none="-")
         lines.append(form.format(setting["name"], width, *texts))
     lines.append("")
     for name, key, _, _ in LINES:
-        value, limits = cells(result["lines"], key, f"{key}_ci", none="-")
+        value, limits = report.cells(result["lines"], key, f"{key}_ci", none="-")
         lines.append(f"{name:<42} {value:>6}  {limits:>14}")
     names = [f"{entry['a']} - {entry['b']}" for entry in result["differences"]]
     title, width = "difference in Brier, A - B", max(26, *map(len, names))
     lines += ["", f"{title:<{width}}  {'':>6}  {'95 % interval':>16}  excludes zero"]
     for name, entry in zip(names, result["differences"]):
-        value, limits = cells(entry, "brier", "brier_ci")
+        value, limits = report.cells(entry, "brier", "brier_ci")
         lines.append(f"{name:<{width}}  {value:>6}  {limits:>16}  {verdict(entry)}".rstrip())
     return "\n".join(lines)
 
@@ -222,29 +214,27 @@ def draw_errors(axes, result):
     settings = result["settings"]
     largest = max(k for setting in settings for k in setting["k"])
     for i, setting in enumerate(settings):
-        look = {
-            "marker": MARKERS[i % len(MARKERS)],
-            "color": COLOURS[i % len(COLOURS)],
-            "zorder": 4,
-        }
+        marker, colour = MARKERS[i % len(MARKERS)], COLOURS[i % len(COLOURS)]
+        look = {"marker": marker, "color": colour, "zorder": 4}
         shift = 0.16 * (i / max(1, len(settings) - 1) - 0.5)  # Settings stand beside each other.
         # Runs with fixed weights and unequal k have no k in common.
         entries = setting["ensemble"] or [setting | {"k": max(setting["k"])}]
         at = [entry["k"] + shift for entry in entries]
         for x, entry in zip(at, entries):
-            axes.plot([x, x], entry["brier_ci"], color=look["color"], lw=0.7, zorder=3)
+            axes.plot([x, x], entry["brier_ci"], color=colour, lw=0.7, zorder=3)
         brier, dash = [entry["brier"] for entry in entries], DASHES[i % len(DASHES)]
         axes.plot(at, brier, ls=dash, lw=1.2, ms=3.5, label=clip(setting["name"]), **look)
         if setting["soft_single"] is not None:
             open_mark = look | {"mfc": "white", "ms": 4, "mew": 0.9, "ls": "none"}
             axes.plot(largest + 1 + shift, setting["soft_single"], **open_mark)
-    # The first setting is drawn in ink, so the irreducible error is grey.
-    styles = figures.REFERENCE_STYLES | {"irreducible": IRREDUCIBLE}
     for name, key, _, _ in LINES:
         value = result["lines"][key]
         if value is not None:
             label = f"{figures.pretty(name)} {figures.num(value)}"
-            axes.axhline(value, zorder=2, label=label, **styles[key])
+            style = figures.REFERENCE_STYLES[key] | {"lw": 1}
+            if key == "irreducible":  # Black is the first setting's.
+                style["color"] = figures.GREY
+            axes.axhline(value, zorder=2, label=label, **style)
     step = -(-largest // 10)
     ticks = list(range(step, largest + 1, step))
     axes.set_xticks([*ticks, largest + 1], [*ticks, "single\nsoft"])
@@ -274,9 +264,9 @@ def write(out, result):
     values = {name: result[name] for name in ("votes", "lines", "settings", "differences")}
     by_k = [{e["k"]: e["brier"] for e in setting["ensemble"]} for setting in result["settings"]]
     every_k = sorted(set().union(*by_k))
+    counts = f"{result['prompts']} test prompts, {result['pairs']} pairs"
     values |= {
-        "title": f"Settings compared: {result['dataset']}, {result['prompts']} test prompts, "
-        f"{result['pairs']} pairs",
+        "title": f"Settings compared: {result['dataset']}, {counts}",
         "images": {"compare": image},
         "reference_lines": LINES,
         "all_drawn": len(drawn_differences(result)) == len(result["differences"]),
@@ -292,15 +282,12 @@ def write(out, result):
 
 def main(args):
     if (args.out / "manifest.json").exists():
-        raise cli.InputError(
-            f"--out {args.out}: another run directory found; its own results stay as they are"
-        )
+        other = f"--out {args.out}: another run directory found"
+        raise cli.InputError(f"{other}; its own results stay as they are")
     settings = named_settings(args.runs)
     if len(settings) < 2:
-        raise cli.InputError(
-            f"{len(settings)} setting found, at least 2 expected; a comma joins the seeds of one "
-            "setting, a space settings"
-        )
+        hint = "a comma joins the seeds of one setting, a space settings"
+        raise cli.InputError(f"{len(settings)} setting found, at least 2 expected; {hint}")
     result = compare(settings, args.resamples, args.seed)
     run_dir.write_json(args.out / "compare.json", result)
     page = write(args.out, result)

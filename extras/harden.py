@@ -24,6 +24,7 @@ first of them: as many as give the least Brier score of the hard votes on valida
 which the scale and the lapses of the soft model are fitted too.
 """
 
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -104,8 +105,7 @@ def ensemble_of_pairs(model, rewards, k, make_layout):
     """(formulas, alpha (k,)): each reward of the soft model gets the members that its weight is
     worth, k in all, laid out by make_layout(count); the taste is another member of the run."""
     formulas, alpha = [], []
-    counts = largest_remainder(model.w, k)
-    for member, weight, count in zip(model.members, model.w, counts):
+    for member, weight, count in zip(model.members, model.w, largest_remainder(model.w, k)):
         if count:
             taste = 2 if member == 1 else 1
             # A taste of unit spread does not saturate the sigmoid in float32.
@@ -127,16 +127,15 @@ def pick(q, k, tries=4):
     formula where that helps.
     """
 
-    def solve(chosen):
-        q_chosen = q[np.ix_(chosen, chosen)]
-        alpha = weights.simplex_weights(q_chosen)
-        return alpha @ q_chosen @ alpha, alpha
+    def fitted_weights(chosen):
+        return weights.simplex_weights(q[np.ix_(chosen, chosen)])
 
     def error(chosen):
-        return solve(chosen)[0]
+        alpha = fitted_weights(chosen)
+        return alpha @ q[np.ix_(chosen, chosen)] @ alpha
 
     def with_one_more(chosen):
-        gradient = q[:, chosen] @ solve(chosen)[1] if chosen else np.diag(q).copy()
+        gradient = q[:, chosen] @ fitted_weights(chosen) if chosen else np.diag(q).copy()
         gradient[chosen] = np.inf
         steepest = np.argsort(gradient, kind="stable")[:tries]
         return min(([*chosen, int(j)] for j in steepest), key=error)
@@ -147,16 +146,16 @@ def pick(q, k, tries=4):
     for formula in list(chosen):
         exchanged = with_one_more([j for j in chosen if j != formula])
         chosen = min(chosen, exchanged, key=error)
-    return chosen, solve(chosen)[1]
+    return chosen, fitted_weights(chosen)
 
 
 def grid_of_formulas(member, scale):
     """Formulas to pick from: u, its opposite (lapses), and levels of widths from .7 to 12 with u
     reversed inside."""
     stepped = [
-        levels.formula(member, scale, float(width), float(width * offset))
-        for width in np.geomspace(0.7, 12, 14)
-        for offset in np.arange(12) / 12
+        levels.formula(member, scale, width, width * offset)
+        for width in np.geomspace(0.7, 12, 14).tolist()
+        for offset in (np.arange(12) / 12).tolist()
     ]
     return [levels.formula(member, scale), levels.formula(member, -scale), *stepped]
 
@@ -180,50 +179,43 @@ def fit_layouts(model, rewards, split, k, layout="auto"):
 
     Pairs of members with a taste need an even k and a second member, so there may be none.
     """
-    a, b = split.a, split.b
-    if len(a) > MOST_PAIRS:
-        spaced = np.unique(np.linspace(0, len(a) - 1, MOST_PAIRS).astype(int))
-        a, b = a[spaced], b[spaced]
+    last = len(split.a) - 1
+    spaced = np.unique(np.linspace(0, last, min(last + 1, MOST_PAIRS)).astype(int))
+    a, b = split.a[spaced], split.b[spaced]
     soft = model.predict(rewards, a, b)
 
     def with_misfit(formulas, alpha):
         p_hat = alpha @ member_votes(formulas, rewards, a, b)
         return formulas, alpha, float(np.mean((p_hat - soft) ** 2))
 
-    def of_pairs(make_layout):
+    def paired(make_layout):
         return with_misfit(*ensemble_of_pairs(model, rewards, k, make_layout))
-
-    def of_equal_width(width):
-        return of_pairs(lambda count: equal_layout(count, width))
 
     ensembles = {}
     if k % 2 == 0 and len(rewards) > 1:
         if layout in ("auto", "quantile"):
-            ensembles["quantile"] = of_pairs(quantile_layout)
+            ensembles["quantile"] = paired(quantile_layout)
         if layout in ("auto", "equal"):
-            ensembles["equal"] = min(map(of_equal_width, EQUAL_WIDTHS.tolist()), key=misfit_of)
+            layouts = [functools.partial(equal_layout, width=x) for x in EQUAL_WIDTHS.tolist()]
+            ensembles["equal"] = min(map(paired, layouts), key=lambda ensemble: ensemble[2])
     if layout in ("auto", "fitted"):
         ensembles["fitted"] = with_misfit(*ensemble_of_levels(model, rewards, a, b, soft, k))
     return ensembles
-
-
-def misfit_of(ensemble):
-    """The last of fit_layouts' (formulas, alpha, misfit)."""
-    return ensemble[2]
 
 
 def centred(formulas, rewards):
     """The formulas with offsets that bring the levels of the median reward to zero, where float32
     is finest."""
     medians = np.median(rewards, axis=1).astype(np.float64)
-    result = []
-    for entry in formulas:
-        if entry["width"] is not None:
-            u = entry["scale"] * medians[entry["member"] - 1]
-            level = np.floor((u + entry["offset"]) / entry["width"])
-            entry = entry | {"offset": float(entry["offset"] - entry["width"] * level)}
-        result.append(entry)
-    return result
+
+    def moved(entry):
+        if entry["width"] is None:
+            return entry
+        u = entry["scale"] * medians[entry["member"] - 1]
+        level = np.floor((u + entry["offset"]) / entry["width"])
+        return entry | {"offset": float(entry["offset"] - entry["width"] * level)}
+
+    return [moved(entry) for entry in formulas]
 
 
 class Hardened(NamedTuple):
@@ -257,10 +249,9 @@ def harden(train, tuning, k, layout="auto", sizes=None):
         model = SoftModel((used + 1).tolist(), w[used], tau, a)
         by_layout = fit_layouts(model, rewards, split, k, layout)
         if not by_layout:
-            raise cli.InputError(
-                f"--layout {layout}: pairs of members with a taste need an even --k and a run of "
-                f"at least two members; --k {k} and {len(rewards)} found"
-            )
+            expected = "an even --k and a run of at least two members"
+            problem = f"pairs of members with a taste need {expected}"
+            raise cli.InputError(f"--layout {layout}: {problem}; --k {k} and {len(rewards)} found")
         best = min(by_layout, key=lambda name: by_layout[name][2])
         formulas, alpha, misfit = by_layout[best]
         p_hat = alpha @ member_votes(formulas, tuning_rewards, *tuning_pairs)
@@ -275,11 +266,9 @@ def harden(train, tuning, k, layout="auto", sizes=None):
 
 def check_directories(run, out):
     """Raise InputError where `out` has something else in it, or `run` is not a trained run."""
-    stages = run_dir.read_json(out / "manifest.json", {"stages": {}})["stages"]
-    if out.exists() and any(out.iterdir()) and "harden" not in stages:
-        raise cli.InputError(
-            f"--out {out}: a directory of something else found, one of its own expected"
-        )
+    if out.exists() and any(out.iterdir()) and "harden" not in run_dir.stages(out):
+        wrong = "a directory of something else found, one of its own expected"
+        raise cli.InputError(f"--out {out}: {wrong}")
     kind = run_dir.kind_of(run)
     if kind in ("hardened", "pruned"):
         raise cli.InputError(f"{run}: a {kind} run found; the one that it was made from expected")
@@ -295,9 +284,8 @@ def read_trained(run):
         name: run_dir.read_rewards(run, name, k, (int(split.response_start[-1]),))
         for name, split in splits.items()
     }
-    continuations = run_dir.read_continuation_rewards(run, k)
-    if continuations is not None:
-        rewards["continuations"] = continuations
+    if (scores := run_dir.read_continuation_rewards(run, k)) is not None:
+        rewards["continuations"] = scores
     return splits, rewards
 
 
@@ -315,9 +303,8 @@ def write_run(run, out, source, hardened, rewards, train):
                 run_dir.write_array(partial / run_dir.reward_path(out, j, name).name, values)
     run_dir.write_json(out / "members.json", {"source": source, "members": hardened.formulas})
     p_hat = hardened.alpha @ member_votes(hardened.formulas, rewards["train"], train.a, train.b)
-    mse = float(np.mean((p_hat - train.p) ** 2))
-    k, alpha = len(hardened.alpha), hardened.alpha.tolist()
-    entry = {"k": k, "alpha": alpha, "fit": "fixed", "train_mse": mse}
+    entry = {"k": len(hardened.alpha), "alpha": hardened.alpha.tolist(), "fit": "fixed"}
+    entry["train_mse"] = float(np.mean((p_hat - train.p) ** 2))
     run_dir.write_json(out / "weights.json", [entry])
 
 
@@ -329,32 +316,27 @@ def main(args):
     source = os.path.relpath(run.resolve(), out.resolve())
     settings = {"k": k, "layout": args.layout, "source": source}
     paths = [run_dir.reward_path(run, j, name) for j in range(1, trained + 1) for name in rewards]
-    inputs = data.hashes(run) | {
-        str(path.relative_to(run)): run_dir.hash_file(path) for path in paths
-    }
+    hashes = {str(path.relative_to(run)): run_dir.hash_file(path) for path in paths}
+    inputs = data.hashes(run) | hashes
     outputs = [out / "weights.json", out / "members.json"]
     if run_dir.unchanged(out, "harden", settings, inputs, outputs):
         print(f"harden: {out} is up to date, skipped")
         return
     tuned = "valid" if "valid" in splits else "train"
     if tuned == "train":
-        print(
-            "harden: no validation prompts (--valid-share): "
-            "scale, lapses and number of components are fitted on train prompts"
-        )
+        fitted = "scale, lapses and number of components are fitted on train prompts"
+        print(f"harden: no validation prompts (--valid-share): {fitted}")
     if trained == 1:
-        print(
-            "harden: one member, so there is no taste: "
-            "inside a level the order is the member's own, or its reverse"
-        )
+        order = "inside a level the order is the member's own, or its reverse"
+        print(f"harden: one member, so there is no taste: {order}")
     train, tuning = ((splits[name], rewards[name]) for name in ("train", tuned))
     hardened = harden(train, tuning, k, args.layout)
     started = run_dir.begin_stage(out, "harden", settings, inputs)
     write_run(run, out, source, hardened, rewards, splits["train"])
     model = hardened.model
     facts = {"layout": hardened.layout, "components": model.members, "tau": model.tau, "a": model.a}
-    facts |= {"misfit": hardened.misfit, "brier": hardened.brier}
-    facts |= {"weights": model.w.tolist(), "tuned_on": tuned}
+    facts |= {"misfit": hardened.misfit, "brier": hardened.brier, "weights": model.w.tolist()}
+    facts["tuned_on"] = tuned
     run_dir.end_stage(out, "harden", settings, inputs, started, **facts)
     mixture = " ".join(f"{weight:.3f} r{j}" for weight, j in zip(model.w, model.members))
     print(
@@ -370,12 +352,8 @@ def parse_args(argv=None):
     add("--run", required=True, type=Path, help="a finished run, with data/ and rewards/")
     add("--out", required=True, type=Path, help="the hardened ensemble's own run directory")
     add("--k", type=cli.member_number, default=8, help="hardened members (default 8)")
-    add(
-        "--layout",
-        choices=("auto", "quantile", "equal", "fitted"),
-        default="auto",
-        help="how the levels are laid out (see above)",
-    )
+    layouts = "auto", "quantile", "equal", "fitted"
+    add("--layout", choices=layouts, default="auto", help="how the levels are laid out (see above)")
     return parser.parse_args(argv)
 
 

@@ -58,15 +58,13 @@ def describe(args):
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise cli.InputError(
-            f"--base {args.base}: no config could be read: llama-3-8b, a directory with config.json"
-            f", or a hub id that can be reached expected ({cli.first_line(error)})"
-        ) from None
+        bases = "llama-3-8b, a directory with config.json, or a hub id that can be reached"
+        reason = f"no config could be read: {bases} expected ({cli.first_line(error)})"
+        raise cli.InputError(f"--base {args.base}: {reason}") from None
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-        raise cli.InputError(
-            f"--base {args.base}: {type(model).__name__} has no linear head called score; a decoder"
-            " such as Llama or Qwen expected"
-        )
+        missing = f"{type(model).__name__} has no linear head called score"
+        expected = "a decoder such as Llama or Qwen expected"
+        raise cli.InputError(f"--base {args.base}: {missing}; {expected}")
     model.score.float()
     if args.train == "lora":
         with torch.device("meta"):
@@ -77,9 +75,8 @@ def describe(args):
 def memory(model, groups, args):
     """Return {row: (bytes on the card, bytes on the host)} of training by args.train."""
     weights, tokens = budget.weight_bytes(model), args.micro_batch_tokens
-    if (
-        args.train == "head"
-    ):  # One forward pass of the frozen base takes more than training the head.
+    if args.train == "head":
+        # One forward pass of the frozen base takes more than training the head.
         width = model.get_input_embeddings().weight.element_size()
         activations = 3 * width * (model.config.hidden_size + budget.mlp_size(model.config))
         return {
@@ -93,27 +90,27 @@ def memory(model, groups, args):
     free = args.gpu_gb * 1e9 - weights
     resident = offload.choose_resident(sizes, budget.optimizer_budget(free, model, groups, args))
     largest_paged = max((size for i, size in enumerate(sizes) if i not in resident), default=0)
-    adapter_bytes = sum(p.nbytes for p in groups[0]) if args.train == "lora" else 0
-    rows = {f"weights, {args.dtype}": (weights - adapter_bytes, 0)}
-    if adapter_bytes:
-        rows[f"adapters of rank {args.lora_rank}, float32"] = (adapter_bytes, 0)
+    adapters = sum(p.nbytes for p in groups[0]) if args.train == "lora" else 0
+    rows = {f"weights, {args.dtype}": (weights - adapters, 0)}
+    if adapters:
+        rows[f"adapters of rank {args.lora_rank}, float32"] = (adapters, 0)
     rows["gradients, float32"] = (4 * sum(p.numel() for p, _ in parameters), 0)
     for name in ("masters", "moments", "preconditioners"):
         on_card = sum(tensors[i][name] for i in resident)
         rows[f"{name}, float32"] = (on_card, sum(nbytes[name] for nbytes in tensors) - on_card)
     rows["copy buffers"] = (offload.BUFFERS * largest_paged, 0)
     activations, temporary = budget.passing_bytes(model, groups, args)
-    larger = f"activations, {tokens:,} tokens, recomputed"
     if temporary > activations:
-        larger = "temporary in the optimizer's step (activations: less)"
-    rows[larger] = (max(activations, temporary), 0)
+        rows["temporary in the optimizer's step (activations: less)"] = (temporary, 0)
+    else:
+        rows[f"activations, {tokens:,} tokens, recomputed"] = (activations, 0)
     rows["reserve"] = (budget.RESERVE, 0)
     return rows
 
 
 def totals(rows):
     """Return the bytes of all rows of memory(): (on the card, on the host)."""
-    return tuple(sum(nbytes[side] for nbytes in rows.values()) for side in (0, 1))
+    return tuple(map(sum, zip(*rows.values())))
 
 
 def count_tokens(args):
@@ -127,12 +124,8 @@ def count_tokens(args):
         source = f"assumed: {name}, its counts as published, tokens guessed"
         return dict(zip(COUNTS, PAPER[name])), source
     splits, _ = data.read_splits(args.run)
-    texts = [
-        (messages, text)
-        for split in splits.values()
-        for messages, responses in zip(split.messages, split.responses)
-        for text in responses
-    ]
+    prompts = [prompt for x in splits.values() for prompt in zip(x.messages, x.responses)]
+    texts = [(messages, text) for messages, responses in prompts for text in responses]
     places = np.linspace(0, len(texts) - 1, min(len(texts), SAMPLE)).round().astype(int)
     sample = [texts[i] for i in np.unique(places)]
     lengths, method = token_counts(args, sample)
@@ -203,31 +196,27 @@ def print_work(model, groups, args, paged):
     hours = repeats * (work + slow / FLOAT32_RATE) / (rate * args.utilisation) / 3600
     stepping = repeats * steps * seconds / 3600
     disk, checkpoints = disk_bytes(model, groups, args)
-    print(
-        f"\ndata ({source}): {counts['pairs']:,} train pairs, {counts['train']:,} train responses, "
-        f"{counts['scored']:,} to score, {counts['tokens']:,.0f} tokens each with the prompt"
-    )
-    responses = counts["train"] * args.epochs if trains else counts["scored"]
-    million = f"{counts['tokens'] * responses / 1e6:,.1f} M tokens"
-    tokens = f"{million} trained" if trains else f"{million} through the frozen base, once"
+    sizes = f"{counts['pairs']:,} train pairs, {counts['train']:,} train responses"
+    scored = f"{counts['scored']:,} to score, {counts['tokens']:,.0f} tokens each with the prompt"
+    print(f"\ndata ({source}): {sizes}, {scored}")
+    subject, responses, manner = "a member", counts["train"] * args.epochs, "trained"
+    if not trains:
+        subject, responses = "all members", counts["scored"]
+        manner = "through the frozen base, once"
+    tokens = f"{counts['tokens'] * responses / 1e6:,.1f} M tokens {manner}"
     more = f", {slow:.2e} more in float32 in the adapters" if args.train == "lora" else ""
-    print(
-        f"{'a member' if trains else 'all members'}: {tokens}, about {steps:,} steps of "
-        f"{args.pairs_per_step} pairs, {work:.2e} FLOPs{more}"
-    )
-    copies = f", {paged / 1e9:,.0f} GB each way at {LINK / 1e9:.0f} GB/s" if paged else ""
+    per_step = f"{args.pairs_per_step} pairs"
+    print(f"{subject}: {tokens}, about {steps:,} steps of {per_step}, {work:.2e} FLOPs{more}")
     if trains:
-        print(
-            f"an optimizer step: {seconds:.1f} s; products {products:.2e} FLOPs at "
-            f"{rate * TF32_RATE / 1e12:,.0f} TFLOP/s, QR {refresh:.2e} at {QR_RATE / 1e12:.0f} "
-            f"(assumed){copies}"
-        )
+        copies = f", {paged / 1e9:,.0f} GB each way at {LINK / 1e9:.0f} GB/s" if paged else ""
+        flop = f"products {products:.2e} FLOPs at {rate * TF32_RATE / 1e12:,.0f} TFLOP/s"
+        qr = f"QR {refresh:.2e} at {QR_RATE / 1e12:.0f} (assumed)"
+        print(f"an optimizer step: {seconds:.1f} s; {flop}, {qr}{copies}")
     optimizer = f", {stepping:,.1f} of them in the optimizer" if trains else ""
     aside = f", {checkpoints / 1e9:,.1f} of them for checkpoints" if checkpoints else ""
-    print(
-        f"{args.members} members: {hours + stepping:,.1f} hours at {args.utilisation:.0%} of "
-        f"{args.tflops:,.0f} TFLOP/s{optimizer}; disk {disk / 1e9:,.1f} GB{aside}"
-    )
+    speed = f"{args.utilisation:.0%} of {args.tflops:,.0f} TFLOP/s"
+    total = f"{hours + stepping:,.1f} hours at {speed}{optimizer}"
+    print(f"{args.members} members: {total}; disk {disk / 1e9:,.1f} GB{aside}")
 
 
 def disk_bytes(model, groups, args):
@@ -245,13 +234,17 @@ def disk_bytes(model, groups, args):
     return args.members * member + checkpoints, checkpoints
 
 
+def changed(args, **values):
+    """Return a copy of args with other values of some flags."""
+    return argparse.Namespace(**vars(args) | values)
+
+
 def verdict(args):
     """Say whether training by args.train fits the card, if need be in smaller micro-batches."""
     model, groups = describe(args)
     for divisor in (1, 2, 4, 8):
         tokens = args.micro_batch_tokens // divisor
-        smaller = argparse.Namespace(**vars(args) | {"micro_batch_tokens": tokens})
-        card, host = totals(memory(model, groups, smaller))
+        card, host = totals(memory(model, groups, changed(args, micro_batch_tokens=tokens)))
         if card <= args.gpu_gb * 1e9:
             micro = f" with --micro-batch-tokens {tokens}" if divisor > 1 else ""
             needed = (host + budget.weight_bytes(model)) / 1e9
@@ -264,10 +257,7 @@ def print_verdicts(args):
     """Print which kinds of training fit the card; those not asked for have their defaults."""
     dims = {"full": offload.MAX_PRECONDITION_DIM, "lora": args.lora_rank, "head": 1}
     dims[args.train] = args.max_precondition_dim
-    verdicts = [
-        verdict(argparse.Namespace(**vars(args) | {"train": train, "max_precondition_dim": dim}))
-        for train, dim in dims.items()
-    ]
+    verdicts = [verdict(changed(args, train=x, max_precondition_dim=dims[x])) for x in dims]
     too_small = args.train != "head" and f"{args.train} does not fit" in verdicts
     hint = "; a smaller --max-precondition-dim or base may" if too_small else ""
     print(f"a card of {args.gpu_gb:g} GB: {'; '.join(verdicts)}{hint}")
@@ -302,12 +292,9 @@ def parse_args(argv=None):
     training.add_flags(parser)
     args = parser.parse_args(argv)
     args.device = "cuda"  # A plan is for a card, wherever it is made.
-    lora = args.train == "lora"
-    training.fill_in(
-        args,
-        epochs=10 if args.train == "head" else 1,
-        max_precondition_dim=args.lora_rank if lora else offload.MAX_PRECONDITION_DIM,
-    )
+    epochs = 10 if args.train == "head" else 1
+    dim = args.lora_rank if args.train == "lora" else offload.MAX_PRECONDITION_DIM
+    training.fill_in(args, epochs=epochs, max_precondition_dim=dim)
     return args
 
 

@@ -25,18 +25,18 @@ def measure(scores, texts, alpha, patterns, resamples, seed):
     mixture weights; patterns: {attribute: regular expression}.
     """
     k, prompts, n = scores.shape
-    counts = np.empty((0, prompts, n), np.float32)
+    rankings = [scores]
     if texts:
-        counts = ranking.attribute_counts(texts["texts"], patterns)
-    tau = evaluator.kendall_tau(np.concatenate([scores, counts]))  # (P, K + attributes, the same)
-    known = ~np.isnan(tau)
-    tau, has_tau = np.where(known, tau, 0), known.astype(np.float64)
+        rankings.append(ranking.attribute_counts(texts["texts"], patterns))
+    tau = evaluator.kendall_tau(np.concatenate(rankings))  # (P, K + attributes, the same)
+    constant, has_tau = np.isnan(tau), (~np.isnan(tau)).astype(np.float64)
+    tau = np.where(constant, 0, tau)
     wins = ranking.win_shares(scores) if n > 1 else np.full((prompts, k, k), 0.5)
     figures = {
         "prompts": prompts,
         "continuations": n,
         "kendall_tau": metrics.Ratio(tau[:, :k, :k], has_tau[:, :k, :k]),
-        "constant_rankings": (~known).diagonal(axis1=1, axis2=2).sum(0)[:k].tolist(),
+        "constant_rankings": constant.diagonal(axis1=1, axis2=2).sum(0)[:k].tolist(),
         "win": metrics.Ratio(wins, np.full(prompts, float(n > 1))),
         "repeated": None,
         "character": None,
@@ -57,25 +57,23 @@ def measure(scores, texts, alpha, patterns, resamples, seed):
 def policy_distance(scores, texts, alpha):
     """Return |p_bar - p_hat| with each of BETAS, float64 (P, betas), summed over all pairs of a
     prompt's distinct continuations, and the number of these pairs, float64 (P,)."""
-    sums, pairs = np.empty((len(texts["texts"]), len(BETAS))), np.empty(len(texts["texts"]))
+    sums, pairs = [], []
     for x, (answers, logprob) in enumerate(zip(texts["texts"], texts["logprob"])):
         distinct = ranking.distinct(answers)
         rewards, logprob = scores[:, x, distinct], np.array(logprob)[distinct]
         p_hat = ranking.reward_mixture(rewards, alpha)
-        pairs[x] = len(p_hat)
-        for i, beta in enumerate(BETAS):
-            p_bar = ranking.policy_mixture(rewards, logprob, alpha, beta)
-            sums[x, i] = np.abs(p_bar - p_hat).sum()
-    return sums, pairs
+        p_bars = [ranking.policy_mixture(rewards, logprob, alpha, beta) for beta in BETAS]
+        sums.append([np.abs(p_bar - p_hat).sum() for p_bar in p_bars])
+        pairs.append(float(len(p_hat)))
+    return np.array(sums), np.array(pairs)
 
 
 def favourites(scores, texts, wins):
     """Return the CASES prompts on which members rank each other's favourites lowest, of equal ones
     the first, with every member's favourite (appendix G)."""
     k, best = len(scores), ranking.favourites(scores)
-    disagreement = np.zeros(scores.shape[1])
-    if k > 1:
-        disagreement = 1 - wins[:, ~np.eye(k, dtype=bool)].mean(1)
+    others = wins[:, ~np.eye(k, dtype=bool)]  # (P, K (K-1))
+    disagreement = 1 - others.mean(1) if k > 1 else np.zeros(len(wins))
     return [
         {
             "prompt_id": texts["prompt_id"][x],

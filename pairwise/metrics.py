@@ -28,7 +28,7 @@ LABELS = 8  # So many labels of a category have their own row; others are counte
 
 
 def floor_single(p):
-    """Return the floor of any single deterministic reward, min(p, 1-p)^2 (section 5)."""
+    """Return the error min(p, 1-p)^2 that no single deterministic reward is below (section 5)."""
     return np.minimum(p, 1 - p) ** 2
 
 
@@ -171,20 +171,17 @@ def squared_errors(split, sums, rewards, soft, c):
     return forms
 
 
-def error_of(form, alpha):
+def error_of(name, form, alpha):
     """Sum (p_hat - p)^2 = alpha'A alpha - 2 alpha'b + c over pairs, for a mixture of weights alpha.
 
     The mean over pairs is the pairwise calibration error, equation (2), also called Brier score.
-    form: A (.., K, K), b (.., K), c (..,) of `squared_errors`; alpha float64 (.., k): the weights
-    of the first k members. Returns float64 (..,).
+    name, form: A (.., K, K), b (.., K), c (..,) of `squared_errors`; alpha float64 (.., k): the
+    weights of the first k members. Returns float64 (..,).
     """
     k = alpha.shape[-1]
     a, b, c = form[0][..., :k, :k], form[1][..., :k], form[2]
-    return ((a @ alpha[..., None])[..., 0] * alpha).sum(-1) - 2 * (b * alpha).sum(-1) + c
-
-
-def not_negative(name, errors):
-    """Undo what rounding took below zero of squared errors; the excess may be below it."""
+    errors = ((a @ alpha[..., None])[..., 0] * alpha).sum(-1) - 2 * (b * alpha).sum(-1) + c
+    # Rounding can take a square below zero; the excess may be below it.
     return errors if name == "excess" else np.maximum(errors, 0)
 
 
@@ -196,16 +193,12 @@ def measure(split, rewards, stats, soft_single):
     whether the sigmoid of member 1 is a soft model of p, as `trained_on_p` says.
     """
     sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
-    p, truth = split.p, split.p_true
+    p, truth, zero = split.p, split.p_true, np.zeros(len(split.p))
     with np.errstate(over="ignore", invalid="ignore"):
         margins = np.nan_to_num(rewards[:, split.a] - rewards[:, split.b])  # inf - inf: a tie
     soft = expit(margins.astype(np.float64))
-    halves = split.ties if stats["ties"] == "half" else np.zeros(len(p))
-    c = {
-        "sampled": theory.irreducible(p, split.n, halves),
-        "population": np.zeros(len(p)),
-        "dependent": None,
-    }[stats["votes"]]
+    sampled = theory.irreducible(p, split.n, split.ties if stats["ties"] == "half" else zero)
+    c = {"sampled": sampled, "population": zero, "dependent": None}[stats["votes"]]
     lines = {
         "floor_single": floor_single(p),
         "coin_flip": coin_flip(p),
@@ -261,12 +254,10 @@ def agreement_terms(p_hat, p):
 def mixture_figures(split, votes, soft, forms, alpha):
     """Return the figures of the first k members' mixture; votes, soft (K, N), alpha (k,)."""
     pairs = np.diff(split.pair_start).astype(np.float64)
-    figures = {name: Ratio(None, pairs) for name in ERRORS}
-    for name, form in forms.items():
-        figures[name] = Ratio(not_negative(name, error_of(form, alpha)), pairs)
+    errors = {name: error_of(name, form, alpha) for name, form in forms.items()}
     hard = by_prompt(split, agreement_terms(alpha @ votes[: len(alpha)], split.p)).T
     mixed = by_prompt(split, agreement_terms(alpha @ soft[: len(alpha)], split.p)).T
-    return figures | {
+    return {name: Ratio(errors.get(name), pairs) for name in ERRORS} | {
         "l1": Ratio(hard[0], pairs),
         "l1_soft": Ratio(mixed[0], pairs),
         "pearson": Correlation(*hard[1:]),
@@ -277,12 +268,12 @@ def mixture_figures(split, votes, soft, forms, alpha):
 def member_figures(split, sums, form):
     """Return the figures of all members at once, tops (P, K); form: that of the Brier score."""
     pairs = sums["pairs"].astype(np.float64)
-    errors = [error_of(form, alone) for alone in np.eye(sums["vote"].shape[1])]
+    errors = [error_of("brier", form, alone) for alone in np.eye(sums["vote"].shape[1])]
     # The disagreement score Phi_j (section 2) is the mean of V_j (1-p) + (1-V_j) p.
     phi = sums["vote"] - 2 * sums["vote_p"] + sums["p"][:, None]
     least = by_prompt(split, np.minimum(split.p, 1 - split.p))
     return {
-        "brier": Ratio(not_negative("brier", np.stack(errors, 1)), pairs),
+        "brier": Ratio(np.stack(errors, 1), pairs),
         "disagreement": Ratio(phi, pairs),
         "regret": Ratio(phi - least[:, None], pairs),  # appendix E
         "accuracy": Ratio(sums["majority"], sums["decided"].astype(np.float64)),
@@ -302,18 +293,16 @@ def member_rows(entry):
         row = {"j": j + 1} | {name: values[j] for name, values in entry["members"].items()}
         if row["accuracy"] is None:  # No pair has a majority.
             row["accuracy_ci"] = None
-        row["outlier_below"] = (
-            None
-            if excess is None
-            else [theory.outlier_below(phi, bound, max(0.0, excess)) for bound in bounds]
-        )
+        row["outlier_below"] = None
+        if excess is not None:
+            row["outlier_below"] = [theory.outlier_below(phi, x, max(0.0, excess)) for x in bounds]
         rows.append(row)
     return rows
 
 
 def group_figures(split, p_hat):
     """Return the figures by how far annotators agree, and by the user's own categories."""
-    p, start = split.p, split.pair_start
+    p = split.p
     terms = np.stack([np.ones(len(p)), (p_hat - p) ** 2, *agreement_terms(p_hat, p)])
 
     def figures(counted):
@@ -327,23 +316,22 @@ def group_figures(split, p_hat):
         }
 
     majority = np.round(np.maximum(p, 1 - p), 9)
-    levels = {
-        "unanimous": majority == 1,
-        "at least 3/4": (majority >= 0.75) & (majority < 1),
-        "above 1/2": (majority > 0.5) & (majority < 0.75),
-        "even": majority == 0.5,
-    }
-    groups = {"agreement": [], "categories": None if split.categories is None else {}}
-    for level, counted in levels.items():
-        if counted.any():
-            groups["agreement"].append({"level": level} | figures(counted))
-    labels = [labels or {} for labels in split.categories or ()]
-    for name in dict.fromkeys(itertools.chain(*labels)):
-        groups["categories"][name] = [
-            head | figures(np.repeat(prompts, np.diff(start)))
-            for head, prompts in by_label([of_prompt.get(name) for of_prompt in labels])
+    level_of_pair = np.digitize(majority, [0.5 + 1e-10, 0.75, 1])
+    levels = "even", "above 1/2", "at least 3/4", "unanimous"
+    agreement = [
+        {"level": levels[i]} | figures(level_of_pair == i) for i in np.unique(level_of_pair)[::-1]
+    ]
+    if split.categories is None:
+        return {"agreement": agreement, "categories": None}
+    labels = [labels or {} for labels in split.categories]
+    categories = {
+        name: [
+            head | figures(np.repeat(prompts, np.diff(split.pair_start)))
+            for head, prompts in by_label([named.get(name) for named in labels])
         ]
-    return groups
+        for name in dict.fromkeys(itertools.chain(*labels))
+    }
+    return {"agreement": agreement, "categories": categories}
 
 
 def by_label(labels):
@@ -352,12 +340,10 @@ def by_label(labels):
     counts = collections.Counter(labels)
     order = sorted(counts, key=lambda label: (-counts[label], str(label)))
     size = len(order) if len(order) <= LABELS + 1 else LABELS  # One label alone is no rest.
-    place = {label: min(i, size) for i, label in enumerate(order)}
-    heads = [{"label": label, "labels": 1} for label in order[:size]]
+    groups = [({"label": label, "labels": 1}, {label}) for label in order[:size]]
     if size < len(order):
-        heads.append({"label": None, "labels": len(order) - size})
-    of_prompt = np.array([place[label] for label in labels])
-    return [(head, of_prompt == i) for i, head in enumerate(heads)]
+        groups.append(({"label": None, "labels": len(order) - size}, set(order[size:])))
+    return [(head, np.array([label in group for label in labels])) for head, group in groups]
 
 
 # ---- a run's files
@@ -371,18 +357,15 @@ def read_prefixes(run):
     try:
         largest = max(entry["k"] for entry in prefixes)
         if largest != k:
-            raise cli.InputError(
-                f"{path}: weights for K = {largest} found, rewards of K = {k} members; "
-                "fit_weights.py fits them anew"
-            )
+            sizes = f"weights for K = {largest} found, rewards of K = {k} members"
+            raise cli.InputError(f"{path}: {sizes}; fit_weights.py fits them anew")
         return [
             entry | {"alpha": run_dir.read_weights(run, entry["k"]).tolist(), "fit": entry["fit"]}
             for entry in prefixes
         ]
     except (KeyError, TypeError, ValueError):
-        raise cli.InputError(
-            f"{path}: a list of {{k, alpha, fit}} expected; fit_weights.py makes it"
-        ) from None
+        expected = "a list of {k, alpha, fit} expected"
+        raise cli.InputError(f"{path}: {expected}; fit_weights.py makes it") from None
 
 
 def trained_on_p(run):

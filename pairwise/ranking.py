@@ -26,10 +26,9 @@ ATTRIBUTES = {
 def attribute_counts(texts, patterns):
     """Count how often patterns, {name: regular expression}, occur in texts, P lists of n str:
     float32 (attributes, P, n)."""
-    compiled = [re.compile(pattern, re.IGNORECASE) for pattern in patterns.values()]
     counts = [
-        [[len(pattern.findall(text)) for text in answers] for answers in texts]
-        for pattern in compiled
+        [[len(re.findall(pattern, text, re.IGNORECASE)) for text in answers] for answers in texts]
+        for pattern in patterns.values()
     ]
     return np.array(counts, np.float32).reshape(len(patterns), len(texts), -1)
 

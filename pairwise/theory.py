@@ -4,7 +4,7 @@ Votes V_j of the members are 0, 1/2 (a tie) or 1; p is the fraction of the annot
 the first response, p* that of the whole population, p_hat = sum_j alpha_j V_j. No torch.
 """
 
-from itertools import combinations, permutations
+from itertools import permutations
 
 import numpy as np
 from scipy.optimize import linprog
@@ -105,7 +105,7 @@ def calibrated_ensemble(p):
     m = len(p)
     if p.shape != (m, m) or not 2 <= m <= 5:
         raise ValueError(f"p: shape {p.shape} found, (m, m) with m from 2 to 5 expected")
-    i, j = np.array(list(combinations(range(m), 2))).T
+    i, j = np.triu_indices(m, 1)
     adds_up, in_range = np.abs(p[i, j] + p[j, i] - 1) <= 1e-9, np.abs(p[i, j] - 0.5) <= 0.5 + 1e-9
     if not (adds_up & in_range).all():  # NaN is neither.
         raise ValueError("p: shares in [0, 1] with p[i, j] + p[j, i] = 1 expected")
@@ -114,15 +114,14 @@ def calibrated_ensemble(p):
     wins = (position[:, i] < position[:, j]).T.astype(np.float64)  # (pairs, m!): i before j?
     pairs, rankings = wins.shape
     # Minimise sum (over + under) where wins @ weights - over + under = p and sum weights = 1.
-    equalities = np.block(
-        [[wins, -np.eye(pairs), np.eye(pairs)], [np.ones(rankings), np.zeros(2 * pairs)]]
-    )
     cost = np.append(np.zeros(rankings), np.ones(2 * pairs))
+    equalities = np.vstack([np.hstack([wins, -np.eye(pairs), np.eye(pairs)]), 1 - cost])
     # The simplex method, highs-ds, ends at a corner: few rankings have a weight.
     solution = linprog(cost, A_eq=equalities, b_eq=np.append(p[i, j], 1), method="highs-ds")
     weights, distance = solution.x[:rankings], max(0.0, solution.fun)
     used = weights > 1e-12
-    certificate = np.zeros((m, m))
-    certificate[i, j] = solution.eqlin.marginals[:pairs]
-    certificate = certificate if distance > 1e-9 else None
+    certificate = None
+    if distance > 1e-9:
+        certificate = np.zeros((m, m))
+        certificate[i, j] = solution.eqlin.marginals[:pairs]
     return orders[used], weights[used] / weights[used].sum(), distance, certificate
