@@ -17,6 +17,7 @@ from pairwise import cli, data, figures, metrics, report, run_dir
 
 import matplotlib
 import numpy as np
+import pyarrow.parquet as pq
 from matplotlib.ticker import MaxNLocator
 
 # All settings share the other reference lines.
@@ -56,6 +57,28 @@ def common_start(names):
     """Return what names have in common at the beginning; the first name where that is nothing."""
     common = os.path.commonprefix(names).rstrip("/-_.") or names[0]
     return common if len(names) > 1 else names[0]
+
+
+def must_share_test_data(first, second):
+    """Raise InputError where the test data of two runs differ.
+
+    They must have the same prompts, responses, pairs and votes, and votes that arose in one way.
+    """
+    refusal = f"{second}: not to be compared with {first}, its test data are others"
+    paths = [run / "data" / "test.parquet" for run in (first, second)]
+    expected, given = (pq.read_table(path).to_pylist() for path in paths)
+    for number, (row, other) in enumerate(zip(expected, given), 1):
+        names = [name for name in row | other if name != "categories"]
+        if differing := [name for name in names if row.get(name) != other.get(name)]:
+            raise cli.InputError(f"{refusal}: of prompt {number} the {', '.join(differing)}")
+    if len(expected) != len(given):
+        counts = f"{len(given)} prompts found, {len(expected)} expected"
+        raise cli.InputError(f"{refusal}: {counts}")
+    expected, given = data.read_stats(first), data.read_stats(second)
+    for name in ("votes", "ties"):
+        was, now = expected[name], given[name]
+        if was != now:
+            raise cli.InputError(f"{refusal}: {name} {now!r} found, {was!r} expected")
 
 
 def test_errors(run):
@@ -100,7 +123,7 @@ def compare(settings, resamples, seed):
     measured = [[test_errors(run) for run in runs] for _, runs in settings]
     first = settings[0][1][0]
     for run in itertools.chain(*(runs for _, runs in settings)):
-        data.must_share_test_data(first, run)
+        must_share_test_data(first, run)
     pairs, _, lines = measured[0][0]
     stats = data.read_stats(first)
     names = "floor_single", "coin_flip", "irreducible", "floor_true", "coin_true"

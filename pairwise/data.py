@@ -181,25 +181,3 @@ def counted_pairs(split):
         if values := getattr(split, name):
             fields[name] = list(itertools.compress(values, np.diff(start)))
     return dataclasses.replace(split, **fields)
-
-
-def must_share_test_data(first, second):
-    """Raise InputError where the test data of two runs differ.
-
-    They must have the same prompts, responses, pairs and votes, and votes that arose in one way.
-    """
-    refusal = f"{second}: not to be compared with {first}, its test data are others"
-    paths = [run / "data" / "test.parquet" for run in (first, second)]
-    expected, given = (pq.read_table(path).to_pylist() for path in paths)
-    for number, (row, other) in enumerate(zip(expected, given), 1):
-        names = [name for name in row | other if name != "categories"]
-        if differing := [name for name in names if row.get(name) != other.get(name)]:
-            raise cli.InputError(f"{refusal}: of prompt {number} the {', '.join(differing)}")
-    if len(expected) != len(given):
-        counts = f"{len(given)} prompts found, {len(expected)} expected"
-        raise cli.InputError(f"{refusal}: {counts}")
-    expected, given = read_stats(first), read_stats(second)
-    for name in ("votes", "ties"):
-        was, now = expected[name], given[name]
-        if was != now:
-            raise cli.InputError(f"{refusal}: {name} {now!r} found, {was!r} expected")
