@@ -16,14 +16,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
 from pairwise import cli, data, evaluator, members, ranking, reward_model, run_dir, sampling
 
+import numpy as np
 import policy_pairs
+import torch
 
 
 def train(args, j):

@@ -17,10 +17,10 @@ w'x; p_true is the fraction of the voters who prefer the first.
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pairwise import cli, data, run_dir
+
+import numpy as np
 
 PROMPTS = {"train": 300, "valid": 60, "test": 150}
 

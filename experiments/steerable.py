@@ -13,12 +13,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
 from pairwise import cli, data, run_dir
 
+import numpy as np
 import respond
 
 spec = importlib.util.spec_from_file_location("demo", cli.REPOSITORY / "data_prep" / "demo.py")

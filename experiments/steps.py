@@ -18,13 +18,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import fit_weights
 import train_rm
 from pairwise import cli, data, run_dir, training
+
+import numpy as np
 
 WHOLE, SHUFFLED = training.steps_of_prompts, training.steps_of_pairs
 COLUMNS = ("seed", "steps", "k", "brier", "brier_soft", "true_error", "tokens", "seconds")

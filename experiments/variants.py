@@ -23,16 +23,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
 import train_rm
 from pairwise import cli, metrics, run_dir, theory, weights
 
 import harden
+import numpy as np
 import plurality
+import torch
 import train_joint
 from plurality import L2_PENALTIES, brier
 
