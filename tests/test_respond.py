@@ -315,16 +315,16 @@ def test_a_viewpoint_of_the_demo_finds_its_member(steerable):
         read_split(REPOSITORY / "results/demo", "test"),
         read_weights(REPOSITORY / "results/demo", 4),
     )
-    shares = steerable.choice_shares(split)
+    preferences = steerable.viewpoint_preferences(split)
     np.testing.assert_allclose(
-        np.dot([weight for weight, _ in steerable.demo.VIEWPOINTS.values()], shares),
+        np.dot([weight for weight, _ in steerable.demo.VIEWPOINTS.values()], preferences),
         split.p_true,
         atol=1e-12,
     )
     rewards = read_rewards(REPOSITORY / "results/demo", "test", 4, split.response_start[-1:])
     found = list(
         steerable.trials(
-            rewards, alpha, shares, split.a, split.b, 100, 10, np.random.default_rng(0)
+            rewards, alpha, preferences, split.a, split.b, 100, 10, np.random.default_rng(0)
         )
     )
     assert sum(agreement[chosen] >= agreement @ alpha for _, chosen, _, agreement in found) >= 80
