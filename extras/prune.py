@@ -21,6 +21,29 @@ import numpy as np
 evaluator = cli.import_evaluator()
 
 
+def remaining_members(member_votes, alpha, beta):
+    """Which members theorem 3's ensemble keeps, bool (k,); their weights are divided by their sum.
+
+    member_votes float64 (k, N), alpha float64 (k,) on the simplex, beta above 2, so that something
+    remains. The members of the largest distance E |V_j - p_hat| are removed (of equal ones the
+    later first) as long as their weights together are at most 1/(beta-1). Where members tie, the
+    theorem holds with phi = E |V_j - p| and phi_min over rewards that never tie: then |V_i - V_j|
+    is linear in V_j, as the proof needs.
+    """
+    distance = np.abs(member_votes - alpha @ member_votes).mean(1)
+    order = np.argsort(distance, kind="stable")
+    weight_from_here = np.cumsum(alpha[order][::-1])[::-1]  # of a member and all that are farther
+    remaining = np.empty(len(alpha), bool)
+    remaining[order] = weight_from_here > 1 / (beta - 1)
+    return remaining
+
+
+def theorem3(epsilon, removed):
+    """Bound of the calibration error of an epsilon-calibrated ensemble from which members of the
+    weight `removed` are taken away; the theorem has removed = 1/(beta-1)."""
+    return (epsilon**0.5 + removed) ** 2
+
+
 def prune(split, rewards, alpha, beta, stats):
     """(pruned weights float64 (k,), their train error, facts for the manifest); stats: the data's.
 
@@ -28,7 +51,7 @@ def prune(split, rewards, alpha, beta, stats):
     epsilon and what theorem 3 says by it are None.
     """
     member_votes = evaluator.votes(rewards, split.a, split.b) / 2
-    remaining = theory.remaining_members(member_votes, alpha, beta)
+    remaining = remaining_members(member_votes, alpha, beta)
     pruned, removed = alpha * remaining / alpha[remaining].sum(), float(alpha[~remaining].sum())
     mse, pruned_mse = (float(np.mean((x @ member_votes - split.p) ** 2)) for x in (alpha, pruned))
     numbers = (np.flatnonzero(~remaining) + 1).tolist()
@@ -44,7 +67,7 @@ def prune(split, rewards, alpha, beta, stats):
     c = np.mean(theory.irreducible(split.p, split.n, ties_as_halves)) if sampled else 0.0
     epsilon, error = max(0.0, mse - c), pruned_mse - c
     gamma = (beta + 1) * epsilon**0.5
-    bound, tighter_bound = (theory.theorem3(epsilon, x) for x in (1 / (beta - 1), removed))
+    bound, tighter_bound = (theorem3(epsilon, x) for x in (1 / (beta - 1), removed))
     facts |= {"epsilon": epsilon, "gamma": gamma, "bound": bound}
     facts |= {"bound_of_weight_removed": tighter_bound, "error": error}
     facts["guarantee"] = (

@@ -3,14 +3,20 @@ the ranking solver against the known facets."""
 
 import itertools
 import math
+import sys
 
 from pairwise import theory
 
 import numpy as np
+import prune
 import pytest
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import multinomial
+
+sys.path.insert(0, str(REPOSITORY / "experiments"))
+import theorems
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -38,7 +44,7 @@ def test_lemma_1_by_all_draws_of_annotators(annotators, n, seed):
         0,
     )
     np.testing.assert_allclose(
-        empirical, (p_hat - p_true) ** 2 + theory.sampling_error(p_true, n), atol=1e-12
+        empirical, (p_hat - p_true) ** 2 + theorems.sampling_error(p_true, n), atol=1e-12
     )
     if n > 1:
         estimates = [
@@ -46,7 +52,7 @@ def test_lemma_1_by_all_draws_of_annotators(annotators, n, seed):
             for drawn in itertools.product(range(annotators), repeat=n)
         ]
         np.testing.assert_allclose(
-            np.mean(estimates, 0), theory.sampling_error(p_true, n), atol=1e-12
+            np.mean(estimates, 0), theorems.sampling_error(p_true, n), atol=1e-12
         )
 
 
@@ -58,7 +64,7 @@ def test_theorem_2_by_all_draws_of_annotators(annotators, k, seed):
         np.mean((votes[list(drawn)].mean(0) - p_true) ** 2)
         for drawn in itertools.product(range(annotators), repeat=k)
     ]
-    assert np.mean(errors) == pytest.approx(theory.sampling_error(p_true, k).mean(), abs=1e-12)
+    assert np.mean(errors) == pytest.approx(theorems.sampling_error(p_true, k).mean(), abs=1e-12)
     assert min(errors) <= np.mean(errors) <= theory.theorem2(k) and theory.theorem2(
         k, 0.1
     ) == pytest.approx(0.1 + 0.25 / k)
@@ -111,7 +117,7 @@ def test_theorem_3_holds_for_random_ensembles(seed, beta, ties):
         votes[:, rng.integers(votes.shape[1])] = 0.5
     p_hat = alpha @ votes
     epsilon = np.mean((p_hat - p_true) ** 2)
-    kept = theory.remaining_members(votes, alpha, beta)
+    kept = prune.remaining_members(votes, alpha, beta)
     removed = alpha[~kept].sum()
     assert kept.any() and removed <= 1 / (beta - 1) + 1e-12
     for rewards in (everything, votes) if not ties else (everything,):
@@ -128,8 +134,8 @@ def test_theorem_3_holds_for_random_ensembles(seed, beta, ties):
     error = np.mean((pruned @ votes - p_true) ** 2)
     assert (
         error
-        <= theory.theorem3(epsilon, removed) + 1e-12
-        <= theory.theorem3(epsilon, 1 / (beta - 1)) + 2e-12
+        <= prune.theorem3(epsilon, removed) + 1e-12
+        <= prune.theorem3(epsilon, 1 / (beta - 1)) + 2e-12
     )
     farthest = distance(
         votes, p_hat
@@ -144,33 +150,33 @@ def test_remaining_members_by_hand():
     votes = np.array(
         [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]], float
     )  # p_hat 3/4, 3/4, 1/2, 1/4: distances 7/16, 5/16, 5/16, 9/16
-    assert theory.remaining_members(votes, np.full(4, 0.25), 5).tolist() == [
+    assert prune.remaining_members(votes, np.full(4, 0.25), 5).tolist() == [
         True,
         True,
         True,
         False,
     ]  # a weight of 1/4 may go
-    assert theory.remaining_members(votes, np.full(4, 0.25), 3).tolist() == [
+    assert prune.remaining_members(votes, np.full(4, 0.25), 3).tolist() == [
         False,
         True,
         True,
         False,
     ]
-    assert theory.remaining_members(votes, np.full(4, 0.25), 5.1).all()
-    assert theory.remaining_members(votes[::-1], np.full(4, 0.25), 3).tolist() == [
+    assert prune.remaining_members(votes, np.full(4, 0.25), 5.1).all()
+    assert prune.remaining_members(votes[::-1], np.full(4, 0.25), 3).tolist() == [
         False,
         True,
         True,
         False,
     ]  # a permutation moves with its members
-    assert theory.remaining_members(1 - votes, np.full(4, 0.25), 3).tolist() == [
+    assert prune.remaining_members(1 - votes, np.full(4, 0.25), 3).tolist() == [
         False,
         True,
         True,
         False,
     ]  # so does the order of the two responses
     assert (
-        theory.theorem3(0.04, 0.5) == pytest.approx(0.49)
+        prune.theorem3(0.04, 0.5) == pytest.approx(0.49)
         and theory.outlier_below(0.5, 0.0, 0.0) is None
     )
     assert (
@@ -211,7 +217,7 @@ def test_theorem_4_by_all_samples_of_one_comparison(n, truth, pairs, delta):
     likely = multinomial.pmf(counts, pairs, chance)
     assert likely.sum() == pytest.approx(1)
     for k in (1, 2):
-        assert likely[gap > theory.theorem4(pairs, k, 1, delta)].sum() <= delta
+        assert likely[gap > theorems.theorem4(pairs, k, 1, delta)].sum() <= delta
     simple = np.sqrt(
         np.log(2 * 2 / delta) / (2 * pairs)
     )  # Hoeffding for two ensembles: the test could fail
@@ -220,17 +226,17 @@ def test_theorem_4_by_all_samples_of_one_comparison(n, truth, pairs, delta):
 
 def test_theorem_4_by_hand_and_its_limits():
     dimension = 20 * 4 * 2 * math.log(16)  # k = 2, d = 3
-    assert theory.theorem4(10**6, 2, 3, 0.05) == pytest.approx(
+    assert theorems.theorem4(10**6, 2, 3, 0.05) == pytest.approx(
         math.sqrt(2 * dimension * (1 + math.log(10**6) - math.log(dimension)) / 10**6)
         + math.sqrt(math.log(20) / (2 * 10**6)),
         rel=1e-12,
     )
-    bounds = [theory.theorem4(n, 4, 10, 0.05) for n in (1, 10, 10**4, 10**5, 10**7, 10**10)]
+    bounds = [theorems.theorem4(n, 4, 10, 0.05) for n in (1, 10, 10**4, 10**5, 10**7, 10**10)]
     assert bounds[:2] == [1, 1] and bounds == sorted(bounds, reverse=True) and bounds[-1] < 0.01
     assert (
-        theory.theorem4(10**6, 4, 10, 0.05)
-        < theory.theorem4(10**6, 8, 10, 0.05)
-        < theory.theorem4(10**6, 8, 20, 0.05)
+        theorems.theorem4(10**6, 4, 10, 0.05)
+        < theorems.theorem4(10**6, 8, 10, 0.05)
+        < theorems.theorem4(10**6, 8, 20, 0.05)
     )
 
 
@@ -276,7 +282,7 @@ def test_solver_agrees_with_the_three_cycles(seed, m):
         else np.clip(rng.normal(0.5, rng.choice([0.1, 0.3, 1]), 10), 0, 1),
         m,
     )
-    orders, weights, far, certificate = theory.calibrated_ensemble(p)
+    orders, weights, far, certificate = theorems.calibrated_ensemble(p)
     assert (far <= 1e-9) == (worst_cycle(p) <= 1e-9) == (certificate is None)
     assert (
         (weights > 0).all()
@@ -303,7 +309,7 @@ def test_solver_calibrates_every_population_and_moves_with_the_names(seed, m):
     rng = np.random.default_rng(seed)
     rankings = [rng.permutation(m) for _ in range(rng.integers(1, 8))]
     p = mixture(rankings, rng.dirichlet(np.ones(len(rankings))))
-    orders, weights, far, certificate = theory.calibrated_ensemble(p)
+    orders, weights, far, certificate = theorems.calibrated_ensemble(p)
     assert far <= 1e-9 and certificate is None
     np.testing.assert_allclose(mixture(orders, weights), p, atol=1e-9)
     spoiled = matrix(
@@ -311,7 +317,7 @@ def test_solver_calibrates_every_population_and_moves_with_the_names(seed, m):
     )
     order = rng.permutation(m)
     distances = [
-        theory.calibrated_ensemble(x)[2]
+        theorems.calibrated_ensemble(x)[2]
         for x in (spoiled, spoiled[np.ix_(order, order)], spoiled.T)
     ]  # renamed; everybody's opposite
     np.testing.assert_allclose(distances, distances[0], atol=1e-9)
@@ -320,13 +326,13 @@ def test_solver_calibrates_every_population_and_moves_with_the_names(seed, m):
 def test_condorcet_cycle():
     """Two thirds prefer each to the next: three rankings. A whole cycle is a distance of 1 away, by
     reversing one pair."""
-    orders, weights, far, _ = theory.calibrated_ensemble(matrix([2 / 3, 1 / 3, 2 / 3], 3))
+    orders, weights, far, _ = theorems.calibrated_ensemble(matrix([2 / 3, 1 / 3, 2 / 3], 3))
     assert (
         far < 1e-12
         and sorted(map(tuple, orders.tolist())) == [(0, 1, 2), (1, 2, 0), (2, 0, 1)]
         and weights == pytest.approx([1 / 3] * 3)
     )
-    assert theory.calibrated_ensemble(matrix([1, 0, 1], 3))[2] == pytest.approx(1)
+    assert theorems.calibrated_ensemble(matrix([1, 0, 1], 3))[2] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -342,4 +348,4 @@ def test_condorcet_cycle():
 )
 def test_what_is_no_preference_matrix_is_refused(p):
     with pytest.raises(ValueError, match="p: "):
-        theory.calibrated_ensemble(p)
+        theorems.calibrated_ensemble(p)
