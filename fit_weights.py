@@ -93,10 +93,7 @@ def main(args):
     run, path = args.run, args.run / "weights.json"
     split, k = data.read_split(run, "train"), run_dir.count_members(run)
     rewards = run_dir.read_rewards(run, "train", k, (int(split.response_start[-1]),))
-    paths = {
-        f"rewards of member {j}": run_dir.reward_path(run, j, "train") for j in range(1, k + 1)
-    }
-    inputs = data.hashes(run) | {name: run_dir.hash_file(paths[name]) for name in paths}
+    inputs = data.hashes(run) | run_dir.hash_rewards(run, k)
     check_kind(run)
     if run_dir.unchanged(run, "weights", {}, inputs, [path]):
         print(f"weights: {path} is up to date, skipped")

@@ -221,8 +221,7 @@ def main(args):
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     if j > 1:  # the members of a run differ in their residual only
         run_dir.must_agree(run, run_dir.member_name(1), settings, base_inputs)
-    paths = {f"rewards of member {i}": run_dir.reward_path(run, i, "train") for i in range(1, j)}
-    inputs = base_inputs | {label: run_dir.hash_file(path) for label, path in paths.items()}
+    inputs = base_inputs | run_dir.hash_rewards(run, j - 1)
     stage = (run, name, settings, inputs)
     outputs = [run / name, run / "logs" / f"{j:02d}.jsonl"]
     outputs += [run_dir.reward_path(run, j, split) for split in splits]

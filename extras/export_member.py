@@ -29,7 +29,7 @@ def trained_in(run, j):
     own = any((directory / name).exists() for name in ("head.safetensors", "adapter"))
     if own and not (directory / "model.safetensors").exists():
         return run_dir.member_name(j)
-    joint = run_dir.read_json(run / "manifest.json", {"stages": {}})["stages"].get("joint")
+    joint = run_dir.stages(run).get("joint")
     if joint and j <= joint["settings"]["k"] and not directory.exists():
         return "joint"
     plain = (directory / "config.json").exists()

@@ -92,7 +92,7 @@ def copy_run(run, partial, out):
             run_dir.write_json(partial / path.name, formulas | {"source": source})
         elif path.name in ("base", "joint") or path.name.startswith("member_"):
             (partial / path.name).symlink_to(path.resolve())  # Models are large.
-    stages = run_dir.read_json(run / "manifest.json", {"stages": {}})["stages"]
+    stages = run_dir.stages(run)
     stages = {name: stages[name] for name in stages if name not in ("weights", "evaluate")}
     run_dir.write_json(partial / "manifest.json", {"stages": stages})
 
@@ -102,10 +102,7 @@ def main(args):
     split, k = data.read_split(run, "train"), run_dir.count_members(run)
     rewards = run_dir.read_rewards(run, "train", k, (int(split.response_start[-1]),))
     alpha, settings = run_dir.read_weights(run, k), {"prune": args.beta}
-    inputs = data.hashes(run) | {
-        f"rewards of member {j}": run_dir.hash_file(run_dir.reward_path(run, j, "train"))
-        for j in range(1, k + 1)
-    }
+    inputs = data.hashes(run) | run_dir.hash_rewards(run, k)
     inputs["weights.json"] = run_dir.hash_file(run / "weights.json")
     if run_dir.unchanged(out, "weights", settings, inputs, [out / "weights.json"]):
         print(f"prune: {out} is up to date, skipped")
@@ -115,7 +112,7 @@ def main(args):
             f"--out {out}: found, a new directory expected; "
             "the pruned run is a run directory of its own"
         )
-    stats, split = run_dir.read_json(run / "data" / "stats.json"), data.counted_pairs(split)
+    stats, split = data.read_stats(run), data.counted_pairs(split)
     if split is None:
         raise cli.InputError(
             f"{run / 'data' / 'train.parquet'}: no pair of two votes found, "

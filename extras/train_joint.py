@@ -146,7 +146,7 @@ def main(args):
     stage = (run, "joint", {name: getattr(args, name) for name in names}, inputs)
     outputs = [run / "joint", run / "logs" / "joint.jsonl"]
     outputs += [run_dir.reward_path(run, j + 1, name) for j in range(args.k) for name in texts]
-    entry = run_dir.read_json(run / "manifest.json", {"stages": {}})["stages"].get("joint", {})
+    entry = run_dir.stages(run).get("joint", {})
     if continuations and entry.get("done") and "continuations.parquet" not in entry["inputs"]:
         raise cli.InputError(
             f"{run}: trained before its continuations.parquet was there, which is scored with the "

@@ -123,14 +123,14 @@ def stage_done(run, stage, settings, inputs, outputs):
     the paths that it makes. Raises InputError where it was completed with other settings or inputs,
     or where an output is there that no stage has made.
     """
-    existing = [path for path in outputs if path.exists()]
-    if stage not in stages(run):
+    existing, entry = [path for path in outputs if path.exists()], stages(run).get(stage)
+    if entry is None:
         if existing:
             unknown = f"{existing[0]} exists but was not made by this stage ({stage})"
             raise cli.InputError(f"{unknown}; choose another --run")
         return False
     must_agree(run, stage, settings, inputs)
-    return stages(run)[stage]["done"] and len(existing) == len(outputs)
+    return entry["done"] and len(existing) == len(outputs)
 
 
 def must_agree(run, stage, settings, inputs):
@@ -276,6 +276,12 @@ def count_members(run):
     if numbers != list(range(1, len(numbers) + 1)):
         raise cli.InputError(f"{folder}: members {numbers} found, 1 to {len(numbers)} expected")
     return len(numbers)
+
+
+def hash_rewards(run, k):
+    """Return {name: SHA-256} of the train rewards of members 1..k, for a stage made from them."""
+    paths = {f"rewards of member {j}": reward_path(run, j, "train") for j in range(1, k + 1)}
+    return {name: hash_file(path) for name, path in paths.items()}
 
 
 def read_rewards(run, split, k, shape):

@@ -5,6 +5,7 @@ Each is made once, by the first process that needs it, and read by all: no test 
 
 import fcntl
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -64,6 +65,15 @@ def squared(reward_a, reward_b, t, done):
     import train_rm
 
     return train_rm.LOSSES["mse"](reward_a - reward_b, t, None).sum()
+
+
+def train_on(args, model, split, sequences, log=None):
+    """training.train_full on all pairs of the split, with --loss mse and the order of seed 0."""
+    from pairwise import training
+
+    every, order = np.ones(len(split.p), bool), np.random.default_rng(0)
+    data = (split, sequences, (split.p,), squared, every)
+    training.train_full(args, model, *data, order, io.StringIO() if log is None else log)
 
 
 def fit(run):

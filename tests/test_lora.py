@@ -28,6 +28,7 @@ from conftest import (
     rewards,
     squared,
     train,
+    train_on,
 )
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
@@ -117,17 +118,7 @@ def test_what_is_trained(base, tokenizer, sequences, dtype):
 
 def test_only_adapters_and_head_change(model, split, sequences):
     before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
-    training.train_full(
-        arguments(),
-        model,
-        split,
-        sequences,
-        (split.p,),
-        squared,
-        np.ones(72, bool),
-        np.random.default_rng(0),
-        io.StringIO(),
-    )
+    train_on(arguments(), model, split, sequences)
     for name, p in model.model.named_parameters():
         assert torch.equal(p, before[name]) == (not p.requires_grad), name
     assert sum(p.requires_grad for p in model.model.parameters()) == 2 * 14 + 1
@@ -203,17 +194,7 @@ def test_preconditioners_are_bounded_by_the_rank(model, split, sequences, monkey
         "SOAP",
         lambda *args, f=training.SOAP, **settings: kept.append(f(*args, **settings)) or kept[-1],
     )
-    training.train_full(
-        arguments(),
-        model,
-        split,
-        sequences,
-        (split.p,),
-        squared,
-        np.ones(72, bool),
-        np.random.default_rng(0),
-        io.StringIO(),
-    )
+    train_on(arguments(), model, split, sequences)
     shapes = {
         tuple(p.shape): {tuple(m.shape) for name in ("GG", "Q") for m in state[name] if len(m)}
         for p, state in kept[0].state.items()

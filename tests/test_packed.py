@@ -6,7 +6,7 @@ import io
 import json
 
 import train_rm
-from pairwise import members, training
+from pairwise import members
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
@@ -15,7 +15,7 @@ from pairwise.scale import packed
 import numpy as np
 import pytest
 import torch
-from conftest import FLAGS, fit, fresh, manifest, rewards, squared, train
+from conftest import FLAGS, fit, fresh, manifest, rewards, train, train_on
 from transformers import (
     AutoModelForSequenceClassification,
     DebertaV2Config,
@@ -427,17 +427,7 @@ def test_steps_and_losses_are_those_of_padded_batches(data, base, tokenizer, mon
         flags = [*FLAGS, "--pairs-per-step", "12", "--micro-batch-tokens", "200", "--lr", "1e-6"]
         args = train_rm.parse_args(["--run", "r", "--base", "b", "--iteration", "1", *flags])
         log = io.StringIO()
-        training.train_full(
-            args,
-            model,
-            split,
-            sequences,
-            (split.p,),
-            squared,
-            np.ones(len(split.a), bool),
-            np.random.default_rng(0),
-            log,
-        )
+        train_on(args, model, split, sequences, log)
         logs.append([json.loads(line) for line in log.getvalue().splitlines()])
     assert len(logs[0]) == len(logs[1]) >= 5
     for ours, padded in zip(*logs):

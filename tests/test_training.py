@@ -37,6 +37,7 @@ from conftest import (
     rewards,
     squared,
     train,
+    train_on,
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -271,18 +272,8 @@ def test_gradient_is_the_plain_sum_over_pairs(
         ),
     )
     log = io.StringIO()
-    keep = np.ones(len(split.a), bool)
-    training.train_full(
-        arguments("--pairs-per-step", "1000", "--micro-batch-tokens", str(tokens)),
-        model,
-        split,
-        sequences,
-        (split.p,),
-        squared,
-        keep,
-        np.random.default_rng(0),
-        log,
-    )
+    args = arguments("--pairs-per-step", "1000", "--micro-batch-tokens", str(tokens))
+    train_on(args, model, split, sequences, log)
     found = Record.last.grads
     monkeypatch.undo()
     total = 0.0
@@ -323,17 +314,7 @@ def test_bfloat16_gradients_are_accumulated_in_float32(
         model = rm.load_base(base, tokenizer, torch.bfloat16, "cpu")
         rm.draw_head(model.head.weight, model.model.config, 1)
         args = arguments("--pairs-per-step", "1000", "--micro-batch-tokens", tokens)
-        training.train_full(
-            args,
-            model,
-            split,
-            sequences,
-            (split.p,),
-            squared,
-            np.ones(72, bool),
-            np.random.default_rng(0),
-            io.StringIO(),
-        )
+        train_on(args, model, split, sequences)
         assert {grad.dtype for grad in Record.last.grads.values()} == {torch.float32}
         found.append(torch.cat([grad.flatten() for grad in Record.last.grads.values()]))
     assert (found[0] - found[1]).norm() < 0.1 * found[1].norm()
@@ -343,17 +324,7 @@ def test_partial_last_step_is_divided_by_its_own_pairs(model, split, sequences, 
     """72 pairs in steps of 30: the last holds 12, and its loss is their mean."""
     monkeypatch.setattr(training, "SOAP", Record)
     log = io.StringIO()
-    training.train_full(
-        arguments("--pairs-per-step", "30"),
-        model,
-        split,
-        sequences,
-        (split.p,),
-        squared,
-        np.ones(72, bool),
-        np.random.default_rng(0),
-        log,
-    )
+    train_on(arguments("--pairs-per-step", "30"), model, split, sequences, log)
     lines = [json.loads(line) for line in log.getvalue().splitlines()]
     assert sorted(line["pairs"] for line in lines) == [12, 30, 30]
     r = rm.score_sequences(model, sequences, 10**6)
@@ -365,17 +336,7 @@ def test_the_first_step_counts(model, split, sequences):
     """SOAP's first call only initialises; one step changes every parameter that has a gradient."""
     before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
     args = arguments("--pairs-per-step", "1000", "--lr", "1e-3", "--weight-decay", "0")
-    training.train_full(
-        args,
-        model,
-        split,
-        sequences,
-        (split.p,),
-        squared,
-        np.ones(72, bool),
-        np.random.default_rng(0),
-        io.StringIO(),
-    )
+    train_on(args, model, split, sequences)
     for name, p in model.model.named_parameters():
         assert 1e-5 < (p - before[name]).abs().mean() < 1e-2, name
 
@@ -387,17 +348,7 @@ def test_weight_decay_is_decoupled_and_applied(base, tokenizer, split, sequences
         model = rm.load_base(base, tokenizer, torch.float32, "cpu")
         rm.draw_head(model.head.weight, model.model.config, 1)
         args = arguments("--pairs-per-step", "1000", "--lr", "1e-3", "--weight-decay", decay)
-        training.train_full(
-            args,
-            model,
-            split,
-            sequences,
-            (split.p,),
-            squared,
-            np.ones(72, bool),
-            np.random.default_rng(0),
-            io.StringIO(),
-        )
+        train_on(args, model, split, sequences)
         after.append(model.model.model.layers[0].mlp.up_proj.weight.norm().item())
     assert 0.75 < after[1] / after[0] < 0.95
 
@@ -432,17 +383,7 @@ def test_bfloat16_trains_float32_masters(base, tokenizer, split, sequences, monk
             "--warmup",
             "0",
         )
-        training.train_full(
-            args,
-            model,
-            split,
-            sequences,
-            (split.p,),
-            squared,
-            np.ones(72, bool),
-            np.random.default_rng(0),
-            io.StringIO(),
-        )
+        train_on(args, model, split, sequences)
         moves[dtype] = torch.cat(
             [(now - before).flatten() for now, before in zip(seen["now"], seen["before"])]
         )
