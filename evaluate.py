@@ -10,10 +10,9 @@ has the mathematics; extras/compare.py compares runs.
 
 import itertools
 import json
-from pathlib import Path
 from typing import NamedTuple
 
-from pairwise import cli, data, diversity, metrics, ranking, report, run_dir, weights
+from pairwise import cli, data, diversity, files, metrics, ranking, report, run_dir, weights
 
 import numpy as np
 
@@ -79,14 +78,14 @@ def read_stored(run):
 
 def hash_inputs(run, stored):
     """Return {name: SHA-256} of every file that the results depend on, the code included."""
-    files = [run / name for name in ("weights.json", "continuations.parquet", "plurality.json")]
+    paths = [run / name for name in ("weights.json", "continuations.parquet", "plurality.json")]
     for j in range(1, len(stored.rewards["test"]) + 1):
         names = *stored.splits, "continuations"
-        files += [run_dir.reward_path(run, j, name) for name in names]
-    files += sorted((run / "logs").glob("*.jsonl"))
-    hashes = {str(x.relative_to(run)): run_dir.hash_file(x) for x in files if x.exists()}
+        paths += [run_dir.reward_path(run, j, name) for name in names]
+    paths += sorted((run / "logs").glob("*.jsonl"))
+    hashes = {str(x.relative_to(run)): files.hash_file(x) for x in paths if x.exists()}
     code = [path for pattern in CODE for path in sorted(cli.REPOSITORY.glob(pattern))]
-    return data.hashes(run) | hashes | {path.name: run_dir.hash_file(path) for path in code}
+    return data.hashes(run) | hashes | {path.name: files.hash_file(path) for path in code}
 
 
 def refitted_weights(split, rewards, sizes, resamples, seed):
@@ -136,7 +135,7 @@ def compute(run, stored, args):
         "votes": stored.stats["votes"],
         "splits": {},
         "diversity": None,
-        "plurality": run_dir.read_json(run / "plurality.json", {}) or None,
+        "plurality": files.read_json(run / "plurality.json", dict, {}) or None,
     }
     if stored.scores is not None:
         alpha = np.array(stored.prefixes[-1]["alpha"])
@@ -180,15 +179,15 @@ def main(args):
     outputs += [run / "figures" / f"{name}.png" for name in FIGURES]
     if in_place and run_dir.unchanged(run, "evaluate", settings, inputs, outputs):
         print("evaluate: nothing has changed, skipped")
-        result = run_dir.read_json(run / "metrics.json")
+        result = run_dir.read_metrics(run)
     else:
         if in_place:
             started = run_dir.begin_stage(run, "evaluate", settings, inputs)
         result = compute(run, stored, args)
-        run_dir.write_json(out / "metrics.json", result)
+        files.write_json(out / "metrics.json", result)
         test, alpha = stored.splits["test"], np.array(stored.prefixes[-1]["alpha"])
         p_hat = alpha @ evaluator.votes(stored.rewards["test"], test.a, test.b) / 2
-        manifest = run_dir.read_json(run / "manifest.json")
+        manifest = {"stages": run_dir.stages(run)}
         logs = read_logs(run, result["k"])
         report.write(out, result, stored.prefixes, manifest, logs, test.p, p_hat)
         if in_place:
@@ -201,8 +200,8 @@ def parse_args(argv=None):
     cli.moved(argv, {"--compare": "python extras/compare.py RUN RUN .. --out DIR"})
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="run with data/, rewards/ and weights.json")
-    add("--out", type=Path, help="write the results there instead of into the run")
+    cli.add_run(parser, "run with data/, rewards/ and weights.json")
+    add("--out", type=run_dir.output, help="write the results there instead of into the run")
     add("--resamples", type=cli.natural, default=10000, help="bootstrap resamples over prompts")
     add("--seed", type=cli.seed, default=0, help="seed of the bootstrap")
     refit = "intervals also with weights fitted to each resample of the train prompts (minutes)"

@@ -9,9 +9,8 @@ Writes RUN/weights.json: for k = 1..K {k, alpha, fit: "qp", train_mse, kkt}.
 """
 
 import sys
-from pathlib import Path
 
-from pairwise import cli, data, run_dir, weights
+from pairwise import cli, data, files, run_dir, weights
 
 import numpy as np
 
@@ -97,12 +96,12 @@ def main(args):
     check_kind(run)
     if run_dir.unchanged(run, "weights", {}, inputs, [path]):
         print(f"weights: {path} is up to date, skipped")
-        prefixes = run_dir.read_json(path)
+        prefixes = run_dir.read_prefixes(run)
     else:
         split = data.counted_pairs(split) or split  # single votes count where there are no others
         started = run_dir.begin_stage(run, "weights", {}, inputs)
         prefixes = fit_prefixes(quadratic_form(rewards, split))
-        run_dir.write_json(path, prefixes)
+        files.write_json(path, prefixes)
         run_dir.end_stage(run, "weights", {}, inputs, started)
         error, kkt = prefixes[-1]["train_mse"], prefixes[-1]["kkt"]
         alpha = " ".join(f"{weight:.3f}" for weight in prefixes[-1]["alpha"])
@@ -114,7 +113,7 @@ def main(args):
 def parse_args(argv=None):
     cli.moved(argv, {"--prune": "python extras/prune.py --run RUN --beta BETA --out DIR"})
     parser = cli.Parser(__doc__)
-    parser.add_argument("--run", required=True, type=Path, help="directory with data/ and rewards/")
+    cli.add_run(parser, "directory with data/ and rewards/")
     patience = {"nargs": "?", "const": 1, "type": cli.natural, "metavar": "PATIENCE"}
     stops = (
         f"exit with code {STOP} where the last PATIENCE members (1) did not lower "

@@ -14,9 +14,8 @@ CSV out: row, prompt, response_a, response_b, reward_a_1.., reward_b_1.., p_hat.
 import csv
 import io
 import json
-from pathlib import Path
 
-from pairwise import cli, members, rows, run_dir
+from pairwise import cli, files, members, rows, run_dir
 
 import numpy as np
 import torch
@@ -86,7 +85,7 @@ def main(args):
     rewards = members.rewards_of_run(args.run, settings, questions, args)
     scored = answers(questions, rewards, alpha)
     with (
-        run_dir.replacing(out) as partial,
+        files.replacing(out) as partial,
         open(partial, "w", encoding="utf-8", newline="") as file,
     ):
         if out.suffix == ".csv":
@@ -99,8 +98,9 @@ def main(args):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help="rows of prompt and responses")
-    add("--out", type=Path, help="FILE.jsonl or FILE.csv (default: beside FILE, -scores.jsonl)")
+    add("file", type=cli.path, metavar="FILE", help="rows of prompt and responses")
+    words = "FILE.jsonl or FILE.csv (default: beside FILE, -scores.jsonl)"
+    add("--out", type=run_dir.output, help=words)
     members.add_arguments(parser)
     args = parser.parse_args(argv)
     if args.out and args.out.suffix not in (".jsonl", ".csv"):

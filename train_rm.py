@@ -10,9 +10,8 @@ GPUs: torchrun --standalone --nproc-per-node N -- train_rm.py --run .. (-- keeps
 """
 
 import time
-from pathlib import Path
 
-from pairwise import cli, data, members, provenance, run_dir, stages, training
+from pairwise import cli, data, files, members, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale import adapter, parallel
 from pairwise.scale.checkpoint import Checkpoints
@@ -187,7 +186,7 @@ def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkp
         with stages.open_log(log_path, is_first and not trained) as log:
             member = train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, log)
     if is_first and not trained:
-        with run_dir.replacing(directory) as partial:
+        with files.replacing(directory) as partial:
             members.KINDS[args.train].save(member, partial, tokenizer, args.base)
         checkpoints.finish()
     scores = stages.score(args, member, encoded, f"member {j}")
@@ -250,7 +249,7 @@ def parse_args(argv=None):
     cli.moved(argv, OLD_FLAGS)
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="run directory with data/")
+    cli.add_run(parser, "run directory with data/")
     add("--iteration", required=True, type=cli.member_number, metavar="J", help="1 to 99")
     add("--base", required=True, help="base model: hub id or transformers directory")
     add("--check", action="store_true", help="check the flags, and do nothing else")

@@ -29,7 +29,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from pairwise import cli, data, metrics, run_dir
+from pairwise import cli, data, files, metrics, run_dir
 from pairwise.prepare import prompts
 
 import numpy as np
@@ -430,7 +430,7 @@ def evaluate():
         shapes = {name: (int(split.response_start[-1]),) for name, split in splits.items()}
         for name, shape in (shapes | {"continuations": (50, 100)}).items():
             for j, rewards in enumerate(draw(rng, shape), 1):
-                run_dir.write_array(run_dir.reward_path(run, j, name), rewards)
+                files.write_array(run_dir.reward_path(run, j, name), rewards)
         program("fit_weights.py", run)
         rows = race({OURS: call}, 3)
         assert (run / "report.html").exists() and (run / "figures" / "kendall.png").exists()
@@ -500,13 +500,13 @@ def main(args):
             print(f"\n{table(part)}", flush=True)
     if args.json:
         result = {"date": date, "machine": facts, "versions": versions, "parts": parts}
-        run_dir.write_json(args.json, result)
+        files.write_json(args.json, result)
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
-    parser.add_argument("--json", type=Path, help="also write everything to this file")
+    parser.add_argument("--json", type=cli.path, help="also write everything to this file")
     return parser.parse_args(argv)
 
 

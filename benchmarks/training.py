@@ -41,7 +41,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_rm
-from pairwise import cli, run_dir, training
+from pairwise import cli, files, training
 from pairwise import reward_model as rm
 from pairwise.scale import packed
 
@@ -463,17 +463,17 @@ def main(args):
         with tempfile.TemporaryDirectory() as directory:
             result["tables"] = [compare(kind, args, Path(directory)) for kind in KINDS]
     if args.json:
-        run_dir.write_json(args.json, result)
+        files.write_json(args.json, result)
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--json", type=Path, help="write everything measured here")
+    add("--json", type=cli.path, help="write everything measured here")
     add("--rounds", type=cli.natural, default=5, help="turns that count")
     words = "optimizer steps a turn (8 responses: half as many)"
     add("--steps", type=cli.natural, default=2, help=words)
-    add("--threads", type=cli.natural, default=os.cpu_count(), help="CPU threads (default: all)")
+    add("--threads", type=cli.threads, default=os.cpu_count(), help="CPU threads (default: all)")
     words = "of ours, tokens run in one forward pass: the best is taken (--card: the last)"
     add("--micro-batch-tokens", type=cli.natural, nargs="+", default=[1024, 4096], help=words)
     add("--card", action="store_true", help="8B parameters on one card instead of the comparison")

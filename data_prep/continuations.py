@@ -17,9 +17,7 @@ trained, and give run_all.sh --continuations 0. A killed call goes on with the p
 at.
 """
 
-from pathlib import Path
-
-from pairwise import cli, data, provenance, reward_model, run_dir, sampling
+from pairwise import cli, data, files, provenance, reward_model, run_dir, sampling
 
 import numpy as np
 import pyarrow as pa
@@ -69,7 +67,7 @@ def main(args):
     tokenizer = reward_model.load_tokenizer(args.base, args.chat_template)
     inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     if (run / "prompts.parquet").exists():
-        inputs["prompts.parquet"] = run_dir.hash_file(run / "prompts.parquet")
+        inputs["prompts.parquet"] = files.hash_file(run / "prompts.parquet")
     if run_dir.stage_done(run, "continuations", settings, inputs, [path]):
         print(f"continuations: {path} is there, skipped")
         return
@@ -102,7 +100,7 @@ def main(args):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="run directory with data/")
+    add("--run", required=True, type=cli.path, help="run directory with data/")
     add("--base", required=True, help="base model: hub id or transformers directory")
     reward_model.add_flags(parser)
     sampling.add_flags(parser, 1.0, 256)

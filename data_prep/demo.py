@@ -22,7 +22,7 @@ import itertools
 import math
 import time
 
-from pairwise import cli, data, run_dir
+from pairwise import cli, data, files, run_dir
 from pairwise.prepare import prompts
 
 import numpy as np
@@ -291,7 +291,7 @@ def make_base(args):
     torch.set_num_threads(args.threads)
     train, rng = data.read_split(run, "train"), np.random.default_rng([args.seed, 2])
     model, tokenizer = pretrain(list(pretraining_chats(train, args.texts, rng)), args.seed)
-    with run_dir.replacing(run / "base") as partial:
+    with files.replacing(run / "base") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     run_dir.end_stage(run, "base", settings, inputs, started, threads=args.threads)
@@ -320,7 +320,7 @@ def parse_args(argv=None):
     add("--responses", type=cli.natural, default=6, help=responses_help)
     add("--texts", type=cli.natural, default=7000, help="texts that the base model reads, once")
     threads = cli.default_threads(1)  # A tiny model gains little by a second.
-    add("--threads", type=cli.natural, default=threads, help="CPU threads")
+    add("--threads", type=cli.threads, default=threads, help="CPU threads")
     args = parser.parse_args(argv)
     if args.prompts > len(PROMPTS):
         most = f"at most {len(PROMPTS)} expected, there are no more different ones"

@@ -14,9 +14,8 @@ commonest words (`is_english`).
 
 import os
 import re
-from pathlib import Path
 
-from pairwise import cli, data, rows, run_dir
+from pairwise import cli, data, files, rows, run_dir
 from pairwise.prepare import published
 
 import numpy as np
@@ -88,7 +87,7 @@ def main(args):
     ]
     prompt_rows = [candidates[i] for i in sorted(order)]
     started = run_dir.begin_stage(run, "prompts", settings, inputs)
-    with run_dir.replacing(path) as partial:
+    with files.replacing(path) as partial:
         pq.write_table(pa.Table.from_pylist(prompt_rows), partial, compression="zstd")
     run_dir.end_stage(run, "prompts", settings, inputs, started, source=source.facts)
     counts = f"{len(prompt_rows)} of {len(ids):,}"
@@ -97,7 +96,7 @@ def main(args):
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--run", required=True, type=Path, help="run directory with data/")
+    parser.add_argument("--run", required=True, type=cli.path, help="run directory with data/")
     published.add_source_arguments(parser)
     parser.add_argument("--count", type=cli.natural, default=50, help="prompts")
     parser.add_argument("--seed", type=cli.seed, default=0)

@@ -25,9 +25,8 @@ written as JSON. A line of a .jsonl:
 """
 
 import json
-from pathlib import Path
 
-from pairwise import cli, rows, run_dir
+from pairwise import cli, files, rows
 from pairwise.prepare import prompts
 
 HALVES, WHOLE = "a number of votes (at least 0, a multiple of one half)", "a positive integer"
@@ -168,7 +167,7 @@ def comparisons(path):
 def main(args):
     try:
         name, _, _ = rows.kind(args.source)
-        inputs = {"source": run_dir.hash_file(args.source)}
+        inputs = {"source": files.hash_file(args.source)}
     except OSError as error:
         raise cli.InputError(f"{args.source}: cannot be read ({error.strerror})") from None
     prompts.prepare(args, name, lambda: comparisons(args.source), args.votes, inputs, {})
@@ -176,7 +175,7 @@ def main(args):
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--source", required=True, type=Path, help="the file of comparisons")
+    parser.add_argument("--source", required=True, type=cli.path, help="the file of comparisons")
     votes_help = (
         "voters drawn from a population; all of it; or votes that are not independent draws"
     )

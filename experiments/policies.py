@@ -111,7 +111,7 @@ def main(args):
     torch.set_num_threads(args.threads)
     args.base = args.base or args.run / "base"
     continuations = run_dir.read_continuations(args.run)
-    stats = run_dir.read_json(args.run / "data" / "stats.json")
+    stats = data.read_stats(args.run)
     patterns = stats.get("attributes", ranking.ATTRIBUTES)
     prompts = unseen_prompts(args, continuations)
     tau = tau_with_attributes(args, continuations["texts"], patterns)
@@ -139,11 +139,12 @@ def parse_args(argv=None):
     add(
         "--run",
         required=True,
-        type=Path,
+        type=cli.path,
         help="a finished run directory with continuations of some of its test prompts",
     )
     add("--members", type=cli.natural, nargs="+", default=[1, 2])
-    add("--out", required=True, type=Path, help="directory for the pairs and the policies")
+    words = "directory for the pairs and the policies"
+    add("--out", required=True, type=run_dir.output, help=words)
     add("--base", help="base model (default: RUN/base)")
     add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
     add("--prompts", type=cli.natural, default=40, help="unseen test prompts, at most")
@@ -156,7 +157,7 @@ def parse_args(argv=None):
         help="of a prompt with its answer, for the members",
     )
     add("--seed", type=cli.seed, default=0)
-    add("--threads", type=cli.natural, default=os.cpu_count(), help="CPU threads (default: all)")
+    add("--threads", type=cli.threads, default=os.cpu_count(), help="CPU threads (default: all)")
     args, args.dpo = parser.parse_known_args(argv)
     return args
 

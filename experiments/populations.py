@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pairwise import cli, data, run_dir
+from pairwise import cli, data, files, run_dir
 
 import numpy as np
 
@@ -86,17 +86,17 @@ def main(args):
     (args.run / "data").mkdir(exist_ok=True)
     for split, (rows, features) in population(*settings.values()).items():
         data.write_split(args.run / "data" / f"{split}.parquet", rows)
-        run_dir.write_array(args.run / "features" / f"{split}.npy", features)
+        files.write_array(args.run / "features" / f"{split}.npy", features)
     dataset = f"{args.population} {args.seed}"
     stats = settings | {"dataset": dataset, "votes": "sampled", "ties": "drop"}
-    run_dir.write_json(args.run / "data" / "stats.json", stats)
+    files.write_json(args.run / "data" / "stats.json", stats)
     run_dir.end_stage(args.run, "data", settings, {}, started)
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="the run directory to make")
+    add("--run", required=True, type=cli.path, help="the run directory to make")
     add("--population", choices=("clusters", "continuum", "camps", "single"), required=True)
     add("--seed", type=cli.seed, default=0, help="of the population, the responses and the votes")
     add("--dimension", type=cli.natural, default=16, help="of the features")

@@ -104,7 +104,7 @@ def main(args):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--run", type=Path, default=Path("results/demo"), help="a run of the demo")
+    add("--run", type=cli.path, default=Path("results/demo"), help="a run of the demo")
     add("--trials", type=cli.natural, default=100)
     add("--comparisons", type=cli.natural, default=10)
     add("--seed", type=cli.seed, default=0)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import fit_weights
 import train_rm
-from pairwise import cli, data, run_dir, training
+from pairwise import cli, data, files, run_dir, training
 
 import numpy as np
 
@@ -51,9 +51,9 @@ def begin_run(source, run):
     for name in ("data", "features"):
         if (source / name).exists():
             (run / name).symlink_to((source / name).resolve())
-    stages = run_dir.read_json(source / "manifest.json")["stages"]
+    stages = run_dir.stages(source)
     stages = {name: stages[name] for name in ("data", "base", "features") if name in stages}
-    run_dir.write_json(run / "manifest.json", {"stages": stages})
+    files.write_json(run / "manifest.json", {"stages": stages})
 
 
 def train_and_evaluate(args, run, base, seed):
@@ -83,7 +83,7 @@ def main(args):
                     run = Path(directory)
                     begin_run(args.run, run)
                     tokens, seconds = train_and_evaluate(args, run, base, seed)
-                    test = run_dir.read_json(run / "metrics.json")["splits"]["test"]
+                    test = run_dir.read_metrics(run)["splits"]["test"]
                 for entry in test["ensemble"]:
                     errors = [entry[name] for name in ("brier", "brier_soft", "true_error")]
                     errors = ["" if error is None else f"{error:.6f}" for error in errors]
@@ -94,11 +94,11 @@ def main(args):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="a finished run directory")
+    add("--run", required=True, type=cli.path, help="a finished run directory")
     add("--base", help="base model (default: RUN/base)")
     add("--k", type=cli.natural, default=4, help="members")
-    add("--out", type=Path, required=True, help="FILE.csv")
-    add("--threads", type=cli.natural, default=os.cpu_count(), help="CPU threads (default: all)")
+    add("--out", type=run_dir.output, required=True, help="FILE.csv")
+    add("--threads", type=cli.threads, default=os.cpu_count(), help="CPU threads (default: all)")
     add(
         "--seeds",
         type=cli.seed,

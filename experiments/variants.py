@@ -26,7 +26,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
 import train_rm
-from pairwise import cli, metrics, run_dir, theory, weights
+from pairwise import cli, data, files, metrics, run_dir, theory, weights
 
 import harden
 import numpy as np
@@ -260,7 +260,7 @@ def collect(args, k):
     """({variant: [Errors]}, pairs (P,), irreducible errors [(P,)]) of all runs, seeds and folds."""
     collected, pairs, irreducible = {}, [], []
     for run, seed in itertools.product(args.run, args.seeds):
-        stats = run_dir.read_json(run / "data" / "stats.json")
+        stats = data.read_stats(run)
         for splits in read_runs(run, seed, args.folds):
             split = splits["test"].split
             predictions = variants(splits, k, seed, args.variants) | references(split)
@@ -334,7 +334,7 @@ def print_row(row):
 def write_csv(path, table):
     """Write the rows; a row that lacks a column leaves it empty."""
     with (
-        run_dir.replacing(path) as partial,
+        files.replacing(path) as partial,
         open(partial, "w", newline="", encoding="utf-8") as file,
     ):
         rows = csv.DictWriter(file, list(dict.fromkeys(name for row in table for name in row)))
@@ -356,7 +356,7 @@ def main(args):
     if args.out and args.out.suffix == ".csv":
         write_csv(args.out, table)
     elif args.out:
-        run_dir.write_json(args.out, table)
+        files.write_json(args.out, table)
 
 
 def parse_args(argv=None):
@@ -365,7 +365,7 @@ def parse_args(argv=None):
     add(
         "--run",
         required=True,
-        type=Path,
+        type=cli.path,
         nargs="+",
         help="run directories with data/ and features/; several are pooled",
     )
@@ -380,8 +380,8 @@ def parse_args(argv=None):
         "instead of its own splits",
     )
     add("--variants", nargs="+", choices=HARD, default=HARD, help="which to try (default: all)")
-    add("--out", type=Path, help="FILE.json or FILE.csv")
-    add("--threads", type=cli.natural, default=1, help="CPU threads")
+    add("--out", type=run_dir.output, help="FILE.json or FILE.csv")
+    add("--threads", type=cli.threads, default=1, help="CPU threads")
     return parser.parse_args(argv)
 
 

@@ -11,7 +11,7 @@ import shutil
 import time
 from pathlib import Path
 
-from pairwise import cli, data, existing, provenance, run_dir, stages, training
+from pairwise import cli, data, existing, files, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale.offload import names_memory_flags
 
@@ -34,9 +34,9 @@ def write_source(args, fingerprint):
     local = Path(args.base).is_dir()
     source = {"model": str(Path(args.base).resolve()) if local else args.base}
     source |= {"fingerprint": fingerprint, "dtype": args.dtype, "max_length": args.max_length}
-    with run_dir.replacing(directory) as partial:
+    with files.replacing(directory) as partial:
         partial.mkdir()
-        run_dir.write_json(partial / "source.json", source)
+        files.write_json(partial / "source.json", source)
         if args.chat_template:
             shutil.copy(args.chat_template, partial / "chat_template.jinja")
 
@@ -73,7 +73,7 @@ def main(args):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="run directory with data/")
+    cli.add_run(parser, "run directory with data/")
     words = "make the model member J, 1 to 99"
     add("--iteration", required=True, type=cli.member_number, metavar="J", help=words)
     words = "reward model: hub id or transformers directory"

@@ -13,7 +13,7 @@ import itertools
 import os
 from pathlib import Path
 
-from pairwise import cli, data, figures, metrics, report, run_dir
+from pairwise import cli, data, figures, files, metrics, report, run_dir
 
 import matplotlib
 import numpy as np
@@ -298,7 +298,7 @@ def write(out, result):
         "verdict": verdict,
     }
     page = report.render(Path(__file__).with_suffix(".html.jinja"), **values)
-    with run_dir.replacing(out / "compare.html") as partial:
+    with files.replacing(out / "compare.html") as partial:
         partial.write_text(page, encoding="utf-8")
     return out / "compare.html"
 
@@ -312,7 +312,7 @@ def main(args):
         hint = "a comma joins the seeds of one setting, a space settings"
         raise cli.InputError(f"{len(settings)} setting found, at least 2 expected; {hint}")
     result = compare(settings, args.resamples, args.seed)
-    run_dir.write_json(args.out / "compare.json", result)
+    files.write_json(args.out / "compare.json", result)
     page = write(args.out, result)
     print(table(result))
     print(f"comparison: {page}")
@@ -322,7 +322,7 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN,RUN", help="a setting: its runs, joined by commas")
-    add("--out", type=Path, required=True, help="directory for what is written")
+    add("--out", type=run_dir.output, required=True, help="directory for what is written")
     add("--resamples", type=cli.natural, default=10000, help="bootstrap resamples over prompts")
     add("--seed", type=cli.seed, default=0, help="seed of the bootstrap")
     return parser.parse_args(argv)

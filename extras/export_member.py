@@ -6,9 +6,7 @@ It writes RUN/member_0j/ with all weights together, beside the head or the adapt
 of a full run is a plain directory already.
 """
 
-from pathlib import Path
-
-from pairwise import cli, members, provenance, run_dir
+from pairwise import cli, files, members, provenance, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import adapter
 
@@ -45,7 +43,7 @@ def write_plain(model, tokenizer, directory):
     weights on top of them. The weights come last, as they say that all is there.
     """
     if not directory.exists():
-        with run_dir.replacing(directory) as partial:
+        with files.replacing(directory) as partial:
             members.save_member(model, tokenizer, partial)
         return
     partial = directory.with_name(f".partial-{directory.name}")
@@ -60,7 +58,7 @@ def main(args):
     run, directory = args.run, args.run / run_dir.member_name(args.member)
     stage = trained_in(run, args.member)
     torch.set_num_threads(args.threads)
-    entry = run_dir.read_json(run / "manifest.json")["stages"][stage]
+    entry = run_dir.stages(run)[stage]
     provenance.check_base(entry, args.base, args.chat_template)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     dtype = getattr(torch, entry["settings"]["dtype"])
@@ -74,7 +72,7 @@ def main(args):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="a head, lora or jointly trained run")
+    cli.add_run(parser, "a head, lora or jointly trained run")
     add("--member", required=True, type=cli.member_number, metavar="J", help="the member, 1 to K")
     add("--base", required=True, help="base model that the run was trained from")
     rm.add_flags(parser)

@@ -10,9 +10,8 @@ a system text is put in front of the first user turn.
 """
 
 import json
-from pathlib import Path
 
-from pairwise import cli, data, run_dir
+from pairwise import cli, data, files, run_dir
 
 import numpy as np
 import pyarrow as pa
@@ -60,7 +59,7 @@ def main(args):
     if not rows:
         no_majority = f"every {args.split} pair has p = 1/2"
         raise cli.InputError(f"{args.run}: {no_majority}, none can be exported")
-    with run_dir.replacing(args.out) as partial:
+    with files.replacing(args.out) as partial:
         if args.out.suffix == ".parquet":
             pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
         else:
@@ -72,7 +71,7 @@ def main(args):
 
 def output(text):
     """argparse type: a file that ends in .jsonl or .parquet."""
-    path = Path(text)
+    path = run_dir.output(text)
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError
     return path
@@ -81,7 +80,7 @@ def output(text):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="run directory with data/")
+    cli.add_run(parser, "run directory with data/")
     add("--split", choices=data.SPLITS, default="test")
     add("--out", required=True, type=output, metavar="FILE", help="ends in .jsonl or .parquet")
     return parser.parse_args(argv)

@@ -27,10 +27,9 @@ which the scale and the lapses of the soft model are fitted too.
 import functools
 import os
 import shutil
-from pathlib import Path
 from typing import NamedTuple
 
-from pairwise import cli, data, levels, run_dir, soft_model, weights
+from pairwise import cli, data, files, levels, run_dir, soft_model, weights
 
 import numpy as np
 from scipy.optimize import brentq
@@ -292,20 +291,20 @@ def read_trained(run):
 def write_run(run, out, source, hardened, rewards, train):
     """Write data, continuations, rewards, members.json and weights.json of the hardened run;
     source: where `run` is, relative to `out`; train: the pairs of which train_mse is the error."""
-    with run_dir.replacing(out / "data") as partial:
+    with files.replacing(out / "data") as partial:
         shutil.copytree(run / "data", partial)
     (out / "continuations.parquet").unlink(missing_ok=True)
     if (run / "continuations.parquet").exists():
         shutil.copyfile(run / "continuations.parquet", out / "continuations.parquet")
-    with run_dir.replacing(out / "rewards") as partial:
+    with files.replacing(out / "rewards") as partial:
         for name, trained_rewards in rewards.items():
             for j, values in enumerate(levels.hardened(hardened.formulas, trained_rewards), 1):
-                run_dir.write_array(partial / run_dir.reward_path(out, j, name).name, values)
-    run_dir.write_json(out / "members.json", {"source": source, "members": hardened.formulas})
+                files.write_array(partial / run_dir.reward_path(out, j, name).name, values)
+    files.write_json(out / "members.json", {"source": source, "members": hardened.formulas})
     p_hat = hardened.alpha @ member_votes(hardened.formulas, rewards["train"], train.a, train.b)
     entry = {"k": len(hardened.alpha), "alpha": hardened.alpha.tolist(), "fit": "fixed"}
     entry["train_mse"] = float(np.mean((p_hat - train.p) ** 2))
-    run_dir.write_json(out / "weights.json", [entry])
+    files.write_json(out / "weights.json", [entry])
 
 
 def main(args):
@@ -316,7 +315,7 @@ def main(args):
     source = os.path.relpath(run.resolve(), out.resolve())
     settings = {"k": k, "layout": args.layout, "source": source}
     paths = [run_dir.reward_path(run, j, name) for j in range(1, trained + 1) for name in rewards]
-    hashes = {str(path.relative_to(run)): run_dir.hash_file(path) for path in paths}
+    hashes = {str(path.relative_to(run)): files.hash_file(path) for path in paths}
     inputs = data.hashes(run) | hashes
     outputs = [out / "weights.json", out / "members.json"]
     if run_dir.unchanged(out, "harden", settings, inputs, outputs):
@@ -349,8 +348,9 @@ def main(args):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="a finished run, with data/ and rewards/")
-    add("--out", required=True, type=Path, help="the hardened ensemble's own run directory")
+    cli.add_run(parser, "a finished run, with data/ and rewards/")
+    words = "the hardened ensemble's own run directory"
+    add("--out", required=True, type=run_dir.output, help=words)
     add("--k", type=cli.member_number, default=8, help="hardened members (default 8)")
     layouts = "auto", "quantile", "equal", "fitted"
     add("--layout", choices=layouts, default="auto", help="how the levels are laid out (see above)")

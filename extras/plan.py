@@ -10,7 +10,6 @@ flags of training are those of train_rm.py; those that change no size or time ha
 
 import argparse
 import math
-from pathlib import Path
 
 from pairwise import cli, data, training
 from pairwise import reward_model as rm
@@ -281,7 +280,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     # what is planned
     add("--base", required=True, help="hub id, transformers directory, or llama-3-8b")
-    add("--run", type=Path, help="run directory whose data/ is counted (default: the paper's data)")
+    words = "run directory whose data/ is counted (default: the paper's data)"
+    add("--run", type=cli.path, help=words)
     add("--members", type=cli.natural, default=8, metavar="K", help="reward models to train")
     add("--train", choices=("full", "lora", "head"), default="full", help="as of train_rm.py")
     add("--lora-rank", type=cli.natural, default=16, help="of --train lora's adapters")

@@ -19,10 +19,9 @@ train prompts serve. Rewards are linear in the standardised features and fitted 
 
 import dataclasses
 from itertools import compress
-from pathlib import Path
 from typing import NamedTuple
 
-from pairwise import cli, data, metrics, run_dir, soft_model
+from pairwise import cli, data, files, metrics, soft_model
 
 import numpy as np
 import torch
@@ -227,7 +226,7 @@ def plurality(splits, seed):
 def main(args):
     torch.set_num_threads(args.threads)
     result = plurality(read_run(args.run, args.seed), args.seed)
-    run_dir.write_json(args.run / "plurality.json", result)
+    files.write_json(args.run / "plurality.json", result)
     single, mixture, components, gain, (low, high) = result.values()
     print(
         f"plurality: single {single:.4f}, mixture of {components} {mixture:.4f}, "
@@ -238,9 +237,9 @@ def main(args):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="run directory with data/ and features/")
+    cli.add_run(parser, "run directory with data/ and features/")
     add("--seed", type=cli.seed, default=0, help="of the fits and the bootstrap")
-    add("--threads", type=cli.natural, default=1, help="CPU threads")
+    add("--threads", type=cli.threads, default=1, help="CPU threads")
     return parser.parse_args(argv)
 
 

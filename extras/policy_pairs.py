@@ -9,9 +9,8 @@ ranks lowest. No pair occurs twice, and none has equal rewards.
 """
 
 import itertools
-from pathlib import Path
 
-from pairwise import cli, ranking, run_dir
+from pairwise import cli, files, ranking, run_dir
 
 import numpy as np
 
@@ -45,8 +44,8 @@ def main(args):
     if not rows:
         indifferent = f"member {args.member} prefers no continuation to another"
         raise cli.InputError(f"{args.run}: {indifferent}, no pair can be exported")
-    with run_dir.replacing(args.out) as partial:
-        run_dir.write_lines(partial, rows)
+    with files.replacing(args.out) as partial:
+        files.write_lines(partial, rows)
     source = f"member {args.member} from {len(texts):,} prompts"
     print(f"policy_pairs: {len(rows):,} pairs of {source} in {args.out}")
 
@@ -55,10 +54,10 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     run_help = "run directory with continuations.parquet and the member's rewards of it"
-    add("--run", required=True, type=Path, help=run_help)
+    cli.add_run(parser, run_help)
     add("--member", required=True, type=cli.natural, metavar="J")
     out_help = "JSON lines; TRL takes the directory that it is alone in"
-    add("--out", required=True, type=Path, metavar="FILE", help=out_help)
+    add("--out", required=True, type=run_dir.output, metavar="FILE", help=out_help)
     add("--pairs", type=cli.natural, default=8, help="of each prompt, at most")
     add("--seed", type=cli.seed, default=0)
     return parser.parse_args(argv)

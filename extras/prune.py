@@ -12,9 +12,8 @@ import argparse
 import os
 import shutil
 import time
-from pathlib import Path
 
-from pairwise import cli, data, run_dir, theory
+from pairwise import cli, data, files, levels, run_dir, theory
 
 import numpy as np
 
@@ -87,14 +86,14 @@ def copy_run(run, partial, out):
         elif path.name == "continuations.parquet":
             shutil.copy(path, partial)
         elif path.name == "members.json":  # It names its source relative to its directory.
-            formulas = run_dir.read_json(path)
+            formulas = files.read_json(path, levels.MEMBERS)
             source = os.path.relpath((run / formulas["source"]).resolve(), out.resolve())
-            run_dir.write_json(partial / path.name, formulas | {"source": source})
+            files.write_json(partial / path.name, formulas | {"source": source})
         elif path.name in ("base", "joint") or path.name.startswith("member_"):
             (partial / path.name).symlink_to(path.resolve())  # Models are large.
     stages = run_dir.stages(run)
     stages = {name: stages[name] for name in stages if name not in ("weights", "evaluate")}
-    run_dir.write_json(partial / "manifest.json", {"stages": stages})
+    files.write_json(partial / "manifest.json", {"stages": stages})
 
 
 def main(args):
@@ -103,7 +102,7 @@ def main(args):
     rewards = run_dir.read_rewards(run, "train", k, (int(split.response_start[-1]),))
     alpha, settings = run_dir.read_weights(run, k), {"prune": args.beta}
     inputs = data.hashes(run) | run_dir.hash_rewards(run, k)
-    inputs["weights.json"] = run_dir.hash_file(run / "weights.json")
+    inputs["weights.json"] = files.hash_file(run / "weights.json")
     if run_dir.unchanged(out, "weights", settings, inputs, [out / "weights.json"]):
         print(f"prune: {out} is up to date, skipped")
         return
@@ -120,10 +119,10 @@ def main(args):
         )
     pruned, mse, facts = prune(split, rewards, alpha, args.beta, stats)
     entry = {"k": k, "alpha": pruned.tolist(), "fit": "fixed", "train_mse": mse, "kkt": None}
-    with run_dir.replacing(out) as partial:  # The run appears whole, so it is not entered as begun.
+    with files.replacing(out) as partial:  # The run appears whole, so it is not entered as begun.
         started = time.time()
         copy_run(run, partial, out)
-        run_dir.write_json(partial / "weights.json", [entry])
+        files.write_json(partial / "weights.json", [entry])
         run_dir.end_stage(partial, "weights", settings, inputs, started, pruned=facts)
     numbers = ", ".join(map(str, facts["removed"]))
     names = f"member{'s' * (len(facts['removed']) > 1)} {numbers}" if numbers else "no member"
@@ -143,14 +142,15 @@ def above_two(text):
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--run", required=True, type=Path, help="a run directory with weights.json")
+    cli.add_run(parser, "a run directory with weights.json")
     parser.add_argument(
         "--beta",
         required=True,
         type=above_two,
         help="above 2: the members removed have weight at most 1/(BETA-1)",
     )
-    parser.add_argument("--out", required=True, type=Path, help="the pruned run, a new directory")
+    out = {"type": run_dir.output, "help": "the pruned run, a new directory"}
+    parser.add_argument("--out", required=True, **out)
     return parser.parse_args(argv)
 
 

@@ -38,7 +38,6 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
-from pathlib import Path
 
 from pairwise import cli, members, ranking, rows, sampling
 from pairwise import reward_model as rm
@@ -294,7 +293,7 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="the prompt (default: --file, else stdin)")
-    add("--file", type=Path, help="prompts, one a line, or rows of prompt")
+    add("--file", type=cli.path, help="prompts, one a line, or rows of prompt")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--mode", choices=("overton", "consensus", "distributional", "steerable"))
     which.add_argument(
@@ -306,7 +305,7 @@ def parse_args(argv=None):
     )
     add(
         "--like",
-        type=Path,
+        type=cli.path,
         metavar="EXAMPLES",
         help="steerable: the user's comparisons, .jsonl, .json, .csv or .parquet",
     )

@@ -13,9 +13,8 @@ vote. It is to be run right after the data.
 import hashlib
 import json
 import re
-from pathlib import Path
 
-from pairwise import cli, data, provenance, reward_model, run_dir, sampling
+from pairwise import cli, data, files, provenance, reward_model, run_dir, sampling
 
 import numpy as np
 import pyarrow as pa
@@ -97,7 +96,7 @@ def write_judgments(path, table, counts):
     if "judgments" in table.column_names:
         table = table.drop_columns("judgments")
     table = table.append_column("judgments", pa.array(counts, data.JUDGMENTS))
-    with run_dir.replacing(path) as partial:
+    with files.replacing(path) as partial:
         pq.write_table(table, partial, compression="zstd")
 
 
@@ -146,7 +145,7 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     run_help = "run directory with data/, before its first member is trained"
-    add("--run", required=True, type=Path, help=run_help)
+    cli.add_run(parser, run_help)
     base_help = "instruction-tuned causal language model: hub id or transformers directory"
     add("--base", required=True, help=base_help)
     reward_model.add_flags(parser)

@@ -19,9 +19,8 @@ Full training writes no checkpoints.
 """
 
 import time
-from pathlib import Path
 
-from pairwise import cli, data, members, provenance, run_dir, stages, training
+from pairwise import cli, data, files, members, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale.offload import MAX_PRECONDITION_DIM
 
@@ -87,7 +86,7 @@ def write_learned_weights(run, train, rewards, alpha):
     votes = cli.import_evaluator().votes(rewards, train.a, train.b) / 2
     train_mse = float(np.mean((alpha @ votes - train.p) ** 2))
     entry = {"k": len(alpha), "alpha": alpha.tolist(), "fit": "fixed", "train_mse": train_mse}
-    run_dir.write_json(run / "weights.json", [entry])
+    files.write_json(run / "weights.json", [entry])
 
 
 def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
@@ -114,7 +113,7 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
         for name, (messages, _) in continuations.items():
             member[name] = member[name].reshape(len(messages), -1)
         stages.write_rewards(run, j + 1, member)
-    with run_dir.replacing(run / "joint") as partial:
+    with files.replacing(run / "joint") as partial:
         members.KINDS["joint"].save(trained, partial, tokenizer, args.base)
     if args.weights == "learned":
         write_learned_weights(run, train, scores["train"], alpha)
@@ -141,7 +140,7 @@ def main(args):
     if continuations:
         texts["continuations"] = continuations["messages"], continuations["texts"]
         path = run / "continuations.parquet"
-        inputs = base_inputs | {"continuations.parquet": run_dir.hash_file(path)}
+        inputs = base_inputs | {"continuations.parquet": files.hash_file(path)}
     names = ("train", "k", "sharpen", "weights", *training.SETTINGS)
     stage = (run, "joint", {name: getattr(args, name) for name in names}, inputs)
     outputs = [run / "joint", run / "logs" / "joint.jsonl"]
@@ -165,7 +164,7 @@ def parse_args(argv=None):
     cli.moved(argv, OLD_FLAGS)
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="run directory with data/")
+    cli.add_run(parser, "run directory with data/")
     add("--base", required=True, help="base model: hub id or transformers directory")
     add("--check", action="store_true", help="check the flags, and do nothing else")
     add("--k", type=cli.member_number, default=8, help="reward models, at least 2 (default 8)")

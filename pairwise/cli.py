@@ -4,8 +4,8 @@ A mistake of the user's is an InputError. The script then prints its one line an
 """
 
 import argparse
-import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -24,6 +24,11 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def reason(error):
+    """Return why a file could not be read or written: the system's words, without the number."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 # ---- arguments
 
 
@@ -37,6 +42,9 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **kwargs,
         )
+        for stream in (sys.stdout, sys.stderr):  # What its encoding lacks is written as an escape.
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help explains)\n")
@@ -66,14 +74,54 @@ def number_type(name, convert, is_valid, expected):
     return parse
 
 
-natural = number_type("natural", int, lambda value: value >= 1, "an integer of at least 1")
-positive = number_type("positive", float, lambda value: 0 < value < math.inf, "a number above 0")
-nonnegative = number_type(
-    "nonnegative", float, lambda value: 0 <= value < math.inf, "a number of at least 0"
+def decimal(text):
+    """Return the float of a plain decimal number; float() also reads 1_0, inf and other digits."""
+    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
+        raise ValueError(f"no decimal number: {text!r}")
+    return float(text)
+
+
+def integer(text):
+    """Return the int of a plain decimal number."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,20}", text):
+        raise ValueError(f"no integer: {text!r}")
+    return int(text)
+
+
+# The largest still fit into memory as a count, and float32, in which models compute, as a number.
+natural = number_type(
+    "natural", integer, lambda v: 1 <= v <= 10**9, "an integer of at least 1, at most 10^9,"
 )
-fraction = number_type("fraction", float, lambda value: 0 <= value < 1, "a number in [0, 1)")
+positive = number_type(
+    "positive", decimal, lambda v: 1e-30 <= v <= 1e30, "a number above 0, from 1e-30 to 1e30,"
+)
+nonnegative = number_type(
+    "nonnegative", decimal, lambda v: v == 0 or 1e-30 <= v <= 1e30, "0 or a number up to 1e30"
+)
+fraction = number_type("fraction", decimal, lambda v: 0 <= v < 1, "a number in [0, 1)")
 # torch and numpy accept these seeds.
-seed = number_type("seed", int, lambda value: 0 <= value < 2**63, "an integer from 0 to 2^63 - 1")
+seed = number_type("seed", integer, lambda v: 0 <= v < 2**63, "an integer from 0 to 2^63 - 1")
+# A million threads are more than libgomp can make.
+threads = number_type(
+    "threads",
+    integer,
+    lambda v: 1 <= v <= os.cpu_count(),
+    f"an integer from 1 to {os.cpu_count()}, the cores of this machine,",
+)
+
+
+def path(text):
+    """argparse type: a path. An empty word, such as an unset variable's, names none."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty word found, a path expected")
+    return Path(text)
+
+
+def add_run(parser, words, required=True):
+    """Add --run, of a script that reads a run directory, and the flag that accepts its edits."""
+    parser.add_argument("--run", required=required, type=path, help=words)
+    words = "take files of the run that were edited after a stage wrote them, and note it there"
+    parser.add_argument("--accept-edited", action="store_true", help=words)
 
 
 def member_number(text):
@@ -90,18 +138,30 @@ def member_number(text):
 def run_main(main, args):
     """Run main(args) as a script does.
 
-    An InputError, or a path that cannot be read or written, is one line on stderr and exit code 2.
+    An InputError, what a file system cannot read or write, and a lack of memory are one line on
+    stderr and exit code 2.
     """
     try:
+        if getattr(args, "accept_edited", False):
+            from pairwise import run_dir
+
+            run_dir.accept_edited(args.run)
         main(args)
+        sys.stdout.flush()
         return
     except BrokenPipeError:  # The reader of the output has gone, as in `| head`.
         sys.stdout = None
         sys.exit(1)
     except InputError as error:
         message = str(error)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        message = f"{error.filename}: {error.strerror}"
+    except OSError as error:
+        message = ": ".join(str(word) for word in (error.filename, reason(error)) if word)
+    except MemoryError as error:
+        message = f"not enough memory ({first_line(error)})"
+    try:
+        sys.stdout.flush()
+    except OSError:  # It cannot be written, which Python would say once more when it ends.
+        sys.stdout = None
     exit_with(message)
 
 
@@ -134,7 +194,7 @@ def default_threads(otherwise=None):
     so that a 1 there says nothing about the user.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if threads.isdecimal() and int(threads) >= 1 and not (processes > 1 and threads == "1"):
-        return int(threads)
+    words = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if words.isdecimal() and int(words) >= 1 and not (processes > 1 and words == "1"):
+        return min(int(words), os.cpu_count())
     return otherwise or max(1, usable_cores() // processes)

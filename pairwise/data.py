@@ -22,7 +22,7 @@ DIR/data/stats.json holds counts, flags, and how the votes arose: `sampled`, `po
 import dataclasses
 import itertools
 
-from pairwise import cli, run_dir
+from pairwise import cli, files
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 SPLITS = ("train", "valid", "test")
 JUDGMENTS = pa.list_(pa.struct([("a", pa.int32()), ("b", pa.int32())]))
 VOTE_COLUMNS = ("votes_a", "votes_b", "ties")  # of a pair, float64
+STATS = {"dataset": str, "votes": str, "ties": str, "attributes?": {str: str}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +151,14 @@ def read_splits(run):
 
 def read_stats(run):
     """Read DIR/data/stats.json."""
-    return run_dir.read_json(run / "data" / "stats.json")
+    return files.read_json(run / "data" / "stats.json", STATS)
 
 
 def hashes(run):
-    """Return {file name: SHA-256} of the prepared data's files."""
-    files = sorted((run / "data").iterdir())
-    return {f"data/{file.name}": run_dir.hash_file(file) for file in files}
+    """Return {path in the run: SHA-256} of the prepared data's files, and of no others there."""
+    names = ["stats.json", *(f"{split}.parquet" for split in SPLITS)]
+    paths = {f"data/{name}": run / "data" / name for name in sorted(names)}
+    return {name: files.hash_file(path) for name, path in paths.items() if path.exists()}
 
 
 # ---- what an evaluation looks at

@@ -4,12 +4,14 @@ member_0j/source.json: {model: hub id or directory, fingerprint: of its content,
 beside it chat_template.jinja, where the model has no template of its own.
 """
 
-from pairwise import cli, provenance, run_dir
+from pairwise import cli, files, provenance, run_dir
 from pairwise import reward_model as rm
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
+
+SOURCE = {"model": str, "fingerprint": str, "dtype": str, "max_length": (int, type(None))}
 
 
 def load_reward_model(name, tokenizer, dtype, device, named="--from"):
@@ -40,7 +42,7 @@ def read_source(directory):
     template: a path, or None. Raises InputError where the model is gone, or is another than the
     one that scored the data."""
     path, template = directory / "source.json", directory / "chat_template.jinja"
-    source = run_dir.read_json(path)
+    source = files.read_json(path, SOURCE)
     model = source["model"]
     try:
         fingerprint = provenance.fingerprint(model)

@@ -7,7 +7,7 @@ from metrics.json as evaluate.py wrote it: nothing is computed here but bins and
 import io
 import itertools
 
-from pairwise import run_dir, theory
+from pairwise import files, theory
 
 import matplotlib
 import numpy as np
@@ -75,7 +75,7 @@ def save(fig, stem):
         buffer = io.BytesIO()
         fig.savefig(buffer, format=kind, dpi=300, metadata=metadata)
         if kind != "svg":
-            with run_dir.replacing(stem.with_name(f"{stem.name}.{kind}")) as partial:
+            with files.replacing(stem.with_name(f"{stem.name}.{kind}")) as partial:
                 partial.write_bytes(buffer.getvalue())
     return buffer.getvalue()
 

@@ -13,12 +13,15 @@ leaves, the reward of a formula is
 
 import os
 
-from pairwise import cli, run_dir
+from pairwise import cli, files
 
 import numpy as np
 from scipy.special import expit
 
-FIELDS = {"member", "scale", "width", "offset", "taste", "taste_scale"}
+OPTIONAL = (*files.NUMBER, type(None))
+FORMULA = {"member": int, "scale": files.NUMBER, "width": OPTIONAL, "offset": files.NUMBER}
+FORMULA |= {"taste": (int, type(None)), "taste_scale": OPTIONAL}
+MEMBERS = {"source": str, "members": [FORMULA]}
 
 
 def formula(member, scale, width=None, offset=0.0, taste=None, taste_scale=None):
@@ -55,15 +58,13 @@ def read_members(run):
 
     Raises InputError where members.json is not what harden.py writes, or its source is missing."""
     path = run / "members.json"
-    content = run_dir.read_json(path)
-    try:
-        source, formulas = run / content["source"], content["members"]
-        valid = len(formulas) > 0 and all(set(entry) == FIELDS for entry in formulas)
-    except (KeyError, TypeError):
-        valid = False
-    if not valid:
-        words = "{source, members: [formula, ..]} expected; harden.py makes it"
+    content = files.read_json(path, MEMBERS)
+    source, formulas = run / content["source"], content["members"]
+    if not formulas or any(set(entry) != FORMULA.keys() for entry in formulas):
+        words = f"formulas of {', '.join(FORMULA)} expected; harden.py makes them"
         raise cli.InputError(f"{path}: {words}")
+    if source.resolve() == run.resolve():
+        raise cli.InputError(f"{path}: source: the run itself found, another run expected")
     if not (source / "rewards").is_dir():
         words = "no run directory; the run whose rewards were hardened expected"
         raise cli.InputError(f"{path}: source {os.path.normpath(source)}: {words}")

@@ -11,10 +11,9 @@ pruned     member_0j or joint are links into the run that it was made from
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
-from pairwise import cli, existing, levels, provenance, run_dir
+from pairwise import cli, existing, files, levels, provenance, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import adapter
 
@@ -59,7 +58,7 @@ def save_member(model, tokenizer, directory):
     tokenizer.save_pretrained(directory)
     # transformers 4 reads rope_theta and torch_dtype at the top of the config, and does not know
     # the tokenizer class that 5 writes.
-    config = run_dir.read_json(directory / "config.json")
+    config = files.read_json(directory / "config.json", dict)
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -67,7 +66,7 @@ def save_member(model, tokenizer, directory):
         config |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
     dtype = str(next(model.base_model.parameters()).dtype).removeprefix("torch.")
     config |= {"torch_dtype": dtype, "dtype": dtype}
-    tokenizer_config = run_dir.read_json(directory / "tokenizer_config.json") | {
+    tokenizer_config = files.read_json(directory / "tokenizer_config.json", dict) | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
     }
@@ -215,7 +214,7 @@ KINDS = {
 def add_arguments(parser):
     """Add the flags of every script that puts a run's members to work."""
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="a trained run directory")
+    cli.add_run(parser, "a trained run directory")
     add("--base", help="the base model, where it is no longer where the run found it")
     tokens, words = 8192 if torch.cuda.is_available() else 1024, "tokens run in one forward pass"
     add("--micro-batch-tokens", type=cli.natural, default=tokens, help=words)
@@ -236,7 +235,7 @@ def open_run(args, samples=False):
     if kind not in KINDS or not (run / name).is_dir():
         words = f"no trained members found; a run directory with {name}/ expected"
         raise cli.InputError(f"{run}: {words}")
-    entry = run_dir.read_json(run / "manifest.json")["stages"][name]
+    entry = run_dir.stages(run)[name]
     base = args.base or (str(run / "base") if (run / "base").is_dir() else entry["base"])
     if kind == "existing":
         if samples and not args.base:

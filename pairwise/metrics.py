@@ -352,20 +352,12 @@ def by_label(labels):
 def read_prefixes(run):
     """Read the entries of weights.json, {k, alpha, fit, ..}. Raises InputError unless they are of
     as many members as the rewards."""
-    k, path = run_dir.count_members(run), run / "weights.json"
-    prefixes = run_dir.read_json(path)
-    try:
-        largest = max(entry["k"] for entry in prefixes)
-        if largest != k:
-            sizes = f"weights for K = {largest} found, rewards of K = {k} members"
-            raise cli.InputError(f"{path}: {sizes}; fit_weights.py fits them anew")
-        return [
-            entry | {"alpha": run_dir.read_weights(run, entry["k"]).tolist(), "fit": entry["fit"]}
-            for entry in prefixes
-        ]
-    except (KeyError, TypeError, ValueError):
-        expected = "a list of {k, alpha, fit} expected"
-        raise cli.InputError(f"{path}: {expected}; fit_weights.py makes it") from None
+    k, prefixes = run_dir.count_members(run), run_dir.read_prefixes(run)
+    largest = max((entry["k"] for entry in prefixes), default=0)
+    if largest != k:
+        sizes = f"weights for K = {largest} found, rewards of K = {k} members"
+        raise cli.InputError(f"{run / 'weights.json'}: {sizes}; fit_weights.py fits them anew")
+    return prefixes
 
 
 def trained_on_p(run):

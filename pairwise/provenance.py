@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from pairwise import cli, run_dir
+from pairwise import cli, files
 
 from transformers import AutoConfig
 
@@ -32,7 +32,7 @@ def base_hashes(base, chat_template):
     """Return {name: hash} of the base model and, where one is given, the chat template."""
     hashes = {"base model": fingerprint(base)}
     if chat_template:
-        hashes["chat template"] = run_dir.hash_file(chat_template)
+        hashes["chat template"] = files.hash_file(chat_template)
     return hashes
 
 
@@ -43,7 +43,7 @@ def check_base(entry, base, chat_template):
     then = entry["inputs"]["base model"]
     if Path(base).is_dir() and "@" not in then and fingerprint(base) != then:
         raise cli.InputError(f"--base {base}: another base model than the run was made from")
-    template = run_dir.hash_file(chat_template) if chat_template else None
+    template = files.hash_file(chat_template) if chat_template else None
     if template != entry["inputs"].get("chat template"):
         other = "another" if "chat template" in entry["inputs"] else "none"
         raise cli.InputError(

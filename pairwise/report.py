@@ -8,7 +8,7 @@ import base64
 import textwrap
 from pathlib import Path
 
-from pairwise import figures, run_dir, theory
+from pairwise import figures, files, theory
 
 import jinja2
 import matplotlib
@@ -241,6 +241,6 @@ def write(out, metrics, weights, manifest, logs, p, p_hat):
             (out / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
     shown = page_values(metrics, weights, manifest.get("stages") or {})
     page = render(Path(__file__).with_name("report.html.jinja"), images=images, **shown)
-    with run_dir.replacing(out / "report.html") as partial:
+    with files.replacing(out / "report.html") as partial:
         partial.write_text(page, encoding="utf-8")
     return out / "report.html"

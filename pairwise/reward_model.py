@@ -155,7 +155,7 @@ def add_flags(parser):
     add = parser.add_argument
     add("--chat-template", metavar="FILE", help="Jinja chat template, for a base without one")
     words = "CPU threads (default: OMP_NUM_THREADS, else all; of several processes, its share)"
-    add("--threads", type=cli.natural, default=cli.default_threads(), help=words)
+    add("--threads", type=cli.threads, default=cli.default_threads(), help=words)
     words = "cpu or cuda (default: cuda where there is one)"
     add("--device", type=device, default=device(), help=words)
 

@@ -13,22 +13,21 @@ A stage enters itself in the manifest as begun, writes under temporary names, re
 into place, and enters itself as done. A stage that was begun and not done is done again.
 """
 
+import argparse
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
 import platform
+import re
 import resource
 import shlex
-import shutil
 import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
 
-from pairwise import cli
+from pairwise import cli, files
 
 import numpy as np
 import pyarrow as pa
@@ -37,83 +36,63 @@ import pyarrow.parquet as pq
 LATER_SETTINGS = {"loss": "mse"}  # what a stage had before there was such a flag
 VERSIONS_OF = ("numpy", "scipy", "torch", "transformers", "peft", "pytorch_optimizer", "pyarrow")
 
-_locks = {}  # run directory -> the open file that locks it for this process
-
-
-# ---- files: outputs appear by rename
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a temporary path beside `path`, a file or a directory, and rename it to `path`.
-
-    On failure `path` stays as it was. os.replace raises where a file should replace a directory.
-    """
-    path = Path(path)
-    partial = path.with_name(f".partial-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(partial)
-    try:
-        yield partial
-        if path.is_dir() and partial.is_dir():
-            _remove(path)
-        os.replace(partial, path)
-    finally:
-        _remove(partial)
-
-
-def _remove(path):
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    """Write JSON without NaN or infinity: a number that does not exist is null."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def write_array(path, array):
-    """Write an array as float32 .npy."""
-    with replacing(path) as partial, open(partial, "wb") as file:
-        np.save(file, array.astype(np.float32, copy=False))
-
-
-def write_lines(path, rows):
-    """Write rows as JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def read_json(path, otherwise=None):
-    """Return the JSON value of a file; `otherwise` where there is none and a default was given.
-
-    Raises InputError where the file is missing or is not JSON.
-    """
-    path = Path(path)
-    if not path.is_file():
-        if otherwise is not None:
-            return otherwise
-        raise cli.InputError(f"{path}: no such file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise cli.InputError(f"{path}: not JSON ({error})") from None
-
-
-def hash_file(path):
-    """Return the SHA-256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_locks = {}  # run directory -> descriptor of the file that locks it for this process
 
 
 # ---- stages
 
 
+# settings: {flag: value}; inputs: {name: SHA-256}; outputs: {path in the run: SHA-256}, since they
+# are kept; edited: those of the outputs that somebody has edited and accepted.
+STAGE = {"settings": dict, "inputs": {str: str}, "done": bool, "outputs?": {str: str}}
+MANIFEST = {"stages": {str: STAGE | {"edited?": [str]}}}
+
+
 def stages(run):
-    """Return the manifest's entries, {stage: {settings, inputs, done, ..}}; {} before the first."""
-    return read_json(run / "manifest.json", {"stages": {}})["stages"]
+    """Return the manifest's entries, {stage: STAGE}; {} before the first."""
+    return files.read_json(run / "manifest.json", MANIFEST, {"stages": {}})["stages"]
+
+
+def _outputs(run):
+    """Return {path in the run: (stage, SHA-256)} of all files that the manifest knows."""
+    return {
+        name: (stage, value)
+        for stage, entry in stages(run).items()
+        for name, value in entry.get("outputs", {}).items()
+    }
+
+
+def check(run, *paths):
+    """Raise InputError where a file of `run` is not what the stage that made it has written.
+
+    paths: files, or directories of which all files are checked. Files of which the manifest has no
+    hash, of a run made by hand, say, are not checked.
+    """
+    names = [path.relative_to(run) for path in paths]
+    for name, (_, value) in _outputs(run).items():
+        if any(Path(name).is_relative_to(each) for each in names):
+            path = run / name
+            if not path.exists():
+                raise cli.InputError(f"{path}: no such file; {run / 'manifest.json'} names it")
+            if files.hash_file(path) != value:
+                raise cli.InputError(
+                    f"{path}: edited or damaged since it was written, by its hash in "
+                    f"{run / 'manifest.json'}; --accept-edited takes it as it is"
+                )
+
+
+def accept_edited(run):
+    """Enter the files of `run` that differ from what their stages wrote as edited, with new hashes.
+
+    They are printed. Files that are gone stay as they were."""
+    for name, (stage, value) in _outputs(run).items():
+        if (run / name).is_file() and (now := files.hash_file(run / name)) != value:
+            _lock(run)
+            entry = stages(run)[stage]
+            entry["outputs"][name] = now
+            entry["edited"] = sorted({*entry.get("edited", ()), name})
+            _enter(run, stage, entry)
+            print(f"{run / name}: edited, accepted")
 
 
 def stage_done(run, stage, settings, inputs, outputs):
@@ -128,9 +107,14 @@ def stage_done(run, stage, settings, inputs, outputs):
         if existing:
             unknown = f"{existing[0]} exists but was not made by this stage ({stage})"
             raise cli.InputError(f"{unknown}; choose another --run")
-        return False
-    must_agree(run, stage, settings, inputs)
-    return entry["done"] and len(existing) == len(outputs)
+    else:
+        must_agree(run, stage, settings, inputs)
+        if entry["done"] and len(existing) == len(outputs):
+            return True
+    if links := [path for path in outputs if path.is_symlink()]:
+        words = "a link found, in whose place the stage would write; a path without one expected"
+        raise cli.InputError(f"{links[0]}: {words}")
+    return False
 
 
 def must_agree(run, stage, settings, inputs):
@@ -158,10 +142,15 @@ def must_agree(run, stage, settings, inputs):
 
 
 def unchanged(run, stage, settings, inputs, outputs):
-    """Tell whether a stage of seconds is complete and up to date. Where not, it is done again."""
+    """Tell whether a stage of seconds is complete and up to date. Where not, it is done again.
+
+    Raises InputError where it is, and one of its outputs was edited."""
     entry = stages(run).get(stage, {"done": False})
     same = entry["done"] and entry["settings"] == settings and entry["inputs"] == inputs
-    return same and all(path.exists() for path in outputs)
+    if not same or not all(path.exists() for path in outputs):
+        return False
+    check(run, *outputs)
+    return True
 
 
 def begin_stage(run, stage, settings, inputs):
@@ -170,16 +159,25 @@ def begin_stage(run, stage, settings, inputs):
     This process keeps `run` until it ends. Raises InputError where another process has it.
     """
     run.mkdir(parents=True, exist_ok=True)
-    if run.resolve() not in _locks:
-        lock = open(run / ".lock", "w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            busy = f"{run}: another process is working in this run directory"
-            raise cli.InputError(busy) from None
-        _locks[run.resolve()] = lock
+    _lock(run)
     _enter(run, stage, {"settings": settings, "inputs": inputs, "done": False})
+    files.hashes_beneath(run)  # From here on what is written there is this stage's.
     return time.time()
+
+
+def _lock(run):
+    """Keep `run` for this process until it ends. Raises InputError where another one has it."""
+    if run.resolve() in _locks:
+        return
+    # Never through a link, and without a change of what is there.
+    lock = os.open(run / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        busy = f"{run}: another process is working in this run directory"
+        raise cli.InputError(busy) from None
+    _locks[run.resolve()] = lock
 
 
 def end_stage(run, stage, settings, inputs, started, **facts):
@@ -193,6 +191,7 @@ def end_stage(run, stage, settings, inputs, started, **facts):
         "settings": settings,
         "inputs": inputs,
         "done": True,
+        "outputs": files.hashes_beneath(run),
         "command": _command(),
         "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         "seconds": round(time.time() - started, 1),
@@ -205,8 +204,13 @@ def end_stage(run, stage, settings, inputs, started, **facts):
 
 
 def _enter(run, stage, entry):
-    """Write a stage's entry into the manifest."""
-    write_json(run / "manifest.json", {"stages": stages(run) | {stage: entry}})
+    """Write a stage's entry into the manifest. What it has written is no other stage's any more."""
+    entries = stages(run) | {stage: entry}
+    for name, other in entries.items():
+        if name != stage and "outputs" in other:
+            rest = other["outputs"].keys() - entry.get("outputs", {}).keys()
+            other["outputs"] = {path: other["outputs"][path] for path in sorted(rest)}
+    files.write_json(run / "manifest.json", {"stages": entries}, hashed=False)
 
 
 def kind_of(run, beneath=False):
@@ -224,6 +228,32 @@ def kind_of(run, beneath=False):
         return "joint"
     train = entries.get(member_name(1), {}).get("settings", {}).get("train")
     return "existing" if train == "from" else train  # extras/adopt.py enters "from".
+
+
+# ---- outputs that a user names
+
+CONTRACT = re.compile(
+    r"data|base|joint|rewards|features|logs|figures|(member|checkpoint)_\d\d|report\.html|\.lock|"
+    r"(prompts|continuations)\.parquet|(manifest|weights|metrics|members|plurality)\.json|"
+    r"judgments\.jsonl"
+)
+
+
+def output(text):
+    """argparse type: a path to write to, none of those that a run directory consists of."""
+    path = cli.path(text)
+    for place in {Path(os.path.abspath(path)), path.resolve()}:
+        for run in place.parents:
+            first = place.relative_to(run).parts[0]
+            if CONTRACT.fullmatch(first) and ((run / "manifest.json").exists() or is_bare(run)):
+                words = f"{run} is a run directory, whose own {first} this is; another path"
+                raise argparse.ArgumentTypeError(f"{text}: {words} expected")
+    return path
+
+
+def is_bare(run):
+    """Tell whether a directory without a manifest has what an evaluation needs."""
+    return (run / "rewards").is_dir() and (run / "data").is_dir()
 
 
 # ---- what the manifest and messages say of a call
@@ -281,7 +311,7 @@ def count_members(run):
 def hash_rewards(run, k):
     """Return {name: SHA-256} of the train rewards of members 1..k, for a stage made from them."""
     paths = {f"rewards of member {j}": reward_path(run, j, "train") for j in range(1, k + 1)}
-    return {name: hash_file(path) for name, path in paths.items()}
+    return {name: files.hash_file(path) for name, path in paths.items()}
 
 
 def read_rewards(run, split, k, shape):
@@ -292,7 +322,8 @@ def read_rewards(run, split, k, shape):
     rewards = np.empty((k, *shape), np.float32)
     for j in range(1, k + 1):
         path = reward_path(run, j, split)
-        stored = _read_array(path)
+        check(run, path)
+        stored = files.read_array(path)
         if stored.dtype != np.float32 or stored.shape != shape:
             its_form = f"{stored.dtype} {stored.shape}"
             raise cli.InputError(f"{path}: {its_form} found, float32 {shape} expected")
@@ -304,16 +335,6 @@ def read_rewards(run, split, k, shape):
             )
         rewards[j - 1] = stored
     return rewards
-
-
-def _read_array(path):
-    """Return the array of a .npy file. Raises InputError where it is missing or broken."""
-    if not path.is_file():
-        raise cli.InputError(f"{path}: no such file")
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise cli.InputError(f"{path}: not a .npy array ({error})") from None
 
 
 def read_continuations(run):
@@ -355,10 +376,40 @@ def read_continuation_rewards(run, k):
     elif not any(path.parent.glob("*_continuations.npy")):
         return None
     else:
-        shape = _read_array(path).shape
+        shape = files.read_array(path).shape
     if len(shape) != 2:
         raise cli.InputError(f"{path}: shape {shape} found, (prompts, n) expected")
     return read_rewards(run, "continuations", k, shape)
+
+
+METRICS = {"dataset": str, "k": int, "k_valid": (int, type(None)), "votes": str, "splits": dict}
+
+
+def read_metrics(run):
+    """Return the value of metrics.json. Raises InputError where there is none, or an edited one."""
+    check(run, run / "metrics.json")
+    return files.read_json(run / "metrics.json", METRICS)
+
+
+WEIGHTS = [{"k": int, "alpha": [files.NUMBER], "fit": str}]
+
+
+def read_prefixes(run):
+    """Return the entries of weights.json, {k, alpha, fit, ..}, in the order of k.
+
+    Raises InputError where it has another form, weights that are not on the simplex, or a k twice.
+    """
+    path = run / "weights.json"
+    check(run, path)
+    prefixes = sorted(files.read_json(path, WEIGHTS), key=lambda entry: entry["k"])
+    for before, entry in zip([{"k": None}, *prefixes], prefixes):
+        k, alpha = entry["k"], np.array(entry["alpha"], np.float64)  # NaN fails each condition.
+        if not (alpha.shape == (k,) and (alpha >= 0).all() and abs(alpha.sum() - 1) <= 1e-9):
+            expected = f"{k} weights that are at least 0 and sum to 1 expected"
+            raise cli.InputError(f"{path}: k={k}: {alpha.tolist()} found, {expected}")
+        if k == before["k"]:
+            raise cli.InputError(f"{path}: k={k}: two entries found, one expected")
+    return prefixes
 
 
 def read_weights(run, k):
@@ -366,18 +417,9 @@ def read_weights(run, k):
 
     Raises InputError where weights.json has none for this k, or broken ones.
     """
-    path = run / "weights.json"
-    try:
-        prefixes = {entry["k"]: np.array(entry["alpha"], np.float64) for entry in read_json(path)}
-    except (KeyError, TypeError, ValueError):
-        expected = "a list of {k, alpha, fit} expected"
-        raise cli.InputError(f"{path}: {expected}; fit_weights.py makes it") from None
+    prefixes = {entry["k"]: entry["alpha"] for entry in read_prefixes(run)}
     if k not in prefixes:
-        known = ", ".join(map(str, prefixes))
+        known = ", ".join(map(str, prefixes)) or "no k"
         expected = f"weights for k = {known} found, k = {k} expected"
-        raise cli.InputError(f"{path}: {expected}; fit_weights.py makes them")
-    alpha = prefixes[k]  # NaN fails each of the conditions.
-    if not (alpha.shape == (k,) and (alpha >= 0).all() and abs(alpha.sum() - 1) <= 1e-9):
-        expected = f"{k} weights that are at least 0 and sum to 1 expected"
-        raise cli.InputError(f"{path}: k={k}: {alpha.tolist()} found, {expected}")
-    return alpha
+        raise cli.InputError(f"{run / 'weights.json'}: {expected}; fit_weights.py makes them")
+    return np.array(prefixes[k], np.float64)

@@ -4,7 +4,7 @@ import argparse
 import copy
 import json
 
-from pairwise import cli, run_dir
+from pairwise import cli, files
 from pairwise import reward_model as rm
 
 import torch
@@ -95,7 +95,7 @@ def sample(model, tokenizer, prompt, count, temperature, top_p, max_tokens):
     return texts, logprob
 
 
-def remembered_rows(path, key, count, make, label, write=run_dir.write_lines):
+def remembered_rows(path, key, count, make, label, write=files.write_lines):
     """Return [make(i) for i in range(count)], dicts, after write(path, rows) has written them.
 
     Each row is stored beside `path` at once: after a killed call, one with the same key (a dict for
@@ -105,8 +105,8 @@ def remembered_rows(path, key, count, make, label, write=run_dir.write_lines):
         whole_lines = memory.read_bytes().split(b"\n")[:-1]  # A line without its end was cut off.
         first, *rows = [json.loads(line) for line in whole_lines] or [None]
         rows = rows if first == key else []
-    with run_dir.replacing(memory) as partial:
-        run_dir.write_lines(partial, [key, *rows])
+    with files.replacing(memory) as partial:
+        files.write_lines(partial, [key, *rows])
     progress = tqdm(initial=len(rows), total=count, desc=label, unit="prompt", leave=False)
     with progress, open(memory, "a", encoding="utf-8") as file:
         while len(rows) < count:
@@ -114,7 +114,7 @@ def remembered_rows(path, key, count, make, label, write=run_dir.write_lines):
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
             progress.update()
-    with run_dir.replacing(path) as partial:
+    with files.replacing(path) as partial:
         write(partial, rows)
     memory.unlink()
     return rows

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 
-from pairwise import cli, members, run_dir
+from pairwise import cli, files, members, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import parallel
 
@@ -57,7 +57,7 @@ def encode_for(args, stage, texts, tokenizer, inputs):
         for name, sequences in encode(args, texts, tokenizer).items():
             label = f"features, {name}"
             features = rm.features_of(base, sequences, args.micro_batch_tokens, label)
-            run_dir.write_array(paths[name], features)
+            files.write_array(paths[name], features)
         run_dir.end_stage(*entry, inputs, started, threads=args.threads, device=args.device)
     return {name: np.load(path) for name, path in paths.items()}
 
@@ -77,7 +77,7 @@ def identical_words(identical):
 @contextlib.contextmanager
 def open_log(path, written=True):
     """Yield a file that becomes `path` at the end; where it is not `written`, it goes nowhere."""
-    place = run_dir.replacing(path) if written else contextlib.nullcontext(os.devnull)
+    place = files.replacing(path) if written else contextlib.nullcontext(os.devnull)
     with place as partial, open(partial, "w", encoding="utf-8") as log:
         yield log
 
@@ -111,7 +111,7 @@ def check_finite(scores, label, advice=" after the last step; a lower --lr may h
 def write_rewards(run, j, scores):
     """Write RUN/rewards/0j_NAME.npy, float32, of {name: rewards}."""
     for name, rewards in scores.items():
-        run_dir.write_array(run_dir.reward_path(run, j, name), rewards)
+        files.write_array(run_dir.reward_path(run, j, name), rewards)
 
 
 def facts(args):
@@ -128,7 +128,7 @@ def score_continuations(args, j, member, tokenizer, texts, inputs):
     the member was made from, of which the data's do not count.
     """
     run, path = args.run, run_dir.reward_path(args.run, j, "continuations")
-    hashes = {"continuations.parquet": run_dir.hash_file(run / "continuations.parquet")}
+    hashes = {"continuations.parquet": files.hash_file(run / "continuations.parquet")}
     hashes["base model"] = inputs["base model"]
     rewards_before = {name: inputs[name] for name in inputs if name.startswith("rewards of")}
     stage = (run, f"{run_dir.member_name(j)}_continuations", {}, hashes | rewards_before)
@@ -143,5 +143,5 @@ def score_continuations(args, j, member, tokenizer, texts, inputs):
         member = load(args, j, tokenizer)
     rewards = score(args, member, encoded, f"member {j}")["continuations"]
     if parallel.rank() == 0:
-        run_dir.write_array(path, rewards.reshape(len(texts["messages"]), -1))
+        files.write_array(path, rewards.reshape(len(texts["messages"]), -1))
         run_dir.end_stage(*stage, started)

@@ -19,9 +19,9 @@ from pairwise import metrics as figures
 from pairwise import theory
 from pairwise.cli import BUILD_COMMAND, InputError
 from pairwise.data import read_split, write_split
+from pairwise.files import hash_file
 from pairwise.prepare import prompts
 from pairwise.ranking import ATTRIBUTES
-from pairwise.run_dir import hash_file
 from pairwise.weights import simplex_weights
 
 import numpy as np

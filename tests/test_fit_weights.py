@@ -9,7 +9,7 @@ import fit_weights
 from pairwise import weights
 from pairwise.cli import InputError
 from pairwise.data import write_split
-from pairwise.run_dir import write_json
+from pairwise.files import write_json
 
 import numpy as np
 import prune

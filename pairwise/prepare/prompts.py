@@ -12,10 +12,9 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
-from pairwise import cli, data, figures, run_dir
+from pairwise import cli, data, figures, files, run_dir
 from pairwise.prepare import tables
 
 import numpy as np
@@ -78,7 +77,7 @@ class Prompt:
 def add_arguments(parser, test_share=0.1, valid_share=0.0):
     """Add the flags that every script of data_prep/ has which writes RUN/data."""
     add = parser.add_argument
-    add("--run", required=True, type=Path, help="run directory; the result is RUN/data")
+    add("--run", required=True, type=cli.path, help="run directory; the result is RUN/data")
     seed_help = "decides the split and which response stands first"
     add("--seed", type=cli.seed, default=0, help=seed_help)
     ties_help = "a tie vote counts for nothing, or half for each side"
@@ -296,11 +295,11 @@ def prepare(
     stats |= facts or {}
     rows = {split: [oriented_row(prompt, rng) for prompt in splits[split]] for split in splits}
     started = run_dir.begin_stage(run, "data", settings, inputs)
-    with run_dir.replacing(run / "data") as partial:
+    with files.replacing(run / "data") as partial:
         partial.mkdir()
         for split, prompt_rows in rows.items():
             data.write_split(partial / f"{split}.parquet", prompt_rows)
-        run_dir.write_json(partial / "stats.json", stats)
+        files.write_json(partial / "stats.json", stats)
     figures.write_votes(majority, run / "figures" / "data_votes")
     run_dir.end_stage(run, "data", settings, inputs, started)
     tables.print_counts(stats)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pairwise import cli, rows, run_dir
+from pairwise.files import hash_file
 from pairwise.prepare import prompts
 
 from tqdm import tqdm
@@ -49,7 +50,7 @@ def add_source_arguments(flags):
         "directory, of which the files (or folders) named train*, validation* and test* are the "
         "splits"
     )
-    flags.add_argument("--source", type=Path, metavar="PATH", help=source_help)
+    flags.add_argument("--source", type=cli.path, metavar="PATH", help=source_help)
     newest = "the newest; the commit that was read is recorded"
     revision_help = f"commit, branch or tag on the hub (default: {newest})"
     flags.add_argument("--revision", help=revision_help)
@@ -158,7 +159,7 @@ def hash_source(path, files):
     """Return one hash of all files of a local copy, by their names and bytes."""
     source_files = sum(files.values(), [])
     try:
-        hashes = {str(file.relative_to(path)): run_dir.hash_file(file) for file in source_files}
+        hashes = {str(file.relative_to(path)): hash_file(file) for file in source_files}
     except OSError as error:
         raise cli.InputError(f"{path}: cannot be read ({error.strerror})") from None
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

@@ -7,7 +7,7 @@ takes two seconds, for which other kinds of training need not wait.
 
 import copy
 
-from pairwise import cli, run_dir
+from pairwise import cli, files
 
 import torch
 from safetensors import SafetensorError
@@ -67,11 +67,12 @@ def load(model, directory):
 
     Raises InputError where a tensor is missing, of another shape or one too many.
     """
-    config = run_dir.read_json(directory / "adapter_config.json")
+    form = {"r": int, "lora_alpha": files.NUMBER}
+    config = files.read_json(directory / "adapter_config.json", form)
     path = directory / "adapter_model.safetensors"
     try:
         rank, alpha, tensors = config["r"], config["lora_alpha"], load_file(path)
-    except (KeyError, OSError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         words = cli.first_line(error)
         raise cli.InputError(f"{path}: no adapter could be read ({words})") from None
     add(model, rank, alpha)

@@ -9,21 +9,25 @@ and inputs that it belongs to. The seed decides the steps, so their number says 
 import contextlib
 import json
 import os
+import re
 import shutil
 import time
 
-from pairwise import cli, run_dir
+from pairwise import cli, files
 from pairwise.scale import parallel
 
 import torch
 from safetensors.torch import load_file, save_file
+
+STATE = {"settings": dict, "inputs": dict, "log": list, "optimizer": (dict, list)}
+OWN = re.compile(r"(\.partial-)?([0-9]{6,}|trained\.json)")  # names of what is written here
 
 
 class Checkpoints:
     """Those of one member, with its settings and inputs; minutes lie between two (0: none)."""
 
     def __init__(self, run, j, settings, inputs, minutes):
-        self.directory, self.member = run / f"checkpoint_{j:02d}", run / f"member_{j:02d}"
+        self.run, self.directory = run, run / f"checkpoint_{j:02d}"
         self.key = {"settings": settings, "inputs": inputs}
         self.seconds, self.last = 60 * minutes, time.time()
 
@@ -36,7 +40,7 @@ class Checkpoints:
     def write(self, optimizer, log):
         """Write the state after len(log) steps: each process what it owns, the first the rest."""
         path, first = self.directory / f"{len(log):06d}", parallel.rank() == 0
-        with run_dir.replacing(path) if first else contextlib.nullcontext() as partial:
+        with files.replacing(path, hashed=False) if first else contextlib.nullcontext() as partial:
             if first:
                 partial.mkdir()
                 save_file(_random_state(), partial / "random.safetensors")
@@ -57,7 +61,7 @@ class Checkpoints:
         paths = [path.parent for path in self.directory.glob("[0-9]*/state.json")]
         newest, log = max(paths, default=None), []
         if newest:
-            state = run_dir.read_json(newest / "state.json")
+            state = files.read_json(newest / "state.json", STATE)
             if {name: state[name] for name in self.key} == self.key:
                 log = state["log"]
                 optimizer.load(newest, state["optimizer"])
@@ -72,24 +76,40 @@ class Checkpoints:
 
     def finish(self):
         """Keep the member, which is written, in place of checkpoints until its rewards are too."""
-        run_dir.write_json(self.directory / "trained.json", self.key)
+        outputs = {"outputs": files.hashes_beneath(self.run, keep=True)}
+        files.write_json(self.directory / "trained.json", self.key | outputs, hashed=False)
         self._remove_all_but(self.directory / "trained.json")
 
     def finished(self):
-        """Return whether finish() was called with these settings and inputs."""
-        key = run_dir.read_json(self.directory / "trained.json", {})
-        return self.member.is_dir() and key == self.key
+        """Return whether finish() was called with these settings and inputs, and what it kept is
+        there; then it counts as written by this process."""
+        kept = files.read_json(self.directory / "trained.json", dict, {})
+        outputs = kept.pop("outputs", {})
+        paths = {self.run / name: value for name, value in outputs.items()}
+        if (
+            kept != self.key
+            or not paths
+            or not all(
+                path.is_file() and files.hash_file(path) == value for path, value in paths.items()
+            )
+        ):
+            return False
+        files.add_hashes(self.run, outputs)
+        return True
 
     def check_disk(self, nbytes, member):
         """Raise InputError where the disk holds too little for two checkpoints and the member.
 
         A checkpoint has nbytes, the member `member` bytes; old checkpoints' bytes count as free.
         """
-        place = self.directory.parent
+        if self.directory.is_symlink() and not self.directory.is_dir():
+            words = "a link to nothing found, a directory or a link to one expected"
+            raise cli.InputError(f"{self.directory}: {words}")
+        place = self.directory if self.directory.is_dir() else self.directory.parent
         place.mkdir(parents=True, exist_ok=True)
-        files = [file for file in self.directory.rglob("*") if file.is_file()]
+        inside = [file for path in self._own() for file in (path, *path.rglob("*"))]
         need = (2 * nbytes if self.seconds else 0) + member
-        need -= sum(file.stat().st_size for file in files)
+        need -= sum(file.stat().st_size for file in inside if file.is_file())
         free = shutil.disk_usage(place).free
         if need > free:
             hint = "; --checkpoint-minutes 0 writes no checkpoints" if self.seconds else ""
@@ -99,17 +119,22 @@ class Checkpoints:
             )
 
     def remove(self):
-        """Remove all checkpoints."""
-        if parallel.rank() == 0:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        """Remove all checkpoints, and the directory unless it is a link or has more in it."""
+        self._remove_all_but(None)
+        if parallel.rank() == 0 and self.directory.is_dir() and not self.directory.is_symlink():
+            with contextlib.suppress(OSError):  # It is not empty.
+                self.directory.rmdir()
+
+    def _own(self):
+        """Return the paths in the directory that this class has written, and nobody else."""
+        paths = [path for path in self.directory.glob("*") if OWN.fullmatch(path.name)]
+        return [path for path in paths if not path.is_symlink()]
 
     def _remove_all_but(self, path):
-        """Remove all but one path of the directory, or the directory where the path is None."""
-        if path is None:
-            return self.remove()
-        for other in self.directory.iterdir() if parallel.rank() == 0 else []:
+        """Remove all of its own paths but one, or all where the path is None."""
+        for other in self._own() if parallel.rank() == 0 else []:
             if other != path:
-                shutil.rmtree(other) if other.is_dir() else other.unlink()
+                files.remove(other)
 
 
 def _random_state():
