@@ -9,7 +9,6 @@ has the mathematics; extras/compare.py compares runs.
 """
 
 import itertools
-import json
 from typing import NamedTuple
 
 from pairwise import cli, data, diversity, files, metrics, ranking, report, run_dir, weights
@@ -45,11 +44,7 @@ def read_logs(run, k):
     joint run {"all members": those of logs/joint.jsonl}."""
     paths = {f"member {j}": run / "logs" / f"{j:02d}.jsonl" for j in range(1, k + 1)}
     paths["all members"] = run / "logs" / "joint.jsonl"
-    return {
-        name: [json.loads(line) for line in path.read_text().splitlines()]
-        for name, path in paths.items()
-        if path.exists()
-    }
+    return {name: files.read_lines(path) for name, path in paths.items() if path.exists()}
 
 
 class Stored(NamedTuple):
@@ -82,7 +77,7 @@ def hash_inputs(run, stored):
     for j in range(1, len(stored.rewards["test"]) + 1):
         names = *stored.splits, "continuations"
         paths += [run_dir.reward_path(run, j, name) for name in names]
-    paths += sorted((run / "logs").glob("*.jsonl"))
+    paths += sorted((run / "logs").glob("[!.]*.jsonl"))
     hashes = {str(x.relative_to(run)): files.hash_file(x) for x in paths if x.exists()}
     code = [path for pattern in CODE for path in sorted(cli.REPOSITORY.glob(pattern))]
     return data.hashes(run) | hashes | {path.name: files.hash_file(path) for path in code}
@@ -128,6 +123,7 @@ def refitted_intervals(forms, pairs, alphas, resamples, seed):
 def compute(run, stored, args):
     """Return metrics.json as a dictionary."""
     resampling = args.resamples, args.seed
+    run_dir.check(run, run / "plurality.json")
     result = {
         "dataset": stored.stats["dataset"],
         "k": len(stored.rewards["test"]),
@@ -202,7 +198,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     cli.add_run(parser, "run with data/, rewards/ and weights.json")
     add("--out", type=run_dir.output, help="write the results there instead of into the run")
-    add("--resamples", type=cli.natural, default=10000, help="bootstrap resamples over prompts")
+    add("--resamples", type=cli.resamples, default=10000, help="bootstrap resamples over prompts")
     add("--seed", type=cli.seed, default=0, help="seed of the bootstrap")
     refit = "intervals also with weights fitted to each resample of the train prompts (minutes)"
     add("--refit", action="store_true", help=refit)

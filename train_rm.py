@@ -139,7 +139,9 @@ def train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, lo
     task = (train, encoded["train"], targets, loss, keep, np.random.default_rng(order_seed), log)
     if args.train == "head":
         weight = torch.nn.Parameter(torch.empty(1, encoded["train"].shape[1], device=args.device))
-        rm.draw_head(weight, AutoConfig.from_pretrained(args.base), head_seed)
+        rm.draw_head(
+            weight, AutoConfig.from_pretrained(args.base, trust_remote_code=False), head_seed
+        )
         training.train_head(args, weight, *task)
         return weight
     member = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)

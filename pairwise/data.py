@@ -22,7 +22,7 @@ DIR/data/stats.json holds counts, flags, and how the votes arose: `sampled`, `po
 import dataclasses
 import itertools
 
-from pairwise import cli, files
+from pairwise import cli, files, run_dir
 
 import numpy as np
 import pyarrow as pa
@@ -109,6 +109,7 @@ def read_split(run, split):
     path = run / "data" / f"{split}.parquet"
     if not path.is_file():
         raise cli.InputError(f"{path}: no such file; data_prep/ makes it")
+    run_dir.check(run, path)
     try:
         return _flatten(pq.read_table(path))
     except (pa.ArrowException, KeyError, OSError, ValueError) as error:

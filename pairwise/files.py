@@ -4,6 +4,7 @@ torch is never imported.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -25,13 +26,18 @@ def replacing(path, hashed=True):
     """Yield a temporary path beside `path`, a file or a directory, and rename it to `path`.
 
     On failure `path` stays as it was, and what was written is gone. hashed: keep the SHA-256 of
-    every file for hashes_beneath. Raises InputError where a file system or a library cannot write.
+    every file for hashes_beneath. Raises InputError where a file system or a library cannot write,
+    and where another process is writing `path`.
     """
     path = Path(path)
-    partial = path.with_name(f".partial-{path.name}")
+    partial, lock_path = (path.with_name(f".{word}-{path.name}") for word in ("partial", "lock"))
+    locked = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(partial)
+        locked = lock(lock_path)
+        if locked is None:
+            raise cli.InputError(f"{path}: another process is writing it")
+        remove(partial)  # of a call that was killed
         yield partial
         hashes = _hashes_of(partial) if hashed else {}
         if path.is_dir() and not path.is_symlink() and partial.is_dir():
@@ -47,8 +53,25 @@ def replacing(path, hashed=True):
             raise cli.InputError(words) from None
         raise
     finally:
-        with contextlib.suppress(OSError):  # of a file system that cannot be written at all
-            remove(partial)
+        if locked is not None:
+            with contextlib.suppress(OSError):  # of a file system that cannot be written any more
+                remove(partial)
+                lock_path.unlink()
+            os.close(locked)
+
+
+def lock(path):
+    """Lock a file, made where there is none, never through a link; return its open descriptor.
+
+    It is None where another process has it. The lock ends with the descriptor or the process."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The one who had it may have removed the file since it was opened here.
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    os.close(descriptor)
+    return None
 
 
 def remove(path):
@@ -152,6 +175,19 @@ def _object(pairs):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice!r} twice in one object")
     return value
+
+
+def read_lines(path):
+    """Return the values of a file of JSON lines. Raises InputError where one is not JSON."""
+    values = []
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").split("\n"), 1
+    ):
+        try:
+            values += [parse_json(line)] if line.strip() else []
+        except ValueError as error:
+            raise cli.InputError(f"{path} line {number}: not JSON ({error})") from None
+    return values
 
 
 NUMBER = (int, float)

@@ -15,7 +15,6 @@ into place, and enters itself as done. A stage that was begun and not done is do
 
 import argparse
 import contextlib
-import fcntl
 import os
 import platform
 import re
@@ -169,14 +168,9 @@ def _lock(run):
     """Keep `run` for this process until it ends. Raises InputError where another one has it."""
     if run.resolve() in _locks:
         return
-    # Never through a link, and without a change of what is there.
-    lock = os.open(run / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        busy = f"{run}: another process is working in this run directory"
-        raise cli.InputError(busy) from None
+    lock = files.lock(run / ".lock")
+    if lock is None:
+        raise cli.InputError(f"{run}: another process is working in this run directory")
     _locks[run.resolve()] = lock
 
 

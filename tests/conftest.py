@@ -165,6 +165,21 @@ def made_once(tmp_path_factory):
     return directory_of
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """The report is tested elsewhere and takes longer than all numbers."""
+
+    import evaluate
+
+    def write(out, *_):
+        (out / "figures").mkdir(exist_ok=True)
+        for name in ("calibration", "votes", "reliability", "weights"):
+            (out / "figures" / f"{name}.png").write_text("figure")
+        (out / "report.html").write_text("report")
+
+    monkeypatch.setattr(evaluate.report, "write", write)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     import torch
@@ -185,6 +200,7 @@ def data(demo, made_once):
         words = ["--run", str(directory / "run"), "--prompts", "16", "--responses", "4"]
         args = demo.parse_args(words)
         demo.prompts.prepare(args, "demo", lambda: demo.comparisons(16, 4, 0), "sampled", {}, {})
+        without_hashes(directory / "run")  # Tests change the data by hand.
 
     return made_once("data", make) / "run"
 

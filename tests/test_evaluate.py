@@ -217,19 +217,6 @@ def make(
     return without_hashes(run)
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    """The report is tested elsewhere and takes longer than all numbers."""
-
-    def write(out, *_):
-        (out / "figures").mkdir(exist_ok=True)
-        for name in ("calibration", "votes", "reliability", "weights"):
-            (out / "figures" / f"{name}.png").write_text("figure")
-        (out / "report.html").write_text("report")
-
-    monkeypatch.setattr(evaluate.report, "write", write)
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """Not evaluated; read only."""
