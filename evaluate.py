@@ -17,6 +17,8 @@ import numpy as np
 
 evaluator = cli.import_evaluator()
 
+ERROR = {"single": files.NUMBER, "mixture": files.NUMBER, "gain": files.NUMBER}
+PLURALITY = ERROR | {"components": int, "ci": [files.NUMBER]}  # of extras/plurality.py
 FIGURES = "calibration", "votes", "reliability", "weights"  # Every run has these.
 # These files hold the numbers and show them: a change of one makes the stage run again.
 CODE = (
@@ -131,7 +133,7 @@ def compute(run, stored, args):
         "votes": stored.stats["votes"],
         "splits": {},
         "diversity": None,
-        "plurality": files.read_json(run / "plurality.json", dict, {}) or None,
+        "plurality": files.read_json(run / "plurality.json", PLURALITY, {}) or None,
     }
     if stored.scores is not None:
         alpha = np.array(stored.prefixes[-1]["alpha"])
@@ -173,7 +175,8 @@ def main(args):
     inputs = hash_inputs(run, stored)
     outputs = [run / "metrics.json", run / "report.html"]
     outputs += [run / "figures" / f"{name}.png" for name in FIGURES]
-    if in_place and run_dir.unchanged(run, "evaluate", settings, inputs, outputs):
+    hashed = "outputs" in run_dir.stages(run).get("evaluate", {})  # not in older runs
+    if in_place and hashed and run_dir.unchanged(run, "evaluate", settings, inputs, outputs):
         print("evaluate: nothing has changed, skipped")
         result = run_dir.read_metrics(run)
     else:

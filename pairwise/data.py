@@ -26,7 +26,6 @@ from pairwise import cli, files, run_dir
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 SPLITS = ("train", "valid", "test")
 JUDGMENTS = pa.list_(pa.struct([("a", pa.int32()), ("b", pa.int32())]))
@@ -98,7 +97,7 @@ def write_split(path, rows):
         labels = [(name, pa.string()) for name in rows[0]["categories"]]
         columns["categories"] = pa.struct(labels)
     table = pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items())))
-    pq.write_table(table, path, compression="zstd")
+    files.write_parquet(path, table)
 
 
 def read_split(run, split):
@@ -111,7 +110,7 @@ def read_split(run, split):
         raise cli.InputError(f"{path}: no such file; data_prep/ makes it")
     run_dir.check(run, path)
     try:
-        return _flatten(pq.read_table(path))
+        return _flatten(files.read_parquet(path))
     except (pa.ArrowException, KeyError, OSError, ValueError) as error:
         raise cli.InputError(f"{path}: not prepared data ({cli.first_line(error)})") from None
 

@@ -15,6 +15,7 @@ from pairwise import cli
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 _hashes = {}  # path of a file that this process wrote -> SHA-256, until hashes_beneath takes it
 
@@ -97,6 +98,12 @@ def write_array(path, array):
 def write_lines(path, rows):
     """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_parquet(path, table):
+    """Write a pyarrow table. pyarrow itself opens no path that is not UTF-8."""
+    with open(path, "wb") as file:
+        pq.write_table(table, file, compression="zstd")
 
 
 # ---- hashes
@@ -226,6 +233,13 @@ def _expected(value, types, at):
     names |= {int: "a number", float: "a number", type(None): "null"}
     types = dict.fromkeys(names[each] for each in (types if isinstance(types, tuple) else (types,)))
     return f"{at + ': ' if at else ''}{names[type(value)]} found, {' or '.join(types)} expected"
+
+
+def read_parquet(path):
+    """Return the pyarrow table of a file. Raises ArrowException, OSError or ValueError where it
+    cannot be read, as pyarrow does."""
+    with open(path, "rb") as file:
+        return pq.read_table(file)
 
 
 def read_array(path):

@@ -30,7 +30,6 @@ from pairwise import cli, files
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 LATER_SETTINGS = {"loss": "mse"}  # what a stage had before there was such a flag
 VERSIONS_OF = ("numpy", "scipy", "torch", "transformers", "peft", "pytorch_optimizer", "pyarrow")
@@ -76,7 +75,7 @@ def check(run, *paths):
             if files.hash_file(path) != value:
                 raise cli.InputError(
                     f"{path}: edited or damaged since it was written, by its hash in "
-                    f"{run / 'manifest.json'}; --accept-edited takes it as it is"
+                    f"{run / 'manifest.json'}; evaluate.py --accept-edited takes it as it is"
                 )
 
 
@@ -341,9 +340,9 @@ def read_continuations(run):
     if not path.exists():
         return None
     try:
-        table = pq.read_table(path)
+        table = files.read_parquet(path)
         columns = {name: table[name].to_pylist() for name in ("prompt_id", "messages", "texts")}
-    except (pa.ArrowException, KeyError) as error:
+    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
         raise cli.InputError(
             f"{path}: not continuations ({cli.first_line(error)}); "
             "the columns prompt_id, messages and texts expected"
