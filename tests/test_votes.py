@@ -237,7 +237,7 @@ def test_rows_group_by_prompt_id_else_by_prompt(tmp_path):
     ]
     rows = [
         row("Why?"),
-        row([{"role": "user", "content": "Why?", "id": 7}], "x", "y"),
+        row([{"role": "user", "content": "Why?", "name": None}], "x", "y"),
         row(chat),
         row("Else?"),
         row("Else?", "x", "y"),
@@ -510,13 +510,17 @@ BAD = {  # what is wrong: (file name, its content, what the line must say)
         "v.csv line 4: 4 cells found, 5 expected",
     ),
     "csv with old line ends": ("v.csv", "prompt,response_a\rq,a\r", "v.csv line 1: not CSV"),
-    "csv with a column twice": ("v.csv", "prompt,prompt\nq,q\n", "v.csv line 1: header:"),
+    "csv with a column twice": (
+        "v.csv",
+        "prompt,prompt\nq,q\n",
+        "v.csv line 1: columns found twice: ['prompt']",
+    ),
     "csv with words for numbers": (
         "v.csv",
         header + "q,a,b,1,1\nq,a,b,many,1\n",
         "v.csv line 3: votes_a: 'many' found, a number of votes",
     ),
-    "csv with nan": ("v.csv", header + "q,a,b,1,nan\n", "v.csv line 2: votes_b: nan found"),
+    "csv with nan": ("v.csv", header + "q,a,b,1,nan\n", "v.csv line 2: votes_b: 'nan' found"),
     "csv with a missing cell": (
         "v.csv",
         header + "q,a,,1,1\n",
