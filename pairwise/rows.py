@@ -238,6 +238,7 @@ def print_unused(path, others):
 def wrong(where, field, value, expected):
     """Return the InputError for a value that is not what is expected."""
     shown = "nothing" if value is None else reprlib.repr(value)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}.."
     return cli.InputError(f"{where}: {field}: {shown} found, {expected} expected")
 
 
