@@ -30,13 +30,10 @@ def read_jsonl(file, name, fields):
 
 
 def read_json(file, name, fields):
-    texts, size = [], 0
-    for _, text in decoded_lines(file, name):
-        texts.append(text)
-        size += len(text)
-        if size > LONGEST:
-            raise too_long(f"{name}: the file", "a .jsonl with a row a line may be longer")
-    text = "".join(texts)
+    content = file.read(LONGEST + 1)
+    if len(content) > LONGEST:
+        raise too_long(f"{name}: the file", "a .jsonl with a row a line may be longer")
+    text = decoded(content, name)
     rows = parse_json(text, name) if text.strip() else []
     if not isinstance(rows, list):
         raise wrong(name, "the file", rows, "a list of rows")
@@ -111,21 +108,23 @@ def check_distinct(where, columns):
 
 
 def decoded_lines(file, name):
-    """Yield (line number, text) of a binary file or of a list of lines, without a byte order mark.
-
-    It is decoded line by line, so that an error can name the line.
-    """
+    """Yield (line number, text) of a binary file or of a list of lines."""
     is_file = hasattr(file, "readline")
     lines = iter(lambda: file.readline(LONGEST + 1), b"") if is_file else file
     for line, raw in enumerate(lines, 1):
         if len(raw) > LONGEST:
             raise too_long(f"{name} line {line}")
-        try:
-            text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            byte = f"byte {raw[error.start]:#x}"
-            raise cli.InputError(f"{name} line {line}: not UTF-8 ({byte})") from None
-        yield line, text
+        yield line, decoded(raw, name, line)
+
+
+def decoded(raw, name, line=1):
+    """Return the text of bytes that begin in this line, without a byte order mark."""
+    try:
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line += error.object.count(b"\n", 0, error.start)
+        byte = f"byte {error.object[error.start]:#x}"
+        raise cli.InputError(f"{name} line {line}: not UTF-8 ({byte})") from None
 
 
 def too_long(what, remedy=""):

@@ -523,6 +523,11 @@ BAD = {  # what is wrong: (file name, its content, what the line must say)
         "not UTF-8",
     ),
     "json not UTF-8": ("v.json", b'[\n"\xff"]', "v.json line 2: not UTF-8"),
+    "json not UTF-8 after a byte order mark": (
+        "v.json",
+        b'\xef\xbb\xbf["\xff"]',
+        "v.json line 1: not UTF-8 (byte 0xff)",
+    ),
     "not parquet": ("v.parquet", "prompt", "v.parquet: not parquet"),
     "broken csv": ("v.csv", header + 'q,a,b,1,1\nq,"a,b,1,1\n', "v.csv line 3: not CSV"),
     "csv with too few cells": (
