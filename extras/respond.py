@@ -39,7 +39,7 @@ import sys
 import textwrap
 from collections import Counter
 
-from pairwise import cli, members, ranking, rows, sampling
+from pairwise import cli, members, pretrained, ranking, rows, sampling
 from pairwise import reward_model as rm
 
 import numpy as np
@@ -118,9 +118,10 @@ def sample_candidates(prompts, base, args):
     work = list(zip(encoded, limits))
     for ids, limit in tqdm(work, desc="candidates", unit="prompt", leave=False, disable=single):
         torch.manual_seed(args.seed)
-        answers, _ = sampling.sample(
-            model, tokenizer, ids, args.n, args.temperature, args.top_p, limit
-        )
+        with pretrained.readable(f"--base {base}: no answers could be sampled"):
+            answers, _ = sampling.sample(
+                model, tokenizer, ids, args.n, args.temperature, args.top_p, limit
+            )
         candidates.append(dict(sorted(Counter(answers).items())))
     return candidates
 

@@ -184,8 +184,12 @@ def score_trained(run, settings, questions, args):
     is_joint = run_dir.kind_of(run, beneath=True) == "joint"
     numbers = range(1, run_dir.count_members(run) + 1)
     directories = [run / "joint"] if is_joint else [member_directory(run, j) for j in numbers]
-    source = directories[0] if settings["train"] == "full" else base
-    tokenizer, tokens = rm.load_tokenizer(source, args.chat_template), args.micro_batch_tokens
+    of_base = settings["train"] != "full"
+    source, named = (base, "--base") if of_base else (directories[0], "member")
+    tokenizer, tokens = (
+        rm.load_tokenizer(source, args.chat_template, named),
+        args.micro_batch_tokens,
+    )
     chats, texts = [q.messages for q in questions], [q.responses for q in questions]
     sequences = rm.encode_split(tokenizer, chats, texts, settings["max_length"])
     options = base, tokenizer, dtype, args.device
@@ -216,9 +220,12 @@ def score_hardened(run, settings, questions, args):
 def rewards_of_run(run, settings, questions, args):
     """Return every member's reward of every response, float32 (K, R), as Kind.score does.
 
-    Raises InputError where one is not a finite number."""
+    Raises InputError where one is not a finite number, or where there are more or fewer members
+    than the run has rewards of."""
     kind = KINDS[run_dir.kind_of(run, beneath=True)]
     rewards = kind.score(run, settings, questions, args)
+    if len(rewards) != (k := run_dir.count_members(run)):
+        raise cli.InputError(f"{run}: {len(rewards)} members found, {k} expected, as in rewards/")
     if wrong := sorted({j + 1 for j in np.argwhere(~np.isfinite(rewards))[:, 0].tolist()}):
         raise cli.InputError(f"{run}: member {wrong[0]}: its rewards are not finite")
     return rewards

@@ -53,7 +53,17 @@ def read(auto_class, name, named, failure, **options):
 
 def config(name, named="--base"):
     """Return the config of a model, hub id or directory; raise InputError where there is none."""
-    return read(AutoConfig, name, named, "no config could be read")
+    found = read(AutoConfig, name, named, "no config could be read")
+    check_layers(found, f"{named} {name}")
+    return found
+
+
+def check_layers(config, subject):
+    """Raise InputError where a config has no layers, as nothing would then miss their weights."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if not isinstance(layers, int) or layers < 1:
+        words = f"num_hidden_layers {layers!r} found, at least 1 expected"
+        raise cli.InputError(f"{subject}: config.json: {words}")
 
 
 def model(auto_class, name, named, failure, **options):
@@ -75,6 +85,7 @@ def model(auto_class, name, named, failure, **options):
     options |= {"use_safetensors": True, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # They are told with the names of what is missing.
     found, info = read(auto_class, name, named, failure, **options)
+    check_layers(found.config, f"{named} {name}")
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     return found, sorted(missing), sorted(info["unexpected_keys"])
 

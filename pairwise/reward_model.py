@@ -77,7 +77,9 @@ def encode(tokenizer, messages, response=None, max_length=None):
     tokens, they are cut from the left, of the prompt first and then of the response, never its
     end; the BOS stays. Raises InputError where the chat template fails."""
     chat = messages if response is None else [*messages, {"role": "assistant", "content": response}]
-    ids = tokenizer(rendered(tokenizer, chat, response is None), add_special_tokens=False).input_ids
+    text = rendered(tokenizer, chat, response is None)
+    with pretrained.readable("the tokenizer fails"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
     bos = [tokenizer.bos_token_id]
     lead = next(i for i in range(len(ids) + 1) if ids[i : i + 1] != bos)
     if not lead and tokenizer("").input_ids[:1] != bos:
