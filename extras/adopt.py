@@ -59,13 +59,17 @@ def main(args):
         dtype = getattr(torch, args.dtype)
         member = existing.load_reward_model(args.base, tokenizer, dtype, args.device, "--model")
         started = run_dir.begin_stage(*stage)
-        encoded = stages.encode(args, stages.texts_of(splits), tokenizer)
+        of_splits = stages.texts_of(splits)
+        special = stages.count_special(of_splits, tokenizer)
+        encoded = stages.encode(args, of_splits, tokenizer)
         scores = stages.score(args, member, encoded, f"member {j}")
         stages.check_finite(scores, f"--model {args.base}", "; --dtype float32 may help")
         stages.write_rewards(run, j, scores)
         write_source(args, inputs["base model"])
-        run_dir.end_stage(*stage, started, **stages.facts(args))
-        print(f"member {j}: {args.base} scored all data in {time.time() - started:.0f} s")
+        facts = stages.facts(args) | {"texts_with_special_tokens": special}
+        run_dir.end_stage(*stage, started, **facts)
+        seconds = f"{time.time() - started:.0f} s{stages.special_words(special)}"
+        print(f"member {j}: {args.base} scored all data in {seconds}")
     if texts:
         stages.score_continuations(args, j, member, tokenizer, texts, inputs)
 

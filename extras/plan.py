@@ -11,13 +11,13 @@ flags of training are those of train_rm.py; those that change no size or time ha
 import argparse
 import math
 
-from pairwise import cli, data, training
+from pairwise import cli, data, pretrained, training
 from pairwise import reward_model as rm
 from pairwise.scale import adapter, budget, offload
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 LLAMA_3_8B = {
     "hidden_size": 4096,
@@ -27,6 +27,10 @@ LLAMA_3_8B = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
+# argparse type of --utilisation
+share = cli.number_type(
+    "share", cli.decimal, lambda v: 1e-6 <= v <= 1, "a number above 0, up to 1,"
+)
 # For a run without data: prompts and pairs to train on (the paper's, where it counts pairs),
 # distinct responses of train and of all splits, a guess of a response's tokens with its prompt.
 COUNTS = ("prompts", "pairs", "train", "scored", "tokens")
@@ -51,15 +55,14 @@ def describe(args):
     has empty groups. Raises InputError where no config can be read or there is no linear head.
     """
     named, dtype = args.base == "llama-3-8b", getattr(torch, args.dtype)
-    try:
-        config = LlamaConfig(**LLAMA_3_8B) if named else AutoConfig.from_pretrained(args.base)
+    bases = "llama-3-8b, a directory with config.json, or a hub id that can be reached"
+    with pretrained.readable(f"--base {args.base}: no config could be read: {bases} expected"):
+        config = LlamaConfig(**LLAMA_3_8B) if named else pretrained.config(args.base)
         config.num_labels, config.pad_token_id = 1, None
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-    except (OSError, ValueError) as error:
-        bases = "llama-3-8b, a directory with config.json, or a hub id that can be reached"
-        reason = f"no config could be read: {bases} expected ({cli.first_line(error)})"
-        raise cli.InputError(f"--base {args.base}: {reason}") from None
+            model = AutoModelForSequenceClassification.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         missing = f"{type(model).__name__} has no linear head called score"
         expected = "a decoder such as Llama or Qwen expected"
@@ -288,7 +291,7 @@ def parse_args(argv=None):
     # the card
     add("--gpu-gb", type=cli.positive, default=80, help="its memory in 10^9 bytes, as on its label")
     add("--tflops", type=cli.positive, default=790, help="its BF16 rate in large products (790)")
-    add("--utilisation", type=cli.fraction, default=0.4, help="share of --tflops that is reached")
+    add("--utilisation", type=share, default=0.4, help="share of --tflops that is reached")
     training.add_flags(parser)
     args = parser.parse_args(argv)
     args.device = "cuda"  # A plan is for a card, wherever it is made.

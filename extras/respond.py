@@ -4,10 +4,10 @@ of the base in place of fine-tuned policies.
     python extras/respond.py --run runs/demo --mode overton "how can i get fit again ?"
     python extras/respond.py --run runs/demo --mode steerable --like mine.jsonl --json --file FILE
 
-Prompts: PROMPT, or --file FILE, or stdin, one a line; a line that begins with { is a row
-{"prompt": text or chat messages}. FILE may also be .jsonl, .json, .csv or .parquet. The base
-answers each prompt --n times, every member ranks the distinct answers, and answers with its
-favourite:
+Prompts: PROMPT (after -- where it begins with a dash), or --file FILE, or stdin, one a line; a line
+that begins with { is a row {"prompt": text or chat messages}. FILE may also be .jsonl, .json, .csv
+or .parquet. The base answers each prompt --n times, every member ranks the distinct answers, and
+answers with its favourite:
 
     overton         a slate of the members' favourites, equal ones merged; the weight of a
                     favourite is that of the members it belongs to
@@ -39,7 +39,7 @@ import sys
 import textwrap
 from collections import Counter
 
-from pairwise import cli, members, ranking, rows, sampling
+from pairwise import cli, members, pretrained, ranking, rows, sampling
 from pairwise import reward_model as rm
 
 import numpy as np
@@ -68,7 +68,8 @@ def read_prompts(args):
     elif args.file:
         name, given = args.file, read_lines(args.file.read_bytes().splitlines(), args.file.name)
     else:
-        name, given = "stdin", read_lines([] if sys.stdin.isatty() else sys.stdin.buffer, "stdin")
+        asked = sys.stdin is None or sys.stdin.isatty()  # It is None where it was closed, by <&-.
+        name, given = "stdin", read_lines([] if asked else sys.stdin.buffer, "stdin")
     prompts = [(row.get("prompt"), rows.messages(where, row.get("prompt"))) for where, row in given]
     if not prompts:
         raise cli.InputError(
@@ -108,6 +109,7 @@ def sample_candidates(prompts, base, args):
     tokenizer = rm.load_tokenizer(base, args.chat_template)
     model = sampling.load_language_model(base, args.device)
     encoded = [rm.encode(tokenizer, messages) for _, messages in prompts]
+    rm.check_tokens(model, encoded)
     limits = [
         sampling.room(model, ids, args.max_tokens, f"prompt {number}")
         for number, ids in enumerate(encoded, 1)
@@ -116,9 +118,10 @@ def sample_candidates(prompts, base, args):
     work = list(zip(encoded, limits))
     for ids, limit in tqdm(work, desc="candidates", unit="prompt", leave=False, disable=single):
         torch.manual_seed(args.seed)
-        answers, _ = sampling.sample(
-            model, tokenizer, ids, args.n, args.temperature, args.top_p, limit
-        )
+        with pretrained.readable(f"--base {base}: no answers could be sampled"):
+            answers, _ = sampling.sample(
+                model, tokenizer, ids, args.n, args.temperature, args.top_p, limit
+            )
         candidates.append(dict(sorted(Counter(answers).items())))
     return candidates
 
@@ -284,7 +287,7 @@ def main(args):
         }
         row |= respond(args.mode, texts, rank, favourite, alpha, drawn, agreed, len(examples))
         if args.json:
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(row, ensure_ascii="utf" not in sys.stdout.encoding.lower()))
         else:
             print("\n" * (number > 0) + "\n".join(shown(row)))
 
@@ -292,7 +295,7 @@ def main(args):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="the prompt (default: --file, else stdin)")
+    add("prompt", nargs="?", metavar="PROMPT", help="the prompt; one such as -x after --")
     add("--file", type=cli.path, help="prompts, one a line, or rows of prompt")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--mode", choices=("overton", "consensus", "distributional", "steerable"))

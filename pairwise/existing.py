@@ -4,14 +4,15 @@ member_0j/source.json: {model: hub id or directory, fingerprint: of its content,
 beside it chat_template.jinja, where the model has no template of its own.
 """
 
-from pairwise import cli, files, provenance, run_dir
+from pairwise import cli, files, pretrained, provenance, run_dir
 from pairwise import reward_model as rm
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 SOURCE = {"model": str, "fingerprint": str, "dtype": str, "max_length": (int, type(None))}
+DTYPES = ("bfloat16", "float32")
 
 
 def load_reward_model(name, tokenizer, dtype, device, named="--from"):
@@ -32,7 +33,7 @@ def load_reward_model(name, tokenizer, dtype, device, named="--from"):
         words = "a linear head with one output expected, called score or classifier"
         raise cli.InputError(f"{named} {name}: {wrong} found, {words}")
     # transformers reads a decoder before the last tokens that its own config calls padding.
-    own_pad_id = AutoConfig.from_pretrained(name).get_text_config().pad_token_id
+    own_pad_id = pretrained.config(name, named).get_text_config().pad_token_id
     return rm.ready(model, device, own_pad_id if hasattr(model, "score") else None)
 
 
@@ -46,11 +47,14 @@ def read_source(directory):
     model = source["model"]
     try:
         fingerprint = provenance.fingerprint(model)
-    except (OSError, ValueError) as error:
+    except (OSError, cli.InputError) as error:
         words = f"cannot be read any more; a changed path belongs there ({cli.first_line(error)})"
         raise cli.InputError(f"{path}: {model} {words}") from None
     if fingerprint != source["fingerprint"]:
         raise cli.InputError(f"{path}: {model} is another model than the one that scored the data")
+    if source["dtype"] not in DTYPES or (source["max_length"] or 1) < 1:
+        words = f"dtype {' or '.join(DTYPES)}, and max_length at least 1 or null, expected"
+        raise cli.InputError(f"{path}: {words}")
     return source | {"template": template if template.exists() else None}
 
 

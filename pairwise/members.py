@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pairwise import cli, existing, files, levels, provenance, run_dir
+from pairwise import cli, existing, files, levels, pretrained, provenance, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import adapter
 
@@ -96,12 +96,18 @@ def save_joint(trained, directory, tokenizer, base):
 # ---- load
 
 
-def load_head(directory):
-    """Return the weight of the head in a member's directory, float32 (1, d), of joint/ (K, d)."""
+def load_head(directory, width=None):
+    """Return the weight of the head in a member's directory, float32 (1, d), of joint/ (K, d).
+
+    Raises InputError where there is none, or where d is not `width`."""
     for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
+        with pretrained.readable(f"{path}: no head could be read"), safe_open(path, "pt") as file:
             for name in {"score.weight", "classifier.weight"} & set(file.keys()):
-                return file.get_tensor(name).float()
+                weight = file.get_tensor(name).float()
+                if weight.ndim != 2 or width not in (None, weight.shape[1]):
+                    words = f"shape {tuple(weight.shape)} found, (heads, {width or 'd'}) expected"
+                    raise cli.InputError(f"{path}: {name}: {words}")
+                return weight
     raise cli.InputError(f"{directory}: no score.weight in its safetensors files")
 
 
@@ -114,30 +120,42 @@ def member_directory(run, j):
 
 
 def load_directory(directory, base, tokenizer, dtype, device):
-    """Return the RewardModel of a plain directory, or of a head alone put onto the base."""
+    """Return the RewardModel of a plain directory, or of a head alone put onto the base.
+
+    Raises InputError where it is not what training wrote."""
+    run_dir.check(directory.parent, directory)
     if (directory / "head.safetensors").exists():
         reward_model = rm.load_base(base, tokenizer, dtype, device, len(load_head(directory)))
     else:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            directory, dtype=dtype, output_loading_info=True
+        failure = "the member could not be loaded"
+        model, missing, unexpected = pretrained.model(
+            AutoModelForSequenceClassification, directory, "member", failure, dtype=dtype
         )
-        missing, unexpected = info["missing_keys"], info["unexpected_keys"]
         if missing or unexpected:
             raise cli.InputError(f"{directory}: weights missing {missing}, unexpected {unexpected}")
+        if rm.head(model) is None:
+            raise cli.InputError(f"{directory}: {type(model).__name__} without a linear head found")
         reward_model = rm.ready(model, device)
-    reward_model.head.weight.data.copy_(load_head(directory))  # It was rounded to dtype.
+    # It was rounded to dtype.
+    reward_model.head.weight.data.copy_(load_head(directory, reward_model.head.in_features))
     return reward_model
 
 
 def load_own(run, j, base, tokenizer, dtype, device):
     """Load member j of a full or head run from its own directory."""
-    return load_directory(member_directory(run, j), base, tokenizer, dtype, device)
+    directory = member_directory(run, j)
+    reward_model = load_directory(directory, base, tokenizer, dtype, device)
+    if (outputs := reward_model.head.out_features) != 1:
+        raise cli.InputError(f"{directory}: a head with {outputs} outputs found, one expected")
+    return reward_model
 
 
 def load_lora(run, j, base, tokenizer, dtype, device):
     """Load member j of a lora run: the base with its adapters and head."""
+    directory = member_directory(run, j)
+    run_dir.check(run, directory)
     reward_model = rm.load_base(base, tokenizer, dtype, device)
-    adapter.load(reward_model.model, member_directory(run, j) / "adapter")
+    adapter.load(reward_model.model, directory / "adapter")
     return reward_model
 
 
@@ -166,14 +184,21 @@ def score_trained(run, settings, questions, args):
     is_joint = run_dir.kind_of(run, beneath=True) == "joint"
     numbers = range(1, run_dir.count_members(run) + 1)
     directories = [run / "joint"] if is_joint else [member_directory(run, j) for j in numbers]
-    source = directories[0] if settings["train"] == "full" else base
-    tokenizer, tokens = rm.load_tokenizer(source, args.chat_template), args.micro_batch_tokens
+    of_base = settings["train"] != "full"
+    source, named = (base, "--base") if of_base else (directories[0], "member")
+    tokenizer, tokens = (
+        rm.load_tokenizer(source, args.chat_template, named),
+        args.micro_batch_tokens,
+    )
     chats, texts = [q.messages for q in questions], [q.responses for q in questions]
     sequences = rm.encode_split(tokenizer, chats, texts, settings["max_length"])
     options = base, tokenizer, dtype, args.device
     if settings["train"] == "head":
-        weight = torch.cat([load_head(directory) for directory in directories])
-        features = rm.features_of(rm.load_base(*options), sequences, tokens)
+        run_dir.check(run, *directories)
+        frozen = rm.load_base(*options)
+        width = frozen.head.in_features
+        weight = torch.cat([load_head(directory, width) for directory in directories])
+        features = rm.features_of(frozen, sequences, tokens)
         rewards = rm.score_features(features, weight).T
     elif is_joint:
         joint = load_directory(run / "joint", *options)
@@ -193,8 +218,17 @@ def score_hardened(run, settings, questions, args):
 
 
 def rewards_of_run(run, settings, questions, args):
-    """Return every member's reward of every response, float32 (K, R), as Kind.score does."""
-    return KINDS[run_dir.kind_of(run, beneath=True)].score(run, settings, questions, args)
+    """Return every member's reward of every response, float32 (K, R), as Kind.score does.
+
+    Raises InputError where one is not a finite number, or where there are more or fewer members
+    than the run has rewards of."""
+    kind = KINDS[run_dir.kind_of(run, beneath=True)]
+    rewards = kind.score(run, settings, questions, args)
+    if len(rewards) != (k := run_dir.count_members(run)):
+        raise cli.InputError(f"{run}: {len(rewards)} members found, {k} expected, as in rewards/")
+    if wrong := sorted({j + 1 for j in np.argwhere(~np.isfinite(rewards))[:, 0].tolist()}):
+        raise cli.InputError(f"{run}: member {wrong[0]}: its rewards are not finite")
+    return rewards
 
 
 KINDS = {

@@ -3,9 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from pairwise import cli, files
-
-from transformers import AutoConfig
+from pairwise import cli, files, pretrained
 
 
 def fingerprint(base):
@@ -15,10 +13,10 @@ def fingerprint(base):
     middle and end, as all of it would take a minute a stage."""
     directory = Path(base)
     if not directory.is_dir():
-        return f"{base}@{getattr(AutoConfig.from_pretrained(base), '_commit_hash', None)}"
+        return f"{base}@{getattr(pretrained.config(base), '_commit_hash', None)}"
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".bin", ".jinja", ".model"):
+        if path.suffix in (".json", ".safetensors", ".bin", ".jinja", ".model") and path.is_file():
             size = path.stat().st_size
             digest.update(f"{path.name} {size}\n".encode())
             with open(path, "rb") as file:

@@ -4,14 +4,17 @@ Parameters may be BF16; the head, the rewards and everything after them are floa
 """
 
 import argparse
+import contextlib
+import signal
+import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pairwise import cli
+from pairwise import cli, pretrained
 from pairwise.scale import packed, parallel, passes
 
-import jinja2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -26,6 +29,7 @@ transformers_logging.set_verbosity_error()
 PAD_NAMES = (
     "<|finetune_right_pad_id|> <|reserved_special_token_0|> <|pad|> <pad> [PAD] <|endoftext|> <unk>"
 ).split()
+TEMPLATE_SECONDS = 10  # A chat template takes less than a millisecond.
 
 
 # ---- tokens
@@ -38,14 +42,11 @@ def load_tokenizer(base, chat_template=None, named="--base"):
     Jinja template, for a base that has none; named: what named the base, for errors.
     Raises InputError where the base cannot be read, has no chat template and none is given, or has
     no token that can pad."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise cli.InputError(
-            f"{named} {base}: no tokenizer could be loaded: a directory made by save_pretrained, "
-            "or a hub id that can be reached (gated models: accept the licence on the hub, "
-            f"then log in), expected ({cli.first_line(error)})"
-        ) from None
+    failure = (
+        "no tokenizer could be loaded: a directory made by save_pretrained, or a hub id that can "
+        "be reached (gated models: accept the licence on the hub, then log in), expected"
+    )
+    tokenizer = pretrained.read(AutoTokenizer, base, named, failure)
     if chat_template:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
@@ -76,20 +77,58 @@ def encode(tokenizer, messages, response=None, max_length=None):
     tokens, they are cut from the left, of the prompt first and then of the response, never its
     end; the BOS stays. Raises InputError where the chat template fails."""
     chat = messages if response is None else [*messages, {"role": "assistant", "content": response}]
-    try:
-        ids = tokenizer.apply_chat_template(
-            chat, tokenize=True, return_dict=True, add_generation_prompt=response is None
-        )["input_ids"]
-    except jinja2.TemplateError as error:
-        turns = f"turns of {', '.join(message['role'] for message in chat)}"
-        words = f"the chat template fails ({cli.first_line(error)}) on {turns}"
-        raise cli.InputError(words) from None
+    text = rendered(tokenizer, chat, response is None)
+    with pretrained.readable("the tokenizer fails"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
     bos = [tokenizer.bos_token_id]
     lead = next(i for i in range(len(ids) + 1) if ids[i : i + 1] != bos)
     if not lead and tokenizer("").input_ids[:1] != bos:
         bos = []  # Neither the template nor the tokenizer begins with one.
     excess = len(bos) + len(ids) - lead - max_length if max_length else 0
     return bos + ids[lead + max(0, excess) :]
+
+
+def rendered(tokenizer, chat, open_ended):
+    """Return the text that the chat template makes of a chat; open_ended: ready to be answered.
+
+    Raises InputError where the template fails or does not end, or makes nothing of the chat."""
+    try:
+        with time_limit(TEMPLATE_SECONDS):
+            text = tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=open_ended
+            )
+        if text:
+            return text
+        reason = "it makes an empty text"
+    except MemoryError:
+        raise
+    except Exception as error:  # A template is a program, and fails like one.
+        reason = cli.first_line(error)
+    turns = f"turns of {', '.join(message['role'] for message in chat)}"
+    raise cli.InputError(f"the chat template fails ({reason}) on {turns}")
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raise TimeoutError inside, once this process has computed for so many seconds.
+
+    A signal costs microseconds, where a process to render in would take seconds; it is counted in
+    CPU time, so that a call that was stopped and goes on is not late. It reaches the main thread
+    alone, in which all scripts run; in another one there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f"it has not ended after {seconds} seconds")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def encode_split(tokenizer, messages, responses, max_length):
@@ -142,10 +181,11 @@ class RewardModel:
 
 def device(name=None):
     """argparse type: a device that is there, as a string; without a name, cuda where it is."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    available = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    if name.split(":")[0] not in available:
-        expected = "cpu or cuda" if "cuda" in available else "cpu, as there is no cuda here,"
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = name or ("cuda" if cards else "cpu")
+    if name not in ("cpu", *(["cuda"] if cards else []), *(f"cuda:{i}" for i in range(cards))):
+        numbered = f"cpu, cuda or cuda:0 to cuda:{cards - 1}"
+        expected = numbered if cards else "cpu, as there is no cuda here,"
         raise argparse.ArgumentTypeError(f"{name} found, {expected} expected")
     return name
 
@@ -163,16 +203,19 @@ def add_flags(parser):
 def read_model(auto_class, name, named, failure="the model could not be loaded", **options):
     """Return a transformers model, and the sorted names of weights that its checkpoint lacks.
 
-    A weight of another shape counts as lacking. name: hub id or directory; named: what named it,
-    for errors. Raises InputError where the checkpoint cannot be read."""
-    try:
-        model, info = auto_class.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except (OSError, ValueError, AssertionError) as error:
-        # transformers asserts that the pad token lies in the embedding.
-        raise cli.InputError(f"{named} {name}: {failure} ({cli.first_line(error)})") from None
-    return model, sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    A weight of another shape counts as lacking. Weights that the model has no use for are named on
+    stderr. name: hub id or directory; named: what named it, for errors. Raises InputError where the
+    checkpoint cannot be read, and where it has more of the model's layers than are used."""
+    model, missing, unused = pretrained.model(auto_class, name, named, failure, **options)
+    if layers := pretrained.of_layers(model, unused):
+        words = f"{len(layers)} weights of layers found that its config.json does not use"
+        raise cli.InputError(f"{named} {name}: {words}: {', '.join(layers[:3])}")
+    if auto_class is AutoModelForSequenceClassification:  # It predicts no token.
+        unused = [key for key in unused if not key.startswith("lm_head.")]
+    if unused and parallel.rank() == 0:
+        words = f"{len(unused)} weights are not used: {', '.join(unused[:3])}"
+        print(f"{named} {name}: {words}{' ..' * (len(unused) > 3)}", file=sys.stderr)
+    return model, missing
 
 
 def load_base(base, tokenizer, dtype, device, heads=1):
@@ -282,16 +325,26 @@ def batches_of(reward_model, sequences, tokens):
     return (packed.batches if reward_model.packs else batches)(sequences, tokens)
 
 
-def check_positions(reward_model, sequences):
-    """Raise InputError where a sequence is longer than the model has positions for."""
+def check_positions(reward_model, sequences, flag="--max-length "):
+    """Raise InputError where a sequence is longer than the model has positions for, or has a token
+    that it does not know. flag: of the script, that shortens them; "" where it has none."""
+    check_tokens(reward_model.model, sequences)
     config, longest = reward_model.model.config.get_text_config(), max(map(len, sequences))
     positions = getattr(config, "max_position_embeddings", None)
     unbounded = getattr(config, "relative_attention", False)  # DeBERTa's distances have no end.
     if positions and longest > positions and not unbounded:
         raise cli.InputError(
             f"a prompt with its response has {longest} tokens, and the base has positions for "
-            f"{positions}; --max-length {positions} or less expected"
+            f"{positions}; {flag}{positions} or less expected"
         )
+
+
+def check_tokens(model, sequences):
+    """Raise InputError where a token id lies beyond the embedding of a transformers model."""
+    known, largest = model.get_input_embeddings().weight.shape[0], max(map(max, sequences))
+    if largest >= known:
+        words = f"the tokenizer makes the token {largest}, and the model knows {known}"
+        raise cli.InputError(f"{words}; a tokenizer made for this model expected")
 
 
 @torch.no_grad()
@@ -304,7 +357,7 @@ def over_sequences(reward_model, function, sequences, tokens, label):
     numbers = {}  # of the distinct sequences
     places = [numbers.setdefault(tuple(ids), len(numbers)) for ids in sequences]
     distinct = [list(ids) for ids in numbers]
-    check_positions(reward_model, distinct)
+    check_positions(reward_model, distinct, "")
     groups = list(batches_of(reward_model, distinct, tokens))
     sizes = [sum(len(distinct[i]) for i in group) for group in groups]
     own = parallel.deal(groups, sizes)[parallel.rank()]

@@ -4,6 +4,7 @@ scored and entered in the run. A member is a RewardModel, or the weight (K, d) o
 
 import contextlib
 import os
+import re
 import shutil
 
 from pairwise import cli, files, members, run_dir
@@ -41,6 +42,24 @@ def encode(args, texts, tokenizer):
     return {name: rm.encode_split(tokenizer, *texts[name], length) for name in texts}
 
 
+def count_special(texts, tokenizer):
+    """Return how many distinct texts, of prompts and responses, have the text of a special token in
+    them, such as <|eos|>. It becomes that token, and ends a turn, say, that goes on.
+
+    texts: as of texts_of."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    has_one = re.compile("|".join(re.escape(token) for token in sorted(special) if token) or "(?!)")
+    prompts = {m["content"] for messages, _ in texts.values() for chat in messages for m in chat}
+    responses = {text for _, groups in texts.values() for group in groups for text in group}
+    return sum(has_one.search(text) is not None for text in prompts | responses)
+
+
+def special_words(count):
+    """Return what a script prints about texts with special tokens: nothing where there are none."""
+    return f", {count:,} texts have the text of a special token in them" if count else ""
+
+
 def encode_for(args, stage, texts, tokenizer, inputs):
     """Return {name: what a member is trained on and scores}: token ids, R lists, or features.
 
@@ -55,11 +74,21 @@ def encode_for(args, stage, texts, tokenizer, inputs):
         started = run_dir.begin_stage(*entry, inputs)
         base = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
         for name, sequences in encode(args, texts, tokenizer).items():
+            rm.check_positions(base, sequences)
             label = f"features, {name}"
             features = rm.features_of(base, sequences, args.micro_batch_tokens, label)
             files.write_array(paths[name], features)
-        run_dir.end_stage(*entry, inputs, started, threads=args.threads, device=args.device)
-    return {name: np.load(path) for name, path in paths.items()}
+        facts = {"threads": args.threads, "device": args.device}
+        run_dir.end_stage(*entry, inputs, started, **facts)
+    else:
+        run_dir.check(args.run, *paths.values())
+    features = {name: files.read_array(path) for name, path in paths.items()}
+    for name, (_, responses) in texts.items():
+        found, count = features[name], sum(map(len, responses))
+        if found.dtype != np.float32 or found.ndim != 2 or len(found) != count:
+            wrong = f"{found.dtype} {found.shape} found, float32 ({count}, d) expected"
+            raise cli.InputError(f"{paths[name]}: {wrong}")
+    return features
 
 
 def identical_pairs(split, encoded):
@@ -93,6 +122,8 @@ def score(args, member, encoded, label):
     if isinstance(member, torch.Tensor):
         return {name: rm.score_features(encoded[name], member) for name in encoded}
     tokens = args.micro_batch_tokens
+    for sequences in encoded.values():  # Here the advice can name a flag.
+        rm.check_positions(member, sequences)
     return {
         name: rm.score_sequences(member, sequences, tokens, f"{label}, {name}")
         for name, sequences in encoded.items()
@@ -138,7 +169,9 @@ def score_continuations(args, j, member, tokenizer, texts, inputs):
     continuations = {"continuations": (texts["messages"], texts["texts"])}
     encoded = encode_for(args, "features_continuations", continuations, tokenizer, hashes)
     if args.train == "head":
-        member = members.load_head(run / run_dir.member_name(j))
+        directory = members.member_directory(run, j)
+        run_dir.check(run, directory)
+        member = members.load_head(directory, encoded["continuations"].shape[1])
     elif member is None:
         member = load(args, j, tokenizer)
     rewards = score(args, member, encoded, f"member {j}")["continuations"]

@@ -2,17 +2,26 @@
 changed."""
 
 import json
+import shutil
 
 import evaluate
 import score
+from pairwise import files, members, run_dir, stages
+from pairwise import reward_model as rm
 from pairwise.cli import InputError
 
+import adopt
 import harden
+import numpy as np
 import prune
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import respond
+import torch
 import train_joint
-from conftest import FLAGS, HEAD, export, fit, fresh, train
+from conftest import FLAGS, FULL, HEAD, LORA, export, fit, fresh, leftovers, manifest, train
+from safetensors.torch import save_file
 
 
 def arguments(*words):
@@ -193,3 +202,150 @@ def test_at_most_99_members(script, tmp_path, capsys):
             )
         )
     assert "at most 99 expected" in capsys.readouterr().err
+
+
+# ---- files of a run that are not what its stages wrote
+
+
+def flipped(path):
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def put_to_work(run, base, tmp_path, kind):
+    """Yield the calls that read the members of a run, with their weights."""
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps({"prompt": "how ?", "responses": ["so ."]}) + "\n")
+    flags = "--base", base, *FLAGS
+    scored = arguments(asked, "--run", run, "--out", tmp_path / "out.jsonl", *flags)
+    yield lambda: score.main(score.parse_args(scored))
+    words = arguments("--run", run, "--table", "--n", 2, "--max-tokens", 4, *flags, "how ?")
+    yield lambda: respond.main(respond.parse_args(words))
+    if kind in KINDS_TRAINED:
+        # Continuations that come later are scored by the member that was written.
+        shutil.copy(run.parent / "continuations.parquet", run)
+        yield lambda: train(run, base, *KINDS_TRAINED[kind])
+    if kind not in ("full", "pruned"):
+        yield lambda: export(run, base, 1)
+
+
+KINDS_TRAINED = {"full": FULL, "head": HEAD, "lora": LORA}
+FILE_OF = {
+    "full": "member_01/model.safetensors",
+    "lora": "member_01/adapter/adapter_model.safetensors",
+    "head": "member_01/head.safetensors",
+    "joint": "joint/head.safetensors",
+    "pruned": "member_01/model.safetensors",
+}
+
+
+@pytest.mark.parametrize("kind", FILE_OF)
+def test_a_member_with_a_bit_flipped_is_refused(
+    runs, lora_run, full_run, base, tmp_path, kind, capsys
+):
+    run = fresh({**runs, "lora": lora_run}[kind], tmp_path)
+    if kind == "pruned":  # Its members are links.
+        shutil.copytree(full_run / "member_01", tmp_path / "own")
+        (run / "member_01").is_symlink() and (run / "member_01").unlink()
+        shutil.rmtree(run / "member_01", ignore_errors=True)
+        (run / "member_01").symlink_to(tmp_path / "own")
+    shutil.copy(full_run / "continuations.parquet", tmp_path)
+    for name in ("continuations.parquet", *(f"rewards/0{j}_continuations.npy" for j in (1, 2))):
+        (run / name).unlink(missing_ok=True)
+    stages = json.loads((run / "manifest.json").read_text())["stages"]
+    entries = {name: stages[name] for name in stages if "continuations" not in name}
+    (run / "manifest.json").write_text(json.dumps({"stages": entries}))
+    flipped(run / FILE_OF[kind])
+    for call in put_to_work(run, base, tmp_path, kind):
+        with pytest.raises(InputError, match=f"{FILE_OF[kind]}: edited or damaged since"):
+            call()
+    assert not (tmp_path / "out.jsonl").exists() and not leftovers(run)
+
+
+def test_features_with_a_bit_flipped_are_refused(head_run, base, tmp_path):
+    run = fresh(head_run.run, tmp_path)
+    flipped(run / "features" / "train.npy")
+    with pytest.raises(InputError, match="features/train.npy: edited or damaged since"):
+        train(run, base, *HEAD, iteration=3)
+    np.save(run / "features" / "train.npy", np.zeros((3, 32), np.float32))
+    run_dir.accept_edited(run)
+    with pytest.raises(InputError, match=r"train.npy: float32 \(3, 32\) found, float32 \(\d+, d\)"):
+        train(run, base, *HEAD, iteration=3)
+    (run / "features" / "train.npy").write_bytes(b"")
+    run_dir.accept_edited(run)
+    with pytest.raises(InputError, match="train.npy: not a .npy array"):
+        train(run, base, *HEAD, iteration=3)
+
+
+def test_a_member_is_hashed_once_a_call(runs, base, tmp_path, monkeypatch):
+    read, hash_file = [], files.hash_file
+    monkeypatch.setattr(files, "hash_file", lambda path: read.append(path) or hash_file(path))
+    next(put_to_work(runs["full"], base, tmp_path, "full"))()
+    weights = [path for path in read if path.name == "model.safetensors"]
+    assert len(weights) == len(set(weights)) == 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 31), (32,), (2, 32)])
+def test_a_head_of_another_shape(head_run, base, tmp_path, shape):
+    run = fresh(head_run.run, tmp_path)
+    save_file({"score.weight": torch.ones(shape)}, run / "member_01" / "head.safetensors")
+    run_dir.accept_edited(run)
+    for call in put_to_work(run, base, tmp_path, None):
+        with pytest.raises(
+            InputError, match="shape|a head with 2 outputs|3 members found"
+        ) as error:
+            call()
+        assert str(run) in str(error.value) and "expected" in str(error.value)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+# ---- special tokens in texts
+
+
+def test_texts_with_the_text_of_a_special_token_are_counted(data, base, tmp_path, capsys):
+    run = fresh(data, tmp_path)
+    for name in ("train", "test"):
+        path = run / "data" / f"{name}.parquet"
+        table = pq.read_table(path)
+        messages = table["messages"].to_pylist()
+        messages[0] = [{"role": "user", "content": f"what is <|eos|> in {name} ?"}]
+        column = pa.array(messages, table["messages"].type)
+        at = table.column_names.index("messages")
+        pq.write_table(table.set_column(at, "messages", column), path)
+    run_dir.accept_edited(run)
+    judge = full_model(base, tmp_path / "judge")
+    words = "--run", run, "--model", judge, "--iteration", 1, *FLAGS
+    adopt.main(adopt.parse_args(arguments(*words)))
+    assert manifest(run)["member_01"]["texts_with_special_tokens"] == 2
+    assert "s, 2 texts have the text of a special token in them\n" in capsys.readouterr().out
+
+
+def full_model(base, directory):
+    """A reward model, its head drawn, from the base."""
+    tokenizer = rm.load_tokenizer(base)
+    model = rm.load_base(base, tokenizer, torch.float32, "cpu")
+    rm.draw_head(model.head.weight, model.model.config, 0)
+    members.save_member(model.model, tokenizer, directory)
+    return directory
+
+
+def test_special_tokens_by_hand(tokenizer):
+    asked = [[{"role": "user", "content": "<|eos|> ?"}], [{"role": "user", "content": "a <| eos"}]]
+    texts = {"train": (asked, [["<|pad|><|bos|>", "b"], ["<|eos|> ?", "<|EOS|>"]])}
+    assert stages.count_special(texts, tokenizer) == 2
+    assert stages.special_words(0) == ""
+
+
+# ---- JSON of another form
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "5", "{", '{"source": 5, "members": [5]}'])
+def test_members_json_of_another_form(runs, base, tmp_path, content):
+    run = fresh(runs["hardened"], tmp_path)
+    (run / "members.json").write_text(content)
+    run_dir.accept_edited(run)
+    for call in list(put_to_work(run, base, tmp_path, None))[:2]:
+        with pytest.raises(InputError, match="members.json: "):
+            call()

@@ -1,18 +1,22 @@
 """pairwise/reward_model.py: one encoding, rewards that depend on nothing but the response,
 checkpoints that load."""
 
+import argparse
+import ast
 import copy
 import json
+import pickle
 import shutil
+import signal
 
-from pairwise import members, provenance
+from pairwise import existing, members, pretrained, provenance, sampling
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_base
+from conftest import REPOSITORY, make_base
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -472,3 +476,217 @@ def test_a_template_that_refuses_a_role(tokenizer):
     with pytest.raises(InputError, match="no system turns. on turns of system, user, assistant"):
         rm.encode(strict, chat, "so")
     assert rm.encode(strict, chat[1:], "so")
+
+
+# ---- files that somebody else has made
+
+
+def changed(base, directory, name, **changes):
+    """A copy of the base with other values in one of its JSON files."""
+    there = shutil.copytree(base, directory)
+    values = json.loads((there / name).read_text()) | changes
+    (there / name).write_text(json.dumps(values))
+    return there
+
+
+def told(function, *args):
+    """The one line of the InputError that the function raises."""
+    with pytest.raises(InputError) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def loaded(base):
+    """Load a base as training does."""
+    return rm.load_base(base, rm.load_tokenizer(base), torch.float32, "cpu")
+
+
+AUTO_MAP = {
+    "AutoConfig": "modeling_x.Config",
+    "AutoModelForSequenceClassification": "modeling_x.Model",
+    "AutoModelForCausalLM": "modeling_x.Model",
+}
+
+
+def test_code_of_a_base_is_never_run(base, tmp_path, monkeypatch):
+    """Not where the user says yes to every question either."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    native = changed(base, tmp_path / "native", "config.json", auto_map=AUTO_MAP)
+    other = changed(base, tmp_path / "other", "config.json", auto_map=AUTO_MAP, model_type="x")
+    own = {"auto_map": {"AutoTokenizer": [None, "modeling_x.Own"]}, "tokenizer_class": "Own"}
+    tokens = changed(base, tmp_path / "tokens", "tokenizer_config.json", **own)
+    for directory in (native, other, tokens):
+        (directory / "modeling_x.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    assert type(loaded(native).model).__name__ == "LlamaForSequenceClassification"
+    assert provenance.fingerprint(native)
+    words = "needs code of its own, which is never run"
+    assert words in told(loaded, other) and f"--base {other}: " in told(pretrained.config, other)
+    assert words in told(rm.load_tokenizer, tokens)
+    with pytest.raises(InputError, match=words):
+        sampling.load_language_model(other, "cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_call_of_from_pretrained_refuses_code():
+    calls, willing = 0, []
+    for path in REPOSITORY.rglob("*.py"):
+        folder = path.relative_to(REPOSITORY).parts[0]
+        if folder == "tests" or folder.startswith((".", "build")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = isinstance(node, ast.Call) and getattr(node.func, "attr", None)
+            if name in ("from_pretrained", "from_config"):
+                calls += 1
+                if "trust_remote_code=False" not in map(ast.unparse, node.keywords):
+                    willing.append(f"{path}:{node.lineno}")
+    assert calls and willing == []
+
+
+def weights_changed(base, directory, **tensors):
+    there = shutil.copytree(base, directory)
+    weights = load_file(there / "model.safetensors")
+    weights |= {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file(weights, there / "model.safetensors", {"format": "pt"})
+    return there
+
+
+def test_weights_that_the_config_leaves_out(base, tmp_path, capsys):
+    fewer = changed(base, tmp_path / "fewer", "config.json", num_hidden_layers=1)
+    said = told(loaded, fewer)
+    assert (
+        said.startswith(f"--base {fewer}: 9 weights of layers found") and "model.layers.1." in said
+    )
+    bias = {"model__layers__0__self_attn__q_proj__bias": torch.zeros(32)}
+    assert "1 weights of layers" in told(loaded, weights_changed(base, tmp_path / "bias", **bias))
+    more = {"lm_head__weight": torch.ones(400, 32), "vision__layers__7__up": torch.ones(2)}
+    capsys.readouterr()
+    tower = weights_changed(base, tmp_path / "tower", **more)
+    loaded(tower)
+    assert (
+        f"--base {tower}: 1 weights are not used: vision.layers.7.up\n" in capsys.readouterr().err
+    )
+    buffers = {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(4)}
+    loaded(weights_changed(base, tmp_path / "old", **buffers))
+    with pytest.raises(InputError, match="weights of layers found"):
+        existing.load_reward_model(fewer, rm.load_tokenizer(base), torch.float32, "cpu")
+
+
+class Pickled:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickles_are_never_read(base, tmp_path):
+    directory, marker = shutil.copytree(base, tmp_path / "b"), tmp_path / "run"
+    (directory / "model.safetensors").unlink()
+    torch.save({"x": Pickled(marker)}, directory / "pytorch_model.bin")
+    assert "no file named model.safetensors" in told(loaded, directory)
+    index = {"metadata": {}, "weight_map": {"x": "pytorch_model.bin"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "'pytorch_model.bin' found, a file of this directory" in told(loaded, directory)
+    (directory / "model.safetensors.index.json").unlink()
+    (directory / "model.safetensors").write_bytes(pickle.dumps(Pickled(marker)))
+    assert "SafetensorError" in told(loaded, directory) and not marker.exists()
+
+
+BROKEN = {
+    "model.safetensors": [b"", b"garbage", None],
+    "config.json": [b"[]", b"{", b"{}", None],
+    "tokenizer.json": [b"{}", b"[]", b"", b"garbage"],
+    "tokenizer_config.json": [b"[]", b"5", b"{", b'{"model_max_length": "x"}'],
+    "model.safetensors.index.json": [
+        b"[]",
+        b"{}",
+        b'{"weight_map": {"x": "gone.safetensors"}}',
+        b'{"weight_map": {"x": "../b/model.safetensors"}}',
+    ],
+    "adapter_config.json": [b"{}", b"["],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_one_line(base, tmp_path, name):
+    directory = shutil.copytree(base, tmp_path / "b")
+    if "index" in name:
+        (directory / "model.safetensors").rename(directory / "model-1.safetensors")
+    for content in BROKEN[name]:
+        (directory / name).unlink(missing_ok=True)
+        if content is not None:
+            (directory / name).write_bytes(content)
+        assert str(directory) in told(loaded, directory), content
+
+
+def test_half_a_file_of_weights(base, tmp_path):
+    directory = shutil.copytree(base, tmp_path / "b")
+    content = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(content[: len(content) // 2])
+    assert told(loaded, directory).startswith(f"--base {directory}: the model could not be loaded")
+
+
+def test_what_is_no_fault_of_the_file_keeps_its_kind():
+    for error, kind in (
+        (MemoryError(), MemoryError),
+        (torch.OutOfMemoryError("CUDA out of memory."), MemoryError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (KeyError("r"), InputError),
+    ):
+        with pytest.raises(kind), pretrained.readable("a file"):
+            raise error
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{{ 1/0 }}", "division by zero"),
+        ("{{ 1 + 'a' }}", "unsupported operand"),
+        ("{% for i in range(10**12) %}{% endfor %}", "Range too big"),
+        ("{% include 'x' %}", "no loader"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{# nothing #}", "it makes an empty text"),
+        ("{{ messages[7].content }}", "has no element 7"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "it has not ended after 0.2 seconds",
+        ),
+    ],
+)
+def test_templates_that_fail(base, tmp_path, monkeypatch, template, said):
+    monkeypatch.setattr(rm, "TEMPLATE_SECONDS", 0.2)
+    (tmp_path / "t.jinja").write_text(template)
+    line = told(rm.load_tokenizer, base, tmp_path / "t.jinja")
+    assert line.startswith(f"--chat-template {tmp_path / 't.jinja'}: the chat template fails (")
+    assert said in line and "on turns of user, assistant" in line
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_a_tokenizer_of_another_model(base, tokenizer, tmp_path):
+    small = make_base(tokenizer, tmp_path / "small", 0, vocab_size=20)
+    model = loaded(small)
+    with pytest.raises(
+        InputError, match="the tokenizer makes the token .*, and the model knows 20"
+    ):
+        rm.score_sequences(model, [rm.encode(tokenizer, ASK, ANSWER)], 1000)
+
+
+def test_the_flag_is_named_where_there_is_one(model, mixed):
+    long = [mixed[0] * 60]
+    assert told(rm.check_positions, model, long).endswith("512; --max-length 512 or less expected")
+    assert told(rm.score_sequences, model, long, 1000).endswith(
+        "positions for 512; 512 or less expected"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["cpu:1", "cpu:0", "cpu:x", "cuda:99", "cuda:-1", "cudax", "mps", " "]
+)
+def test_devices_that_are_not_there(name):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{name} found, cpu"):
+        rm.device(name)
+    assert rm.device("cpu") == "cpu"

@@ -6,11 +6,11 @@ takes two seconds, for which other kinds of training need not wait.
 """
 
 import copy
+import math
 
-from pairwise import cli, files
+from pairwise import cli, files, pretrained
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
@@ -70,11 +70,13 @@ def load(model, directory):
     form = {"r": int, "lora_alpha": files.NUMBER}
     config = files.read_json(directory / "adapter_config.json", form)
     path = directory / "adapter_model.safetensors"
-    try:
-        rank, alpha, tensors = config["r"], config["lora_alpha"], load_file(path)
-    except (OSError, SafetensorError) as error:
-        words = cli.first_line(error)
-        raise cli.InputError(f"{path}: no adapter could be read ({words})") from None
+    with pretrained.readable(f"{path}: no adapter could be read"):
+        tensors = load_file(path)
+    rank, alpha = config["r"], config["lora_alpha"]
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
+    if ranks != {rank} or not 0 < alpha < math.inf:
+        words = f"r {rank} and lora_alpha {alpha} found, the rank of {path.name} and a scale"
+        raise cli.InputError(f"{directory / 'adapter_config.json'}: {words} above 0 expected")
     add(model, rank, alpha)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected = {name: tuple(p.shape) for name, p in trained(model).items()}

@@ -14,7 +14,7 @@ import inspect
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
 
-from pairwise import cli
+from pairwise import cli, pretrained
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -363,6 +363,8 @@ def prepare(model):
                 )
             return "varlen" if varlen else "segments"
         except Exception as error:  # A model of another kind may make anything of a row.
+            if pretrained.lacks_memory(error):
+                raise
             reason = cli.first_line(error)
             model.config._attn_implementation = before
             if hook is not None:
