@@ -90,11 +90,12 @@ def read_parquet(file, name, fields):
                 yield f"{name} row {row}", unread | value
     except UnicodeDecodeError:
         raise cli.InputError(f"{name} after row {row}: not UTF-8") from None
-    # The last are of what Arrow holds and Python does not, such as dates after the year 9999.
-    except (pa.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
-        where = f"{name} after row {row}" if row else name
-        words = f"not parquet that can be read ({cli.first_line(error)})"
-        raise cli.InputError(f"{where}: {words}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise cli.InputError(f"{name}: not parquet ({cli.first_line(error)})") from None
+    except (ValueError, OverflowError, LookupError) as error:
+        # of what Arrow holds and Python does not, such as dates after the year 9999
+        words = f"a value that cannot be read ({cli.first_line(error)})"
+        raise cli.InputError(f"{name} after row {row}: {words}") from None
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}

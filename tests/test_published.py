@@ -1946,7 +1946,7 @@ def test_continuations_are_of_prism_prompts_where_there_are_any(tmp_path, prepar
 @pytest.mark.parametrize(
     "content, said",
     [
-        (b"PAR1", "prompts.parquet: not parquet that can be read ("),
+        (b"PAR1", "prompts.parquet: not parquet ("),
         ([{"prompt_id": "a"}], "prompts.parquet row 1: prompt: nothing found"),
         ([{"messages": [{"role": "user", "content": "x"}]}], "row 1: prompt_id: nothing found"),
     ],

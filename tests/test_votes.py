@@ -591,17 +591,17 @@ BAD = {  # what is wrong: (file name, its content, what the line must say)
     "parquet with a date after the year 9999": (
         "v.parquet",
         with_column("split", pa.scalar(2**62, pa.timestamp("ms"))),
-        "v.parquet: not parquet that can be read (",
+        "v.parquet after row 0: a value that cannot be read (",
     ),
     "parquet with rotten pages": (
         "v.parquet",
         parquet_bytes(many)[:100] + bytes(200) + parquet_bytes(many)[300:],
-        "v.parquet: not parquet that can be read (",
+        "v.parquet: not parquet (",
     ),
     "parquet cut off": (
         "v.parquet",
         parquet_bytes(many)[:-100],
-        "v.parquet: not parquet that can be read (",
+        "v.parquet: not parquet (",
     ),
     "a name that is only an ending": (".jsonl", lines(), ".jsonl: ending none found"),
     "a name that is only two endings": (".csv.gz", lines(), ".csv.gz: ending none found"),
