@@ -9,7 +9,6 @@ has the mathematics; extras/compare.py compares runs.
 """
 
 import itertools
-import json
 from typing import NamedTuple
 
 from pairwise import cli, data, diversity, files, metrics, ranking, report, run_dir, weights
@@ -18,6 +17,8 @@ import numpy as np
 
 evaluator = cli.import_evaluator()
 
+ERROR = {"single": files.NUMBER, "mixture": files.NUMBER, "gain": files.NUMBER}
+PLURALITY = ERROR | {"components": int, "ci": [files.NUMBER]}  # of extras/plurality.py
 FIGURES = "calibration", "votes", "reliability", "weights"  # Every run has these.
 # These files hold the numbers and show them: a change of one makes the stage run again.
 CODE = (
@@ -45,11 +46,7 @@ def read_logs(run, k):
     joint run {"all members": those of logs/joint.jsonl}."""
     paths = {f"member {j}": run / "logs" / f"{j:02d}.jsonl" for j in range(1, k + 1)}
     paths["all members"] = run / "logs" / "joint.jsonl"
-    return {
-        name: [json.loads(line) for line in path.read_text().splitlines()]
-        for name, path in paths.items()
-        if path.exists()
-    }
+    return {name: files.read_lines(path) for name, path in paths.items() if path.exists()}
 
 
 class Stored(NamedTuple):
@@ -82,7 +79,7 @@ def hash_inputs(run, stored):
     for j in range(1, len(stored.rewards["test"]) + 1):
         names = *stored.splits, "continuations"
         paths += [run_dir.reward_path(run, j, name) for name in names]
-    paths += sorted((run / "logs").glob("*.jsonl"))
+    paths += sorted((run / "logs").glob("[!.]*.jsonl"))
     hashes = {str(x.relative_to(run)): files.hash_file(x) for x in paths if x.exists()}
     code = [path for pattern in CODE for path in sorted(cli.REPOSITORY.glob(pattern))]
     return data.hashes(run) | hashes | {path.name: files.hash_file(path) for path in code}
@@ -128,6 +125,7 @@ def refitted_intervals(forms, pairs, alphas, resamples, seed):
 def compute(run, stored, args):
     """Return metrics.json as a dictionary."""
     resampling = args.resamples, args.seed
+    run_dir.check(run, run / "plurality.json")
     result = {
         "dataset": stored.stats["dataset"],
         "k": len(stored.rewards["test"]),
@@ -135,7 +133,7 @@ def compute(run, stored, args):
         "votes": stored.stats["votes"],
         "splits": {},
         "diversity": None,
-        "plurality": files.read_json(run / "plurality.json", dict, {}) or None,
+        "plurality": files.read_json(run / "plurality.json", PLURALITY, {}) or None,
     }
     if stored.scores is not None:
         alpha = np.array(stored.prefixes[-1]["alpha"])
@@ -177,7 +175,8 @@ def main(args):
     inputs = hash_inputs(run, stored)
     outputs = [run / "metrics.json", run / "report.html"]
     outputs += [run / "figures" / f"{name}.png" for name in FIGURES]
-    if in_place and run_dir.unchanged(run, "evaluate", settings, inputs, outputs):
+    hashed = "outputs" in run_dir.stages(run).get("evaluate", {})  # not in older runs
+    if in_place and hashed and run_dir.unchanged(run, "evaluate", settings, inputs, outputs):
         print("evaluate: nothing has changed, skipped")
         result = run_dir.read_metrics(run)
     else:
@@ -202,7 +201,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     cli.add_run(parser, "run with data/, rewards/ and weights.json")
     add("--out", type=run_dir.output, help="write the results there instead of into the run")
-    add("--resamples", type=cli.natural, default=10000, help="bootstrap resamples over prompts")
+    add("--resamples", type=cli.resamples, default=10000, help="bootstrap resamples over prompts")
     add("--seed", type=cli.seed, default=0, help="seed of the bootstrap")
     refit = "intervals also with weights fitted to each resample of the train prompts (minutes)"
     add("--refit", action="store_true", help=refit)

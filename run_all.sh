@@ -68,7 +68,8 @@ while [ $# -gt 0 ]; do
         --joint) JOINT=1; shift; continue ;;
         --early-stop | --early-stop=*) STOP=$1; shift; continue ;; # the next word can be K
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
-        --*) [[ $# -ge 2 && $2 != --* ]] || fail "$1 needs a value" ;;
+        --*) [[ -n $2 && $2 != --* ]] || fail "$1 needs a value" ;;
+        '') fail "an empty word found, a data set, K or a flag expected" ;;
         *) WORDS+=("$1"); shift; continue ;;
     esac
     case $1 in
@@ -104,7 +105,8 @@ case $DATASET in
         SAMPLING=(--top-p 0.9 "${SAMPLING[@]}") TRAIN=(--dtype float32 "${TRAIN[@]}") ;;
     multipref | personalllm | helpsteer2 | tldr) ;;
     */* | *.jsonl | *.json | *.csv | *.parquet | *.gz)
-        SCRIPT=votes NAME=$(basename "$DATASET" .gz) NAME=${NAME%.*}
+        SCRIPT=votes NAME=$(basename -- "$DATASET" .gz) NAME=${NAME%.*}
+        [[ $NAME = *[!.]* ]] || fail "'$DATASET' found, a file with a name before its ending expected"
         [[ " ${DATA[*]} " != *" --source "* ]] || fail "--source is for the paper's, not $DATASET"
         [ -n "$BASE" ] || fail "$DATASET: a file of your own needs --base, the model to start from"
         DATA=(--source "$DATASET" "${DATA[@]}") ;;

@@ -5,17 +5,19 @@ ensemble that prefers each response.
     python score.py --run runs/demo FILE --out scores.csv       (a line per pair)
 
 FILE is .jsonl, .json, .csv or .parquet (also .gz), with rows of `prompt` (text or chat messages)
-and `responses` (a list), or `response_a` and `response_b`.
+and `responses` (a list), or `response_a` and `response_b`; other columns are named and not used.
 JSONL out: {prompt, responses, rewards: [responses x K], p_hat: [[a, b, p], ..]}, with p the
 weighted share of members that prefer responses[a] to responses[b] (section 2).
-CSV out: row, prompt, response_a, response_b, reward_a_1.., reward_b_1.., p_hat.
+CSV out: row, prompt, response_a, response_b, reward_a_1.., reward_b_1.., p_hat; a row of one
+response has no pair, and such rows are counted. Texts that a spreadsheet would take for a formula
+(they begin with = + - @, a tab or a carriage return) get a ' before them.
 """
 
 import csv
 import io
 import json
 
-from pairwise import cli, files, members, rows, run_dir
+from pairwise import cli, files, members, rows, run_dir, stages, weights
 
 import numpy as np
 import torch
@@ -24,12 +26,16 @@ evaluator = cli.import_evaluator()
 FIELDS = {"prompt": "messages", "responses": "json", "response_a": "text", "response_b": "text"}
 
 
-def read_questions(path):
-    """Return the members.Question of every row.
+def read_questions(path, others=None):
+    """Return the members.Question of every row; the set `others` gets the names of other columns.
 
     Raises InputError with the row and field, what was found and what was expected."""
     questions = []
-    for where, row in rows.read_rows(path, FIELDS):
+    for where, row in rows.read_rows(path, FIELDS, others=others):
+        beside = sorted(row.keys() & {"response_a", "response_b"})
+        if "responses" in row and beside:
+            forms = f"responses beside {' and '.join(beside)} found, one of the two forms expected"
+            raise cli.InputError(f"{where}: {forms}")
         responses = row.get("responses", [row.get("response_a"), row.get("response_b")])
         if not isinstance(responses, list) or not responses:
             raise rows.wrong(where, "responses", responses, "a list of responses")
@@ -51,10 +57,15 @@ def answers(questions, rewards, alpha):
         end = start + len(responses)
         scores, start = np.ascontiguousarray(rewards[:, start:end]), end
         a, b = np.triu_indices(len(responses), 1)  # every pair once
-        p_hat = alpha @ (evaluator.votes(scores, a, b) / 2)  # section 2
+        p_hat = weights.p_hat_of(alpha, evaluator.votes(scores, a, b) / 2)
         pairs = list(zip(a.tolist(), b.tolist(), p_hat.tolist()))
         answer = {"prompt": prompt, "responses": responses}
         yield answer | {"rewards": scores.T.tolist(), "p_hat": pairs}
+
+
+def inert(text):
+    """Return a text that no spreadsheet takes for a formula, as OWASP advises."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def as_csv(scored, k):
@@ -69,20 +80,23 @@ def as_csv(scored, k):
             prompt = json.dumps(prompt, ensure_ascii=False)
         for a, b, p in row["p_hat"]:
             rewards = [*row["rewards"][a], *row["rewards"][b]]
-            writer.writerow([number, prompt, texts[a], texts[b], *rewards, p])
+            cells = [inert(text) for text in (prompt, texts[a], texts[b])]
+            writer.writerow([number, *cells, *rewards, p])
     return out.getvalue()
 
 
 def main(args):
     """Score the questions of args.file with all members, and write what they say."""
     torch.set_num_threads(args.threads)
-    questions = read_questions(args.file)
+    others = set()
+    questions = read_questions(args.file, others)
     out = args.out or args.file.with_name(rows.kind(args.file)[0] + "-scores.jsonl")
     if out.is_dir() or out.resolve() == args.file.resolve():
         wrong = "a directory" if out.is_dir() else "the file of questions itself"
         raise cli.InputError(f"--out {out}: {wrong} found, another file expected")
     alpha, settings = members.open_run(args)
     rewards = members.rewards_of_run(args.run, settings, questions, args)
+    stages.check_finite({args.file.name: rewards}, args.run, advice="")
     scored = answers(questions, rewards, alpha)
     with (
         files.replacing(out) as partial,
@@ -92,7 +106,10 @@ def main(args):
             file.write(as_csv(scored, len(alpha)))
         else:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
-    print(f"{out}: {len(questions)} prompts, {len(alpha)} members")
+    alone = sum(len(question.responses) == 1 for question in questions)
+    left_out = f"; {alone} of one response left out" if alone and out.suffix == ".csv" else ""
+    print(f"{out}: {len(questions)} prompts, {len(alpha)} members{left_out}")
+    rows.print_unused(args.file, others)
 
 
 def parse_args(argv=None):

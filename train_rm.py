@@ -139,7 +139,9 @@ def train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, lo
     task = (train, encoded["train"], targets, loss, keep, np.random.default_rng(order_seed), log)
     if args.train == "head":
         weight = torch.nn.Parameter(torch.empty(1, encoded["train"].shape[1], device=args.device))
-        rm.draw_head(weight, AutoConfig.from_pretrained(args.base), head_seed)
+        rm.draw_head(
+            weight, AutoConfig.from_pretrained(args.base, trust_remote_code=False), head_seed
+        )
         training.train_head(args, weight, *task)
         return weight
     member = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
@@ -174,9 +176,9 @@ def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkp
     """
     run, j, is_first = args.run, args.iteration, parallel.rank() == 0
     directory, log_path = run / run_dir.member_name(j), run / "logs" / f"{j:02d}.jsonl"
-    train, (*targets, tied) = splits["train"], targets
+    train, (*targets, tied), texts = splits["train"], targets, stages.texts_of(splits)
     started = parallel.of_first(lambda: run_dir.begin_stage(*stage))
-    encoded = stages.encode_for(args, "features", stages.texts_of(splits), tokenizer, base_inputs)
+    encoded = stages.encode_for(args, "features", texts, tokenizer, base_inputs)
     identical = stages.identical_pairs(train, encoded["train"])
     keep = ~identical & ~tied
     trained = parallel.of_first(checkpoints.finished)  # by a call that was killed while it scored
@@ -193,10 +195,14 @@ def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkp
     outputs = (directory, log_path, checkpoints.directory)
     stages.check_finite(scores, f"member {j}", outputs=outputs)
     facts, words = facts_of(args, train, identical, tied)
+    facts["texts_with_special_tokens"] = special = stages.count_special(texts, tokenizer)
     if is_first:
         stages.write_rewards(run, j, scores)
         run_dir.end_stage(*stage, started, **facts)
-    print(f"member {j}: trained on {keep.sum():,} pairs in {time.time() - started:.0f} s{words}")
+    print(
+        f"member {j}: trained on {keep.sum():,} pairs in {time.time() - started:.0f} s"
+        f"{words}{stages.special_words(special)}"
+    )
     return member
 
 

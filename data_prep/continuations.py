@@ -17,7 +17,7 @@ trained, and give run_all.sh --continuations 0. A killed call goes on with the p
 at.
 """
 
-from pairwise import cli, data, files, provenance, reward_model, run_dir, sampling
+from pairwise import cli, data, files, provenance, reward_model, rows, run_dir, sampling
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +31,13 @@ def held_out_prompts(run):
     if not path.exists():
         test = data.read_split(run, "test")
         return test.prompt_id, test.messages, "test prompts"
-    table = pq.read_table(path)
-    if not table.num_rows:
+    ids, chats, fields = [], [], {"prompt_id": "text", "messages": "messages"}
+    for where, row in rows.read_rows(path, fields):
+        ids.append(rows.text(where, "prompt_id", row.get("prompt_id")))
+        chats.append(rows.messages(where, row.get("messages")))
+    if not ids:
         raise cli.InputError(f"{path}: no prompt found, at least 1 expected")
-    columns = (table[name].to_pylist() for name in ("prompt_id", "messages"))
-    return *columns, "prompts of prompts.parquet"
+    return ids, chats, "prompts of prompts.parquet"
 
 
 def answer(args, model, tokenizer, prompt, number, longest):
@@ -49,9 +51,9 @@ def answer(args, model, tokenizer, prompt, number, longest):
     return {"texts": texts, "logprob": logprob}
 
 
-def write_table(path, rows):
+def write_table(path, answered):
     """Write rows, dicts of the columns, as Parquet."""
-    pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(answered), path, compression="zstd")
 
 
 def main(args):
@@ -88,9 +90,9 @@ def main(args):
         return prompt | answer(args, model, tokenizer, encoded[i], drawn[i], longest[i])
 
     key = settings | inputs
-    rows = sampling.remembered_rows(path, key, count, row_of, "continuations", write_table)
+    answered = sampling.remembered_rows(path, key, count, row_of, "continuations", write_table)
     run_dir.end_stage(run, "continuations", settings, inputs, started, threads=args.threads)
-    repeated = sum(args.count - len(set(row["texts"])) for row in rows)
+    repeated = sum(args.count - len(set(row["texts"])) for row in answered)
     print(
         f"continuations: {args.count} for each of {count} {kind}; "
         f"{repeated:,} of {args.count * count:,} repeat another of the same prompt"

@@ -16,10 +16,10 @@ with .gz behind it. A row has
 with one of the three forms of votes for the whole file. Half votes are ties already shared out: as
 their number is then unknown, the irreducible error is overestimated; give `ties` and --ties half
 instead. Optional, for all rows or for none: prompt_id (a string or an integer), categories {name:
-label}, p_true (the population's fraction for a), split (train or test). Other columns are ignored.
-Rows belong together by prompt_id, else by prompt; the votes of rows for the same two responses, in
-either order, are added up. In CSV an empty cell means missing, and messages and categories are
-written as JSON. A line of a .jsonl:
+label}, p_true (the population's fraction for a), split (train or test). Other columns are named and
+not used. Rows belong together by prompt_id, else by prompt; the votes of rows for the same two
+responses, in either order, are added up. In CSV an empty cell means missing, and messages and
+categories are written as JSON. A line of a .jsonl:
 
     {"prompt": "A fruit?", "response_a": "Apple.", "response_b": "Fig.", "votes_a": 4, "votes_b": 1}
 """
@@ -136,14 +136,14 @@ def comparison(where, row):
     return prompts.Comparison(prompt_id, messages, *responses, *votes, *optional)
 
 
-def comparisons(path):
-    """Yield the Comparison of every row.
+def comparisons(path, others):
+    """Yield the Comparison of every row; the set `others` gets the names of other columns.
 
     Raises InputError where a row is not like the first in its form of votes or its optional fields,
     and where a prompt is in two splits.
     """
     first, split_of = None, {}
-    for where, row in rows.read_rows(path, FIELDS):
+    for where, row in rows.read_rows(path, FIELDS, others=others):
         votes = comparison(where, row)
         traits = {"votes": form_of(where, row)}
         traits |= {field: "given" if field in row else "missing" for field in ALL_OR_NONE}
@@ -165,12 +165,14 @@ def comparisons(path):
 
 
 def main(args):
+    name, _, _ = rows.kind(args.source)
     try:
-        name, _, _ = rows.kind(args.source)
         inputs = {"source": files.hash_file(args.source)}
     except OSError as error:
-        raise cli.InputError(f"{args.source}: cannot be read ({error.strerror})") from None
-    prompts.prepare(args, name, lambda: comparisons(args.source), args.votes, inputs, {})
+        raise cli.InputError(f"{args.source}: cannot be read ({cli.reason(error)})") from None
+    others = set()
+    prompts.prepare(args, name, lambda: comparisons(args.source, others), args.votes, inputs, {})
+    rows.print_unused(args.source, others)
 
 
 def parse_args(argv=None):

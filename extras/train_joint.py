@@ -118,11 +118,13 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
     if args.weights == "learned":
         write_learned_weights(run, train, scores["train"], alpha)
     facts = {"learned_weights": alpha.tolist(), "identical_pairs": int(identical.sum())}
+    facts["texts_with_special_tokens"] = special = stages.count_special(of_splits, tokenizer)
     run_dir.end_stage(*stage, started, **stages.facts(args), **facts)
     weights = " ".join(f"{x:.3f}" for x in alpha.tolist())
     print(
         f"joint: {args.k} members trained on {(~identical).sum():,} pairs in "
         f"{time.time() - started:.0f} s, weights {weights}{stages.identical_words(identical)}"
+        f"{stages.special_words(special)}"
     )
 
 

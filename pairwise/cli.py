@@ -99,6 +99,10 @@ nonnegative = number_type(
     "nonnegative", decimal, lambda v: v == 0 or 1e-30 <= v <= 1e30, "0 or a number up to 1e30"
 )
 fraction = number_type("fraction", decimal, lambda v: 0 <= v < 1, "a number in [0, 1)")
+# A million resamples of twenty sums are 160 MB.
+resamples = number_type(
+    "resamples", integer, lambda v: 1 <= v <= 10**6, "an integer of at least 1, at most 10^6,"
+)
 # torch and numpy accept these seeds.
 seed = number_type("seed", integer, lambda v: 0 <= v < 2**63, "an integer from 0 to 2^63 - 1")
 # A million threads are more than libgomp can make.

@@ -22,11 +22,10 @@ DIR/data/stats.json holds counts, flags, and how the votes arose: `sampled`, `po
 import dataclasses
 import itertools
 
-from pairwise import cli, files
+from pairwise import cli, files, run_dir
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 SPLITS = ("train", "valid", "test")
 JUDGMENTS = pa.list_(pa.struct([("a", pa.int32()), ("b", pa.int32())]))
@@ -74,68 +73,122 @@ class Split:
 # ---- files
 
 
+_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+_PAIR = pa.struct(
+    [("a", pa.int32()), ("b", pa.int32()), *((x, pa.float64()) for x in VOTE_COLUMNS)]
+)
+COLUMNS = {
+    "prompt_id": pa.string(),
+    "messages": pa.list_(_MESSAGE),
+    "responses": pa.list_(pa.string()),
+    "pairs": pa.list_(_PAIR),
+}
+
+
 def write_split(path, rows):
     """Write prompt rows, dicts with the contract's columns, as parquet.
 
     p_true and categories are written where the first row has them.
     """
-    indices = [(name, pa.int32()) for name in ("a", "b")]
-    votes = [(name, pa.float64()) for name in VOTE_COLUMNS]
-    columns = {
-        "prompt_id": pa.string(),
-        "messages": pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
-        "responses": pa.list_(pa.string()),
-        "pairs": pa.list_(pa.struct(indices + votes)),
-    }
+    columns = dict(COLUMNS)
     if "p_true" in rows[0]:
         columns["p_true"] = pa.list_(pa.float64())
     if "categories" in rows[0]:
         labels = [(name, pa.string()) for name in rows[0]["categories"]]
         columns["categories"] = pa.struct(labels)
     table = pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items())))
-    pq.write_table(table, path, compression="zstd")
+    files.write_parquet(path, table)
 
 
 def read_split(run, split):
     """Read DIR/data/SPLIT.parquet as a Split.
 
-    Raises InputError where the file is missing or is not prepared data.
+    Raises InputError where the file is missing or does not keep the contract.
     """
     path = run / "data" / f"{split}.parquet"
     if not path.is_file():
         raise cli.InputError(f"{path}: no such file; data_prep/ makes it")
+    run_dir.check(run, path)
     try:
-        return _flatten(pq.read_table(path))
-    except (pa.ArrowException, KeyError) as error:
+        return _flatten(files.read_parquet(path))
+    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
         raise cli.InputError(f"{path}: not prepared data ({cli.first_line(error)})") from None
 
 
 def _flatten(table):
-    """Return the Split of a table with one row a prompt."""
-    pair_start, response_start = _starts(table["pairs"]), _starts(table["responses"])
-    a, b, *votes = _fields(table["pairs"], ("a", "b", *VOTE_COLUMNS))
+    """Return the Split of a table with one row a prompt.
+
+    Raises ValueError where it does not keep the contract, ArrowException and KeyError where its
+    columns are others."""
+    kinds = COLUMNS | {"p_true": pa.list_(pa.float64()), "judgments": JUDGMENTS}
+    columns = {}
+    for name in [*COLUMNS, *(name for name in kinds if name in table.column_names)]:
+        columns[name] = table[name].cast(kinds[name]).combine_chunks()
+        _refuse_nulls(columns[name], name)
+    pair_start, response_start = _starts(columns["pairs"]), _starts(columns["responses"])
+    a, b, *votes = _fields(columns["pairs"], ("a", "b", *VOTE_COLUMNS))
+    _check_pairs(a, b, votes, pair_start, np.diff(response_start))
     # In the file a and b count a prompt's own responses, in a Split they count all of them.
     shift = np.repeat(response_start[:-1], np.diff(pair_start))
-    texts = [table[name].to_pylist() for name in ("prompt_id", "messages", "responses")]
+    texts = [columns[name].to_pylist() for name in ("prompt_id", "messages", "responses")]
     optional = {}
-    if "p_true" in table.column_names:
-        optional["p_true"] = table["p_true"].combine_chunks().flatten().to_numpy()
+    if "p_true" in columns:
+        optional["p_true"] = p_true = columns["p_true"].flatten().to_numpy()
+        _refuse(~((p_true >= 0) & (p_true <= 1)), p_true, "p_true", "[0, 1]")
     if "categories" in table.column_names:
         optional["categories"] = table["categories"].to_pylist()
-    if "judgments" in table.column_names:
-        optional["judgments"] = np.stack(_fields(table["judgments"], "ab"), axis=1)
+    if "judgments" in columns:
+        optional["judgments"] = np.stack(_fields(columns["judgments"], "ab"), axis=1)
+    for name in optional.keys() & {"p_true", "judgments"}:
+        if (_starts(columns[name]) != pair_start).any():
+            row = (_starts(columns[name]) != pair_start).argmax()
+            raise ValueError(f"row {row}: as many {name} as pairs expected")
     return Split(*texts, response_start, pair_start, a + shift, b + shift, *votes, **optional)
 
 
-def _fields(column, names):
-    """Return one array for each named field of the structs in a column of lists of structs."""
-    structs = column.combine_chunks().flatten()
+def _refuse_nulls(array, name):
+    """Raise ValueError where a column has a null, at any depth."""
+    if array.null_count:
+        raise ValueError(f"row {array.is_null().index(True).as_py() + 1}: {name} is null")
+    if pa.types.is_list(array.type):
+        _refuse_nulls(array.flatten(), f"an element of {name}")
+    if pa.types.is_struct(array.type):
+        for number in range(array.type.num_fields):
+            field = array.type.field(number).name
+            _refuse_nulls(array.field(number), f"{field} of {name}")
+
+
+def _refuse(wrong, values, name, expected):
+    """Raise ValueError with the first value that is wrong, bool (N,)."""
+    if wrong.any():
+        pair = wrong.argmax()
+        raise ValueError(f"pair {pair + 1}: {name} {values[pair]} found, {expected} expected")
+
+
+def _check_pairs(a, b, votes, pair_start, responses):
+    """Raise ValueError where pairs do not keep the contract.
+
+    a, b (N,): indices; votes: arrays (N,) of VOTE_COLUMNS; responses (P,): a prompt's number.
+    """
+    limit = np.repeat(responses, np.diff(pair_start))
+    for name, index in (("a", a), ("b", b)):
+        _refuse((index < 0) | (index >= limit), index, name, "a response of the prompt")
+    _refuse(a == b, a, "a and b", "two different responses")
+    for name, counts in zip(VOTE_COLUMNS, votes):
+        valid = np.isfinite(counts) & (counts >= 0)
+        _refuse(~valid, counts, name, "a number of at least 0")
+    _refuse(votes[0] + votes[1] == 0, votes[0], "votes_a and votes_b", "a vote")
+
+
+def _fields(array, names):
+    """Return one array for each named field of the structs in an array of lists of structs."""
+    structs = array.flatten()
     return [structs.field(name).to_numpy(zero_copy_only=False) for name in names]
 
 
-def _starts(column):
+def _starts(array):
     """Return where each list begins in all of them flattened, and where the last one ends."""
-    lengths = column.combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+    lengths = array.value_lengths().to_numpy(zero_copy_only=False)
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 

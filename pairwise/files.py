@@ -4,6 +4,7 @@ torch is never imported.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from pairwise import cli
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 _hashes = {}  # path of a file that this process wrote -> SHA-256, until hashes_beneath takes it
 
@@ -25,13 +27,18 @@ def replacing(path, hashed=True):
     """Yield a temporary path beside `path`, a file or a directory, and rename it to `path`.
 
     On failure `path` stays as it was, and what was written is gone. hashed: keep the SHA-256 of
-    every file for hashes_beneath. Raises InputError where a file system or a library cannot write.
+    every file for hashes_beneath. Raises InputError where a file system or a library cannot write,
+    and where another process is writing `path`.
     """
     path = Path(path)
-    partial = path.with_name(f".partial-{path.name}")
+    partial, lock_path = (path.with_name(f".{word}-{path.name}") for word in ("partial", "lock"))
+    locked = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(partial)
+        locked = lock(lock_path)
+        if locked is None:
+            raise cli.InputError(f"{path}: another process is writing it")
+        remove(partial)  # of a call that was killed
         yield partial
         hashes = _hashes_of(partial) if hashed else {}
         if path.is_dir() and not path.is_symlink() and partial.is_dir():
@@ -47,8 +54,25 @@ def replacing(path, hashed=True):
             raise cli.InputError(words) from None
         raise
     finally:
-        with contextlib.suppress(OSError):  # of a file system that cannot be written at all
-            remove(partial)
+        if locked is not None:
+            with contextlib.suppress(OSError):  # of a file system that cannot be written any more
+                remove(partial)
+                lock_path.unlink()
+            os.close(locked)
+
+
+def lock(path):
+    """Lock a file, made where there is none, never through a link; return its open descriptor.
+
+    It is None where another process has it. The lock ends with the descriptor or the process."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The one who had it may have removed the file since it was opened here.
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    os.close(descriptor)
+    return None
 
 
 def remove(path):
@@ -74,6 +98,12 @@ def write_array(path, array):
 def write_lines(path, rows):
     """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_parquet(path, table):
+    """Write a pyarrow table. pyarrow itself opens no path that is not UTF-8."""
+    with open(path, "wb") as file:
+        pq.write_table(table, file, compression="zstd")
 
 
 # ---- hashes
@@ -154,6 +184,19 @@ def _object(pairs):
     return value
 
 
+def read_lines(path):
+    """Return the values of a file of JSON lines. Raises InputError where one is not JSON."""
+    values = []
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").split("\n"), 1
+    ):
+        try:
+            values += [parse_json(line)] if line.strip() else []
+        except ValueError as error:
+            raise cli.InputError(f"{path} line {number}: not JSON ({error})") from None
+    return values
+
+
 NUMBER = (int, float)
 
 
@@ -190,6 +233,13 @@ def _expected(value, types, at):
     names |= {int: "a number", float: "a number", type(None): "null"}
     types = dict.fromkeys(names[each] for each in (types if isinstance(types, tuple) else (types,)))
     return f"{at + ': ' if at else ''}{names[type(value)]} found, {' or '.join(types)} expected"
+
+
+def read_parquet(path):
+    """Return the pyarrow table of a file. Raises ArrowException, OSError or ValueError where it
+    cannot be read, as pyarrow does."""
+    with open(path, "rb") as file:
+        return pq.read_table(file)
 
 
 def read_array(path):

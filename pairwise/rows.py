@@ -10,10 +10,14 @@ import reprlib
 import zlib
 from pathlib import Path
 
-from pairwise import cli
+from pairwise import cli, files
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+# The most bytes of a line, of a row of CSV, and of a whole .json or .parquet.gz, which are read at
+# once: a file of a few kB may unpack to terabytes. Ten million tokens are a sixth of it.
+LONGEST = 2**28
 
 # ---- one reader for each ending: of a binary file, its name and the fields of read_rows, it yields
 # (where, row)
@@ -26,7 +30,10 @@ def read_jsonl(file, name, fields):
 
 
 def read_json(file, name, fields):
-    text = "".join(text for _, text in decoded_lines(file, name))
+    content = file.read(LONGEST + 1)
+    if len(content) > LONGEST:
+        raise too_long(f"{name}: the file", "a .jsonl with a row a line may be longer")
+    text = decoded(content, name)
     rows = parse_json(text, name) if text.strip() else []
     if not isinstance(rows, list):
         raise wrong(name, "the file", rows, "a list of rows")
@@ -34,88 +41,131 @@ def read_json(file, name, fields):
 
 
 def read_csv(file, name, fields):
-    csv.field_size_limit(2**31 - 1)  # A response may be longer than the default of 128 kB.
-    reader = csv.reader((text for _, text in decoded_lines(file, name)), strict=True)
+    csv.field_size_limit(LONGEST)  # A response may be longer than the default of 128 kB.
+    start, size = 1, 0  # of the row that is being read: its first line, its characters so far
+
+    def texts():
+        nonlocal size
+        for _, text in decoded_lines(file, name):
+            size += len(text)
+            if size > LONGEST:
+                raise too_long(f"{name} line {start}: the row")
+            yield text
+
+    reader = csv.reader(texts(), strict=True)
     try:
         header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise wrong(f"{name} line 1", "header", header, "distinct names")
+        check_distinct(f"{name} line 1", header)
         # A quoted cell may hold line breaks: a row is named by its first line.
-        start = reader.line_num + 1
+        start, size = reader.line_num + 1, 0
         for cells in reader:
-            where, start = f"{name} line {start}", reader.line_num + 1
+            where, start, size = f"{name} line {start}", reader.line_num + 1, 0
             if not cells:
                 continue
             if len(cells) != len(header):
                 expected = f"{len(header)} expected, as in the header"
                 raise cli.InputError(f"{where}: {len(cells)} cells found, {expected}")
             filled = [(field, cell) for field, cell in zip(header, cells) if cell]
-            yield where, {field: from_cell(cell, fields.get(field)) for field, cell in filled}
+            yield where, {field: from_cell(where, field, cell, fields) for field, cell in filled}
     except csv.Error as error:
         raise cli.InputError(f"{name} line {reader.line_num}: not CSV ({error})") from None
 
 
 def read_parquet(file, name, fields):
     # Parquet is not read from front to end, which a gzipped file would have to be.
-    source = pa.BufferReader(file.read()) if isinstance(file, gzip.GzipFile) else file
+    zipped = isinstance(file, gzip.GzipFile)
+    content = file.read(LONGEST + 1) if zipped else b""
+    if len(content) > LONGEST:
+        raise too_long(f"{name}: the file", "without .gz it may be longer")
     row = 0
     try:
-        table = pq.ParquetFile(source)
-        columns = [field for field in table.schema_arrow.names if field in fields]
-        for batch in table.iter_batches(4096, columns=columns):
+        table = pq.ParquetFile(pa.BufferReader(content) if zipped else file)
+        columns = table.schema_arrow.names
+        check_distinct(name, columns)
+        unread = {field: None for field in columns if field not in fields}
+        wanted = [field for field in columns if field in fields]
+        for batch in table.iter_batches(4096, columns=wanted):
             for value in batch.to_pylist():
                 row += 1
-                yield f"{name} row {row}", value
+                yield f"{name} row {row}", unread | value
     except UnicodeDecodeError:
         raise cli.InputError(f"{name} after row {row}: not UTF-8") from None
-    except (pa.ArrowException, OSError) as error:
-        raise cli.InputError(f"{name}: not parquet ({cli.first_line(error)})") from None
+    # The last are of what Arrow holds and Python does not, such as dates after the year 9999.
+    except (pa.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
+        where = f"{name} after row {row}" if row else name
+        words = f"not parquet that can be read ({cli.first_line(error)})"
+        raise cli.InputError(f"{where}: {words}") from None
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
 
 
+def check_distinct(where, columns):
+    """Raise InputError where two columns have one name."""
+    if len(set(columns)) < len(columns):
+        twice = sorted({name for name in columns if columns.count(name) > 1})
+        raise wrong(where, "columns found twice", twice, "distinct names")
+
+
 def decoded_lines(file, name):
-    """Yield (line number, text) of a binary file, without a byte order mark.
-
-    It is decoded line by line, so that an error can name the line.
-    """
-    for line, raw in enumerate(file, 1):
-        try:
-            text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            byte = f"byte {raw[error.start]:#x}"
-            raise cli.InputError(f"{name} line {line}: not UTF-8 ({byte})") from None
-        yield line, text
+    """Yield (line number, text) of a binary file or of a list of lines."""
+    is_file = hasattr(file, "readline")
+    lines = iter(lambda: file.readline(LONGEST + 1), b"") if is_file else file
+    for line, raw in enumerate(lines, 1):
+        if len(raw) > LONGEST:
+            raise too_long(f"{name} line {line}")
+        yield line, decoded(raw, name, line)
 
 
-def parse_json(text, name, line=1):
-    """Return the value of a JSON text that begins in this line. No field accepts NaN, Infinity."""
+def decoded(raw, name, line=1):
+    """Return the text of bytes that begin in this line, without a byte order mark."""
     try:
-        return json.loads(text)
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line += error.object.count(b"\n", 0, error.start)
+        byte = f"byte {error.object[error.start]:#x}"
+        raise cli.InputError(f"{name} line {line}: not UTF-8 ({byte})") from None
+
+
+def too_long(what, remedy=""):
+    """Return the InputError for what is longer than LONGEST."""
+    expected = f"more than {LONGEST >> 20} MiB found, at most that expected"
+    return cli.InputError(f"{what}: {expected}{'; ' + remedy if remedy else ''}")
+
+
+def parse_json(text, name, line=None):
+    """Return the value of a JSON text that begins in this line, None for all of a file.
+
+    No field accepts NaN, Infinity. Raises InputError for an object with a key twice too.
+    """
+    try:
+        return files.parse_json(text)
     except json.JSONDecodeError as error:
-        where, message = f"{name} line {line + error.lineno - 1}", error.msg
-    except (ValueError, RecursionError) as error:  # from thousands of digits or brackets
-        where, message = f"{name} line {line}", error
+        where, message = f"{name} line {(line or 1) + error.lineno - 1}", error.msg
+    except ValueError as error:  # from a key twice, and from thousands of digits or brackets
+        where, message = f"{name} line {line}" if line else name, error
     raise cli.InputError(f"{where}: not JSON ({message})")
 
 
-def from_cell(cell, form):
-    """Return the value of a CSV cell of the given form, as read_rows has them.
+def from_cell(where, field, cell, fields):
+    """Return the value of a CSV cell in the form that read_rows' fields have for it.
 
     A cell without this form stays text, and is refused where the field is read.
     """
+    form = fields.get(field)
     try:
         if form == "number":
-            return float(cell)
+            return cli.decimal(cell.strip())
         if form == "json":
-            return json.loads(cell)
+            return files.parse_json(cell)
         if form == "messages" and cell.startswith("["):
-            value = json.loads(cell)
-            if value and all(isinstance(turn, dict) and "role" in turn for turn in value):
+            value = files.parse_json(cell)
+            if any(isinstance(turn, dict) and "role" in turn for turn in value):
                 return value
-    except (ValueError, RecursionError):
-        pass
+    except ValueError as error:
+        # Of JSON with a key twice, a prompt would become that text.
+        if form != "number" and not isinstance(error, json.JSONDecodeError):
+            raise cli.InputError(f"{where}: {field}: not JSON ({error})") from None
     return cell
 
 
@@ -125,28 +175,35 @@ def from_cell(cell, form):
 def kind(path):
     """Return (name, ending, whether gzipped) of a file: ("mine", ".csv", True) for mine.csv.gz.
 
-    Raises InputError where it is no file, or has another ending.
+    The name is text that can be written: what of it is not UTF-8 becomes a question mark. Raises
+    InputError where it is no file, has another ending, or has no name before it.
     """
     zipped = path.suffix.lower() == ".gz"
     inner = Path(path.stem) if zipped else Path(path.name)
-    if not path.exists():
-        raise cli.InputError(f"{path}: no such file")
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise cli.InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise cli.InputError(f"{path}: cannot be read ({cli.reason(error)})") from None
     if not path.is_file():
         what = "a directory" if path.is_dir() else "a device or pipe"
         raise cli.InputError(f"{path}: {what} found, a file expected")
     if inner.suffix.lower() not in READERS:
         expected = f"one of {', '.join(READERS)} expected, or one of them with .gz"
         raise cli.InputError(f"{path}: ending {inner.suffix or 'none'} found, {expected}")
-    return inner.stem, inner.suffix.lower(), zipped
+    if not inner.stem.strip(". "):  # A run directory is named after it.
+        raise cli.InputError(f"{path}: no name before the ending found, one expected")
+    return inner.stem.encode(errors="replace").decode(), inner.suffix.lower(), zipped
 
 
-def read_rows(path, fields, name=None):
+def read_rows(path, fields, name=None, others=None):
     """Yield (where, row) of every row, without the fields whose value is missing.
 
     fields: {name: form} of the fields that are wanted, other columns may be there or not. The form
     is that of a CSV cell: "text", "number", "json" or "messages" (text, or a JSON list of
-    messages). name: what `where` calls the file. Raises InputError for a file that cannot be read
-    as its ending says.
+    messages). name: what `where` calls the file. others: a set that gets the names of other
+    columns. Raises InputError for a file that cannot be read as its ending says.
     """
     _, ending, zipped = kind(path)
     try:
@@ -154,9 +211,24 @@ def read_rows(path, fields, name=None):
             for where, row in READERS[ending](file, name or path.name, fields):
                 if not isinstance(row, dict):
                     raise wrong(where, "the row", row, "an object")
+                if others is not None:
+                    others |= row.keys() - fields.keys()
                 yield where, {field: value for field, value in row.items() if value is not None}
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise cli.InputError(f"{path}: not a whole gzip file ({error})") from None
+    except OSError as error:
+        raise cli.InputError(f"{path}: cannot be read ({cli.reason(error)})") from None
+
+
+def print_unused(path, others):
+    """Print one line that names the columns of a file that are not used, where there are any.
+
+    One of them may be a misspelt name.
+    """
+    names = [reprlib.repr(name) for name in sorted(others)]
+    if names:
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        print(f"{path.name}: columns that are not used: {', '.join(names[:10])}{more}")
 
 
 # ---- fields: each function returns the value, or raises the InputError of `wrong`
@@ -165,6 +237,7 @@ def read_rows(path, fields, name=None):
 def wrong(where, field, value, expected):
     """Return the InputError for a value that is not what is expected."""
     shown = "nothing" if value is None else reprlib.repr(value)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}.."
     return cli.InputError(f"{where}: {field}: {shown} found, {expected} expected")
 
 
@@ -221,6 +294,10 @@ def messages(where, prompt):
         last = prompt[-1]["role"] if prompt else prompt
         raise wrong(where, "prompt", last, "messages that end with a user turn")
     name = "prompt message"
+    for turn in prompt:
+        unknown = [key for key in turn if key not in ("role", "content") and turn[key] is not None]
+        if unknown:
+            raise wrong(where, name, unknown, "no keys besides role and content")
     return [
         {"role": turn["role"], "content": text(where, name, turn.get("content"))} for turn in prompt
     ]

@@ -15,7 +15,6 @@ into place, and enters itself as done. A stage that was begun and not done is do
 
 import argparse
 import contextlib
-import fcntl
 import os
 import platform
 import re
@@ -31,7 +30,6 @@ from pairwise import cli, files
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 LATER_SETTINGS = {"loss": "mse"}  # what a stage had before there was such a flag
 VERSIONS_OF = ("numpy", "scipy", "torch", "transformers", "peft", "pytorch_optimizer", "pyarrow")
@@ -77,7 +75,7 @@ def check(run, *paths):
             if files.hash_file(path) != value:
                 raise cli.InputError(
                     f"{path}: edited or damaged since it was written, by its hash in "
-                    f"{run / 'manifest.json'}; --accept-edited takes it as it is"
+                    f"{run / 'manifest.json'}; evaluate.py --accept-edited takes it as it is"
                 )
 
 
@@ -169,14 +167,9 @@ def _lock(run):
     """Keep `run` for this process until it ends. Raises InputError where another one has it."""
     if run.resolve() in _locks:
         return
-    # Never through a link, and without a change of what is there.
-    lock = os.open(run / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        busy = f"{run}: another process is working in this run directory"
-        raise cli.InputError(busy) from None
+    lock = files.lock(run / ".lock")
+    if lock is None:
+        raise cli.InputError(f"{run}: another process is working in this run directory")
     _locks[run.resolve()] = lock
 
 
@@ -347,9 +340,9 @@ def read_continuations(run):
     if not path.exists():
         return None
     try:
-        table = pq.read_table(path)
+        table = files.read_parquet(path)
         columns = {name: table[name].to_pylist() for name in ("prompt_id", "messages", "texts")}
-    except (pa.ArrowException, KeyError) as error:
+    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
         raise cli.InputError(
             f"{path}: not continuations ({cli.first_line(error)}); "
             "the columns prompt_id, messages and texts expected"

@@ -1,6 +1,5 @@
 """Answers sampled from a causal language model."""
 
-import argparse
 import copy
 import json
 
@@ -14,12 +13,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 AT_ONCE = 20  # Answers sampled together; this bounds the memory of keys, values and logits.
 
 
-def top_p(text):
-    """argparse type: a number in (0, 1]."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} found, a number above 0 and at most 1 expected")
-    return value
+top_p = cli.number_type(
+    "top-p", cli.decimal, lambda v: 0 < v <= 1, "a number above 0 and at most 1"
+)
 
 
 def add_flags(parser, nucleus, longest):
@@ -95,6 +91,20 @@ def sample(model, tokenizer, prompt, count, temperature, top_p, max_tokens):
     return texts, logprob
 
 
+def readable_lines(path):
+    """Return the objects of a file of JSON lines up to the first line that is cut off or broken."""
+    rows = []
+    for line in path.read_bytes().split(b"\n")[:-1]:  # A line without its end was cut off.
+        try:
+            row = files.parse_json(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
+    return rows
+
+
 def remembered_rows(path, key, count, make, label, write=files.write_lines):
     """Return [make(i) for i in range(count)], dicts, after write(path, rows) has written them.
 
@@ -102,9 +112,8 @@ def remembered_rows(path, key, count, make, label, write=files.write_lines):
     JSON) goes on where that one was."""
     memory, rows = path.with_name(f".kept-{path.name}"), []
     if memory.exists():
-        whole_lines = memory.read_bytes().split(b"\n")[:-1]  # A line without its end was cut off.
-        first, *rows = [json.loads(line) for line in whole_lines] or [None]
-        rows = rows if first == key else []
+        first, *rows = readable_lines(memory) or [None]
+        rows = rows[:count] if first == key else []
     with files.replacing(memory) as partial:
         files.write_lines(partial, [key, *rows])
     progress = tqdm(initial=len(rows), total=count, desc=label, unit="prompt", leave=False)

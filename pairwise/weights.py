@@ -71,6 +71,17 @@ def nonnegative_least_squares(a, b):
     return u
 
 
+def p_hat_of(alpha, votes):
+    """p_hat = sum_j alpha_j V_j of each pair (section 2), float64 (N,), in [0, 1]; alpha (K,),
+    votes float64 (K, N): 1, 0, or 1/2 on a tie.
+
+    Weights sum to one up to rounding alone: members that all vote alike give exactly their vote.
+    """
+    votes = votes[alpha > 0]
+    alike = (votes == votes[0]).all(0)
+    return np.where(alike, votes[0], np.clip(alpha[alpha > 0] @ votes, 0, 1))
+
+
 def kkt_residual(q, alpha):
     """How far alpha is from optimal, zero at the optimum: with g = 2 Q alpha, the largest of the
     duality gap alpha'g - min_j g_j (it bounds the excess training error), the slackness

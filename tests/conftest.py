@@ -104,6 +104,23 @@ def fresh(data, directory, name="run"):
     return Path(shutil.copytree(data, directory / name))
 
 
+def edited(run):
+    """Accept what a test has changed in a run by hand, so that its hashes do not refuse it."""
+    from pairwise import run_dir
+
+    run_dir.accept_edited(run)
+    return run
+
+
+def without_hashes(run):
+    """A run as if its files were brought by hand: no hash of them is known."""
+    entries = manifest(run)
+    for entry in entries.values():
+        entry.pop("outputs", None)
+    (run / "manifest.json").write_text(json.dumps({"stages": entries}))
+    return run
+
+
 def pytest_collection_modifyitems(items):
     """Tests that share a fixture of their module run in one process, which makes it once.
 
@@ -122,7 +139,7 @@ def with_weights(run, directory, *alpha):
     entries = json.loads((run / "weights.json").read_text())
     entries[len(alpha) - 1]["alpha"] = list(alpha)
     (run / "weights.json").write_text(json.dumps(entries))
-    return run
+    return edited(run)
 
 
 @pytest.fixture(scope="session")
@@ -148,6 +165,21 @@ def made_once(tmp_path_factory):
     return directory_of
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """The report is tested elsewhere and takes longer than all numbers."""
+
+    import evaluate
+
+    def write(out, *_):
+        (out / "figures").mkdir(exist_ok=True)
+        for name in ("calibration", "votes", "reliability", "weights"):
+            (out / "figures" / f"{name}.png").write_text("figure")
+        (out / "report.html").write_text("report")
+
+    monkeypatch.setattr(evaluate.report, "write", write)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     import torch
@@ -168,6 +200,7 @@ def data(demo, made_once):
         words = ["--run", str(directory / "run"), "--prompts", "16", "--responses", "4"]
         args = demo.parse_args(words)
         demo.prompts.prepare(args, "demo", lambda: demo.comparisons(16, 4, 0), "sampled", {}, {})
+        without_hashes(directory / "run")  # Tests change the data by hand.
 
     return made_once("data", make) / "run"
 

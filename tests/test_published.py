@@ -1943,6 +1943,55 @@ def test_continuations_are_of_prism_prompts_where_there_are_any(tmp_path, prepar
     )
 
 
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"PAR1", "prompts.parquet: not parquet that can be read ("),
+        ([{"prompt_id": "a"}], "prompts.parquet row 1: prompt: nothing found"),
+        ([{"messages": [{"role": "user", "content": "x"}]}], "row 1: prompt_id: nothing found"),
+    ],
+)
+def test_bad_prompts_file_is_one_line(prepared, continuations, content, said):
+    save(prepared / "prompts.parquet", content)
+    with pytest.raises(InputError) as error:
+        continuations.held_out_prompts(prepared)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["--temperature", "--top-p", "--max-tokens", "--count"])
+def test_numbers_that_sampling_cannot_take(continuations, capsys, flag):
+    for value in ("1e-40", "999999999999", "1_0", "nan", "-1", "1e400", "٣"):
+        words = ["--run", "nowhere", "--base", "nowhere", f"{flag}={value}"]
+        if (flag, value) in {("--temperature", "999999999999"), ("--top-p", "1e-40")}:
+            continuations.parse_args(words)
+            continue
+        with pytest.raises(SystemExit) as ended:
+            continuations.parse_args(words)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and error.count("\n") == 1 and flag in error
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"n": 1', b"\xff\xfe", b"[1]", b'{"n": 1, "n": 2}', b"[" * 100_000, b""]
+)
+def test_kept_rows_from_the_first_broken_line_on_are_made_anew(tmp_path, continuations, line):
+    path, made = tmp_path / "rows.jsonl", []
+    kept = b'{"seed": 0}\n{"n": 0}\n' + line + b'\n{"n": 2}\n'
+    (tmp_path / ".kept-rows.jsonl").write_bytes(kept)
+
+    def make(number):
+        made.append(number)
+        return {"n": number}
+
+    rows = continuations.sampling.remembered_rows(path, {"seed": 0}, 4, make, "rows")
+    assert rows == [{"n": n} for n in range(4)] and made == [1, 2, 3]
+
+
+def test_other_columns_of_a_published_data_set_are_not_named(tmp_path, capsys):
+    convert("tldr", tmp_path / "run", folder(tmp_path / "t", TLDR))
+    assert "not used" not in capsys.readouterr().out
+
+
 # ---- export
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import score
-from pairwise import members
+from pairwise import cli, members, weights
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
@@ -19,6 +19,7 @@ from conftest import (
     FLAGS,
     HEAD,
     REPOSITORY,
+    edited,
     export,
     fit,
     fresh,
@@ -179,7 +180,7 @@ def test_ties_count_one_half(full_run, monkeypatch, tmp_path):
     assert rows[0]["rewards"] == [[1, 0], [1, 2], [0, 0]] and rows[1]["rewards"] == [[5, 3], [5, 3]]
     expected = [[0, 1, first / 2], [0, 2, first + second / 2], [1, 2, first + second]]
     assert rows[0]["p_hat"] == [[a, b, pytest.approx(p, abs=1e-12)] for a, b, p in expected]
-    assert rows[1]["p_hat"] == [[0, 1, pytest.approx(0.5, abs=1e-12)]]
+    assert rows[1]["p_hat"] == [[0, 1, 1.0]] if given[0, 3] > given[0, 4] else [[0, 1, 0.5]]
 
 
 def test_equal_responses_tie(run, tmp_path):
@@ -194,7 +195,24 @@ def test_equal_responses_tie(run, tmp_path):
         "40",
     )
     assert rows[0]["rewards"][0] == rows[0]["rewards"][2]
-    assert rows[0]["p_hat"][1] == [0, 2, pytest.approx(0.5, abs=1e-12)]
+    assert rows[0]["p_hat"][1] == [0, 2, 0.5]
+
+
+def test_p_hat_is_a_share_and_exact_where_members_agree():
+    """Weights that sum to one up to rounding give no share above one, or beside one half."""
+    rng, above = np.random.default_rng(0), 0
+    for _ in range(300):
+        k = int(rng.integers(1, 12))
+        alpha = rng.dirichlet(np.ones(k))
+        alpha[rng.random(k) < 0.2] = 0
+        alpha = alpha / alpha.sum() if alpha.any() else np.full(k, 1 / k)
+        votes = rng.choice([0, 0.5, 1], (k, 20))
+        votes[:, :3] = [0, 0.5, 1]
+        above += (alpha @ votes)[2] > 1
+        p_hat = weights.p_hat_of(alpha, votes)
+        assert p_hat[:3].tolist() == [0, 0.5, 1] and ((p_hat >= 0) & (p_hat <= 1)).all()
+        np.testing.assert_allclose(p_hat, alpha @ votes, atol=1e-15)
+    assert above and weights.p_hat_of(np.ones(1), np.empty((1, 0))).shape == (0,)
 
 
 def test_a_single_response(run, tmp_path):
@@ -259,6 +277,57 @@ def test_csv_has_a_row_for_every_pair(run, tmp_path):
             [*row["rewards"][a], *row["rewards"][b], p],
             atol=1e-7,
         )
+
+
+def test_rows_that_csv_leaves_out_are_counted(full_run, tmp_path, capsys):
+    one, two = {"prompt": "how ?", "responses": ["so ."]}, {"prompt": "?", "responses": ["a", "b"]}
+    path = write(tmp_path / "mine.jsonl", [one, two, one])
+    scored(full_run, path)
+    assert (
+        capsys.readouterr().out == f"{path.with_name('mine-scores.jsonl')}: 3 prompts, 2 members\n"
+    )
+    scored_csv(full_run, path)
+    said = "out.csv: 3 prompts, 2 members; 2 of one response left out\n"
+    assert capsys.readouterr().out.endswith(said)
+
+
+def scored_csv(run, path):
+    """The lines of the CSV that score.py writes for a file, without its header."""
+    out = path.with_name("out.csv")
+    score.main(score.parse_args([str(path), "--run", str(run), *FLAGS, "--out", str(out)]))
+    with open(out, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))[1:]
+
+
+def test_no_text_becomes_a_formula(full_run, tmp_path):
+    texts = ["=1+1", "+1", "-1", "@a", "\ta", "\ra", "a=1", "'=1"]
+    lines = scored_csv(
+        full_run,
+        write(
+            tmp_path / "mine.jsonl",
+            [{"prompt": text, "response_a": text, "response_b": "so ."} for text in texts],
+        ),
+    )
+    assert [line[1:4] for line in lines] == [
+        [f"'{text}" if i < 6 else text] * 2 + ["so ."] for i, text in enumerate(texts)
+    ]
+    assert any(cell.startswith("-") for line in lines for cell in line[4:])  # a number stays one
+
+
+def test_other_columns_are_named_once(full_run, tmp_path, capsys):
+    row = {"prompt": "how ?", "responses": ["so ."], "respones": 1, "votes_a": 2}
+    scored(full_run, write(tmp_path / "mine.jsonl", [row] * 3))
+    said = "mine.jsonl: columns that are not used: 'respones', 'votes_a'\n"
+    assert capsys.readouterr().out.endswith(said)
+
+
+def test_rewards_that_are_not_finite(full_run, tmp_path, monkeypatch, capsys):
+    given = np.array([[1, np.nan], [0, 1]], np.float32)
+    monkeypatch.setattr(score.members, "rewards_of_run", lambda *args: given)
+    path = write(tmp_path / "mine.jsonl", [{"prompt": "how ?", "responses": ["a", "b"]}])
+    with pytest.raises(SystemExit):
+        cli.run_main(score.main, score.parse_args([str(path), "--run", str(full_run), *FLAGS]))
+    assert capsys.readouterr().err.endswith("rewards of mine.jsonl are not finite\n")
 
 
 def test_csv_in(full_run, test_split, tmp_path):
@@ -370,6 +439,14 @@ GOOD = {"prompt": "how ?", "responses": ["so ."]}
         ),
         ({"prompt": [], "responses": ["so ."]}, r"line 3: prompt: \[\] found"),
         ([1, 2], r"line 3: the row: \[1, 2\] found, an object"),
+        (
+            {"prompt": "how ?", "responses": ["so ."], "response_b": "no ."},
+            r"line 3: responses beside response_b found, one of the two forms expected",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "x", "name": "A"}], "responses": ["so ."]},
+            r"line 3: prompt message: \['name'\] found, no keys besides role and content",
+        ),
     ],
 )
 def test_bad_rows(full_run, tmp_path, row, said):
@@ -395,9 +472,11 @@ def test_a_run_that_cannot_score(full_run, tmp_path):
     (run / "weights.json").write_text(
         json.dumps(json.loads((run / "weights.json").read_text())[:1])
     )
+    edited(run)
     with pytest.raises(InputError, match="k = 2 expected"):
         scored(run, path)
     shutil.copy(full_run / "weights.json", run)
+    edited(run)
     shutil.rmtree(run / "member_02")
     with pytest.raises(InputError, match="member_02: no such directory"):
         scored(run, path)
@@ -418,7 +497,7 @@ def test_nothing_half_written(full_run, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(score, "answers", fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="mine-scores.jsonl: cannot be written .disk full"):
         score.main(score.parse_args([str(path), "--run", str(full_run), *FLAGS]))
     assert (tmp_path / "mine-scores.jsonl").read_text() == before and not leftovers(tmp_path)
 

@@ -28,6 +28,7 @@ from conftest import (
     FULL,
     HEAD,
     REPOSITORY,
+    edited,
     export,
     fresh,
     leftovers,
@@ -716,6 +717,7 @@ def test_other_data_is_refused(full_run, base, tmp_path):
 def test_other_rewards_of_the_members_before_are_refused(full_run, base, tmp_path):
     run = fresh(full_run, tmp_path)
     np.save(run / "rewards" / "01_train.npy", rewards(run, 1, "train") + 1)
+    edited(run)
     with pytest.raises(InputError, match="from another rewards of member 1"):
         train(run, base, *FULL, iteration=2)
 
@@ -725,6 +727,7 @@ def test_weights_for_another_k(full_run, base, tmp_path):
     (run / "weights.json").write_text(
         json.dumps(json.loads((run / "weights.json").read_text())[:1])
     )
+    edited(run)
     with pytest.raises(InputError, match="weights for k = 1 found, k = 2 expected"):
         train(run, base, *FULL, iteration=3)
 
@@ -734,6 +737,7 @@ def test_data_errors_come_before_the_base_is_looked_for(full_run, tmp_path):
     damaged = rewards(run, 1, "train")
     damaged[5] = np.nan
     np.save(run / "rewards" / "01_train.npy", damaged)
+    edited(run)
     with pytest.raises(
         InputError, match="member 1, split train: 1 rewards are NaN, the first at index 5"
     ):

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pairwise import cli
+from pairwise import rows as rows_module
 from pairwise.cli import InputError
 
 import pyarrow as pa
@@ -21,6 +23,12 @@ SCRIPT = REPOSITORY / "data_prep" / "votes.py"
 spec = importlib.util.spec_from_file_location("votes", SCRIPT)
 votes = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(votes)
+
+
+@pytest.fixture(autouse=True)
+def no_figure(monkeypatch):
+    """The figure of data preparation takes longer than all the rest; test_published looks at it."""
+    monkeypatch.setattr(votes.prompts.figures, "write_votes", lambda share, path: None)
 
 
 def row(prompt="Why?", a="Because.", b="No idea.", **fields):
@@ -237,7 +245,7 @@ def test_rows_group_by_prompt_id_else_by_prompt(tmp_path):
     ]
     rows = [
         row("Why?"),
-        row([{"role": "user", "content": "Why?", "id": 7}], "x", "y"),
+        row([{"role": "user", "content": "Why?", "name": None}], "x", "y"),
         row(chat),
         row("Else?"),
         row("Else?", "x", "y"),
@@ -457,7 +465,20 @@ def lines(*changed):
     )
 
 
+def with_column(column, value):
+    """A table of three rows and one more column, which may be there already."""
+    table = pa.Table.from_pylist(numbered(3))
+    return table.append_column(column, pa.array([value] * 3))
+
+
+def parquet_bytes(table):
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
 header = "prompt,response_a,response_b,votes_a,votes_b\n"
+many = pa.Table.from_pylist([row(f"Question {i} ?" * 40, f"{i}!", f"{i}.") for i in range(500)])
 whole_gz = gzip.compress(lines().encode(), mtime=0)
 BAD = {  # what is wrong: (file name, its content, what the line must say)
     "empty jsonl": ("v.jsonl", "", "v.jsonl: no row found"),
@@ -502,6 +523,11 @@ BAD = {  # what is wrong: (file name, its content, what the line must say)
         "not UTF-8",
     ),
     "json not UTF-8": ("v.json", b'[\n"\xff"]', "v.json line 2: not UTF-8"),
+    "json not UTF-8 after a byte order mark": (
+        "v.json",
+        b'\xef\xbb\xbf["\xff"]',
+        "v.json line 1: not UTF-8 (byte 0xff)",
+    ),
     "not parquet": ("v.parquet", "prompt", "v.parquet: not parquet"),
     "broken csv": ("v.csv", header + 'q,a,b,1,1\nq,"a,b,1,1\n', "v.csv line 3: not CSV"),
     "csv with too few cells": (
@@ -510,13 +536,76 @@ BAD = {  # what is wrong: (file name, its content, what the line must say)
         "v.csv line 4: 4 cells found, 5 expected",
     ),
     "csv with old line ends": ("v.csv", "prompt,response_a\rq,a\r", "v.csv line 1: not CSV"),
-    "csv with a column twice": ("v.csv", "prompt,prompt\nq,q\n", "v.csv line 1: header:"),
+    "csv with a column twice": (
+        "v.csv",
+        "prompt,prompt\nq,q\n",
+        "v.csv line 1: columns found twice: ['prompt']",
+    ),
     "csv with words for numbers": (
         "v.csv",
         header + "q,a,b,1,1\nq,a,b,many,1\n",
         "v.csv line 3: votes_a: 'many' found, a number of votes",
     ),
-    "csv with nan": ("v.csv", header + "q,a,b,1,nan\n", "v.csv line 2: votes_b: nan found"),
+    "csv with nan": ("v.csv", header + "q,a,b,1,nan\n", "v.csv line 2: votes_b: 'nan' found"),
+    "csv with an underscore in a number": (
+        "v.csv",
+        header + "q,a,b, 1 ,1_0\n",
+        "v.csv line 2: votes_b: '1_0' found, a number of votes",
+    ),
+    "csv with other digits": (
+        "v.csv",
+        header + "q,a,b,٣,1\n",
+        "v.csv line 2: votes_a: '٣' found, a number of votes",
+    ),
+    "csv with infinity": ("v.csv", header + "q,a,b,inf,1\n", "v.csv line 2: votes_a: 'inf' found"),
+    "csv with a key twice in categories": (
+        "v.csv",
+        header[:-1] + ',categories\nq,a,b,1,1,"{""t"": 1, ""t"": 2}"\n',
+        "v.csv line 2: categories: not JSON (the key 't' twice in one object)",
+    ),
+    "csv with a key twice in a message": (
+        "v.csv",
+        header + '"[{""role"": ""user"", ""content"": ""x"", ""content"": ""y""}]",a,b,1,1\n',
+        "v.csv line 2: prompt: not JSON (the key 'content' twice in one object)",
+    ),
+    "csv with one message of two without a role": (
+        "v.csv",
+        header + '"[{""rolle"": ""user""}, {""role"": ""user"", ""content"": ""x""}]",a,b,1,1\n',
+        "v.csv line 2: prompt: {'rolle': 'user'} found, a message {role, content}",
+    ),
+    "a key twice": (
+        "v.jsonl",
+        lines('{"prompt": "x", "prompt": "y"}'),
+        "v.jsonl line 3: not JSON (the key 'prompt' twice in one object)",
+    ),
+    "a key twice in json": (
+        "v.json",
+        '[{"prompt": "x",\n"votes_a": 1, "votes_a": 2}]',
+        "v.json: not JSON (the key 'votes_a' twice in one object)",
+    ),
+    "parquet with a column twice": (
+        "v.parquet",
+        with_column("votes_a", 2),
+        "v.parquet: columns found twice: ['votes_a'] found, distinct names expected",
+    ),
+    "parquet with a date after the year 9999": (
+        "v.parquet",
+        with_column("split", pa.scalar(2**62, pa.timestamp("ms"))),
+        "v.parquet: not parquet that can be read (",
+    ),
+    "parquet with rotten pages": (
+        "v.parquet",
+        parquet_bytes(many)[:100] + bytes(200) + parquet_bytes(many)[300:],
+        "v.parquet: not parquet that can be read (",
+    ),
+    "parquet cut off": (
+        "v.parquet",
+        parquet_bytes(many)[:-100],
+        "v.parquet: not parquet that can be read (",
+    ),
+    "a name that is only an ending": (".jsonl", lines(), ".jsonl: ending none found"),
+    "a name that is only two endings": (".csv.gz", lines(), ".csv.gz: ending none found"),
+    "a name of dots": ("...csv", header, "...csv: no name before the ending found"),
     "csv with a missing cell": (
         "v.csv",
         header + "q,a,,1,1\n",
@@ -706,6 +795,14 @@ ROWS = {  # line 3 of a file of votes_a, votes_b: (what it is, what the line mus
     "role of another type": (row([{"role": [], "content": "x"}]), "prompt: {"),
     "message that is text": (row(["x"]), "prompt: 'x' found, a message {role, content}"),
     "message without content": (row([{"role": "user"}]), "prompt message: nothing found"),
+    "tool calls": (
+        row([{"role": "user", "content": "x", "tool_calls": [{"id": "1"}]}]),
+        "prompt message: ['tool_calls'] found, no keys besides role and content expected",
+    ),
+    "named speaker": (
+        row([{"role": "user", "content": "x", "name": "Al"}]),
+        "prompt message: ['name'] found, no keys besides role and content expected",
+    ),
     "blank message": (row([{"role": "user", "content": " "}]), "prompt message: ' ' found"),
     "last turn not the user's": (
         row([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]),
@@ -773,6 +870,89 @@ def test_bad_input_is_one_clear_line(tmp_path, name):
     assert not run.exists()
 
 
+def convert(tmp_path, source):
+    votes.main(votes.parse_args(["--run", str(tmp_path / "run"), "--source", str(source)]))
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("v.jsonl", lines(row(a="x" * 5000)), "v.jsonl line 3: more than "),
+        ("v.jsonl.gz", " " * 5000, "v.jsonl.gz line 1: more than "),
+        ("v.json.gz", "[" + "\n" * 5000 + "]", "v.json.gz: the file: more than "),
+        ("v.csv.gz", header + 'q,"' + '\n",",' * 1000 + '"\n', "v.csv.gz line 2: the row: more"),
+        ("v.csv", header + "q,a,b,1,1" + "," * 5000, "v.csv line 2: more than "),
+        ("v.parquet.gz", numbered(100), "v.parquet.gz: the file: more than "),
+    ],
+)
+def test_what_is_read_at_once_has_a_limit(tmp_path, monkeypatch, name, content, said):
+    """The files of .gz are smaller than what they hold, so their sizes say nothing."""
+    source = save(tmp_path / name, content)
+    monkeypatch.setattr(rows_module, "LONGEST", 2000)
+    monkeypatch.setattr(rows_module.files, "hash_file", lambda path: "")
+    with pytest.raises(InputError) as error:
+        convert(tmp_path, source)
+    assert said in str(error.value) and "at most that expected" in str(error.value)
+
+
+def test_files_longer_than_the_limit_of_a_row_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "LONGEST", 2000)
+    content = io.StringIO(newline="")
+    csv.writer(content).writerows(
+        [header.strip().split(","), *([f"{i}", "a\nb", "c", 1, 1] for i in range(300))]
+    )
+    for name, rows in (("v.jsonl.gz", numbered(300)), ("v.csv", content.getvalue())):
+        assert sum(map(len, prepared(tmp_path, rows, name=name, run=name[:3])[0].values())) == 300
+
+
+def test_other_columns_are_named_once(tmp_path, capsys):
+    odd = {"tie": 1, "Split": "train", "catagories": {"x": "y"}, "new\nline": 0}
+    named = "columns that are not used: 'Split', 'catagories', 'new\\nline', 'tie'\n"
+    for ending in (".jsonl", ".json", ".csv", ".parquet"):
+        prepared(tmp_path, numbered(3, **odd), name=f"mine{ending}", run=ending)
+        assert capsys.readouterr().out.endswith(f"mine{ending}: {named}")
+    prepared(tmp_path, [r | {f"x{i}{j}": 1 for j in range(9)} for i, r in enumerate(numbered(3))])
+    assert "'x08', 'x10' and 17 more\n" in capsys.readouterr().out
+    prepared(tmp_path, numbered(3), run="without")
+    assert "not used" not in capsys.readouterr().out
+
+
+def test_names_of_files(tmp_path, capsys, monkeypatch):
+    """What is not UTF-8 becomes a question mark in the data set's name, which is written."""
+    source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff.jsonl"))
+    convert(tmp_path, save(source, numbered(3, note=1)))
+    stats = json.loads((tmp_path / "run" / "data" / "stats.json").read_text())
+    assert stats["dataset"] == "m?"
+    with pytest.raises(InputError, match="jsonl: cannot be read .File name too long.$"):
+        convert(tmp_path, tmp_path / f"{'x' * 300}.jsonl")
+    monkeypatch.chdir(tmp_path)
+    save(Path("-x.jsonl"), numbered(3))
+    for words in (["--source=-x.jsonl"], ["--source", "./-x.jsonl"]):
+        votes.main(votes.parse_args(["--run", words[-1].strip("-./="), *words]))
+    with pytest.raises(SystemExit):
+        votes.parse_args(["--run", "run", "--source", "-x.jsonl"])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_unreadable_source_is_one_line(tmp_path, monkeypatch, capsys):
+    """An OSError while the rows are read names the file."""
+
+    def fails(*args):
+        raise OSError(5, "Input/output error")
+        yield
+
+    monkeypatch.setitem(rows_module.READERS, ".jsonl", fails)
+    source = save(tmp_path / "mine.jsonl", numbered(3))
+    with pytest.raises(SystemExit) as ended:
+        cli.run_main(
+            votes.main,
+            votes.parse_args(["--run", str(tmp_path / "run"), "--source", str(source)]),
+        )
+    line = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert line.endswith(f"error: {source}: cannot be read (Input/output error)\n")
+
+
 def script(*words):
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
@@ -812,6 +992,8 @@ def test_script_ends_with_one_line_and_exit_code_2(tmp_path, name, said):
         ["--seed", "x"],
         ["--test-share", "1"],
         ["--min-votes", "3"],
+        ["--min-votes", "٢"],
+        ["--test-share", "1_0e-2"],
         ["--ties", "keep"],
         [],
     ],

@@ -161,7 +161,7 @@ def hash_source(path, files):
     try:
         hashes = {str(file.relative_to(path)): hash_file(file) for file in source_files}
     except OSError as error:
-        raise cli.InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise cli.InputError(f"{path}: cannot be read ({cli.reason(error)})") from None
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 

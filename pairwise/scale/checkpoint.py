@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 STATE = {"settings": dict, "inputs": dict, "log": list, "optimizer": (dict, list)}
-OWN = re.compile(r"(\.partial-)?([0-9]{6,}|trained\.json)")  # names of what is written here
 
 
 class Checkpoints:
@@ -127,8 +126,14 @@ class Checkpoints:
 
     def _own(self):
         """Return the paths in the directory that this class has written, and nobody else."""
-        paths = [path for path in self.directory.glob("*") if OWN.fullmatch(path.name)]
-        return [path for path in paths if not path.is_symlink()]
+        whole = [path.parent for path in self.directory.glob("[0-9]*/state.json")]
+        names = {".partial-trained.json", "trained.json", *(path.name for path in whole)}
+        partial = r"\.partial-[0-9]{6,}"  # of a call that was killed
+        return [
+            path
+            for path in self.directory.glob("*")
+            if (path.name in names or re.fullmatch(partial, path.name)) and not path.is_symlink()
+        ]
 
     def _remove_all_but(self, path):
         """Remove all of its own paths but one, or all where the path is None."""

@@ -1,0 +1,194 @@
+"""No run loses what others put there, and no file edited or damaged is read as a result."""
+
+import json
+import shutil
+
+import evaluate
+import score
+from pairwise import cli, files, run_dir
+from pairwise.cli import InputError
+from pairwise.scale.checkpoint import Checkpoints
+
+import numpy as np
+import pytest
+from conftest import FLAGS, FULL, fit, fresh, leftovers, manifest, rewards, train
+
+# ---- links
+
+
+def test_a_link_as_the_checkpoints_place(data, base, full_run, tmp_path):
+    """Checkpoints go through it, and nothing else that is there is touched."""
+    run, scratch = fresh(data, tmp_path), tmp_path / "scratch"
+    (scratch / "000007" / "mine").mkdir(parents=True)
+    (scratch / "mine.txt").write_text("kept")
+    (run / "checkpoint_01").symlink_to(scratch)
+    train(run, base, *FULL, "--checkpoint-minutes", "1e-6")
+    assert (run / "checkpoint_01").is_symlink() and (scratch / "mine.txt").read_text() == "kept"
+    assert (scratch / "000007" / "mine").is_dir()
+    assert sorted(path.name for path in scratch.iterdir()) == ["000007", "mine.txt"]
+    np.testing.assert_array_equal(rewards(run), rewards(full_run))
+
+
+def test_a_checkpoint_directory_keeps_what_it_did_not_write(tmp_path):
+    """Files of others, and links with a checkpoint's name."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "state.json").write_text("kept")
+    checkpoints = Checkpoints(tmp_path, 1, {}, {}, 0)
+    checkpoints.finish()
+    (checkpoints.directory / "000003").symlink_to(tmp_path / "precious")
+    (checkpoints.directory / "notes.txt").write_text("kept")
+    checkpoints.remove()
+    assert (tmp_path / "precious" / "state.json").read_text() == "kept"
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["000003", "notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["member_01", "logs/01.jsonl", "rewards/01_test.npy"])
+def test_a_link_in_an_output_s_place_is_told_before_the_work(name, data, base, tmp_path):
+    run, elsewhere = fresh(data, tmp_path), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(elsewhere / "nothing")
+    before = (run / "manifest.json").read_bytes()
+    with pytest.raises(InputError, match=f"{name}: a link found"):
+        train(run, base, *FULL)
+    assert (run / "manifest.json").read_bytes() == before and not any(elsewhere.iterdir())
+
+
+def test_a_link_in_the_data_s_place(demo, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "data").symlink_to(tmp_path / "nothing")
+    args = demo.parse_args(["--run", str(tmp_path / "run"), "--prompts", "20", "--responses", "2"])
+    with pytest.raises(InputError, match="data: a link found"):
+        demo.prompts.prepare(args, "demo", lambda: demo.comparisons(20, 2, 0), "sampled", {}, {})
+
+
+def test_a_link_as_the_lock_is_not_written_through(full_run, tmp_path, capsys):
+    run = fresh(full_run, tmp_path)
+    (tmp_path / "precious").write_text("kept")
+    (run / ".lock").unlink(missing_ok=True)
+    (run / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(SystemExit):
+        cli.run_main(evaluate.main, evaluate.parse_args(["--run", str(run), "--resamples", "9"]))
+    message = capsys.readouterr().err
+    assert (tmp_path / "precious").read_text() == "kept"
+    assert message.count("\n") == 1 and ".lock" in message
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_a_link_in_a_temporary_name_s_place(kind, full_run, tmp_path, no_figures):
+    run = fresh(full_run, tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo").write_text("kept")
+    place = tmp_path / "mine" / ("photo" if kind == "file" else "")
+    (run / ".partial-metrics.json").symlink_to(place)
+    evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "9"]))
+    assert (tmp_path / "mine" / "photo").read_text() == "kept" and not leftovers(run)
+
+
+# ---- hashes
+
+
+def test_the_manifest_knows_every_output(full_run):
+    known = {name for entry in manifest(full_run).values() for name in entry.get("outputs", {})}
+    there = {str(path.relative_to(full_run)) for path in full_run.rglob("*") if path.is_file()}
+    data = {name for name in there if "data" in name}  # without hashes, as tests change it
+    assert there - data - {"manifest.json", ".lock"} == known
+
+
+def evaluated(run, *flags):
+    words = ["--run", str(run), "--resamples", "9", *flags]
+    cli.run_main(evaluate.main, evaluate.parse_args(words))
+
+
+def scored(run, *flags):
+    (run.parent / "mine.jsonl").write_text('{"prompt": "x", "responses": ["a", "b"]}\n')
+    words = ["--run", str(run), str(run.parent / "mine.jsonl"), *FLAGS, *flags]
+    cli.run_main(score.main, score.parse_args(words))
+
+
+def flip(path):
+    """Damage a file in one byte, at its end, where its values are."""
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 64
+    path.write_bytes(content)
+
+
+def edit_metrics(path):
+    path.write_text(path.read_text().replace('"brier": 0.', '"brier": 0.0'))
+
+
+def edit_weights(path):
+    entries = json.loads(path.read_text())
+    entries[-1]["alpha"] = [0.5, 0.5]
+    path.write_text(json.dumps(entries))
+
+
+@pytest.mark.parametrize(
+    "name, change, command",
+    [
+        ("weights.json", edit_weights, evaluated),
+        ("weights.json", edit_weights, scored),
+        ("weights.json", edit_weights, fit),
+        ("rewards/01_test.npy", flip, evaluated),
+        ("rewards/02_train.npy", flip, fit),
+        ("rewards/01_continuations.npy", flip, evaluated),
+        ("metrics.json", edit_metrics, evaluated),
+    ],
+)
+def test_what_was_edited_is_refused_until_it_is_accepted(
+    name, change, command, full_run, tmp_path, no_figures
+):
+    run = fresh(full_run, tmp_path)
+    if name.startswith(("metrics", "figures")):
+        evaluated(run)
+    change(run / name)
+    with pytest.raises((InputError, SystemExit)):
+        command(run)
+    if command is evaluated:
+        evaluated(run, "--accept-edited")
+        assert name in [x for entry in manifest(run).values() for x in entry.get("edited", [])]
+        evaluated(run)
+
+
+def test_the_line_names_the_file_and_the_flag(full_run, tmp_path, capsys):
+    run = fresh(full_run, tmp_path)
+    edit_weights(run / "weights.json")
+    with pytest.raises(SystemExit):
+        evaluated(run)
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and str(run / "weights.json") in message
+    assert "--accept-edited" in message
+
+
+def test_a_missing_file_of_the_manifest_is_told(full_run, tmp_path):
+    run = fresh(full_run, tmp_path)
+    (run / "weights.json").unlink()
+    with pytest.raises(InputError, match="weights.json: no such file"):
+        run_dir.read_weights(run, 2)
+
+
+def test_files_without_a_known_hash_are_not_checked(full_run, tmp_path, no_figures):
+    run = tmp_path / "run"
+    for name in ("data", "rewards"):
+        shutil.copytree(full_run / name, run / name)
+    shutil.copy(full_run / "weights.json", run)
+    flip(run / "rewards" / "01_test.npy")
+    evaluated(run)
+
+
+def test_two_writers_of_one_path(tmp_path):
+    """The second has a line, and the first's work is not touched."""
+    path = tmp_path / "out"
+    with files.replacing(path) as partial:
+        partial.write_text("first")
+        with pytest.raises(InputError, match="out: another process is writing it"):
+            with files.replacing(path):
+                raise AssertionError
+        assert partial.read_text() == "first"
+    assert path.read_text() == "first" and [x.name for x in tmp_path.iterdir()] == ["out"]
+    (tmp_path / ".lock-out").touch()  # as a killed one leaves it
+    (tmp_path / ".partial-out").mkdir()
+    with files.replacing(path) as partial:
+        partial.write_text("second")
+    assert path.read_text() == "second" and [x.name for x in tmp_path.iterdir()] == ["out"]
