@@ -56,8 +56,12 @@ def describe(args):
     """
     named, dtype = args.base == "llama-3-8b", getattr(torch, args.dtype)
     bases = "llama-3-8b, a directory with config.json, or a hub id that can be reached"
-    with pretrained.readable(f"--base {args.base}: no config could be read: {bases} expected"):
-        config = LlamaConfig(**LLAMA_3_8B) if named else pretrained.config(args.base)
+    failure = f"no config could be read: {bases} expected"
+    if named:
+        config = LlamaConfig(**LLAMA_3_8B)
+    else:
+        config = pretrained.config(args.base, "--base", failure)
+    with pretrained.readable(f"--base {args.base}: no model can be made of its config"):
         config.num_labels, config.pad_token_id = 1, None
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(

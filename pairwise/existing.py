@@ -52,7 +52,8 @@ def read_source(directory):
         raise cli.InputError(f"{path}: {model} {words}") from None
     if fingerprint != source["fingerprint"]:
         raise cli.InputError(f"{path}: {model} is another model than the one that scored the data")
-    if source["dtype"] not in DTYPES or (source["max_length"] or 1) < 1:
+    longest = source["max_length"]
+    if source["dtype"] not in DTYPES or (longest is not None and longest < 1):
         words = f"dtype {' or '.join(DTYPES)}, and max_length at least 1 or null, expected"
         raise cli.InputError(f"{path}: {words}")
     return source | {"template": template if template.exists() else None}

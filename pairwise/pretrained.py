@@ -51,9 +51,9 @@ def read(auto_class, name, named, failure, **options):
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
 
 
-def config(name, named="--base"):
+def config(name, named="--base", failure="no config could be read"):
     """Return the config of a model, hub id or directory; raise InputError where there is none."""
-    found = read(AutoConfig, name, named, "no config could be read")
+    found = read(AutoConfig, name, named, failure)
     check_layers(found, f"{named} {name}")
     return found
 

@@ -288,3 +288,44 @@ def test_refused_models(data, tokenizer, base, tmp_path):
         and not (run / "rewards").exists()
         and "member_01" not in manifest(run)
     )
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("[]", "a list found, an object expected"),
+        ("{}", "no model found"),
+        ('"x"', "text found, an object expected"),
+        ({"model": 5}, "model: a number found, text expected"),
+        ({"max_length": "9"}, "max_length: text found, a number or null expected"),
+        ({"max_length": 0}, "dtype .*, and max_length at least 1 or null, expected"),
+        ({"dtype": "load"}, "dtype bfloat16 or float32"),
+    ],
+)
+def test_a_source_of_another_form(ensemble, tmp_path, content, said):
+    run, path = fresh(ensemble, tmp_path), questions(ensemble, tmp_path / "mine.jsonl")
+    source = run / "member_02" / "source.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(source.read_text()) | content)
+    source.write_text(content)
+    with pytest.raises(InputError, match=f"{source}: {said}"):
+        score.main(score.parse_args([str(path), "--run", str(run), *FLAGS]))
+
+
+def test_an_existing_model_with_code_or_broken_files(data, models, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for name, content, said in (
+        ("config.json", b"[]", "no tokenizer could be loaded"),
+        ("model.safetensors", b"garbage", "the model could not be loaded .SafetensorError"),
+        ("config.json", {"num_hidden_layers": 1}, "weights of layers found"),
+        ("config.json", {"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}, "code of its own"),
+    ):
+        there = shutil.copytree(models[0], tmp_path / "m", dirs_exist_ok=True)
+        if isinstance(content, dict):
+            content = json.dumps(json.loads((there / name).read_text()) | content).encode()
+        (there / "x.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+        (there / name).write_bytes(content)
+        run = fresh(data, tmp_path, f"run-{said}")
+        with pytest.raises(InputError, match=f"--model {there}: .*{said}"):
+            adopt_model(run, there)
+        assert not list(run.glob("member_*")) and not (tmp_path / "run").exists()

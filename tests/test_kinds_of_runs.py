@@ -247,9 +247,7 @@ def test_a_member_with_a_bit_flipped_is_refused(
 ):
     run = fresh({**runs, "lora": lora_run}[kind], tmp_path)
     if kind == "pruned":  # Its members are links.
-        shutil.copytree(full_run / "member_01", tmp_path / "own")
-        (run / "member_01").is_symlink() and (run / "member_01").unlink()
-        shutil.rmtree(run / "member_01", ignore_errors=True)
+        (run / "member_01").rename(tmp_path / "own")
         (run / "member_01").symlink_to(tmp_path / "own")
     shutil.copy(full_run / "continuations.parquet", tmp_path)
     for name in ("continuations.parquet", *(f"rewards/0{j}_continuations.npy" for j in (1, 2))):

@@ -444,6 +444,18 @@ def test_files_that_are_missing_or_broken(lora_run, base, tmp_path):
         assert "\n" not in str(error.value) and not (tmp_path / "asked-scores.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    "change", [{"r": 10**9}, {"r": 0}, {"lora_alpha": 0}, {"lora_alpha": float("inf")}, {"r": "4"}]
+)
+def test_an_adapter_s_config_with_other_numbers(lora_run, base, tokenizer, tmp_path, change):
+    run = fresh(lora_run, tmp_path)
+    path = run / "member_01" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    run_dir.accept_edited(run)
+    with pytest.raises(InputError, match="member_01/adapter/adapter_config.json: .*expected"):
+        members.load_member(run, 1, base, tokenizer, torch.float32, "cpu")
+
+
 def test_flags(lora_run, full_run, base, capsys):
     assert (
         arguments().max_precondition_dim,

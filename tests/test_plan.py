@@ -280,3 +280,55 @@ def test_a_base_without_a_head(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(cli.InputError, match="no linear head called score"):
         plan.describe(arguments("--base", tmp_path))
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "nan", "1e-9"])
+def test_a_share_that_is_none(value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        arguments("--utilisation", value)
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "head"])
+def test_extreme_flags(base, kind, capsys):
+    """They are planned with, or are one line."""
+    for words in (
+        ["--gpu-gb", "1e-30", "--tflops", "1e-30", "--utilisation", "1e-6"],
+        ["--gpu-gb", "1e30", "--tflops", "1e30", "--utilisation", 1, "--members", 10**9],
+        ["--epochs", 10**9, "--pairs-per-step", 1, "--checkpoint-minutes", 0],
+        ["--micro-batch-tokens", 1, "--max-precondition-dim", 1, "--pairs-per-step", 10**9],
+        ["--micro-batch-tokens", 10**9, "--max-precondition-dim", 10**9, "--max-length", 1],
+        ["--lora-rank", 10**9, "--precondition-frequency", 10**9, "--optimizer-memory-gb", 0],
+    ):
+        try:
+            plan.main(arguments("--base", base, "--train", kind, *words))
+        except cli.InputError as error:
+            assert "\n" not in str(error)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", "5", '{"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}']
+)
+def test_a_broken_config(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(cli.InputError, match=f"--base {tmp_path}: no config could be read"):
+        plan.main(arguments("--base", tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 0},
+        {"num_attention_heads": 0},
+        {"hidden_size": "x"},
+        {"hidden_act": "x"},
+        {"vocab_size": -1},
+    ],
+)
+def test_a_config_that_makes_no_model(base, tmp_path, changes):
+    values = json.loads((base / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(cli.InputError, match=f"--base {tmp_path}: ") as error:
+        plan.main(arguments("--base", tmp_path))
+    assert "\n" not in str(error.value)

@@ -8,7 +8,7 @@ import shutil
 from types import SimpleNamespace
 
 import score
-from pairwise import members, sampling
+from pairwise import members, provenance, sampling
 from pairwise.cli import InputError
 from pairwise.data import read_split
 from pairwise.ranking import favourites, ranks
@@ -445,6 +445,43 @@ def test_bad_prompts(full_run, tmp_path, monkeypatch):
         ask(full_run, "--table", "")
     with pytest.raises(InputError, match="prompt 1: .* tokens found, at most 511 expected"):
         ask(full_run, "--table", "how can i get fit ? " * 200)
+
+
+def test_no_standard_input_and_prompts_with_a_dash(full_run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)  # as `<&-` leaves it
+    with pytest.raises(InputError, match="stdin: no prompt found"):
+        ask(full_run, "--table")
+    with pytest.raises(SystemExit):
+        ask(full_run, "--table", "-x")
+    assert "unrecognized arguments: -x (--help explains)" in capsys.readouterr().err
+    ask(full_run, "--table", "--json", "--", "-x")
+    assert json.loads(capsys.readouterr().out)["prompt"] == "-x"
+
+
+@pytest.mark.parametrize("form", [["--json"], []])
+def test_a_terminal_of_ascii(full_run, monkeypatch, form):
+    """What it lacks is escaped; JSON stays JSON."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr("sys.stdout", out)
+    ask(full_run, "--table", *form, "wie schön \N{GRINNING FACE} ?")
+    out.flush()
+    said = out.buffer.getvalue().decode("ascii")
+    assert (
+        json.loads(said)["prompt"] == "wie schön \N{GRINNING FACE} ?" if form else "\\xf6n" in said
+    )
+
+
+@pytest.mark.parametrize("eos", ["x", [1.5, None]])
+def test_a_base_that_cannot_sample(full_run, base, tmp_path, eos):
+    there, run = shutil.copytree(base, tmp_path / "b"), fresh(full_run, tmp_path)
+    (there / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    whole = json.loads((run / "manifest.json").read_text())
+    for entry in whole["stages"].values():
+        if "base model" in entry["inputs"]:
+            entry["inputs"]["base model"] = provenance.fingerprint(there)
+    (run / "manifest.json").write_text(json.dumps(whole))
+    with pytest.raises(InputError, match=f"--base {there}: no answers could be sampled"):
+        ask(run, "--table", "--base", str(there), PROMPT)
 
 
 def test_a_run_that_cannot_answer(full_run, base, tokenizer, tmp_path):
