@@ -29,20 +29,24 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pairwise import cli, data, files, metrics, run_dir
 from pairwise.prepare import prompts
 
 import numpy as np
 from scipy.stats import kendalltau
 
+MISSING = None
 try:
     import pandas as pd
     from hyper_corr import kendalltau_noties, kendalltau_ties
     from numba import njit
-except ImportError as error:
-    words = f"{error.name} is missing; pip install -r benchmarks/requirements.txt"
-    print(f"{Path(sys.argv[0]).name}: error: {words}", file=sys.stderr)
-    sys.exit(2)
+except ImportError as error:  # --help does without.
+    MISSING = error.name
+
+    def njit(function):
+        return function
+
 
 evaluator = cli.import_evaluator()
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -488,6 +492,9 @@ def machine():
 
 
 def main(args):
+    if MISSING:
+        words = f"{MISSING} is missing; pip install -r benchmarks/requirements.txt"
+        raise cli.InputError(words)
     packages = ("numpy", "scipy", "pandas", "numba", "hyper-corr")
     versions = {"python": platform.python_version()}
     versions |= {package: metadata.version(package) for package in packages}
@@ -506,7 +513,7 @@ def main(args):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
-    parser.add_argument("--json", type=cli.path, help="also write everything to this file")
+    parser.add_argument("--json", type=run_dir.output, help="also write everything to this file")
     return parser.parse_args(argv)
 
 

@@ -41,7 +41,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_rm
-from pairwise import cli, files, training
+from pairwise import cli, files, run_dir, training
 from pairwise import reward_model as rm
 from pairwise.scale import packed
 
@@ -457,8 +457,7 @@ def main(args):
             import trl
         except ImportError as error:
             words = f"{error.name} is missing; pip install -r benchmarks/requirements.txt"
-            print(f"error: {words}", file=sys.stderr)
-            sys.exit(2)
+            raise cli.InputError(words) from None
         result |= {"trl": trl.__version__}
         with tempfile.TemporaryDirectory() as directory:
             result["tables"] = [compare(kind, args, Path(directory)) for kind in KINDS]
@@ -469,7 +468,7 @@ def main(args):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--json", type=cli.path, help="write everything measured here")
+    add("--json", type=run_dir.output, help="write everything measured here")
     add("--rounds", type=cli.natural, default=5, help="turns that count")
     words = "optimizer steps a turn (8 responses: half as many)"
     add("--steps", type=cli.natural, default=2, help=words)

@@ -136,23 +136,6 @@ template <class T> void check_indices(const Comparisons<T> &in, const Indices &i
                                   "[" + std::to_string(i) + "] is " + std::to_string(indices[i]));
 }
 
-py::array_t<std::uint8_t> votes(const py::object &rewards, const py::object &a, const py::object &b) {
-    const PairArguments arguments(rewards, a, b);
-    py::array_t<std::uint8_t> result({arguments.members, arguments.pairs});
-    arguments.visit([&](const auto &in) {
-        std::uint8_t *out = result.mutable_data();
-        py::gil_scoped_release release;
-        check_rewards(in, 1);
-        check_indices(in, in.a, "a");
-        check_indices(in, in.b, "b");
-        for (Index member = 0; member < in.members; ++member)
-            for (Index pair = 0; pair < in.pairs; ++pair) *out++ = static_cast<std::uint8_t>(in.half_votes(member, pair));
-    });
-    return result;
-}
-
-// ---- sums over the pairs of each prompt ----
-
 void check_fractions(const double *p, Index pairs) {
     for (Index i = 0; i < pairs; ++i)
         if (!(p[i] >= 0 && p[i] <= 1)) {  // also catches NaN
@@ -162,7 +145,31 @@ void check_fractions(const double *p, Index pairs) {
         }
 }
 
-void check_prompt_start(const Index *start, Index prompts, Index pairs) {
+// What was out of range in a loop over the pairs?
+template <class T> void refuse_pairs(const Comparisons<T> &in, const double *p) {
+    const IeeeArithmetic arithmetic;
+    check_indices(in, in.a, "a");
+    check_indices(in, in.b, "b");
+    if (p) check_fractions(p, in.pairs);
+    throw py::value_error(std::string(p ? "a, b or p" : "a or b") + " was changed during the call");
+}
+
+py::array_t<std::uint8_t> votes(const py::object &rewards, const py::object &a, const py::object &b) {
+    const PairArguments arguments(rewards, a, b);
+    py::array_t<std::uint8_t> result({arguments.members, arguments.pairs});
+    arguments.visit([&](const auto &in) {
+        std::uint8_t *out = result.mutable_data();
+        py::gil_scoped_release release;
+        check_rewards(in, 1);
+        if (!all_votes(in, out)) refuse_pairs(in, nullptr);
+    });
+    return result;
+}
+
+// ---- sums over the pairs of each prompt ----
+
+void check_prompt_start(const std::vector<Index> &start, Index pairs) {
+    const Index prompts = static_cast<Index>(start.size()) - 1;
     if (start[0] != 0) throw py::value_error("prompt_start must begin with 0, not " + std::to_string(start[0]));
     for (Index i = 0; i < prompts; ++i)
         if (start[i + 1] < start[i])
@@ -185,7 +192,7 @@ py::dict pair_statistics(const py::object &rewards, const py::object &a, const p
     const Path path = checked_path(path_argument);
     const Index threads = checked_threads(threads_argument);
     const double *p = data_of<double>(p_array);
-    const Index *start = data_of<Index>(start_array);
+    const std::vector<Index> start(data_of<Index>(start_array), data_of<Index>(start_array) + start_array.shape(0));
     const Index k = arguments.members, prompts = start_array.shape(0) - 1;
 
     py::dict result;
@@ -203,12 +210,8 @@ py::dict pair_statistics(const py::object &rewards, const py::object &a, const p
     arguments.visit([&](const auto &in) {
         py::gil_scoped_release release;
         check_rewards(in, threads);
-        check_prompt_start(start, prompts, in.pairs);
-        if (sum_pairs(in, p, start, prompts, path, threads, sums)) return;
-        check_indices(in, in.a, "a");  // something was out of range: what?
-        check_indices(in, in.b, "b");
-        check_fractions(p, in.pairs);
-        throw py::value_error("a, b or p was changed during the call");
+        check_prompt_start(start, in.pairs);
+        if (!sum_pairs(in, p, start.data(), prompts, path, threads, sums)) refuse_pairs(in, p);
     });
     return result;
 }

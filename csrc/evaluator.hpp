@@ -1,5 +1,7 @@
 // What the evaluator computes: votes on pairs of responses and their sums over the pairs of each prompt, Kendall's tau-b of
 // all pairs of models, and a bootstrap over prompts.
+//
+// Other threads of Python's may write into the arguments meanwhile: what is checked is what is used.
 
 #pragma once
 
@@ -22,13 +24,6 @@ template <class T> struct Comparisons {
     const T *rewards;  // (members, responses)
     Indices a, b;      // (pairs,)
     Index members, responses, pairs;
-
-    // Twice the vote V_j, so that a tie is an integer too: 2 if a is preferred, 0 if b is, 1 where the rewards are equal.
-    int half_votes(Index member, Index pair) const {
-        const T *reward = rewards + member * responses;
-        const T on_a = reward[a[pair]], on_b = reward[b[pair]];
-        return 1 + (on_a > on_b) - (on_a < on_b);
-    }
 };
 
 struct PairSums {  // outputs, one row a prompt: of 1, members, or members * members entries
@@ -38,6 +33,10 @@ struct PairSums {  // outputs, one row a prompt: of 1, members, or members * mem
 
 // Index of the first NaN of values[0 .. count), or -1.
 template <class T> Index find_nan(const T *values, Index count, Index threads);
+
+// Twice the votes V_j, so that a tie is an integer too: 2 if a is preferred, 0 if b is, 1 where the rewards are equal; out
+// (members, pairs). False where an index is out of range: then `out` means nothing.
+template <class T> bool all_votes(const Comparisons<T> &comparisons, std::uint8_t *out);
 
 // prompt_start (prompts + 1,) must be valid. False where an index or a fraction is out of range: then `sums` mean nothing.
 template <class T>

@@ -31,7 +31,9 @@ struct Counts {
 template <class T> using KeyOf = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
 
 // An unsigned integer in the order of the scores.
-template <class T> KeyOf<T> key_of(T score) {
+template <class T> KeyOf<T> key_of(const T &at) {
+    T score;
+    __atomic_load(&at, &score, __ATOMIC_RELAXED);  // once: the sort relies on a key that stays
     score += T(0);  // -0.0, which equals 0.0, becomes 0.0
     KeyOf<T> bits;
     std::memcpy(&bits, &score, sizeof bits);

@@ -64,7 +64,6 @@ template <class T> struct Scratch {
     }
 };
 
-// Indices as 32 bits. False where one does not fit: then it is out of range.
 template <class I> INLINE bool narrow(const I *indices, Index count, std::uint32_t *out) {
     I high_bits = 0;
     for (Index i = 0; i < count; ++i) {
@@ -74,14 +73,20 @@ template <class I> INLINE bool narrow(const I *indices, Index count, std::uint32
     return high_bits >= 0 && high_bits <= std::numeric_limits<std::int32_t>::max();
 }
 
+// Indices from `begin` as 32 bits. False where one does not fit: then it is out of range.
+INLINE bool read_indices(const Indices &indices, Index begin, Index count, std::uint32_t *out) {
+    const bool fit = indices.wide ? narrow(static_cast<const std::int64_t *>(indices.data) + begin, count, out)
+                                  : narrow(static_cast<const std::int32_t *>(indices.data) + begin, count, out);
+    std::atomic_signal_fence(std::memory_order_seq_cst);  // or the compiler reads `indices` again in place of `out`
+    return fit;
+}
+
 // Where the responses of up to chunk_size pairs, from `begin`, will be in the window. False where an index is out of range.
 template <class T>
 INLINE bool find_rows(const Comparisons<T> &in, Index begin, Index count, Scratch<T> &scratch, Index &low, Index &range) {
     std::uint32_t least = std::numeric_limits<std::uint32_t>::max(), largest = 0;
     for (const auto &[indices, responses] : {std::pair(in.a, scratch.response_a), std::pair(in.b, scratch.response_b)}) {
-        if (!(indices.wide ? narrow(static_cast<const std::int64_t *>(indices.data) + begin, count, responses)
-                           : narrow(static_cast<const std::int32_t *>(indices.data) + begin, count, responses)))
-            return false;
+        if (!read_indices(indices, begin, count, responses)) return false;
         for (Index i = 0; i < count; ++i) {
             least = std::min(least, responses[i]);
             largest = std::max(largest, responses[i]);
@@ -398,9 +403,29 @@ template <class T> Index find_nan(const T *values, Index count, Index threads) {
     return std::find_if(values, values + count, [](T value) { return std::isnan(value); }) - values;
 }
 
+template <class T> bool all_votes(const Comparisons<T> &in, std::uint8_t *out) {
+    const IeeeArithmetic arithmetic;
+    std::uint32_t a[chunk_size], b[chunk_size];
+    for (Index begin = 0; begin < in.pairs; begin += chunk_size) {
+        const Index count = std::min(chunk_size, in.pairs - begin);
+        if (!read_indices(in.a, begin, count, a) || !read_indices(in.b, begin, count, b)) return false;
+        if (std::max(*std::max_element(a, a + count), *std::max_element(b, b + count)) >= in.responses) return false;
+        for (Index member = 0; member < in.members; ++member) {
+            const T *reward = in.rewards + member * in.responses;
+            std::uint8_t *votes = out + member * in.pairs + begin;
+            for (Index i = 0; i < count; ++i) {
+                const T on_a = reward[a[i]], on_b = reward[b[i]];
+                votes[i] = static_cast<std::uint8_t>((on_a > on_b) + (on_a >= on_b));
+            }
+        }
+    }
+    return true;
+}
+
 template <class T>
 bool sum_pairs(const Comparisons<T> &in, const double *p, const Index *start, Index prompts, Path path, Index threads,
                const PairSums &out) {
+    const IeeeArithmetic arithmetic;
     const auto pieces = cut(start, prompts);
     const auto is_part = [&](const Piece &piece) {
         return piece.end - piece.begin < start[piece.last_prompt] - start[piece.first_prompt];
@@ -447,5 +472,7 @@ bool sum_pairs(const Comparisons<T> &in, const double *p, const Index *start, In
 
 template Index find_nan(const float *, Index, Index);
 template Index find_nan(const double *, Index, Index);
+template bool all_votes(const Comparisons<float> &, std::uint8_t *);
+template bool all_votes(const Comparisons<double> &, std::uint8_t *);
 template bool sum_pairs(const Comparisons<float> &, const double *, const Index *, Index, Path, Index, const PairSums &);
 template bool sum_pairs(const Comparisons<double> &, const double *, const Index *, Index, Path, Index, const PairSums &);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
@@ -13,6 +14,19 @@
 #include <vector>
 
 using Index = std::int64_t;
+
+// IEEE arithmetic in this thread: torch.set_flush_denormal(True), say, makes denormals zero, and so equal.
+class IeeeArithmetic {
+    std::fenv_t before;
+
+public:
+    IeeeArithmetic() {
+        std::fegetenv(&before);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~IeeeArithmetic() { std::fesetenv(&before); }
+    IeeeArithmetic(const IeeeArithmetic &) = delete;
+};
 
 // Hands out 0 .. items - 1, each once.
 class Queue {
@@ -48,6 +62,7 @@ template <class Work> void run_parallel(Index items, Index threads, const Work &
     const auto crew = std::make_shared<Crew>();
     const auto guarded = [](Queue &queue, const Work &work, Crew &crew) {
         try {
+            const IeeeArithmetic arithmetic;
             work(queue);
         } catch (...) {
             queue.drop_the_rest();

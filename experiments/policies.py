@@ -142,7 +142,7 @@ def parse_args(argv=None):
         type=cli.path,
         help="a finished run directory with continuations of some of its test prompts",
     )
-    add("--members", type=cli.natural, nargs="+", default=[1, 2])
+    add("--members", type=cli.member_number, nargs="+", default=[1, 2])
     words = "directory for the pairs and the policies"
     add("--out", required=True, type=run_dir.output, help=words)
     add("--base", help="base model (default: RUN/base)")

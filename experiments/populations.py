@@ -93,16 +93,22 @@ def main(args):
     run_dir.end_stage(args.run, "data", settings, {}, started)
 
 
+# One response has no pair, one vote no spread; more than the upper ends fits no memory.
+responses = cli.number_type("responses", cli.integer, lambda v: 2 <= v <= 100, "from 2 to 100")
+votes = cli.number_type("votes", cli.integer, lambda v: 2 <= v <= 10**6, "from 2 to 10^6")
+size = cli.number_type("size", cli.integer, lambda v: 1 <= v <= 10**4, "from 1 to 10^4")
+
+
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--run", required=True, type=cli.path, help="the run directory to make")
     add("--population", choices=("clusters", "continuum", "camps", "single"), required=True)
     add("--seed", type=cli.seed, default=0, help="of the population, the responses and the votes")
-    add("--dimension", type=cli.natural, default=16, help="of the features")
-    add("--responses", type=cli.natural, default=4, help="a prompt; all their pairs are voted on")
-    add("--votes", type=cli.natural, default=5, help="a pair, at least 2")
-    add("--voters", type=cli.natural, default=200)
+    add("--dimension", type=size, default=16, help="of the features")
+    add("--responses", type=responses, default=4, help="a prompt; all their pairs are voted on")
+    add("--votes", type=votes, default=5, help="a pair, at least 2")
+    add("--voters", type=size, default=200)
     return parser.parse_args(argv)
 
 

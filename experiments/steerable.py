@@ -78,6 +78,9 @@ def main(args):
     split, k = data.read_split(args.run, "test"), run_dir.count_members(args.run)
     alpha = run_dir.read_weights(args.run, k)
     rewards = run_dir.read_rewards(args.run, "test", k, (int(split.response_start[-1]),))
+    if args.comparisons >= len(split.a):
+        expected = f"fewer than the {len(split.a)} test pairs expected"
+        raise cli.InputError(f"--comparisons {args.comparisons}: {expected}")
     rng, prefers = np.random.default_rng(args.seed), viewpoint_preferences(split)
     results = trials(rewards, alpha, prefers, split.a, split.b, args.trials, args.comparisons, rng)
     viewpoint, chosen, probability, agreement = map(np.array, zip(*results))
@@ -101,11 +104,17 @@ def main(args):
             )
 
 
+# So many take minutes.
+trials_number = cli.number_type(
+    "trials", cli.integer, lambda v: 1 <= v <= 10**5, "an integer from 1 to 10^5"
+)
+
+
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--run", type=cli.path, default=Path("results/demo"), help="a run of the demo")
-    add("--trials", type=cli.natural, default=100)
+    add("--trials", type=trials_number, default=100)
     add("--comparisons", type=cli.natural, default=10)
     add("--seed", type=cli.seed, default=0)
     return parser.parse_args(argv)

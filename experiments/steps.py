@@ -66,7 +66,9 @@ def train_and_evaluate(args, run, base, seed):
         fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
     seconds = time.time() - started
     evaluate.main(evaluate.parse_args(["--run", str(run)]))
-    logs = [path.read_text().splitlines() for path in (run / "logs").glob("*.jsonl")]
+    logs = [
+        path.read_text(encoding="utf-8").splitlines() for path in (run / "logs").glob("*.jsonl")
+    ]
     return sum(json.loads(line)["tokens"] for lines in logs for line in lines), seconds
 
 
@@ -96,7 +98,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--run", required=True, type=cli.path, help="a finished run directory")
     add("--base", help="base model (default: RUN/base)")
-    add("--k", type=cli.natural, default=4, help="members")
+    add("--k", type=cli.member_number, default=4, help="members")
     add("--out", type=run_dir.output, required=True, help="FILE.csv")
     add("--threads", type=cli.threads, default=os.cpu_count(), help="CPU threads (default: all)")
     add(

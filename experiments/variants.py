@@ -86,11 +86,9 @@ def read_runs(run, seed, folds=0):
         return [plurality.read_run(run, seed)]
     featured = merged(list(plurality.read_features(run).values()))
     prompts = len(featured.split.prompt_id)
-    if prompts < folds or folds < 3:
-        raise cli.InputError(
-            f"--folds {folds}: at least 3 folds and as many prompts expected, "
-            f"{prompts} prompts found in {run}"
-        )
+    if prompts < folds:
+        expected = "at least as many prompts expected"
+        raise cli.InputError(f"--folds {folds}: {expected}, {prompts} found in {run}")
     fold_of = np.random.default_rng(seed).permutation(np.arange(prompts) % folds)
     runs = []
     for fold in range(folds):
@@ -359,6 +357,10 @@ def main(args):
         files.write_json(args.out, table)
 
 
+# Each fold is the validation split of another, and something is left to train on.
+folds = cli.number_type("folds", cli.integer, lambda v: v == 0 or v >= 3, "0 or at least 3")
+
+
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
@@ -369,11 +371,11 @@ def parse_args(argv=None):
         nargs="+",
         help="run directories with data/ and features/; several are pooled",
     )
-    add("--k", type=cli.natural, nargs="+", default=[8], help="members")
+    add("--k", type=cli.member_number, nargs="+", default=[8], help="members")
     add("--seeds", type=cli.seed, nargs="+", default=[0], help="of the fits; pooled too")
     add(
         "--folds",
-        type=int,
+        type=folds,
         default=0,
         metavar="N",
         help="all prompts of a run in N folds, each the test prompts once, "

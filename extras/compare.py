@@ -36,12 +36,17 @@ def named_settings(words):
 
     The name of a setting is what the names of its directories have in common at the beginning, else
     all of them, with as many of the directories above as make the settings distinct. Raises
-    InputError where a run is given twice.
+    InputError where a run is given twice, or none stands beside a comma.
     """
-    settings = [
-        [Path(word)] if Path(word).is_dir() else [Path(run) for run in word.split(",")]
-        for word in words
-    ]
+    settings = []
+    for word in words:
+        runs = [word] if Path(word).is_dir() else word.split(",")
+        if "" in runs:
+            joins = "a comma joins the runs of one setting, without spaces: RUN,RUN"
+            raise cli.InputError(
+                f"{word!r} found, a run expected on both sides of a comma; {joins}"
+            )
+        settings.append([Path(run) for run in runs])
     paths = [[run.resolve() for run in runs] for runs in settings]
     for run, count in collections.Counter(itertools.chain(*paths)).items():
         if count > 1:
@@ -213,11 +218,6 @@ def drawn_differences(result):
     return [entry for entry in every if entry["a"] == result["settings"][0]["name"]][:DRAWN]
 
 
-def clip(name):
-    """Shorten a name for the figure."""
-    return name if len(name) <= 30 else f"{name[:29]}…"
-
-
 def draw(result):
     """Draw the Brier score against k, a line a setting, beside the differences."""
     differences = drawn_differences(result)
@@ -226,8 +226,11 @@ def draw(result):
     fig, (left, right) = figures.subplots(figures.WIDE, height, 1, 2, width_ratios=[1.15, 1])
     draw_errors(left, result)
     draw_differences(right, differences)
-    handles = left.get_legend_handles_labels()
-    fig.legend(*handles, loc="outside lower left", ncols=2, columnspacing=1.5)
+    handles, labels = left.get_legend_handles_labels()
+    legend = fig.legend(handles, labels, loc="outside lower left", ncols=2, columnspacing=1.5)
+    # matplotlib leaves out labels that begin with _, so the names are set afterwards.
+    for text, setting in zip(legend.get_texts(), result["settings"]):
+        text.set(text=figures.drawable(setting["name"]), parse_math=False)
     return fig
 
 
@@ -246,7 +249,7 @@ def draw_errors(axes, result):
         for x, entry in zip(at, entries):
             axes.plot([x, x], entry["brier_ci"], color=colour, lw=0.7, zorder=3)
         brier, dash = [entry["brier"] for entry in entries], DASHES[i % len(DASHES)]
-        axes.plot(at, brier, ls=dash, lw=1.2, ms=3.5, label=clip(setting["name"]), **look)
+        axes.plot(at, brier, ls=dash, lw=1.2, ms=3.5, label="setting", **look)
         if setting["soft_single"] is not None:
             open_mark = look | {"mfc": "white", "ms": 4, "mew": 0.9, "ls": "none"}
             axes.plot(largest + 1 + shift, setting["soft_single"], **open_mark)
@@ -272,8 +275,8 @@ def draw_differences(axes, differences):
         axes.plot(entry["brier_ci"], [y, y], color=colour, lw=1)
         axes.plot(entry["brier"], y, "o", color=colour, ms=3.5)
     axes.axvline(0, color=figures.GREY, lw=0.8, ls=(0, (4, 2)))
-    names = [f"{clip(entry['a'])} − {clip(entry['b'])}" for entry in differences]
-    axes.set_yticks(range(len(differences)), names)
+    names = [" − ".join(figures.drawable(entry[side]) for side in "ab") for entry in differences]
+    axes.set_yticks(range(len(differences)), names, parse_math=False)
     axes.set(ylim=(len(differences) - 0.5, -0.5), xlabel="difference, 95 % interval")
     axes.xaxis.set_major_locator(MaxNLocator(4))
 
@@ -304,7 +307,7 @@ def write(out, result):
 
 
 def main(args):
-    if (args.out / "manifest.json").exists():
+    if (args.out / "manifest.json").exists() or run_dir.is_bare(args.out):
         other = f"--out {args.out}: another run directory found"
         raise cli.InputError(f"{other}; its own results stay as they are")
     settings = named_settings(args.runs)
@@ -318,12 +321,18 @@ def main(args):
     print(f"comparison: {page}")
 
 
+# Of each resample all prompts' counts are kept at once.
+resamples = cli.number_type(
+    "resamples", cli.integer, lambda v: 1 <= v <= 10**6, "an integer from 1 to 10^6"
+)
+
+
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN,RUN", help="a setting: its runs, joined by commas")
     add("--out", type=run_dir.output, required=True, help="directory for what is written")
-    add("--resamples", type=cli.natural, default=10000, help="bootstrap resamples over prompts")
+    add("--resamples", type=resamples, default=10000, help="bootstrap resamples over prompts")
     add("--seed", type=cli.seed, default=0, help="seed of the bootstrap")
     return parser.parse_args(argv)
 

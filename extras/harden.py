@@ -118,6 +118,33 @@ def ensemble_of_pairs(model, rewards, k, make_layout):
 # ---- the layout fitted: levels picked from a grid
 
 
+def refitted(q, alpha):
+    """argmin of alpha' Q alpha over the simplex, float64 (k,), as weights.simplex_weights but for
+    rounding, and much faster from an alpha on the simplex that is nearly it: one active set."""
+    alpha, free = np.array(alpha), np.array(alpha) > 0
+    size = np.trace(q) / len(q) or 1.0
+    # Any sum of the weights is as good where their sum is a penalty's, as in simplex_weights.
+    penalised = q + size * (1 + 1e-12 * np.eye(len(q)))
+    for _ in range(100 * len(q)):
+        target = np.zeros(len(q))
+        target[free] = np.linalg.solve(penalised[np.ix_(free, free)], np.ones(free.sum()))
+        target /= target.sum()
+        out = np.flatnonzero(free & (target <= 0))
+        if len(out):  # alpha goes towards the target until a weight is zero.
+            steps = alpha[out] / (alpha[out] - target[out])
+            alpha = alpha + steps.min() * (target - alpha)
+            free[out[steps.argmin()]] = False
+            alpha[~free] = 0
+            continue
+        alpha, gradient = target, q @ target
+        gradient[free] = np.inf
+        j = gradient.argmin()
+        if gradient[j] > alpha @ q @ alpha - 1e-14 * size:
+            break
+        free[j] = True
+    return alpha
+
+
 def pick(q, k, tries=4):
     """(chosen (k,), weights (k,)): of P formulas with error matrix q (P, P), k of a small error
     alpha' Q alpha and their weights on the simplex.
@@ -126,26 +153,32 @@ def pick(q, k, tries=4):
     formula where that helps.
     """
 
-    def fitted_weights(chosen):
-        return weights.simplex_weights(q[np.ix_(chosen, chosen)])
+    def fitted(chosen, start):
+        """(error, chosen, weights), fitted from the weights `start`."""
+        own = q[np.ix_(chosen, chosen)]
+        alpha = refitted(own, start)
+        return alpha @ own @ alpha, chosen, alpha
 
-    def error(chosen):
-        alpha = fitted_weights(chosen)
-        return alpha @ q[np.ix_(chosen, chosen)] @ alpha
-
-    def with_one_more(chosen):
-        gradient = q[:, chosen] @ fitted_weights(chosen) if chosen else np.diag(q).copy()
+    def with_one_more(chosen, alpha):
+        gradient = q[:, chosen] @ alpha if chosen else np.diag(q).copy()
         gradient[chosen] = np.inf
         steepest = np.argsort(gradient, kind="stable")[:tries]
-        return min(([*chosen, int(j)] for j in steepest), key=error)
+        start = np.append(alpha, 0.0 if chosen else 1.0)
+        return min((fitted([*chosen, int(j)], start) for j in steepest), key=lambda fit: fit[0])
 
-    chosen = []
+    error, chosen, alpha = np.inf, [], np.zeros(0)
     for _ in range(k):
-        chosen = with_one_more(chosen)
+        error, chosen, alpha = with_one_more(chosen, alpha)
     for formula in list(chosen):
-        exchanged = with_one_more([j for j in chosen if j != formula])
-        chosen = min(chosen, exchanged, key=error)
-    return chosen, fitted_weights(chosen)
+        kept = np.array(chosen) != formula
+        rest, start = [j for j in chosen if j != formula], alpha[kept]
+        if rest:
+            uniform = np.full(len(rest), 1 / len(rest))
+            _, rest, start = fitted(rest, start / start.sum() if start.any() else uniform)
+        exchanged = with_one_more(rest, start)
+        if exchanged[0] < error and set(exchanged[1]) != set(chosen):
+            error, chosen, alpha = exchanged
+    return chosen, weights.simplex_weights(q[np.ix_(chosen, chosen)])
 
 
 def grid_of_formulas(member, scale):
@@ -240,12 +273,16 @@ def harden(train, tuning, k, layout="auto", sizes=None):
     differences = soft_model.reward_differences(rewards, split.a, split.b)
     tuning_pairs = tuning_split.a, tuning_split.b
     tuning_differences = soft_model.reward_differences(tuning_rewards, *tuning_pairs)
-    ensembles = []
+    ensembles, models = [], set()
     for m in sizes or range(1, len(rewards) + 1):
         w = soft_model.fit_mixture(differences[:m], split.p)
         used = np.flatnonzero(w > 0)
         tau, a = soft_model.fit_scale_and_lapses(tuning_differences[used], w[used], tuning_split.p)
         model = SoftModel((used + 1).tolist(), w[used], tau, a)
+        key = repr(model._replace(w=w[used].tolist()))
+        if key in models:  # A larger mixture may give all weight to the same members.
+            continue
+        models.add(key)
         by_layout = fit_layouts(model, rewards, split, k, layout)
         if not by_layout:
             expected = "an even --k and a run of at least two members"

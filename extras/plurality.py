@@ -21,7 +21,7 @@ import dataclasses
 from itertools import compress
 from typing import NamedTuple
 
-from pairwise import cli, data, files, metrics, soft_model
+from pairwise import cli, data, files, metrics, run_dir, soft_model
 
 import numpy as np
 import torch
@@ -71,7 +71,20 @@ def read_features(run):
             path = run / "features" / f"{name}.npy"
             if not path.exists():
                 raise cli.InputError(f"{path}: no such file; train_rm.py --train head makes it")
-            splits[name] = Featured(data.read_split(run, name), np.load(path).astype(np.float64))
+            run_dir.check(run, path)
+            split, features = data.read_split(run, name), files.read_array(path)
+            rows = int(split.response_start[-1])
+            if features.ndim != 2 or len(features) != rows or features.dtype.kind != "f":
+                found = f"{features.dtype} {features.shape} found"
+                raise cli.InputError(f"{path}: {found}, floats ({rows}, d) expected")
+            if not np.isfinite(features).all():
+                raise cli.InputError(f"{path}: features that are not finite found")
+            splits[name] = Featured(split, features.astype(np.float64))
+    if len(widths := {x.features.shape[1] for x in splits.values()}) > 1:
+        found = ", ".join(map(str, sorted(widths)))
+        raise cli.InputError(
+            f"{run / 'features'}: {found} features found, as many in every split expected"
+        )
     return splits
 
 

@@ -8,7 +8,6 @@ weights.json with the one entry k = K, fit "fixed", in which the removed members
 Distances and errors are those of the train pairs with at least two votes.
 """
 
-import argparse
 import os
 import shutil
 import time
@@ -96,6 +95,15 @@ def copy_run(run, partial, out):
     files.write_json(partial / "manifest.json", {"stages": stages})
 
 
+def must_be_new(out):
+    """Raise InputError where `out` is there."""
+    if out.exists():
+        raise cli.InputError(
+            f"--out {out}: found, a new directory expected; "
+            "the pruned run is a run directory of its own"
+        )
+
+
 def main(args):
     run, out = args.run, args.out
     split, k = data.read_split(run, "train"), run_dir.count_members(run)
@@ -106,11 +114,7 @@ def main(args):
     if run_dir.unchanged(out, "weights", settings, inputs, [out / "weights.json"]):
         print(f"prune: {out} is up to date, skipped")
         return
-    if out.exists():
-        raise cli.InputError(
-            f"--out {out}: found, a new directory expected; "
-            "the pruned run is a run directory of its own"
-        )
+    must_be_new(out)
     stats, split = data.read_stats(run), data.counted_pairs(split)
     if split is None:
         raise cli.InputError(
@@ -120,6 +124,7 @@ def main(args):
     pruned, mse, facts = prune(split, rewards, alpha, args.beta, stats)
     entry = {"k": k, "alpha": pruned.tolist(), "fit": "fixed", "train_mse": mse, "kkt": None}
     with files.replacing(out) as partial:  # The run appears whole, so it is not entered as begun.
+        must_be_new(out)  # Another call may have made it since.
         started = time.time()
         copy_run(run, partial, out)
         files.write_json(partial / "weights.json", [entry])
@@ -132,12 +137,10 @@ def main(args):
     print(f"prune: {facts['guarantee']}\nprune: {out}")
 
 
-def above_two(text):
-    """argparse type: a number above two, of which theorem 3 leaves something."""
-    value = float(text)
-    if not 2 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} found, a number above 2 expected")
-    return value
+# Of two or less theorem 3 leaves nothing.
+above_two = cli.number_type(
+    "number above 2", cli.decimal, lambda v: 2 < v <= 1e6, "a number above 2, at most 10^6,"
+)
 
 
 def parse_args(argv=None):

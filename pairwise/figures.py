@@ -6,16 +6,27 @@ from metrics.json as evaluate.py wrote it: nothing is computed here but bins and
 
 import io
 import itertools
+import warnings
 
 from pairwise import files, theory
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 NARROW, WIDE = 3.4, 7.0  # One and two columns of a paper, in inches.
+# Of these fonts the first that is installed draws what matplotlib's own one lacks.
+CJK = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Droid Sans Fallback"),
+    *("PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS"),
+)
 STYLE = {
+    "font.family": [
+        "DejaVu Sans",
+        *[name for name in CJK if name in font_manager.get_font_names()][:1],
+    ],
     **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 8),
     **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 7),
     **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
@@ -66,8 +77,23 @@ def pretty(text):
     return text.replace("p_hat", "p̂").replace("C_hat", "Ĉ").replace("^2", "²").replace(" - ", " − ")
 
 
+def drawable(name):
+    """Shorten a name of the user's for a figure; characters that none can show are escapes.
+
+    Where it is drawn, parse_math=False keeps its dollars."""
+    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in name]
+    name = "".join(shown)
+    return name if len(name) <= 30 else f"{name[:29]}…"
+
+
 def save(fig, stem):
     """Write stem.png and stem.pdf; returns the figure as SVG, bytes. STYLE must be in force."""
+    with warnings.catch_warnings():  # A character that no font has is drawn as a box.
+        warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")
+        return _save(fig, stem)
+
+
+def _save(fig, stem):
     fig.draw_without_rendering()  # All three formats have the layout that is found here.
     fig.set_layout_engine("none")
     undated = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}

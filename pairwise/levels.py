@@ -13,7 +13,7 @@ leaves, the reward of a formula is
 
 import os
 
-from pairwise import cli, files
+from pairwise import cli, files, run_dir
 
 import numpy as np
 from scipy.special import expit
@@ -56,16 +56,41 @@ def _apply(entry, rewards):
 def read_members(run):
     """Return (source run, formulas) of a hardened run.
 
-    Raises InputError where members.json is not what harden.py writes, or its source is missing."""
+    Raises InputError where members.json is not what harden.py writes, or its source is missing, or
+    hardened itself."""
     path = run / "members.json"
+    run_dir.check(run, path)
     content = files.read_json(path, MEMBERS)
     source, formulas = run / content["source"], content["members"]
-    if not formulas or any(set(entry) != FORMULA.keys() for entry in formulas):
-        words = f"formulas of {', '.join(FORMULA)} expected; harden.py makes them"
-        raise cli.InputError(f"{path}: {words}")
-    if source.resolve() == run.resolve():
-        raise cli.InputError(f"{path}: source: the run itself found, another run expected")
     if not (source / "rewards").is_dir():
         words = "no run directory; the run whose rewards were hardened expected"
         raise cli.InputError(f"{path}: source {os.path.normpath(source)}: {words}")
+    if source.resolve() == run.resolve():
+        raise cli.InputError(f"{path}: source: the run itself found, another run expected")
+    if (kind := run_dir.kind_of(source)) in ("hardened", "pruned"):
+        words = f"a {kind} run found; the one that it was made from expected"
+        raise cli.InputError(f"{path}: source {os.path.normpath(source)}: {words}")
+    k, trained = run_dir.count_members(run), run_dir.count_members(source)
+    if len(formulas) != k:
+        raise cli.InputError(f"{path}: {len(formulas)} formulas found, one for each of {k} members")
+    for number, entry in enumerate(formulas):
+        if wrong := _wrong(entry, trained):
+            raise cli.InputError(f"{path}: members[{number}]: {wrong}; harden.py makes them")
     return source, formulas
+
+
+def _wrong(entry, trained):
+    """Return what is wrong with a formula over the rewards of `trained` members, else ""."""
+    if entry.keys() != FORMULA.keys():
+        return f"{', '.join(entry)} found, {', '.join(FORMULA)} expected"
+    for name in ("member", "taste"):
+        if entry[name] is not None and not 1 <= entry[name] <= trained:
+            return f"{name} {entry[name]} found, a number from 1 to {trained} expected"
+    for name in ("scale", "width", "offset", "taste_scale"):
+        if entry[name] is not None and not abs(entry[name]) <= 1e30:  # NaN is not.
+            return f"{name} {entry[name]} found, a finite number expected"
+    if entry["width"] is not None and entry["width"] <= 0:
+        return f"width {entry['width']} found, a number above 0 expected"
+    if entry["taste"] is not None and entry["taste_scale"] is None:
+        return "taste without taste_scale found"
+    return ""

@@ -130,6 +130,7 @@ def origin(stages):
         "seeds": distinct(settings, "seed"),
         "data_seeds": distinct([stages.get("data", {}).get("settings") or {}], "seed"),
         "settings": [f"{key} {text}" for key, text in others.items() if text],
+        "edited": sorted({path for stage in stages.values() for path in stage.get("edited", ())}),
         "dates": sorted(distinct(stages.values(), "date")),
         "commits": [x[:12] + "+" * x.endswith("+") for x in commits],
         "versions": [f"{name} {version}" for name, version in sorted(versions.items())],
@@ -193,7 +194,8 @@ def embed(fig, svg):
 
 
 def render(template, **values):
-    """The page that a template makes of values, as text. All values are escaped.
+    """The page that a template makes of values, as text. All values are escaped, for HTML and where
+    UTF-8 cannot hold them: what was typed on a command line may be any bytes.
 
     template: its path. It may extend "report.html.jinja", which lies beside this file: then it
     fills the block `body` with the macros defined there, and values must hold `title` and `images`,
@@ -209,7 +211,8 @@ def render(template, **values):
     )
     filters = (figures.num, figures.short, figures.pretty, interval, cells)
     environment.filters |= {function.__name__: function for function in filters}
-    return environment.get_template(Path(template).name).render(values)
+    page = environment.get_template(Path(template).name).render(values)
+    return page.encode("utf-8", "backslashreplace").decode()
 
 
 def write(out, metrics, weights, manifest, logs, p, p_hat):

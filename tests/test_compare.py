@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import evaluate
-from pairwise import metrics
+from pairwise import metrics, run_dir
 from pairwise.cli import InputError
 from pairwise.data import write_split
 
@@ -53,6 +53,7 @@ def evaluate_weights(run, fixed):
                 ]
             )
         )
+        run_dir.accept_edited(run)
     else:
         fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
 
@@ -180,10 +181,47 @@ def test_what_is_written_and_printed(runs, tmp_path, capsys):
     assert files_of(tmp_path / "out") == before
 
 
+def test_names_are_text_in_the_figure_and_on_the_page(runs, tmp_path, monkeypatch, recwarn):
+    """A run may be called anything: _x, which matplotlib hides, $ for its mathematics, tags."""
+    names = ["_x", "a$\\frac$", "$5", "<script>", "日本", "b\n"]
+    saved, save = [], compare.figures.save
+    monkeypatch.setattr(compare.figures, "save", lambda *to: saved.append(to[0]) or save(*to))
+    for name in names:
+        shutil.copytree(runs / "first", tmp_path / name)
+    words = [str(tmp_path / name) for name in names]
+    compared(tmp_path / "out", *words)
+    (fig,) = saved
+    drawn = [*names[:5], "b\\n"]
+    (legend,) = fig.legends
+    assert [text.get_text() for text in legend.get_texts()][:6] == drawn
+    labels = [text.get_text() for text in fig.axes[1].get_yticklabels()]
+    assert labels[0] == f"{drawn[0]} − {drawn[1]}" and labels[-1] == f"{drawn[4]} − {drawn[5]}"
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "&lt;script&gt;" in page and "<script" not in page
+    assert compare.figures.drawable("\udcff") == "\\udcff"
+    assert not [str(warning.message) for warning in recwarn if "lyph" in str(warning.message)]
+
+
+@pytest.mark.parametrize("words", [["a,", "b"], ["a", ",b"], ["a,,c", "b"], ["", "b"]])
+def test_a_comma_without_a_run_is_one_line(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="a run expected on both sides of a comma") as error:
+        compare.named_settings(words)
+    assert "\n" not in str(error.value)
+
+
+def test_resamples_that_no_memory_holds_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        compare.parse_args(["a", "b", "--out", "o", "--resamples", "1000001"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "from 1 to 10^6" in line
+
+
 def rewritten(run, change):
     path = run / "data" / "test.parquet"
     rows = pq.read_table(path).to_pylist()
     write_split(path, change(rows) or rows)
+    run_dir.accept_edited(run)
 
 
 def more_votes(rows):
@@ -228,6 +266,7 @@ def swap(rows):
 def test_runs_on_other_test_data_are_refused(runs, tmp_path, change, message):
     other = Path(shutil.copytree(runs / "first", tmp_path / "other"))
     change(other)
+    run_dir.accept_edited(other)
     with pytest.raises(InputError, match=message) as error:
         compared(tmp_path / "out", runs / "seed_1", other)
     assert (
@@ -243,6 +282,7 @@ def test_fewer_prompts_are_refused(runs, tmp_path):
     write_split(other / "data" / "test.parquet", rows[:-1])
     for path in (other / "rewards").glob("*_test.npy"):
         np.save(path, np.load(path)[: -len(rows[-1]["responses"])])
+    run_dir.accept_edited(other)
     with pytest.raises(InputError, match=f"{len(rows) - 1} prompts found, {len(rows)} expected"):
         compared(tmp_path / "out", runs / "seed_1", other)
 

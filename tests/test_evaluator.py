@@ -52,6 +52,14 @@ VALUES = np.array(
 )  # +-1e-45: denormal
 
 
+def in_a_process(code):
+    """Run Python code that may crash, with this session's path; return what it printed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, (done.returncode, done.stderr.decode()[-2000:])
+    return done.stdout.decode()
+
+
 def draw_pairs(seed):
     """Arguments of pair_statistics with many ties, prompts without pairs, and empty cases."""
     rng = np.random.default_rng(seed)
@@ -198,11 +206,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 evaluator.pair_statistics(rewards, a, b, p, np.array([0, n]), threads=2)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < 4_000  # kB
+    assert int(in_a_process(code)) < 4_000  # kB
 
 
 def test_metrics_from_the_sums():
@@ -685,6 +689,85 @@ def test_random_malformed_calls_raise_or_return():
             want = brute_statistics(**arguments)
             assert all(np.array_equal(result[name], want[name]) for name in want)
     assert raised > 10_000 * SHARE
+
+
+def test_arguments_that_other_threads_change():
+    """Either an error or a result: an index is used as it was when it was checked."""
+    code = """
+import sys, threading
+import numpy as np
+from pairwise import evaluator
+sys.setswitchinterval(1e-5)
+n, k = 5000, 4
+rewards = np.random.default_rng(0).normal(size=(k, n)).astype(np.float32)
+a, b, p = np.arange(n), np.arange(n)[::-1].copy(), np.full(n, 0.3)
+start, scores = np.arange(0, n + 1, 10), rewards.reshape(k, 50, 100).copy()
+changes = (a, 2**40, 7), (b, -(2**40), 7), (start, 2**40, n), (p, 2.0, 0.5), (scores, np.nan, 1)
+stopped = False
+
+def scribble(array, wrong, right):
+    at = len(array) // 2
+    while not stopped:
+        array[at:] = wrong
+        array[at:] = right
+
+kept, same = start.copy(), np.arange(n)
+threads = [threading.Thread(target=scribble, args=change) for change in changes]
+for thread in threads:
+    thread.start()
+errors, results = 0, 0
+for call in range(200):
+    for function, arguments in (
+        (evaluator.votes, (rewards, a, b)),
+        (evaluator.pair_statistics, (rewards, a, b, p, kept)),
+        (evaluator.pair_statistics, (rewards, same, same, same / n, start)),
+        (evaluator.kendall_tau, (scores,)),
+    ):
+        try:
+            function(*arguments)
+            results += 1
+        except ValueError:
+            errors += 1
+stopped = True
+print(errors, results)
+"""
+    errors, results = map(int, in_a_process(code).split())
+    assert errors and errors + results == 800
+
+
+@pytest.mark.skipif(SHARE < 1, reason="torch is not imported under the sanitizers")
+def test_comparisons_where_denormals_are_flushed():
+    """torch.set_flush_denormal makes denormals zero, and their differences, in every thread."""
+    import torch
+
+    rng, tiny = np.random.default_rng(0), np.finfo(np.float32).tiny
+    for dtype, least in ((np.float32, 2**-149), (np.float64, 2**-1074)):
+        values = np.array([0.0, -0.0, least, -least, 3 * least, tiny, np.nextafter(tiny, dtype(1))])
+        rewards = rng.choice(values.astype(dtype), (4, 3, 100))
+        ranks = np.unique(rewards, return_inverse=True)[1].reshape(rewards.shape).astype(np.float64)
+        a, b = rng.integers(0, 300, (2, 40_000))
+        p, start = rng.integers(0, 9, len(a)) / 8, np.array([0, 20_000, 20_003, 40_000])
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this CPU does not flush denormals")
+        try:
+            assert not np.float64(2**-1074) > 0  # It does.
+            got, want = (evaluator.votes(x.reshape(4, -1), a, b) for x in (rewards, ranks))
+            assert np.array_equal(got, want)
+            for path in PATHS:
+                got, want = (
+                    evaluator.pair_statistics(x.reshape(4, -1), a, b, p, start, path, 2)
+                    for x in (rewards, ranks)
+                )
+                assert all(np.array_equal(got[name], want[name]) for name in got), path
+                got, want = (evaluator.kendall_tau(x, path, 2) for x in (rewards, ranks))
+                assert np.array_equal(got, want), path
+            with pytest.raises(ValueError, match=r"^p must be in \[0, 1\], but p\[0\] is -"):
+                evaluator.pair_statistics(
+                    ranks.reshape(4, -1), a[:1], b[:1], np.array([-(2**-1074)]), np.array([0, 1])
+                )
+            assert not np.float64(2**-1074) > 0  # The mode of this thread is as it was.
+        finally:
+            torch.set_flush_denormal(False)
 
 
 def test_arguments_are_neither_copied_nor_changed():

@@ -5,13 +5,14 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import evaluate
 import score
-from pairwise import soft_model, weights
+from pairwise import run_dir, soft_model, weights
 from pairwise.cli import InputError
 from pairwise.data import Split, read_split
-from pairwise.levels import formula, hardened
+from pairwise.levels import formula, hardened, read_members
 
 import harden
 import numpy as np
@@ -171,6 +172,25 @@ def test_pick_beats_chance_and_keeps_to_the_simplex():
     assert error <= np.quantile(others, 0.01)
 
 
+def test_refitted_weights_are_those_of_simplex_weights():
+    """From any weights, where some formulas are copies or opposites of others, and many in time."""
+    rng = np.random.default_rng(0)
+    for case in range(100):
+        n, m = rng.integers(1, 30), rng.integers(1, 60)
+        votes = rng.integers(0, 3, (n, m))[rng.integers(0, n, n)] / 2
+        votes[rng.random(n) < 0.2] = 1 - votes[0]
+        errors = votes - (votes[0] if case % 5 == 0 else rng.random(m))
+        q, start = errors @ errors.T / m, np.eye(n)[rng.integers(n)]
+        found, best = harden.refitted(q, start), weights.simplex_weights(q)
+        assert (found >= 0).all() and abs(found.sum() - 1) < 1e-12
+        assert found @ q @ found <= best @ q @ best + 1e-10
+    votes = (rng.random((400, 500)) < 0.5) - rng.random(500)
+    q, started = votes @ votes.T / 500, time.perf_counter()
+    chosen, alpha = harden.pick(q, 99)
+    assert time.perf_counter() - started < 20 and len(set(chosen)) == 99
+    assert weights.kkt_residual(q[np.ix_(chosen, chosen)], alpha) < 1e-9
+
+
 @pytest.mark.parametrize("k", [4, 8, 9])
 def test_fitted_layout_follows_the_soft_model_better(k):
     split, rewards = simulated(heads=2)
@@ -301,6 +321,52 @@ def test_refused(full_run, tmp_path):
     for out in (full_run, tmp_path / "mine"):
         with pytest.raises(InputError, match="one of its own expected"):
             make(full_run, out)
+
+
+def test_formulas_that_harden_does_not_make(full_run, tmp_path):
+    run = shutil.copytree(full_run, tmp_path / "run")
+    out = make(run, tmp_path / "hard", "--k", "2")
+    path = out / "members.json"
+    text, manifest = path.read_text(), (out / "manifest.json").read_text()
+    whole = json.loads(text)
+    assert read_members(out) == (out / "../run", whole["members"])
+    levelled = whole["members"][0] | {"width": 1.0}
+
+    def refused(content, words):
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(InputError, match="edited or damaged"):
+            read_members(out)
+        run_dir.accept_edited(out)
+        with pytest.raises(InputError, match=words) as error:
+            read_members(out)
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+    for change, words in [
+        ({"member": 3}, "member 3 found, a number from 1 to 2"),
+        ({"member": 0}, "member 0 found"),
+        ({"member": -1}, "member -1 found"),
+        ({"taste": 99, "taste_scale": 1.0}, "taste 99 found"),
+        ({"taste": 1, "taste_scale": None}, "taste without taste_scale"),
+        ({"scale": float("nan")}, "scale nan found, a finite number"),
+        ({"offset": float("inf")}, "offset inf found"),
+        ({"width": 0}, "width 0 found, a number above 0"),
+        ({"scale": 10**400}, "scale 1000.* found, a finite number"),
+        ({"more": 1}, "more found, member, scale"),
+        ({"member": "1"}, "member: text found"),
+    ]:
+        refused(whole | {"members": [levelled | change, levelled]}, words)
+    refused(whole | {"members": [levelled]}, "1 formulas found, one for each of 2 members")
+    for content in ("[]", "3", "{", "", json.dumps({"source": 1, "members": []})):
+        refused(content, str(path))
+    for source in ("gone", "a\0b", str(path)):
+        refused(whole | {"source": source}, "no run directory")
+    refused(whole | {"source": "."}, "the run itself found")
+    back = shutil.copytree(out, tmp_path / "back")  # Each is made from the other.
+    (back / "members.json").write_text(json.dumps(whole | {"source": "../hard"}))
+    refused(whole | {"source": "../back"}, "a hardened run found")
+    path.write_text(text)
+    (out / "manifest.json").write_text(manifest)
+    assert read_members(out)[1] == whole["members"]
 
 
 def test_without_torch():

@@ -1,15 +1,27 @@
-"""A member's preference pairs for DPO: what is chosen, and the form that TRL reads."""
+"""A member's preference pairs for DPO: what is chosen, and the form that TRL reads; and that no
+script writes over the files of a run."""
 
+import argparse
+import importlib.util
 import json
+import sys
 
 from pairwise.cli import InputError
-from pairwise.run_dir import read_continuations
+from pairwise.run_dir import output, read_continuations
 
 import numpy as np
 import pytest
-from conftest import fresh, rewards, script
+from conftest import REPOSITORY, fresh, rewards, script
 
-policy_pairs = script("policy_pairs")
+export_pairs, policy_pairs = script("export_pairs"), script("policy_pairs")
+
+
+def module_at(path):
+    """A script as a module; path: from the repository's root."""
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), REPOSITORY / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def export(run, *flags):
@@ -63,3 +75,74 @@ def test_bad_input_of_policy_pairs(full_run, data, tmp_path):
     with pytest.raises(InputError, match="continuations.parquet: no such file"):
         export(fresh(data, tmp_path), "--member", 1, "--out", tmp_path / "x.jsonl")
     assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_no_output_is_a_file_of_a_run(data, tmp_path, monkeypatch):
+    """By its path as it is typed, and by where links lead."""
+    run = fresh(data, tmp_path)
+    (tmp_path / "link").symlink_to(run)
+    (tmp_path / "new.parquet").symlink_to(run / "data" / "valid.parquet")
+    (tmp_path / "bare" / "data").mkdir(parents=True)
+    (tmp_path / "bare" / "rewards").mkdir()
+    monkeypatch.chdir(run / "data")
+    for path in (
+        *("test.parquet", "../weights.json", "new/deep.jsonl", "../../run/rewards/x.npy"),
+        *(run / "manifest.json", run / "base", run / "member_01" / "x", run / "x/../metrics.json"),
+        *(tmp_path / "link" / "data" / "x.jsonl", tmp_path / "link" / "report.html"),
+        *(tmp_path / "new.parquet", tmp_path / "bare" / "weights.json"),
+        *(tmp_path / "link" / ".lock", run / "checkpoint_01", run / "data"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match="is a run directory, whose own"):
+            output(str(path))
+    for path in (run / "pairs.jsonl", run / "dpo" / "data", tmp_path / "data" / "x.jsonl", "../a"):
+        assert str(output(str(path))) == str(path)
+    with pytest.raises(argparse.ArgumentTypeError, match="an empty word"):
+        output("")
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("extras/export_pairs", ["--run", "r", "--out"]),
+        ("extras/policy_pairs", ["--run", "r", "--member", "1", "--out"]),
+        ("extras/harden", ["--run", "r", "--out"]),
+        ("extras/prune", ["--run", "r", "--beta", "3", "--out"]),
+        ("extras/compare", ["r", "s", "--out"]),
+        ("experiments/variants", ["--run", "r", "--out"]),
+        ("experiments/steps", ["--run", "r", "--out"]),
+        ("experiments/policies", ["--run", "r", "--out"]),
+        ("benchmarks/training", ["--json"]),
+    ],
+)
+def test_every_script_refuses_a_file_of_a_run(name, flags, data, tmp_path, capsys):
+    module = module_at(f"{name}.py")
+    path = fresh(data, tmp_path) / "data" / "test.parquet"
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        module.parse_args([*flags, str(path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "whose own data this is" in line
+    assert path.read_bytes() == before
+
+
+def test_help_without_the_packages_of_the_benchmarks(monkeypatch, capsys):
+    for name in ("OPENBLAS", "MKL", "OMP"):  # They are set by it, and here restored.
+        monkeypatch.setenv(f"{name}_NUM_THREADS", "1")
+    for name in ("hyper_corr", "numba", "pandas"):
+        monkeypatch.setitem(sys.modules, name, None)
+    benchmark = module_at("benchmarks/evaluator.py")
+    with pytest.raises(SystemExit) as stop:
+        benchmark.parse_args(["--help"])
+    assert stop.value.code == 0 and "--only" in capsys.readouterr().out
+    with pytest.raises(InputError, match="is missing; pip install -r"):
+        benchmark.main(benchmark.parse_args([]))
+
+
+def test_the_same_export_again(data, tmp_path):
+    run = fresh(data, tmp_path)
+    for path in (run / "pairs.jsonl", tmp_path / "pairs.parquet"):
+        words = ["--run", str(run), "--out", str(path)]
+        export_pairs.main(export_pairs.parse_args(words))
+        before = path.read_bytes()
+        export_pairs.main(export_pairs.parse_args(words))
+        assert before == path.read_bytes()

@@ -188,7 +188,8 @@ def test_manifest_tells_how_the_run_came_about(tmp_path, unsaved):
         "data": {"settings": {"seed": 7}, "date": "2020-01-01", "seconds": 1.5},
         "member_01": stage | {"git_commit": "0123456789abcdef+", "date": "2020-01-02"},
         "member_02": stage | {"versions": {"numpy": "2.0", "python": "3.11"}},
-        "weights": {"pruned": removal},
+        "weights": {"pruned": removal, "edited": ["weights.json", "rewards/01_test.npy"]},
+        "evaluate": {"command": "python evaluate.py --run r\udcff"},
     }
     weights = json.loads((run / "weights.json").read_text())
     p = np.array([0.5, 1.0])
@@ -206,6 +207,8 @@ def test_manifest_tells_how_the_run_came_about(tmp_path, unsaved):
     assert facts["Versions"] == "numpy 2.0, python 3.11"
     pruned = "β = 3, removed: 2, of weight .25; on train prompts at most .3"
     assert " ".join(facts["Pruned"].split()) == pruned
+    assert facts["Edited by hand"] == "rewards/01_test.npy, weights.json"
+    assert r"python evaluate.py --run r\udcff" in page.text  # UTF-8 cannot hold such a byte.
     assert ["data", "1.5", "–", "–", "2020-01-01"] in page.tables[-1]
     assert not (run / "figures" / "training.png").exists()  # The logs are gone, so is the figure.
 

@@ -4,6 +4,7 @@ the plurality gain where there are viewpoints and where there are none."""
 import csv
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -12,11 +13,16 @@ import torch
 from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "experiments"))
+from pairwise import run_dir
 from pairwise.cli import InputError
 from pairwise.data import SPLITS, read_split
 
+import harden
 import plurality
+import policy_pairs
 import populations
+import prune
+import steerable
 import variants
 
 
@@ -174,3 +180,54 @@ def test_without_validation_prompts_and_csv(runs, tmp_path, capsys):
     (run / "features" / "test.npy").unlink()
     with pytest.raises(InputError, match="train_rm.py --train head"):
         variants.main(variants.parse_args(["--run", str(run)]))
+
+
+def test_features_that_do_not_fit_are_one_line(runs, tmp_path):
+    run = shutil.copytree(runs["camps"], tmp_path / "run")
+    path = run / "features" / "test.npy"
+    whole = np.load(path)
+    for array, words in (
+        (whole[:-1], "floats \\(600, d\\) expected"),
+        (whole[0], "floats"),
+        (whole.astype(int), "int64"),
+        (whole[:, 1:], "7, 8 features found"),
+        (np.where(whole == whole[3, 2], np.nan, whole), "not finite"),
+    ):
+        np.save(path, array)
+        with pytest.raises(InputError, match="edited or damaged"):
+            plurality.read_run(run, 0)
+        run_dir.accept_edited(run)
+        with pytest.raises(InputError, match=words) as error:
+            plurality.read_run(run, 0)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (populations, ["--population", "camps", "--responses", "1"]),
+        (populations, ["--population", "camps", "--votes", "1"]),
+        (populations, ["--population", "camps", "--voters", "999999999"]),
+        (variants, ["--folds", "2"]),
+        (variants, ["--folds", "1_0"]),
+        (variants, ["--k", "0"]),
+        (variants, ["--k", "100"]),
+        (steerable, ["--trials", "999999999"]),
+        (prune, ["--out", "o", "--beta", "1e300"]),
+        (prune, ["--out", "o", "--beta", "inf"]),
+        (harden, ["--out", "o", "--k", "0"]),
+        (harden, ["--out", "o", "--k", "999999999999"]),
+        (policy_pairs, ["--out", "o", "--member", "1000000000"]),
+    ],
+)
+def test_numbers_out_of_range_are_one_line(script, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(["--run", "r", *flags])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and flags[-2] in line
+
+
+def test_more_comparisons_than_pairs(full_run):
+    flags = ["--run", str(full_run), "--comparisons", "9999"]
+    with pytest.raises(InputError, match="fewer than the .* test pairs expected"):
+        steerable.main(steerable.parse_args(flags))
