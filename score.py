@@ -17,7 +17,7 @@ import csv
 import io
 import json
 
-from pairwise import cli, files, members, rows, run_dir, stages, weights
+from pairwise import cli, files, members, rows, run_dir, weights
 
 import numpy as np
 import torch
@@ -96,7 +96,6 @@ def main(args):
         raise cli.InputError(f"--out {out}: {wrong} found, another file expected")
     alpha, settings = members.open_run(args)
     rewards = members.rewards_of_run(args.run, settings, questions, args)
-    stages.check_finite({args.file.name: rewards}, args.run, advice="")
     scored = answers(questions, rewards, alpha)
     with (
         files.replacing(out) as partial,

@@ -21,7 +21,6 @@ from pairwise import cli, data, files, provenance, reward_model, rows, run_dir, 
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 
@@ -53,7 +52,7 @@ def answer(args, model, tokenizer, prompt, number, longest):
 
 def write_table(path, answered):
     """Write rows, dicts of the columns, as Parquet."""
-    pq.write_table(pa.Table.from_pylist(answered), path, compression="zstd")
+    files.write_parquet(path, pa.Table.from_pylist(answered))
 
 
 def main(args):

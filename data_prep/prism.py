@@ -20,7 +20,6 @@ from pairwise.prepare import published
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 TYPES = ("unguided", "values guided", "controversy guided")
 DATA = published.Published(
@@ -88,7 +87,7 @@ def main(args):
     prompt_rows = [candidates[i] for i in sorted(order)]
     started = run_dir.begin_stage(run, "prompts", settings, inputs)
     with files.replacing(path) as partial:
-        pq.write_table(pa.Table.from_pylist(prompt_rows), partial, compression="zstd")
+        files.write_parquet(partial, pa.Table.from_pylist(prompt_rows))
     run_dir.end_stage(run, "prompts", settings, inputs, started, source=source.facts)
     counts = f"{len(prompt_rows)} of {len(ids):,}"
     print(f"prompts: {counts} English prompts on values or a controversy")

@@ -17,7 +17,6 @@ from pairwise import cli, data, figures, files, metrics, report, run_dir
 
 import matplotlib
 import numpy as np
-import pyarrow.parquet as pq
 from matplotlib.ticker import MaxNLocator
 
 # All settings share the other reference lines.
@@ -71,7 +70,7 @@ def must_share_test_data(first, second):
     """
     refusal = f"{second}: not to be compared with {first}, its test data are others"
     paths = [run / "data" / "test.parquet" for run in (first, second)]
-    expected, given = (pq.read_table(path).to_pylist() for path in paths)
+    expected, given = (files.read_parquet(path).to_pylist() for path in paths)
     for number, (row, other) in enumerate(zip(expected, given), 1):
         names = [name for name in row | other if name != "categories"]
         if differing := [name for name in names if row.get(name) != other.get(name)]:

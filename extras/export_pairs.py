@@ -15,7 +15,6 @@ from pairwise import cli, data, files, run_dir
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 
 def alternating_turns(messages):
@@ -61,7 +60,7 @@ def main(args):
         raise cli.InputError(f"{args.run}: {no_majority}, none can be exported")
     with files.replacing(args.out) as partial:
         if args.out.suffix == ".parquet":
-            pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
+            files.write_parquet(partial, pa.Table.from_pylist(rows))
         else:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             partial.write_text("".join(lines), encoding="utf-8")

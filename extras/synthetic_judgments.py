@@ -18,7 +18,6 @@ from pairwise import cli, data, files, provenance, reward_model, run_dir, sampli
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 QUESTION = """Two answers to the same message follow the conversation below. Say which one most \
@@ -97,14 +96,14 @@ def write_judgments(path, table, counts):
         table = table.drop_columns("judgments")
     table = table.append_column("judgments", pa.array(counts, data.JUDGMENTS))
     with files.replacing(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
+        files.write_parquet(partial, table)
 
 
 def main(args):
     run, path = args.run, args.run / "data" / "train.parquet"
     if not path.is_file():
         raise cli.InputError(f"{path}: no such file; data_prep/ makes it")
-    table, out = pq.read_table(path), run / "judgments.jsonl"
+    table, out = files.read_parquet(path), run / "judgments.jsonl"
     rows = table.to_pylist()
     flags = ("count", "top_p", "temperature", "max_tokens", "seed")
     settings = {flag: getattr(args, flag) for flag in flags}

@@ -114,7 +114,7 @@ def remembered_rows(path, key, count, make, label, write=files.write_lines):
     if memory.exists():
         first, *rows = readable_lines(memory) or [None]
         rows = rows[:count] if first == key else []
-    with files.replacing(memory) as partial:
+    with files.replacing(memory, hashed=False) as partial:
         files.write_lines(partial, [key, *rows])
     progress = tqdm(initial=len(rows), total=count, desc=label, unit="prompt", leave=False)
     with progress, open(memory, "a", encoding="utf-8") as file:
