@@ -185,7 +185,8 @@ def main(args):
         result = compute(run, stored, args)
         files.write_json(out / "metrics.json", result)
         test, alpha = stored.splits["test"], np.array(stored.prefixes[-1]["alpha"])
-        p_hat = alpha @ evaluator.votes(stored.rewards["test"], test.a, test.b) / 2
+        votes = evaluator.votes(stored.rewards["test"], test.a, test.b) / 2
+        p_hat = weights.p_hat_of(alpha, votes)
         manifest = {"stages": run_dir.stages(run)}
         logs = read_logs(run, result["k"])
         report.write(out, result, stored.prefixes, manifest, logs, test.p, p_hat)

@@ -98,7 +98,8 @@ expect "$GPUS" '[1-9][0-9]*' "--gpus '$GPUS'" "a number of at least 1"
 expect "$STOP" '|--early-stop(=[1-9][0-9]*)?' "$STOP" "--early-stop or --early-stop=N, N > 0,"
 [[ $GPUS = 1 || $HEAD = 0 ]] || fail "--gpus is for all parameters; --train head runs on one"
 [[ $JOINT = 0 || $GPUS$STOP = 1 ]] || fail "--joint runs on one GPU, and without --early-stop"
-[[ $DATASET = demo || ! -f $DATASET || $DATASET = */* ]] || DATASET=./$DATASET # whatever its ending
+[[ $DATASET = demo || $DATASET = */* || ! -f $DATASET && $DATASET != -* ]] ||
+    DATASET=./$DATASET # whatever its ending and its first letter
 case $DATASET in
     demo) # its base is tiny: one thread is enough, and the tail of what it says is noise
         MODEL=(--threads "${THREADS:-1}" "${MODEL[@]}") VALID=${VALID:-0.1}

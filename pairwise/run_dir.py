@@ -235,6 +235,8 @@ CONTRACT = re.compile(
 def output(text):
     """argparse type: a path to write to, none of those that a run directory consists of."""
     path = cli.path(text)
+    if len(os.fsencode(path.name)) > 240:  # It is written under a longer name first.
+        raise argparse.ArgumentTypeError(f"{text}: a name of at most 240 bytes expected")
     for place in {Path(os.path.abspath(path)), path.resolve()}:
         for run in place.parents:
             first = place.relative_to(run).parts[0]
