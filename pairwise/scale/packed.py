@@ -11,6 +11,7 @@ other arguments.
 """
 
 import inspect
+import sys
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
 
@@ -335,7 +336,7 @@ def prepare(model):
     """Make the base of a transformers model run packed rows. Return how, "varlen" or "segments".
 
     Return None where its hidden states, packed, are not those of one sequence at a time: then it
-    is as it was, to be padded, and the reason is printed. Three short sequences are tried, two
+    is as it was, to be padded, and stderr has the reason. Three short sequences are tried, two
     with one beginning; sliding windows, which are longer, are compared with the configuration."""
     base, device = model.base_model, next(model.parameters()).device
     config, before = model.config.get_text_config(), model.config._attn_implementation
@@ -369,7 +370,8 @@ def prepare(model):
             model.config._attn_implementation = before
             if hook is not None:
                 hook.remove()
-    print(f"{type(model).__name__}: sequences are padded, not packed ({reason})")
+    words = f"{type(model).__name__}: sequences are padded, not packed ({reason})"
+    print(words, file=sys.stderr)  # Standard output may be JSON.
     return None
 
 
