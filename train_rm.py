@@ -11,7 +11,7 @@ GPUs: torchrun --standalone --nproc-per-node N -- train_rm.py --run .. (-- keeps
 
 import time
 
-from pairwise import cli, data, files, members, provenance, run_dir, stages, training
+from pairwise import cli, data, files, members, pretrained, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale import adapter, parallel
 from pairwise.scale.checkpoint import Checkpoints
@@ -20,7 +20,6 @@ from pairwise.scale.offload import MAX_PRECONDITION_DIM, names_memory_flags
 import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
-from transformers import AutoConfig
 
 # ---- the method: to add a target or a loss, write a function and name it in the table
 
@@ -139,9 +138,7 @@ def train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, lo
     task = (train, encoded["train"], targets, loss, keep, np.random.default_rng(order_seed), log)
     if args.train == "head":
         weight = torch.nn.Parameter(torch.empty(1, encoded["train"].shape[1], device=args.device))
-        rm.draw_head(
-            weight, AutoConfig.from_pretrained(args.base, trust_remote_code=False), head_seed
-        )
+        rm.draw_head(weight, pretrained.config(args.base), head_seed)
         training.train_head(args, weight, *task)
         return weight
     member = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)

@@ -17,7 +17,7 @@ trained, and give run_all.sh --continuations 0. A killed call goes on with the p
 at.
 """
 
-from pairwise import cli, data, files, provenance, reward_model, rows, run_dir, sampling
+from pairwise import cli, data, files, pretrained, provenance, reward_model, rows, run_dir, sampling
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +46,8 @@ def answer(args, model, tokenizer, prompt, number, longest):
     """
     torch.manual_seed(int(np.random.SeedSequence([args.seed, number]).generate_state(1)[0]))
     nucleus = (args.temperature, args.top_p, longest)
-    texts, logprob = sampling.sample(model, tokenizer, prompt, args.count, *nucleus)
+    with pretrained.readable(f"--base {args.base}: no answer could be sampled"):
+        texts, logprob = sampling.sample(model, tokenizer, prompt, args.count, *nucleus)
     return {"texts": texts, "logprob": logprob}
 
 
@@ -82,6 +83,7 @@ def main(args):
         sampling.room(model, ids, args.max_tokens, f"prompt {prompt_id[number]}")
         for number, ids in zip(drawn, encoded)
     ]
+    reward_model.check_tokens(model, encoded)
     started = run_dir.begin_stage(run, "continuations", settings, inputs)
 
     def row_of(i):

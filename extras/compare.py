@@ -320,18 +320,12 @@ def main(args):
     print(f"comparison: {page}")
 
 
-# Of each resample all prompts' counts are kept at once.
-resamples = cli.number_type(
-    "resamples", cli.integer, lambda v: 1 <= v <= 10**6, "an integer from 1 to 10^6"
-)
-
-
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN,RUN", help="a setting: its runs, joined by commas")
     add("--out", type=run_dir.output, required=True, help="directory for what is written")
-    add("--resamples", type=resamples, default=10000, help="bootstrap resamples over prompts")
+    add("--resamples", type=cli.resamples, default=10000, help="bootstrap resamples over prompts")
     add("--seed", type=cli.seed, default=0, help="seed of the bootstrap")
     return parser.parse_args(argv)
 

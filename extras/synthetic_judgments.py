@@ -101,8 +101,7 @@ def write_judgments(path, table, counts):
 
 def main(args):
     run, path = args.run, args.run / "data" / "train.parquet"
-    if not path.is_file():
-        raise cli.InputError(f"{path}: no such file; data_prep/ makes it")
+    data.read_split(run, "train")  # It says what is wrong with the file.
     table, out = files.read_parquet(path), run / "judgments.jsonl"
     rows = table.to_pylist()
     flags = ("count", "top_p", "temperature", "max_tokens", "seed")

@@ -29,6 +29,12 @@ def reason(error):
     return getattr(error, "strerror", None) or first_line(error)
 
 
+def lacks_memory(error):
+    """Tell whether an exception says that memory ran out: torch's are RuntimeErrors."""
+    words = "not enough memory|can't allocate memory|out of memory"
+    return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
+
+
 # ---- arguments
 
 
@@ -160,8 +166,10 @@ def run_main(main, args):
         message = str(error)
     except OSError as error:
         message = ": ".join(str(word) for word in (error.filename, reason(error)) if word)
-    except MemoryError as error:
-        message = f"not enough memory ({first_line(error)})"
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        message = f"not enough memory ({first_line(error)[:150]})"
     try:
         sys.stdout.flush()
     except OSError:  # It cannot be written, which Python would say once more when it ends.

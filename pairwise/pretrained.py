@@ -15,12 +15,6 @@ from transformers.utils import find_adapter_config_file
 BUFFERS = re.compile(r"rotary_emb|inv_freq|(attn|attention)\.(masked_)?bias$")
 
 
-def lacks_memory(error):
-    """Tell whether an exception says that memory ran out: torch's are RuntimeErrors."""
-    words = "not enough memory|can't allocate memory|out of memory"
-    return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
-
-
 @contextlib.contextmanager
 def readable(subject):
     """Make whatever a library raises inside an InputError that begins with `subject`.
@@ -33,7 +27,7 @@ def readable(subject):
         raise
     except Exception as error:
         reason = cli.first_line(error)
-        if lacks_memory(error):
+        if cli.lacks_memory(error):
             raise MemoryError(reason) from None
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which is never run"

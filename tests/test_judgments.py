@@ -130,6 +130,10 @@ def test_a_kill_loses_at_most_one_prompt(data, base, tmp_path, monkeypatch):
 
 def test_not_after_training_and_not_by_odd_counts(data, base, tmp_path, capsys):
     run = fresh(data, tmp_path)
+    broken = fresh(data, tmp_path, "broken")
+    (broken / "data" / "train.parquet").write_text("x")
+    with pytest.raises(InputError, match="train.parquet: "):
+        judge(broken, base)
     train(run, base, "--train", "head")
     with pytest.raises(InputError, match="features was made from it already; judgments come first"):
         judge(run, base)

@@ -125,6 +125,22 @@ def test_every_script_refuses_a_file_of_a_run(name, flags, data, tmp_path, capsy
     assert path.read_bytes() == before
 
 
+def test_a_run_that_another_call_has_pruned_meanwhile(full_run, tmp_path, monkeypatch):
+    prune, out = script("prune"), tmp_path / "out"
+    computed = prune.prune
+
+    def slowly(*arguments):
+        out.mkdir()
+        (out / "weights.json").write_text("theirs")
+        return computed(*arguments)
+
+    monkeypatch.setattr(prune, "prune", slowly)
+    with pytest.raises(InputError, match="found, a new directory expected"):
+        prune.main(prune.parse_args(["--run", str(full_run), "--beta", "3", "--out", str(out)]))
+    assert (out / "weights.json").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_help_without_the_packages_of_the_benchmarks(monkeypatch, capsys):
     for name in ("OPENBLAS", "MKL", "OMP"):  # They are set by it, and here restored.
         monkeypatch.setenv(f"{name}_NUM_THREADS", "1")

@@ -14,7 +14,6 @@ import functools
 import json
 import math
 import os
-import re
 
 from pairwise import cli
 from pairwise.scale import parallel
@@ -383,11 +382,8 @@ def names_memory_flags(main):
     def wrapped(args):
         try:
             return main(args)
-        # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU's allocator raises.
         except (MemoryError, RuntimeError) as error:
-            words = "not enough memory|can't allocate memory|out of memory"
-            out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if not out_of_memory and not re.search(words, str(error)):
+            if not cli.lacks_memory(error):
                 raise
             gb = args.optimizer_memory_gb
             gb = "as much as was free" if gb is None else f"{gb:g}"
