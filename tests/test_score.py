@@ -323,11 +323,12 @@ def test_other_columns_are_named_once(full_run, tmp_path, capsys):
 
 def test_rewards_that_are_not_finite(full_run, tmp_path, monkeypatch, capsys):
     given = np.array([[1, np.nan], [0, 1]], np.float32)
-    monkeypatch.setattr(score.members, "rewards_of_run", lambda *args: given)
+    kind = score.members.KINDS["full"]._replace(score=lambda *args: given)
+    monkeypatch.setitem(score.members.KINDS, "full", kind)
     path = write(tmp_path / "mine.jsonl", [{"prompt": "how ?", "responses": ["a", "b"]}])
     with pytest.raises(SystemExit):
         cli.run_main(score.main, score.parse_args([str(path), "--run", str(full_run), *FLAGS]))
-    assert capsys.readouterr().err.endswith("rewards of mine.jsonl are not finite\n")
+    assert capsys.readouterr().err.endswith("member 1: its rewards are not finite\n")
 
 
 def test_csv_in(full_run, test_split, tmp_path):

@@ -127,8 +127,8 @@ class Checkpoints:
     def _own(self):
         """Return the paths in the directory that this class has written, and nobody else."""
         whole = [path.parent for path in self.directory.glob("[0-9]*/state.json")]
-        names = {".partial-trained.json", "trained.json", *(path.name for path in whole)}
-        partial = r"\.partial-[0-9]{6,}"  # of a call that was killed
+        names = {"trained.json", *(path.name for path in whole)}
+        partial = r"\.(partial|lock)-([0-9]{6,}|trained\.json)"  # of a call that was killed
         return [
             path
             for path in self.directory.glob("*")

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
 
-from pairwise import cli, pretrained
+from pairwise import cli
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -364,7 +364,7 @@ def prepare(model):
                 )
             return "varlen" if varlen else "segments"
         except Exception as error:  # A model of another kind may make anything of a row.
-            if pretrained.lacks_memory(error):
+            if cli.lacks_memory(error):
                 raise
             reason = cli.first_line(error)
             model.config._attn_implementation = before
