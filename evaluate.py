@@ -82,9 +82,9 @@ def hash_inputs(run, stored):
     paths += sorted((run / "logs").glob("[!.]*.jsonl"))
     hashes = {str(x.relative_to(run)): files.hash_file(x) for x in paths if x.exists()}
     code = [path for pattern in CODE for path in sorted(cli.REPOSITORY.glob(pattern))]
-    edited = [name for entry in run_dir.stages(run).values() for name in entry.get("edited", [])]
-    if edited:  # The report says so.
-        hashes["edited by hand"] = ", ".join(edited)
+    before = [entry for name, entry in run_dir.stages(run).items() if name != "evaluate"]
+    if edited := [name for entry in before for name in entry.get("edited", [])]:
+        hashes["edited by hand"] = ", ".join(edited)  # The report says so.
     return data.hashes(run) | hashes | {path.name: files.hash_file(path) for path in code}
 
 

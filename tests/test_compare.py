@@ -214,7 +214,7 @@ def test_resamples_that_no_memory_holds_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         compare.parse_args(["a", "b", "--out", "o", "--resamples", "1000001"])
     (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "from 1 to 10^6" in line
+    assert stop.value.code == 2 and "at most 10^6" in line
 
 
 def rewritten(run, change):

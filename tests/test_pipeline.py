@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import edited
+from conftest import without_hashes
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--prompts 40 --responses 3 --texts 128 --continuations 3 --threads 1".split()
@@ -131,7 +131,7 @@ def test_early_stop_ends_where_validation_says(copied_run):
     """
     run = copied_run
     shutil.copy(run / "rewards" / "01_valid.npy", run / "rewards" / "02_valid.npy")
-    edited(run)
+    without_hashes(run)
     (run / "rewards" / "02_continuations.npy").unlink()
     done = run_all("demo", 4, "--early-stop", "--run", run, *SMALL)
     assert done.returncode == 0, done.stderr
