@@ -46,6 +46,7 @@ def read_logs(run, k):
     joint run {"all members": those of logs/joint.jsonl}."""
     paths = {f"member {j}": run / "logs" / f"{j:02d}.jsonl" for j in range(1, k + 1)}
     paths["all members"] = run / "logs" / "joint.jsonl"
+    run_dir.check(run, *paths.values())
     return {name: files.read_lines(path) for name, path in paths.items() if path.exists()}
 
 
@@ -170,7 +171,7 @@ def main(args):
     run = args.run
     in_place = args.out is None or args.out.resolve() == run.resolve()
     out = run if in_place else args.out
-    if not in_place and (out / "manifest.json").exists():
+    if not in_place and run_dir.is_run(out):
         other = f"--out {out}: another run directory found"
         raise cli.InputError(f"{other}; its own results stay as they are")
     stored = read_stored(run)

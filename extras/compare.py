@@ -306,7 +306,7 @@ def write(out, result):
 
 
 def main(args):
-    if (args.out / "manifest.json").exists() or run_dir.is_bare(args.out):
+    if run_dir.is_run(args.out):
         other = f"--out {args.out}: another run directory found"
         raise cli.InputError(f"{other}; its own results stay as they are")
     settings = named_settings(args.runs)

@@ -47,6 +47,7 @@ def write_plain(model, tokenizer, directory):
             members.save_member(model, tokenizer, partial)
         return
     partial = directory.with_name(f".partial-{directory.name}")
+    files.remove(partial)  # of a call that was killed
     members.save_member(model, tokenizer, partial)
     for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         path.replace(directory / path.name)
@@ -57,6 +58,7 @@ def main(args):
     """Load the member as it scores, merge its adapters, and write all of it."""
     run, directory = args.run, args.run / run_dir.member_name(args.member)
     stage = trained_in(run, args.member)
+    run_dir.lock(run)
     torch.set_num_threads(args.threads)
     entry = run_dir.stages(run)[stage]
     provenance.check_base(entry, args.base, args.chat_template)

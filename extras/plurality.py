@@ -238,8 +238,12 @@ def plurality(splits, seed):
 
 def main(args):
     torch.set_num_threads(args.threads)
-    result = plurality(read_run(args.run, args.seed), args.seed)
+    stage = (args.run, "plurality", {"seed": args.seed}, data.hashes(args.run))
+    splits = read_run(args.run, args.seed)
+    started = run_dir.begin_stage(*stage)
+    result = plurality(splits, args.seed)
     files.write_json(args.run / "plurality.json", result)
+    run_dir.end_stage(*stage, started, threads=args.threads)
     single, mixture, components, gain, (low, high) = result.values()
     print(
         f"plurality: single {single:.4f}, mixture of {components} {mixture:.4f}, "

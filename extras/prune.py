@@ -91,8 +91,10 @@ def copy_run(run, partial, out):
         elif path.name in ("base", "joint") or path.name.startswith("member_"):
             (partial / path.name).symlink_to(path.resolve())  # Models are large.
     stages = run_dir.stages(run)
-    stages = {name: stages[name] for name in stages if name not in ("weights", "evaluate")}
-    files.write_json(partial / "manifest.json", {"stages": stages})
+    stages = {
+        name: stages[name] for name in stages if name not in ("weights", "evaluate", "plurality")
+    }
+    files.write_json(partial / "manifest.json", {"stages": stages}, hashed=False)
 
 
 def must_be_new(out):

@@ -116,7 +116,7 @@ def main(args):
         order = "judgments come first, right after the data, in another --run"
         raise cli.InputError(f"{path}: {min(later)} was made from it already; {order}")
     tokenizer = reward_model.load_tokenizer(args.base, args.chat_template)
-    started = run_dir.begin_stage(run, "judgments", settings, inputs)
+    started = run_dir.begin_stage(run, "judgments", settings, inputs, ["data/train.parquet"])
     torch.set_num_threads(args.threads)
     model = sampling.load_language_model(args.base, args.device)
 

@@ -152,7 +152,8 @@ def run_main(main, args):
     stderr and exit code 2.
     """
     try:
-        if getattr(args, "accept_edited", False):
+        is_first = os.environ.get("RANK", "0") == "0"  # of the processes of a torchrun
+        if getattr(args, "accept_edited", False) and is_first:
             from pairwise import run_dir
 
             run_dir.accept_edited(args.run)

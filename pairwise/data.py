@@ -197,6 +197,7 @@ def read_splits(run):
 
     Raises InputError where train or test is missing.
     """
+    run_dir.check(run, run / "data")  # A split that is gone is missed.
     has_valid = (run / "data" / "valid.parquet").exists()
     names = SPLITS if has_valid else ("train", "test")
     return {name: read_split(run, name) for name in names}, read_stats(run)
@@ -204,6 +205,7 @@ def read_splits(run):
 
 def read_stats(run):
     """Read DIR/data/stats.json."""
+    run_dir.check(run, run / "data" / "stats.json")
     return files.read_json(run / "data" / "stats.json", STATS)
 
 

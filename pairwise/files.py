@@ -4,6 +4,7 @@ torch is never imported.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -65,9 +66,20 @@ def lock(path):
     """Lock a file, made where there is none, never through a link; return its open descriptor.
 
     It is None where another process has it. The lock ends with the descriptor or the process."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    if path.is_symlink():
+        raise cli.InputError(f"{path}: a link found, a file expected")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except PermissionError:  # of another user's file, which can be locked all the same
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     with contextlib.suppress(BlockingIOError, FileNotFoundError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                return descriptor  # a file system without locks
+            os.close(descriptor)
+            raise
         # The one who had it may have removed the file since it was opened here.
         if os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return descriptor

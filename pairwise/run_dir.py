@@ -73,10 +73,11 @@ def check(run, *paths):
             if not path.exists():
                 raise cli.InputError(f"{path}: no such file; {run / 'manifest.json'} names it")
             if files.hash_file(path) != value:
-                raise cli.InputError(
-                    f"{path}: edited or damaged since it was written, by its hash in "
-                    f"{run / 'manifest.json'}; evaluate.py --accept-edited takes it as it is"
+                wrong = (
+                    f"edited or damaged since it was written, by its hash in {run}/manifest.json"
                 )
+                words = f"evaluate.py --run {run} --accept-edited takes it as it is"
+                raise cli.InputError(f"{path}: {wrong}; {words}")
 
 
 def accept_edited(run):
@@ -85,7 +86,7 @@ def accept_edited(run):
     They are printed. Files that are gone stay as they were."""
     for name, (stage, value) in _outputs(run).items():
         if (run / name).is_file() and (now := files.hash_file(run / name)) != value:
-            _lock(run)
+            lock(run)
             entry = stages(run)[stage]
             entry["outputs"][name] = now
             entry["edited"] = sorted({*entry.get("edited", ()), name})
@@ -151,26 +152,29 @@ def unchanged(run, stage, settings, inputs, outputs):
     return True
 
 
-def begin_stage(run, stage, settings, inputs):
+def begin_stage(run, stage, settings, inputs, rewrites=()):
     """Enter `stage` in the manifest as begun, and return the start time for end_stage.
 
-    This process keeps `run` until it ends. Raises InputError where another process has it.
+    This process keeps `run` until it ends. rewrites: paths in the run, outputs of other stages that
+    this one will change; their hashes count no more. Raises InputError where another process has
+    the run.
     """
     run.mkdir(parents=True, exist_ok=True)
-    _lock(run)
-    _enter(run, stage, {"settings": settings, "inputs": inputs, "done": False})
+    lock(run)
+    entry = {"settings": settings, "inputs": inputs, "done": False}
+    _enter(run, stage, entry, rewrites)
     files.hashes_beneath(run)  # From here on what is written there is this stage's.
     return time.time()
 
 
-def _lock(run):
+def lock(run):
     """Keep `run` for this process until it ends. Raises InputError where another one has it."""
     if run.resolve() in _locks:
         return
-    lock = files.lock(run / ".lock")
-    if lock is None:
+    descriptor = files.lock(run / ".lock")
+    if descriptor is None:
         raise cli.InputError(f"{run}: another process is working in this run directory")
-    _locks[run.resolve()] = lock
+    _locks[run.resolve()] = descriptor
 
 
 def end_stage(run, stage, settings, inputs, started, **facts):
@@ -196,12 +200,13 @@ def end_stage(run, stage, settings, inputs, started, **facts):
     _enter(run, stage, entry | facts)
 
 
-def _enter(run, stage, entry):
-    """Write a stage's entry into the manifest. What it has written is no other stage's any more."""
+def _enter(run, stage, entry, rewrites=()):
+    """Write a stage's entry into the manifest. What it has written, and what it rewrites, is no
+    other stage's output any more."""
     entries = stages(run) | {stage: entry}
     for name, other in entries.items():
         if name != stage and "outputs" in other:
-            rest = other["outputs"].keys() - entry.get("outputs", {}).keys()
+            rest = other["outputs"].keys() - entry.get("outputs", {}).keys() - set(rewrites)
             other["outputs"] = {path: other["outputs"][path] for path in sorted(rest)}
     files.write_json(run / "manifest.json", {"stages": entries}, hashed=False)
 
@@ -240,15 +245,20 @@ def output(text):
     for place in {Path(os.path.abspath(path)), path.resolve()}:
         for run in place.parents:
             first = place.relative_to(run).parts[0]
-            if CONTRACT.fullmatch(first) and ((run / "manifest.json").exists() or is_bare(run)):
+            if CONTRACT.fullmatch(first) and is_run(run):
                 words = f"{run} is a run directory, whose own {first} this is; another path"
                 raise argparse.ArgumentTypeError(f"{text}: {words} expected")
     return path
 
 
-def is_bare(run):
-    """Tell whether a directory without a manifest has what an evaluation needs."""
-    return (run / "rewards").is_dir() and (run / "data").is_dir()
+def is_run(directory):
+    """Tell whether a directory is a run: by its manifest, or by what an evaluation needs."""
+    if (directory / "rewards").is_dir() and (directory / "data").is_dir():
+        return True
+    try:  # Other programs have files of this name too.
+        return "stages" in files.read_json(directory / "manifest.json", dict, {})
+    except cli.InputError:
+        return True
 
 
 # ---- what the manifest and messages say of a call
@@ -341,6 +351,7 @@ def read_continuations(run):
     path = run / "continuations.parquet"
     if not path.exists():
         return None
+    check(run, path)
     try:
         table = files.read_parquet(path)
         columns = {name: table[name].to_pylist() for name in ("prompt_id", "messages", "texts")}
@@ -368,6 +379,10 @@ def read_continuation_rewards(run, k):
     path = reward_path(run, 1, "continuations")
     if continuations := read_continuations(run):
         shape = len(continuations["texts"]), len(continuations["texts"][0])
+        for j in range(1, k + 1):
+            if not (missing := reward_path(run, j, "continuations")).exists():
+                words = "the script that made this member scores them when it is called again"
+                raise cli.InputError(f"{missing}: no such file; {words}")
     elif not any(path.parent.glob("*_continuations.npy")):
         return None
     else:

@@ -1,6 +1,8 @@
 """No run loses what others put there, and no file edited or damaged is read as a result."""
 
+import errno
 import json
+import os
 import shutil
 
 import evaluate
@@ -192,3 +194,45 @@ def test_two_writers_of_one_path(tmp_path):
     with files.replacing(path) as partial:
         partial.write_text("second")
     assert path.read_text() == "second" and [x.name for x in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_of_the_same_name_is_no_run(tmp_path):
+    """Programs of others write a manifest.json too."""
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    assert run_dir.output(str(tmp_path / "data" / "x.jsonl")) == tmp_path / "data" / "x.jsonl"
+
+
+def test_a_split_that_is_gone_is_missed(full_run, tmp_path, no_figures):
+    run = fresh(full_run, tmp_path)
+    entries = manifest(run)
+    entries["data"]["outputs"] = {"data/valid.parquet": "0"}
+    (run / "manifest.json").write_text(json.dumps({"stages": entries}))
+    (run / "data" / "valid.parquet").unlink()
+    with pytest.raises(SystemExit):
+        evaluated(run)
+
+
+def test_a_report_that_was_accepted_stays(full_run, tmp_path, no_figures):
+    run = fresh(full_run, tmp_path)
+    evaluated(run)
+    with open(run / "metrics.json", "a", encoding="utf-8") as file:
+        file.write("\n\n")
+    noted = (run / "metrics.json").read_text()
+    evaluated(run, "--accept-edited")
+    evaluated(run)
+    assert (run / "metrics.json").read_text() == noted
+
+
+def test_a_lock_of_another_user_and_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuses(code):
+        def raises(*_):
+            raise OSError(code, os.strerror(code))
+
+        return raises
+
+    monkeypatch.setattr(files.fcntl, "flock", refuses(errno.ENOSYS))
+    files.write_json(tmp_path / "a.json", {})
+    monkeypatch.setattr(files.fcntl, "flock", refuses(errno.EIO))
+    with pytest.raises(InputError, match="cannot be written"):
+        files.write_json(tmp_path / "b.json", {})
+    assert not (tmp_path / "b.json").exists()

@@ -608,6 +608,7 @@ def test_continuations_that_come_later_are_scored_by_the_stored_member(
     pq.write_table(
         table.drop_columns("logprob"), run / "continuations.parquet"
     )  # as a faster engine may have made it
+    edited(run)
     train(run, base, *FULL)
     assert "skipped" in capsys.readouterr().out
     np.testing.assert_array_equal(rewards(run, 1, "continuations"), kept)
@@ -615,6 +616,7 @@ def test_continuations_that_come_later_are_scored_by_the_stored_member(
     pq.write_table(
         pa.Table.from_pylist([rows[0], rows[1] | {"texts": ["one"]}]), run / "continuations.parquet"
     )
+    edited(run)
     with pytest.raises(InputError, match="prompt 2: 1 texts found, 5 expected"):
         train(run, base, *FULL)
 
