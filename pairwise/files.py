@@ -75,6 +75,8 @@ def lock(path):
     with contextlib.suppress(BlockingIOError, FileNotFoundError):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
         except OSError as error:
             if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 return descriptor  # a file system without locks
@@ -114,8 +116,9 @@ def write_lines(path, rows):
 
 def write_parquet(path, table):
     """Write a pyarrow table. pyarrow itself opens no path that is not UTF-8."""
-    with open(path, "wb") as file:
-        pq.write_table(table, file, compression="zstd")
+    content = pa.BufferOutputStream()
+    pq.write_table(table, content, compression="zstd")
+    path.write_bytes(content.getvalue())
 
 
 # ---- hashes
@@ -250,8 +253,13 @@ def _expected(value, types, at):
 def read_parquet(path):
     """Return the pyarrow table of a file. Raises ArrowException, OSError or ValueError where it
     cannot be read, as pyarrow does."""
-    with open(path, "rb") as file:
-        return pq.read_table(file)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # pyarrow opens no such path.
+        return pq.read_table(pa.BufferReader(path.read_bytes()))
+    # Not a file of Python's: a thread of pyarrow may let go of it when the interpreter has ended,
+    # which aborts the process.
+    return pq.read_table(path)
 
 
 def read_array(path):
