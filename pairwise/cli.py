@@ -127,9 +127,9 @@ def path(text):
     return Path(text)
 
 
-def add_run(parser, words, required=True):
+def add_run(parser, words):
     """Add --run, of a script that reads a run directory, and the flag that accepts its edits."""
-    parser.add_argument("--run", required=required, type=path, help=words)
+    parser.add_argument("--run", required=True, type=path, help=words)
     words = "take files of the run that were edited after a stage wrote them, and note it there"
     parser.add_argument("--accept-edited", action="store_true", help=words)
 

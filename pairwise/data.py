@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 SPLITS = ("train", "valid", "test")
+P_TRUE = pa.list_(pa.float64())
 JUDGMENTS = pa.list_(pa.struct([("a", pa.int32()), ("b", pa.int32())]))
 VOTE_COLUMNS = ("votes_a", "votes_b", "ties")  # of a pair, float64
 STATS = {"dataset": str, "votes": str, "ties": str, "attributes?": {str: str}}
@@ -92,7 +93,7 @@ def write_split(path, rows):
     """
     columns = dict(COLUMNS)
     if "p_true" in rows[0]:
-        columns["p_true"] = pa.list_(pa.float64())
+        columns["p_true"] = P_TRUE
     if "categories" in rows[0]:
         labels = [(name, pa.string()) for name in rows[0]["categories"]]
         columns["categories"] = pa.struct(labels)
@@ -120,7 +121,7 @@ def _flatten(table):
 
     Raises ValueError where it does not keep the contract, ArrowException and KeyError where its
     columns are others."""
-    kinds = COLUMNS | {"p_true": pa.list_(pa.float64()), "judgments": JUDGMENTS}
+    kinds = COLUMNS | {"p_true": P_TRUE, "judgments": JUDGMENTS}
     columns = {}
     for name in [*COLUMNS, *(name for name in kinds if name in table.column_names)]:
         columns[name] = table[name].cast(kinds[name]).combine_chunks()
@@ -197,8 +198,10 @@ def read_splits(run):
 
     Raises InputError where train or test is missing.
     """
-    run_dir.check(run, run / "data")  # A split that is gone is missed.
-    has_valid = (run / "data" / "valid.parquet").exists()
+    path = run / "data" / "valid.parquet"
+    has_valid = path.exists()
+    if not has_valid:  # It is missed where the manifest names it.
+        run_dir.check(run, path)
     names = SPLITS if has_valid else ("train", "test")
     return {name: read_split(run, name) for name in names}, read_stats(run)
 

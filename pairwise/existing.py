@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 SOURCE = {"model": str, "fingerprint": str, "dtype": str, "max_length": (int, type(None))}
-DTYPES = ("bfloat16", "float32")
 
 
 def load_reward_model(name, tokenizer, dtype, device, named="--from"):
@@ -53,8 +52,8 @@ def read_source(directory):
     if fingerprint != source["fingerprint"]:
         raise cli.InputError(f"{path}: {model} is another model than the one that scored the data")
     longest = source["max_length"]
-    if source["dtype"] not in DTYPES or (longest is not None and longest < 1):
-        words = f"dtype {' or '.join(DTYPES)}, and max_length at least 1 or null, expected"
+    if source["dtype"] not in rm.DTYPES or (longest is not None and longest < 1):
+        words = f"dtype {' or '.join(rm.DTYPES)}, and max_length at least 1 or null, expected"
         raise cli.InputError(f"{path}: {words}")
     return source | {"template": template if template.exists() else None}
 

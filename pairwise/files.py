@@ -270,7 +270,8 @@ def read_array(path):
         if path.stat().st_size == 0:
             raise ValueError("an empty file")
         # As a map: of a false header that promises terabytes nothing is allocated.
-        return np.array(np.lib.format.open_memmap(path, mode="r"))
+        with np.errstate(over="ignore"):  # of such a header; it is refused by the file's size
+            return np.array(np.lib.format.open_memmap(path, mode="r"))
     except (ValueError, OverflowError, EOFError, SyntaxError, TypeError) as error:
         reason = cli.first_line(error)
         raise cli.InputError(f"{path}: not a .npy array ({reason})") from None

@@ -29,6 +29,7 @@ transformers_logging.set_verbosity_error()
 PAD_NAMES = (
     "<|finetune_right_pad_id|> <|reserved_special_token_0|> <|pad|> <pad> [PAD] <|endoftext|> <unk>"
 ).split()
+DTYPES = ("bfloat16", "float32")  # in which a model can run
 TEMPLATE_SECONDS = 10  # A chat template takes less than a millisecond.
 
 

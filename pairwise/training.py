@@ -271,7 +271,7 @@ def add_scoring_flags(parser):
     words = "tokens of prompt and response; longer ones lose the prompt's beginning (default 2048)"
     add("--max-length", type=cli.natural, default=2048, help=words)
     words = "of the parameters (default bfloat16 on a GPU, float32 on a CPU)"
-    add("--dtype", choices=("bfloat16", "float32"), help=words)
+    add("--dtype", choices=rm.DTYPES, help=words)
     words = "tokens run in one forward pass (default 8192; lora: 4096; on a CPU 1024)"
     add("--micro-batch-tokens", type=cli.natural, help=words)
 

@@ -84,15 +84,12 @@ class Checkpoints:
         there; then it counts as written by this process."""
         kept = files.read_json(self.directory / "trained.json", dict, {})
         outputs = kept.pop("outputs", {})
-        paths = {self.run / name: value for name, value in outputs.items()}
-        if (
-            kept != self.key
-            or not paths
-            or not all(
-                path.is_file() and files.hash_file(path) == value for path, value in paths.items()
-            )
-        ):
+        if kept != self.key or not outputs:
             return False
+        for name, value in outputs.items():
+            path = self.run / name
+            if not path.is_file() or files.hash_file(path) != value:
+                return False
         files.add_hashes(self.run, outputs)
         return True
 
