@@ -136,7 +136,7 @@ def main(args):
     stages.settle(args)
     splits, _ = data.read_splits(run)
     texts, continuations = stages.texts_of(splits), run_dir.read_continuations(run)
-    tokenizer = rm.load_tokenizer(args.base, args.chat_template)
+    tokenizer = provenance.open_base(args)
     base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     inputs = base_inputs
     if continuations:

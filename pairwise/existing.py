@@ -43,7 +43,7 @@ def read_source(directory):
     one that scored the data."""
     path, template = directory / "source.json", directory / "chat_template.jinja"
     source = files.read_json(path, SOURCE)
-    model = source["model"]
+    source["model"] = model = provenance.found(source, directory.resolve().parent, "model")
     try:
         fingerprint = provenance.fingerprint(model)
     except (OSError, cli.InputError) as error:

@@ -187,7 +187,7 @@ def score_trained(run, settings, questions, args):
     of_base = settings["train"] != "full"
     source, named = (base, "--base") if of_base else (directories[0], "member")
     tokenizer, tokens = (
-        rm.load_tokenizer(source, args.chat_template, named),
+        rm.load_tokenizer(source, args.chat_template, named, settings["date"]),
         args.micro_batch_tokens,
     )
     chats, texts = [q.messages for q in questions], [q.responses for q in questions]
@@ -258,8 +258,9 @@ def add_arguments(parser):
 def open_run(args, samples=False):
     """Return the weights of all members, float64 (K,), and the run's settings, of member 1.
 
-    The settings have the base as it is found now. samples: the base itself is needed too, to
-    sample from. Raises InputError where members or weights are missing, or the base is another."""
+    The settings have the base as it is found now, where it is needed, and the run's date. samples:
+    the base is needed to sample from. Raises InputError where members or weights are missing, or
+    the base is another."""
     run = args.run
     alpha = run_dir.read_weights(run, run_dir.count_members(run))
     if run_dir.kind_of(run, beneath=True) == "hardened":
@@ -269,8 +270,7 @@ def open_run(args, samples=False):
     if kind not in KINDS or not (run / name).is_dir():
         words = f"no trained members found; a run directory with {name}/ expected"
         raise cli.InputError(f"{run}: {words}")
-    entry = run_dir.stages(run)[name]
-    base = args.base or (str(run / "base") if (run / "base").is_dir() else entry["base"])
+    entry, base = run_dir.stages(run)[name], None
     if kind == "existing":
         if samples and not args.base:
             words = "its members are existing models; --base, the model that samples the answers,"
@@ -280,7 +280,9 @@ def open_run(args, samples=False):
                 "--base and --chat-template are for trained members; where those of "
                 f"{run} are, each member's source.json says"
             )
-    elif samples or args.chat_template or entry["settings"]["train"] != "full":
+    if samples or entry["settings"]["train"] in ("head", "lora"):
+        base = provenance.base_of(run, args.base or provenance.found(entry, run))
+    if kind != "existing" and (base or args.chat_template):
         # Otherwise a directory of all weights has base and template in it.
         provenance.check_base(entry, base, args.chat_template)
-    return alpha, entry["settings"] | {"base": base}
+    return alpha, entry["settings"] | {"base": base, "date": provenance.date_of(run)}

@@ -5,6 +5,8 @@ Parameters may be BF16; the head, the rewards and everything after them are floa
 
 import argparse
 import contextlib
+import datetime
+import re
 import signal
 import sys
 import threading
@@ -30,32 +32,35 @@ PAD_NAMES = (
     "<|finetune_right_pad_id|> <|reserved_special_token_0|> <|pad|> <pad> [PAD] <|endoftext|> <unk>"
 ).split()
 DTYPES = ("bfloat16", "float32")  # in which a model can run
+# strftime's, of a day alone; with a dash it writes no zero before a number.
+DATE_CODES = "-d -m -j a A b B c C d D e F g G h H I j m M p r R S T u U V w W x X y Y".split()
 TEMPLATE_SECONDS = 10  # A chat template takes less than a millisecond.
 
 
 # ---- tokens
 
 
-def load_tokenizer(base, chat_template=None, named="--base"):
+def load_tokenizer(base, chat_template=None, named="--base", date=None):
     """Return the base's tokenizer, with a chat template, right padding and a pad token of its own.
 
-    The pad token is never the eos token. base: hub id or directory; chat_template: file with a
-    Jinja template, for a base that has none; named: what named the base, for errors.
-    Raises InputError where the base cannot be read, has no chat template and none is given, or has
-    no token that can pad."""
-    failure = (
-        "no tokenizer could be loaded: a directory made by save_pretrained, or a hub id that can "
-        "be reached (gated models: accept the licence on the hub, then log in), expected"
-    )
+    The pad token is never the eos token. base: as of pretrained.pinned; chat_template: file with a
+    Jinja template, for a base that has none; named: what named the base, for errors; date: what
+    the template is to write as today, YYYY-MM-DD, where it asks. Raises InputError where the base
+    cannot be read, has no chat template and none is given, or has no token that can pad."""
+    failure = "no tokenizer could be loaded; a directory made by save_pretrained expected"
     tokenizer = pretrained.read(AutoTokenizer, base, named, failure)
+    template = tokenizer.chat_template
     if chat_template:
         try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+            template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise cli.InputError(f"--chat-template {chat_template}: {error}") from None
-    if not tokenizer.chat_template:
-        words = "has no chat template; name a Jinja file with --chat-template FILE"
+    if isinstance(template, dict):  # of several, by their names
+        template = template.get("default")
+    if not template:
+        words = "has no default chat template; name a Jinja file with --chat-template FILE"
         raise cli.InputError(f"{named} {base} {words}")
+    tokenizer.chat_template = dated(template, date) if date else template
     usable = tokenizer.get_vocab().keys() - {tokenizer.eos_token, tokenizer.bos_token}
     spare = [name for name in (tokenizer.pad_token, *PAD_NAMES) if name in usable]
     if not spare:
@@ -68,6 +73,25 @@ def load_tokenizer(base, chat_template=None, named="--base"):
         named = f"--chat-template {chat_template}" if chat_template else f"{named} {base}"
         raise cli.InputError(f"{named}: {error}") from None
     return tokenizer
+
+
+def dated(template, date):
+    """Return a chat template that writes `date`, YYYY-MM-DD, wherever it would write today's.
+
+    Templates ask transformers' strftime_now for that. A macro of this name goes before it, so that
+    the text of the template alone, in a member's directory, says how every chat was rendered."""
+    if "strftime_now" not in template or date_in(template):
+        return template
+    day = datetime.date.fromisoformat(date)
+    written = "".join(f"|replace('%{code}', '{day.strftime('%' + code)}')" for code in DATE_CODES)
+    macro = "{%- macro strftime_now(format) -%}{{ format" + written + " }}{%- endmacro %}"
+    return f"{{#- today is {date} -#}}{macro}{{{{ '' }}}}{template}"
+
+
+def date_in(template):
+    """Return the date, YYYY-MM-DD, that `dated` has put into a chat template; None without one."""
+    found = re.match(r"\{#- today is (\S+) -#\}", template)
+    return found and found[1]
 
 
 def encode(tokenizer, messages, response=None, max_length=None):

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 
-from pairwise import cli, files, members, run_dir
+from pairwise import cli, files, members, provenance, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import parallel
 
@@ -148,7 +148,7 @@ def write_rewards(run, j, scores):
 def facts(args):
     """Return what the manifest records of a training or scoring besides its settings."""
     numbers = {name: getattr(args, name) for name in ("threads", "device", "micro_batch_tokens")}
-    return {"base": str(args.base)} | numbers
+    return provenance.kept(args.base, args.run) | numbers
 
 
 def score_continuations(args, j, member, tokenizer, texts, inputs):
