@@ -83,7 +83,7 @@ while [ $# -gt 0 ]; do
         --source | --revision | --ties | --min-votes | --test-share | --votes | --beaver | \
             --annotators | --cnndm | --prompts | --responses | --texts) DATA+=("$1" "$2") ;;
         --temperature | --top-p | --max-tokens) SAMPLING+=("$1" "$2") ;;
-        --threads | --device | --chat-template) MODEL+=("$1" "$2") ;;
+        --threads | --device | --chat-template | --date) MODEL+=("$1" "$2") ;;
         *) TRAIN+=("$1" "$2") ;;
     esac
     shift 2

@@ -58,7 +58,8 @@ def load_tokenizer(base, chat_template=None, named="--base", date=None):
     if isinstance(template, dict):  # of several, by their names
         template = template.get("default")
     if not template:
-        words = "has no default chat template; name a Jinja file with --chat-template FILE"
+        which = " called default" if tokenizer.chat_template else ""
+        words = f"has no chat template{which}; name a Jinja file with --chat-template FILE"
         raise cli.InputError(f"{named} {base} {words}")
     tokenizer.chat_template = dated(template, date) if date else template
     usable = tokenizer.get_vocab().keys() - {tokenizer.eos_token, tokenizer.bos_token}

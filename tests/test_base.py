@@ -279,5 +279,5 @@ def test_named_templates_without_a_default(base, data, tmp_path):
     for name in ("rag", "tool_use"):
         shutil.copy(tmp_path / "file.jinja", named / "additional_chat_templates" / f"{name}.jinja")
     run = fresh(data, tmp_path)
-    refused(lambda: train(run, named, *HEAD), "no default chat template", "--chat-template")
+    refused(lambda: train(run, named, *HEAD), "no chat template called default", "--chat-template")
     train(run, named, *HEAD, "--chat-template", str(tmp_path / "file.jinja"))
