@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pairwise import cli, pretrained
-from pairwise.scale import packed, parallel, passes
+from pairwise.scale import packed, parallel, passes, rope
 
 import numpy as np
 import torch
@@ -315,10 +315,16 @@ def last_hidden(model, ids, mask):
 
 def hidden_of_batch(reward_model, sequences):
     """Return what the head sees, float32 (n, d), with gradient; sequences: n lists of token ids."""
-    model = reward_model.model
-    if reward_model.packs:
-        return packed.last_hidden(model, sequences, reward_model.packs)
-    return last_hidden(model, *pad(sequences, model.config.pad_token_id, model.device))
+    model, hidden = reward_model.model, []
+    groups = rope.apart(model.config.get_text_config(), sequences)
+    for group in groups:
+        rope.reset(model)
+        own = [sequences[i] for i in group]
+        if reward_model.packs:
+            hidden.append(packed.last_hidden(model, own, reward_model.packs))
+        else:
+            hidden.append(last_hidden(model, *pad(own, model.config.pad_token_id, model.device)))
+    return torch.cat(hidden)[np.argsort(np.concatenate(groups))]
 
 
 def rewards_of_batch(reward_model, sequences, tokens=None):
@@ -338,17 +344,22 @@ def rewards_of_batch(reward_model, sequences, tokens=None):
 
 
 def count_tokens(reward_model, sequences):
-    """Return the tokens that one forward pass over these sequences runs, padding included."""
+    """Return the tokens that are run for these sequences together, padding included."""
+    groups = rope.apart(reward_model.model.config.get_text_config(), sequences)
+    of_groups = [[sequences[i] for i in group] for group in groups]
     if reward_model.packs:
-        return packed.count_tokens(sequences)
-    return len(sequences) * max(map(len, sequences))
+        return sum(map(packed.count_tokens, of_groups))
+    return sum(len(own) * max(map(len, own)) for own in of_groups)
 
 
 def batches_of(reward_model, sequences, tokens):
     """Yield the indices of sequences in batches that run at most `tokens` tokens, largest first.
 
     A sequence that is longer alone is a batch."""
-    return (packed.batches if reward_model.packs else batches)(sequences, tokens)
+    for group in rope.apart(reward_model.model.config.get_text_config(), sequences):
+        own = [sequences[i] for i in group]
+        for batch in (packed.batches if reward_model.packs else batches)(own, tokens):
+            yield [group[i] for i in batch]
 
 
 def check_positions(reward_model, sequences, flag="--max-length "):
@@ -357,7 +368,8 @@ def check_positions(reward_model, sequences, flag="--max-length "):
     check_tokens(reward_model.model, sequences)
     config, longest = reward_model.model.config.get_text_config(), max(map(len, sequences))
     positions = getattr(config, "max_position_embeddings", None)
-    unbounded = getattr(config, "relative_attention", False)  # DeBERTa's distances have no end.
+    # DeBERTa's distances have no end.
+    unbounded = getattr(config, "relative_attention", False) or rope.is_dynamic(config)
     if positions and longest > positions and not unbounded:
         raise cli.InputError(
             f"a prompt with its response has {longest} tokens, and the base has positions for "

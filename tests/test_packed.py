@@ -28,6 +28,7 @@ from transformers import (
     LlamaConfig,
     MiniMaxConfig,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3_5TextConfig,
     Qwen3Config,
@@ -504,16 +505,51 @@ def test_a_base_with_other_layers_is_sampled(name, tokenizer):
         torch.testing.assert_close(torch.tensor(logprob), expected, atol=1e-4, rtol=0)
 
 
-def test_positions_that_depend_on_the_longest_sequence_are_padded(capsys):
-    rope = {
-        "rope_type": "dynamic",
-        "factor": 2.0,
-        "rope_theta": 10000.0,
-        "original_max_position_embeddings": 2048,
-    }
-    assert build(LlamaConfig(**SHAPE, rope_parameters=rope)).packs is None
-    assert "padded, not packed (rotary positions" in capsys.readouterr().err
-    assert build(LlamaConfig(**SHAPE, rope_parameters=rope | {"rope_type": "linear"})).packs
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0}
+LONG |= {"short_factor": [1.0] * 4, "long_factor": [2.0, 4.0, 8.0, 16.0]}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+SMALL = SHAPE | {"max_position_embeddings": 40, "num_hidden_layers": 2}
+ROPES = {
+    "longrope": Phi3Config(**SHAPE, rope_parameters=LONG, original_max_position_embeddings=40),
+    "dynamic": LlamaConfig(**SMALL, rope_parameters=DYNAMIC),
+    "dynamic in some layers": Gemma3TextConfig(
+        **SMALL,
+        head_dim=8,
+        layer_types=["full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": DYNAMIC,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_factors_are_those_of_a_sequence_alone(name, packs, mixed):
+    """In any company, after any other, in one pass and in several: rewards and gradients are those
+    of models that run one sequence and nothing else."""
+    mixed = [ids for ids in mixed if len(ids) not in range(3, 40)]
+    assert sum(len(ids) < 40 for ids in mixed) > 1 and 40 in map(len, mixed), "and on the border"
+    model, weights = build(ROPES[name]), torch.linspace(-1, 2, len(mixed))
+    assert model.packs == "segments"
+    if not packs:
+        model = rm.RewardModel(model.model, None)
+    singles = [copy.deepcopy(model) for _ in mixed]
+    each = [alone(one, [ids]) for one, ids in zip(singles, mixed)]
+    grads = [gradient(*one) for one in zip(singles, each, weights)]
+    expected = torch.cat(each).detach()
+    total = {key: sum(grad[key] for grad in grads) for key in grads[0]}
+    for tokens in (None, 100):
+        values = rm.rewards_of_batch(model, mixed, tokens)
+        torch.testing.assert_close(values.detach(), expected, atol=2e-6, rtol=0)
+        found = gradient(model, values, weights)
+        for key in total:
+            assert (found[key] - total[key]).norm() <= 5e-6 * total[key].norm() + 1e-9, key
+        scores = rm.score_sequences(model, mixed, tokens or 10**6)
+        np.testing.assert_allclose(scores, expected, atol=2e-6)
+    for batch in rm.batches_of(model, mixed, 100):
+        assert len(batch) == 1 or rm.count_tokens(model, [mixed[i] for i in batch]) <= 100
 
 
 def test_longer_than_the_base_has_positions_for(mixed):
