@@ -8,13 +8,12 @@ import contextlib
 import datetime
 import re
 import signal
-import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pairwise import cli, pretrained
+from pairwise import bases, cli, pretrained
 from pairwise.scale import packed, parallel, passes, rope
 
 import numpy as np
@@ -226,31 +225,13 @@ def add_flags(parser):
     add("--device", type=device, default=device(), help=words)
 
 
-def read_model(auto_class, name, named, failure="the model could not be loaded", **options):
-    """Return a transformers model, and the sorted names of weights that its checkpoint lacks.
-
-    A weight of another shape counts as lacking. Weights that the model has no use for are named on
-    stderr. name: hub id or directory; named: what named it, for errors. Raises InputError where the
-    checkpoint cannot be read, and where it has more of the model's layers than are used."""
-    model, missing, unused = pretrained.model(auto_class, name, named, failure, **options)
-    if layers := pretrained.of_layers(model, unused):
-        words = f"{len(layers)} weights of layers found that its config.json does not use"
-        raise cli.InputError(f"{named} {name}: {words}: {', '.join(layers[:3])}")
-    if auto_class is AutoModelForSequenceClassification:  # It predicts no token.
-        unused = [key for key in unused if not key.startswith("lm_head.")]
-    if unused and parallel.rank() == 0:
-        words = f"{len(unused)} weights are not used: {', '.join(unused[:3])}"
-        print(f"{named} {name}: {words}{' ..' * (len(unused) > 3)}", file=sys.stderr)
-    return model, missing
-
-
 def load_base(base, tokenizer, dtype, device, heads=1):
     """Return the base as a RewardModel: its token head dropped and `heads` scalar heads attached.
 
     Section 4 has it. Parameters are in dtype, the head in float32; its values are not drawn here:
     draw_head does. Raises InputError where the checkpoint lacks anything but the head."""
     options = {"num_labels": heads, "dtype": dtype, "pad_token_id": tokenizer.pad_token_id}
-    model, missing = read_model(AutoModelForSequenceClassification, base, "--base", **options)
+    model, missing = bases.read_model(AutoModelForSequenceClassification, base, "--base", **options)
     if head(model) is None:
         raise cli.InputError(
             f"--base {base}: {type(model).__name__} has no linear head called score or classifier; "

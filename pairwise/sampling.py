@@ -3,8 +3,7 @@
 import copy
 import json
 
-from pairwise import cli, files
-from pairwise import reward_model as rm
+from pairwise import bases, cli, files
 
 import torch
 from tqdm import tqdm
@@ -35,7 +34,7 @@ def load_language_model(base, device):
     Raises InputError where it cannot be read, or has no head for tokens, as a reward model."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     failure = "no causal language model could be loaded"
-    model, missing = rm.read_model(AutoModelForCausalLM, base, "--base", failure, dtype=dtype)
+    model, missing = bases.read_model(AutoModelForCausalLM, base, "--base", failure, dtype=dtype)
     if missing:
         words = f"no causal language model: weights are missing: {', '.join(missing[:5])}"
         raise cli.InputError(f"--base {base}: {words}")
