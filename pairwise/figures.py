@@ -211,9 +211,9 @@ def scale(axes, sizes, shown):
 
 def kendall(diversity):
     """Kendall tau of every two members; diversity: metrics["diversity"], or None."""
-    if not diversity:
+    tau = np.array(diversity["kendall_tau"] if diversity else [], dtype=float)
+    if not np.isfinite(tau).any():
         return None
-    tau = np.array(diversity["kendall_tau"], dtype=float)
     low = np.floor(10 * np.min(tau, where=np.isfinite(tau), initial=0)) / 10
     title = f"Kendall τ, colours from {low:g} to 1".replace("-", "−")
     return matrix(tau, low, 1.0, title, "member", range(1, len(tau) + 1))

@@ -22,9 +22,9 @@ evaluator = cli.import_evaluator()
 
 ERRORS = "brier", "brier_soft", "excess", "true_error"  # These are squared errors of p_hat.
 LABELS = 8  # So many labels of a category have their own row; others are counted together.
-# A figure of fewer prompts has no interval. Drawn from normal errors, the percentiles over P prompts
-# hold the truth in 50 % of the cases with P = 2, 84 % with 5, 90 % with 10, the least P that reaches
-# it (as |t| < 1.96 sqrt((P-1)/P) says); from the prompts of results/demo, in 50, 83 and 89 %.
+# A figure of fewer prompts has no interval. Over P prompts of normal errors, percentiles hold the
+# truth in 50 % of the cases with P = 2, 84 % with 5 and 90 % with 10, the least P that reaches
+# it (as |t| < 1.96 sqrt((P-1)/P) says); over P prompts of results/demo, in 50, 83 and 89 %.
 FEWEST = 10
 
 
@@ -55,7 +55,7 @@ class Ratio(NamedTuple):
 
     @staticmethod
     def value(top, bottom):
-        return top / bottom
+        return top / np.where(bottom == 0, np.nan, bottom)
 
     def counts(self):
         """Return which prompts count, bool, shaped like bottom."""

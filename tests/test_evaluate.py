@@ -781,8 +781,8 @@ def test_estimate_where_nothing_is_to_be_counted(monkeypatch):
 
 
 def test_rounding_leaves_no_range(tmp_path, no_figures):
-    """Weights that add to more than one, and members that are always wrong or right: no share, error
-    or correlation is above 1, no correlation below -1, no regret below 0."""
+    """Weights that add to more than one, members that are always wrong or right: no share, error or
+    correlation is above 1, no correlation below -1, no regret below 0."""
     run = make(tmp_path / "run", valid=0.0, continuations=False, count=40)
     signs = {1: 1, 2: 1, 3: -1}
     for split in ("train", "test"):
