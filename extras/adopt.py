@@ -59,14 +59,15 @@ def main(args):
         started = run_dir.begin_stage(*stage)
         of_splits = stages.texts_of(splits)
         special = stages.count_special(of_splits, tokenizer)
-        encoded = stages.encode(args, of_splits, tokenizer)
+        encoded, counts = stages.encode(args, of_splits, tokenizer)
+        encoding, words = stages.encoding_facts(splits, encoded, counts)
         scores = stages.score(args, member, encoded, f"member {j}")
         stages.check_finite(scores, f"--model {args.base}", "; --dtype float32 may help")
         stages.write_rewards(run, j, scores)
         write_source(args, inputs["base model"], tokenizer.chat_template)
-        facts = stages.facts(args) | {"texts_with_special_tokens": special}
+        facts = stages.facts(args) | encoding | {"texts_with_special_tokens": special}
         run_dir.end_stage(*stage, started, **facts)
-        seconds = f"{time.time() - started:.0f} s{stages.special_words(special)}"
+        seconds = f"{time.time() - started:.0f} s{stages.special_words(special)}{words}"
         print(f"member {j}: {args.base} scored all data in {seconds}")
     if texts:
         stages.score_continuations(args, j, member, tokenizer, texts, inputs)

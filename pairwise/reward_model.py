@@ -109,8 +109,14 @@ def encode(tokenizer, messages, response=None, max_length=None):
     lead = next(i for i in range(len(ids) + 1) if ids[i : i + 1] != bos)
     if not lead and tokenizer("").input_ids[:1] != bos:
         bos = []  # Neither the template nor the tokenizer begins with one.
-    excess = len(bos) + len(ids) - lead - max_length if max_length else 0
-    return bos + ids[lead + max(0, excess) :]
+    return cut(tokenizer, bos + ids[lead:], max_length)
+
+
+def cut(tokenizer, ids, max_length):
+    """Return the token ids of a prompt and a response, cut from the left; the BOS stays."""
+    excess = max(0, len(ids) - max_length) if max_length else 0
+    bos = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+    return bos + ids[len(bos) + excess :]
 
 
 def rendered(tokenizer, chat, open_ended):
