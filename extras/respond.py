@@ -287,7 +287,7 @@ def main(args):
         }
         row |= respond(args.mode, texts, rank, favourite, alpha, drawn, agreed, len(examples))
         if args.json:
-            print(json.dumps(row, ensure_ascii="utf" not in sys.stdout.encoding.lower()))
+            print(json.dumps(row, ensure_ascii="utf" not in str(sys.stdout.encoding).lower()))
         else:
             print("\n" * (number > 0) + "\n".join(shown(row)))
 
