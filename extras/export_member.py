@@ -6,7 +6,7 @@ It writes RUN/member_0j/ with all weights together, beside the head or the adapt
 of a full run is a plain directory already.
 """
 
-from pairwise import cli, files, members, provenance, run_dir
+from pairwise import cli, files, members, pretrained, provenance, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import adapter
 
@@ -62,6 +62,7 @@ def main(args):
     torch.set_num_threads(args.threads)
     entry = run_dir.stages(run)[stage]
     provenance.check_base(entry, args.base, args.chat_template)
+    pretrained.check_quantized(pretrained.config(args.base), f"--base {args.base}", "full")
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     dtype = getattr(torch, entry["settings"]["dtype"])
     member = members.load_member(run, args.member, args.base, tokenizer, dtype, args.device)

@@ -207,6 +207,7 @@ def read_model(auto_class, name, named, failure="the model could not be loaded",
     A weight of another shape counts as lacking. Weights that the model has no use for are named on
     stderr. name: hub id or directory; named: what named it, for errors. Raises InputError where the
     checkpoint cannot be read, and where it has more of the model's layers than are used."""
+    pretrained.check_quantized(pretrained.config(name, named, failure), f"{named} {name}")
     model, missing, unused = pretrained.model(auto_class, name, named, failure, **options)
     if layers := pretrained.of_layers(model, unused):
         words = f"{len(layers)} weights of layers found that its config.json does not use"
