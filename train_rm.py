@@ -218,6 +218,7 @@ def main(args):
     # The data and the ensemble so far are read before the base model is looked for.
     splits, _ = data.read_splits(run)
     targets = targets_of_stage(args, splits["train"])
+    pretrained.check_quantized(pretrained.config(args.base), f"--base {args.base}", args.train)
     tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
