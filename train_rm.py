@@ -221,6 +221,7 @@ def main(args):
     splits, _ = data.read_splits(run)
     targets = targets_of_stage(args, splits["train"])
     tokenizer = provenance.open_base(args)
+    pretrained.check_quantized(pretrained.config(args.base), f"--base {args.base}", args.train)
     base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     if j > 1:  # the members of a run differ in their residual only

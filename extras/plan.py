@@ -249,6 +249,8 @@ def changed(args, **values):
 def verdict(args):
     """Say whether training by args.train fits the card, if need be in smaller micro-batches."""
     model, groups = describe(args)
+    if args.train == "full" and getattr(model.config, "quantization_config", None):
+        return "full does not train quantized weights"
     for divisor in (1, 2, 4, 8):
         tokens = args.micro_batch_tokens // divisor
         card, host = totals(memory(model, groups, changed(args, micro_batch_tokens=tokens)))
@@ -272,6 +274,7 @@ def print_verdicts(args):
 
 def main(args):
     model, groups = describe(args)
+    pretrained.check_quantized(model.config, f"--base {args.base}", args.train)
     rows = memory(model, groups, args)
     card, host = totals(rows)
     number = sum(p.numel() for p in model.parameters())

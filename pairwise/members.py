@@ -56,8 +56,9 @@ def save_member(model, tokenizer, directory):
     transformers 4 and 5 read alike."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    # transformers 4 reads rope_theta and torch_dtype at the top of the config, and does not know
-    # the tokenizer class that 5 writes.
+    # transformers 4 reads rope_theta and torch_dtype at the top of the config, does not know the
+    # tokenizer class that 5 writes, and has special tokens without a name of their own under the
+    # older key, which 5 reads too.
     config = files.read_json(directory / "config.json", dict)
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
@@ -70,6 +71,9 @@ def save_member(model, tokenizer, directory):
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    if isinstance(tokenizer_config.get("extra_special_tokens"), list):
+        unnamed = tokenizer_config.pop("extra_special_tokens")
+        tokenizer_config["additional_special_tokens"] = unnamed
     for name, values in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
         (directory / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

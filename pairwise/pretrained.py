@@ -5,13 +5,16 @@ checkpoint's own, and of the hub one commit. What cannot be read is one line.
 import contextlib
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from pairwise import cli, files
 
+import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 # Buffers that older releases of transformers saved among a layer's weights.
 BUFFERS = re.compile(r"rotary_emb|inv_freq|(attn|attention)\.(masked_)?bias$")
@@ -160,6 +163,7 @@ def model(auto_class, name, named, failure, **options):
     its checkpoint lacks and of those that it has beside the model's.
 
     A weight of another shape counts as lacking. Raises InputError where it cannot be read."""
+    check_quantized(config(name, named, failure), f"{named} {name}")
     directory = place(name, named, weights=True)
     if (directory / "adapter_config.json").exists():
         # transformers would load the model that the adapter names, wherever that is.
@@ -190,3 +194,37 @@ def of_layers(model, names):
         if {match[1], f"{model.base_model_prefix}.{match[1]}"} & stacks:
             own.append(name)
     return own
+
+
+# What reads quantized weights, by the quant_method of a config. MXFP4 (gpt-oss) needs nothing, and
+# FP8 only on a GPU: elsewhere transformers takes them back to BF16.
+PACKAGES = {
+    "bitsandbytes": ("bitsandbytes",),
+    "gptq": ("optimum", "gptqmodel"),
+    "awq": ("gptqmodel",),
+    "compressed-tensors": ("compressed-tensors",),
+    "torchao": ("torchao",),
+    "auto-round": ("auto-round",),
+    "hqq": ("hqq",),
+    "aqlm": ("aqlm",),
+    "fp8": ("kernels",) if torch.cuda.is_available() else (),
+}
+
+
+def check_quantized(config, subject, train=None):
+    """Raise InputError where the weights of a config's model are quantized in a way that nothing
+    here can read, or where all of them are to be trained or written: train "full"."""
+    if not (found := getattr(config, "quantization_config", None)):
+        return
+    found = found if isinstance(found, dict) else {"quant_method": found}
+    method = found.get("quant_method", "bitsandbytes")  # Its first configs did not say so.
+    subject = f"{subject}: its weights are quantized ({method})"
+    if train == "full":
+        words = "cannot be trained or saved; a base in BF16 or float32, or --train lora or head,"
+        raise cli.InputError(f"{subject}, which {words} expected")
+    if f"{method}" not in AUTO_QUANTIZATION_CONFIG_MAPPING | {"bitsandbytes": None}:
+        # transformers would load them as if they were not, without their scales.
+        raise cli.InputError(f"{subject} in a way that transformers cannot read")
+    if lacking := [x for x in PACKAGES.get(method, ()) if not find_spec(x.replace("-", "_"))]:
+        words = f"cannot be read without {' and '.join(lacking)}"
+        raise cli.InputError(f"{subject} and {words}; pip install {' '.join(lacking)}")

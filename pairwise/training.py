@@ -10,11 +10,10 @@ import time
 from pairwise import cli, provenance
 from pairwise import reward_model as rm
 from pairwise.scale import budget, parallel
-from pairwise.scale.offload import Offload, recompute_activations
+from pairwise.scale.offload import SOAP, Offload, recompute_activations
 
 import numpy as np
 import torch
-from pytorch_optimizer import SOAP
 from tqdm import tqdm
 
 # ---- steps and batches

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import train_rm
 from pairwise import training
 from pairwise.cli import InputError
+from pairwise.scale import offload
 from pairwise.scale.checkpoint import Checkpoints
 from pairwise.scale.offload import (
     BUFFERS,
@@ -29,6 +30,7 @@ import pytest
 import torch
 from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, manifest, train
 from pytorch_optimizer import SOAP
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 
@@ -651,6 +653,50 @@ def test_the_cpu_runs_out_of_memory_for_real(data, base, tmp_path, monkeypatch):
             "--optimizer-memory-gb",
             "0.5",
         )
+
+
+# ---- precision on a GPU
+
+
+class TensorCores(TorchDispatchMode):
+    """A GPU's products, on a CPU: where TF32 is allowed, 11 bits of every factor count."""
+
+    rounded = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function == torch.ops.aten.mm.default and torch.backends.cuda.matmul.allow_tf32:
+            self.rounded += 1
+            bits = ((x.view(torch.int32) + 0x1000) & ~0x1FFF for x in args)
+            args = [x.view(torch.float32) for x in bits]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("made", [SOAP, offload.SOAP])
+def test_new_bases_are_ordered_in_float32_and_all_else_is_projected_in_tf32(made):
+    """A spectrum of six decades, whose order a basis in TF32 loses: the library's own does."""
+    d, generator = 64, torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(d, 8, generator=generator))
+    optimizer = Offload(
+        [{"params": [p], "max_precondition_dim": d}],
+        lambda groups: made(groups, lr=0.1, precondition_frequency=1),
+    )
+    p.grad = torch.randn(d, 8, generator=generator)
+    optimizer.step(0.1)
+    basis, _ = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    eigenvalues = 10 ** torch.linspace(0, -6, d, dtype=torch.float64)
+    mixed = torch.randperm(d, generator=generator)
+    state = optimizer.optimizer.state[p]
+    state["GG"][0] = (basis * eigenvalues @ basis.T).float()
+    state["Q"][0] = basis[:, mixed].float()
+    state["exp_avg_sq"] = mixed[:, None].expand(d, 8).float()
+    p.grad = torch.zeros(d, 8)
+    with TensorCores() as cores:
+        optimizer.step(0.1)
+    order = state["exp_avg_sq"][:, 0] / state["exp_avg_sq"].max() * (d - 1)
+    found = torch.allclose(order, torch.arange(d).float(), atol=1e-3)
+    overlap = (state["Q"][0].double() * basis).sum(0).abs()
+    assert found == (made is offload.SOAP) and (overlap.min() > 0.99) == found
+    assert cores.rounded >= 6 and not torch.backends.cuda.matmul.allow_tf32
 
 
 # ---- recomputation

@@ -1,15 +1,17 @@
 """SOAP (Vyas et al., arXiv 2409.11321) within a memory budget.
 
-The optimizer is the library's, unmodified: this only moves its tensors. What SOAP keeps beside a
-BF16 parameter of shape (a, b) is a float32 master and two moments (a, b), and for every dimension d
-of at most max_precondition_dim a covariance GG and its eigenbasis Q, both (d, d). What does not fit
-on the device lies in one block of host memory. In step() it is copied to the device for its turn,
-one parameter at a time, while the one before it is computed and the one before that is copied back.
+The optimizer is the library's: this moves its tensors, and says how precise a GPU's products are.
+What SOAP keeps beside a BF16 parameter of shape (a, b) is a float32 master and two moments (a, b),
+and for every dimension d of at most max_precondition_dim a covariance GG and its eigenbasis Q, both
+(d, d). What does not fit on the device lies in one block of host memory. In step() it is copied to
+the device for its turn, one parameter at a time, while the one before it is computed and the one
+before that is copied back.
 
 Of several processes each owns some parameters: it alone has their masters and state, is sent their
 gradients, steps them and sends the others the result.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -18,10 +20,12 @@ import os
 from pairwise import cli
 from pairwise.scale import parallel
 
+import pytorch_optimizer
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 MAX_PRECONDITION_DIM = 4096  # This is the default of full training.
@@ -65,6 +69,28 @@ def choose_resident(sizes, budget):
         if buffers + used <= budget and used > most:
             best, most = chosen, used
     return best
+
+
+@contextlib.contextmanager
+def _tf32(on):
+    """Let 11 bits of their factors count in a GPU's float32 products, which is eight times as fast,
+    or all 24."""
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, on
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+class SOAP(pytorch_optimizer.SOAP):
+    """The library's, with new bases from products in float32, whatever the others are in.
+
+    Their estimates of the eigenvalues order the columns, and exp_avg_sq with them. In TF32 those
+    below a thousandth of the largest are noise, and some negative."""
+
+    def get_orthogonal_matrix_qr(self, *args, **options):
+        with _tf32(False):
+            return super().get_orthogonal_matrix_qr(*args, **options)
 
 
 class TrainedParameter:
@@ -236,11 +262,9 @@ class Offload:
     def _call(self, indices, calls):
         """Let the library step some parameters."""
         self.optimizer.param_groups = [self.groups[i] for i in indices]
-        # A GPU's products are eight times as fast where 11 bits of their factors count.
-        torch.backends.cuda.matmul.allow_tf32 = True
-        for _ in range(calls if indices else 0):
-            self.optimizer.step()
-        torch.backends.cuda.matmul.allow_tf32 = False
+        with _tf32(True):
+            for _ in range(calls if indices else 0):
+                self.optimizer.step()
 
     def _load(self, turn):
         """Copy a parameter to its buffer, when what was there (and so it too) is on the host."""
@@ -364,15 +388,13 @@ def recompute_activations(model, on=True):
     """Keep of every layer its input alone and compute the rest again in backward().
 
     The gradients are the same. transformers does so in layers that are in training mode; only they
-    are put in it, not the dropout inside them. A model without such layers is left as it is.
+    are put in it, not the dropout inside them. A model without such layers is left as it is. The
+    layers have kept these names, and the model's method that sets them has not.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if layers and on:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    elif layers:
-        model.activation_checkpointing_disable()
-    for layer in layers:
-        layer.training = on
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = layer.training = on
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
 def names_memory_flags(main):
