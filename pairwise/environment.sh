@@ -7,7 +7,7 @@
 # nothing is installed into it.
 
 recent='import sys; sys.exit(sys.version_info < (3, 11))'
-# In which environments the scripts run: those of another make start, and fail in the middle.
+# Says in one line what an environment lacks. This is the place that has the oldest versions.
 serves='
 import re, sys
 from importlib import metadata
