@@ -84,12 +84,20 @@ def save_full(trained, directory, tokenizer, base):
 
 def save_lora(trained, directory, tokenizer, base):
     adapter.save(trained.model, base, directory / "adapter")
+    save_template(tokenizer, directory)
 
 
-def save_head(weight, directory, tokenizer=None, base=None):
+def save_head(weight, directory, tokenizer, base):
     """Write the weight of a head alone: all that training it on a frozen base changes."""
     directory.mkdir(parents=True)
     save_file({"score.weight": weight.detach().cpu().contiguous()}, directory / "head.safetensors")
+    save_template(tokenizer, directory)
+
+
+def save_template(tokenizer, directory):
+    """Write the chat template that a member was trained with beside it, to be read, not loaded."""
+    template = tokenizer.chat_template
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def save_joint(trained, directory, tokenizer, base):

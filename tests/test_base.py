@@ -153,6 +153,7 @@ def test_a_relative_base_is_found_from_elsewhere(data, base, tmp_path, monkeypat
     if flags == LORA:
         config = files.read_json(Path("run/member_01/adapter/adapter_config.json"), dict)
         assert config["base_model_name_or_path"] == str(tmp_path / "a" / "base")
+        assert config["revision"] is None
 
 
 def test_a_base_inside_its_run_moves_with_it(data, base, tmp_path):
@@ -228,16 +229,15 @@ def test_a_run_is_rendered_at_one_date(data, dated, tmp_path, monkeypatch, capsy
     assert {manifest(run)[f"member_0{j}"]["settings"]["date"] for j in (1, 2)} == {day}
     words = ("--date", "2027-01-02")
     refused(lambda: train(run, dated, *flags, *words, iteration=2), "--date 2027-01-02", day)
-    if flags == HEAD:
+    assert day in (run / "member_01" / "chat_template.jinja").read_text(encoding="utf-8")
+    if flags:
         export(run, dated, 1)
     member = run / "member_01"
-    if flags != LORA:
-        on("2027-01-03", monkeypatch)
-        alone = rm.load_tokenizer(member)
-        assert rm.date_in(alone.chat_template) == day
-        chat = [{"role": "user", "content": "a question"}]
-        assert rm.encode(alone, chat) == rm.encode(rm.load_tokenizer(dated, date=day), chat)
-    assert day in (member / "chat_template.jinja").read_text()
+    on("2027-01-03", monkeypatch)
+    alone = rm.load_tokenizer(member)
+    assert rm.date_in(alone.chat_template) == day
+    chat = [{"role": "user", "content": "a question"}]
+    assert rm.encode(alone, chat) == rm.encode(rm.load_tokenizer(dated, date=day), chat)
 
 
 def test_the_date_of_a_run_is_another_one_by_its_flag(data, dated, base, tmp_path, monkeypatch):
