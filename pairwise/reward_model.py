@@ -280,7 +280,7 @@ def draw_head(weight, config, seed):
 
     It is normal with the standard deviation with which the base itself was initialised."""
     generator = torch.Generator().manual_seed(seed)
-    deviation = getattr(config, "initializer_range", 0.02)
+    deviation = getattr(config.get_text_config(), "initializer_range", 0.02)
     weight.data.copy_(torch.randn(weight.shape, generator=generator) * deviation)
 
 
