@@ -18,7 +18,8 @@ import numpy as np
 evaluator = cli.import_evaluator()
 
 ERROR = {"single": files.NUMBER, "mixture": files.NUMBER, "gain": files.NUMBER}
-PLURALITY = ERROR | {"components": int, "ci": [files.NUMBER]}  # of extras/plurality.py
+# of extras/plurality.py; the limits are null where there are few prompts
+PLURALITY = ERROR | {"components": int, "ci": [(*files.NUMBER, type(None))]}
 FIGURES = "calibration", "votes", "reliability", "weights"  # Every run has these.
 # These files hold the numbers and show them: a change of one makes the stage run again.
 CODE = (
@@ -111,18 +112,18 @@ def refitted_weights(split, rewards, sizes, resamples, seed):
     return alphas
 
 
-def refitted_intervals(forms, pairs, alphas, resamples, seed):
+def refitted_intervals(forms, pairs, prompts, alphas, resamples, seed):
     """Return {k: {NAME_refit_ci: limits}}, intervals that hold what the weights owe to chance, too.
 
-    forms: of a split, by metrics.squared_errors; pairs (P,): its pairs of each prompt; alphas: of
-    `refitted_weights`.
+    forms: of a split, by metrics.squared_errors; pairs (P,): its pairs of each prompt; prompts: how
+    many are drawn, of this split or of train where it has fewer; alphas: of `refitted_weights`.
     """
     sums = metrics.drawn_sums([*itertools.chain(*forms.values()), pairs], resamples, seed)
     forms = {name: sums[3 * i : 3 * i + 3] for i, name in enumerate(forms)}
     limits = {k: {} for k in alphas}
     for (k, alpha), (name, form) in itertools.product(alphas.items(), forms.items()):
-        errors = metrics.error_of(name, form, alpha) / sums[-1]
-        limits[k][f"{name}_refit_ci"] = np.percentile(errors, [2.5, 97.5]).tolist()
+        errors = metrics.error_of(name, form, alpha, sums[-1]) / sums[-1]
+        limits[k][f"{name}_refit_ci"] = metrics.interval(errors, prompts)
     return limits
 
 
@@ -161,7 +162,8 @@ def compute(run, stored, args):
         alphas = refitted_weights(fitted, stored.rewards["train"], sizes, *draws)
         for name in forms.keys() - {"train"}:
             pairs = np.diff(counted[name].pair_start)
-            limits = refitted_intervals(forms[name], pairs, alphas, *resampling)
+            prompts = min(len(pairs), len(fitted.prompt_id))
+            limits = refitted_intervals(forms[name], pairs, prompts, alphas, *resampling)
             for entry in result["splits"][name]["ensemble"]:
                 entry.update(limits.get(entry["k"], {}))
     return result

@@ -34,7 +34,8 @@ def fit_prefixes(q):
         q_k = q[:k, :k]
         alpha = weights.simplex_weights(q_k)  # This is the argmin of equation (2).
         entry = {"k": k, "alpha": alpha.tolist(), "fit": "qp"}
-        entry |= {"train_mse": float(alpha @ q_k @ alpha), "kkt": weights.kkt_residual(q_k, alpha)}
+        error = max(0.0, float(alpha @ q_k @ alpha))  # Rounding can take it below.
+        entry |= {"train_mse": error, "kkt": weights.kkt_residual(q_k, alpha)}
         prefixes.append(entry)
     return prefixes
 
@@ -106,6 +107,9 @@ def main(args):
         error, kkt = prefixes[-1]["train_mse"], prefixes[-1]["kkt"]
         alpha = " ".join(f"{weight:.3f}" for weight in prefixes[-1]["alpha"])
         print(f"weights: k={k}, train error {error:.4f}, alpha {alpha}, KKT residual {kkt:.0e}")
+        ties = evaluator.votes(rewards, split.a, split.b) == 1
+        if words := weights.tied_words(ties.mean(1), "train pairs"):
+            print(f"weights: {words}")
     if args.early_stop:
         early_stop(run, prefixes, args.early_stop)
 

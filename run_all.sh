@@ -83,7 +83,7 @@ while [ $# -gt 0 ]; do
         --source | --revision | --ties | --min-votes | --test-share | --votes | --beaver | \
             --annotators | --cnndm | --prompts | --responses | --texts) DATA+=("$1" "$2") ;;
         --temperature | --top-p | --max-tokens) SAMPLING+=("$1" "$2") ;;
-        --threads | --device | --chat-template) MODEL+=("$1" "$2") ;;
+        --threads | --device | --chat-template | --date) MODEL+=("$1" "$2") ;;
         *) TRAIN+=("$1" "$2") ;;
     esac
     shift 2
@@ -126,8 +126,9 @@ TRAIN=("${MODEL[@]}" $FLAGS "${TRAIN[@]}")
 source "$ROOT/pairwise/environment.sh"
 export PAIRWISE_COMMAND=$COMMAND
 TRAINER=("$PYTHON") TRAINING=(train_rm.py --iteration "$K")
-[ "$GPUS" = 1 ] || TRAINER=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m
-    torch.distributed.run --standalone --nproc-per-node "$GPUS" --) # -- as it has a --run itself
+[ "$GPUS" = 1 ] || TRAINER=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON"
+    -m torch.distributed.run --standalone --local-addr 127.0.0.1 # a name may not resolve
+    --nproc-per-node "$GPUS" --) # -- as it has a --run itself
 [ $JOINT = 0 ] || TRAINING=(extras/train_joint.py --k "$K")
 stage "${TRAINING[@]}" --base "$BASE" "${TRAIN[@]}" --check
 method

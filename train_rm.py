@@ -150,9 +150,10 @@ def train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, lo
     return member
 
 
-def facts_of(args, train, identical, tied):
-    """Return facts for the manifest, and words on pairs left out; identical, tied: bool (N,)."""
-    facts, words = stages.facts(args), stages.identical_words(identical)
+def facts_of(args, train, identical, tied, encoding):
+    """Return facts for the manifest, and words on pairs left out; identical, tied: bool (N,);
+    encoding: of stages.encoding_facts."""
+    facts, words = stages.facts(args) | encoding[0], ""
     facts["target_formula"] = formula(TARGETS[args.target])
     facts["loss_formula"] = formula(LOSSES[args.loss])
     facts |= {"processes": parallel.count(), "identical_pairs": int(identical.sum())}
@@ -163,7 +164,7 @@ def facts_of(args, train, identical, tied):
         unjudged = ~identical & ~tied & (train.judgments.sum(1) == 0)
         facts["pairs_without_judgment"] = int(unjudged.sum())
         words += f", {unjudged.sum():,} trained on without a judgment, m = 0"
-    return facts, words
+    return facts, words + encoding[1]
 
 
 def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkpoints):
@@ -175,7 +176,7 @@ def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkp
     directory, log_path = run / run_dir.member_name(j), run / "logs" / f"{j:02d}.jsonl"
     train, (*targets, tied), texts = splits["train"], targets, stages.texts_of(splits)
     started = parallel.of_first(lambda: run_dir.begin_stage(*stage))
-    encoded = stages.encode_for(args, "features", texts, tokenizer, base_inputs)
+    encoded, counts = stages.encode_for(args, "features", texts, tokenizer, base_inputs)
     identical = stages.identical_pairs(train, encoded["train"])
     keep = ~identical & ~tied
     trained = parallel.of_first(checkpoints.finished)  # by a call that was killed while it scored
@@ -191,14 +192,15 @@ def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkp
     scores = stages.score(args, member, encoded, f"member {j}")
     outputs = (directory, log_path, checkpoints.directory)
     stages.check_finite(scores, f"member {j}", outputs=outputs)
-    facts, words = facts_of(args, train, identical, tied)
+    encoding = stages.encoding_facts(splits, encoded, counts)
+    facts, words = facts_of(args, train, identical, tied, encoding)
     facts["texts_with_special_tokens"] = special = stages.count_special(texts, tokenizer)
     if is_first:
         stages.write_rewards(run, j, scores)
         run_dir.end_stage(*stage, started, **facts)
     print(
         f"member {j}: trained on {keep.sum():,} pairs in {time.time() - started:.0f} s"
-        f"{words}{stages.special_words(special)}"
+        f"{stages.special_words(special)}{words}"
     )
     return member
 
@@ -218,8 +220,8 @@ def main(args):
     # The data and the ensemble so far are read before the base model is looked for.
     splits, _ = data.read_splits(run)
     targets = targets_of_stage(args, splits["train"])
+    tokenizer = provenance.open_base(args)
     pretrained.check_quantized(pretrained.config(args.base), f"--base {args.base}", args.train)
-    tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     if j > 1:  # the members of a run differ in their residual only

@@ -116,11 +116,11 @@ def growth(call):
     """
 
     def resident(field):
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # The peak begins anew.
     except OSError:
         return None
     before = resident("VmRSS:")
@@ -408,7 +408,7 @@ def program(name, run):
     done = subprocess.run(
         [sys.executable, cli.REPOSITORY / name, "--run", run],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env=ENVIRONMENT | {"PYTHONPATH": path},
     )
     if done.returncode:
@@ -480,7 +480,8 @@ def table(part):
 
 def machine():
     """Return what the times depend on."""
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    info = Path("/proc/cpuinfo")
+    info = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info)}
     flags = [f for f in facts.get("flags", "").split() if f == "avx2" or f.startswith("avx512")]
     return {

@@ -65,8 +65,9 @@ def main(args):
         limit = f"only {count} {kind} for --prompts {args.prompts}"
         print(f"continuations: {limit}, all of them taken")
     flags = ("prompts", "count", "temperature", "top_p", "max_tokens", "seed")
+    tokenizer = provenance.open_base(args)
     settings = {flag: getattr(args, flag) for flag in flags}
-    tokenizer = reward_model.load_tokenizer(args.base, args.chat_template)
+    settings |= {"date": args.date} if args.date else {}
     inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     if (run / "prompts.parquet").exists():
         inputs["prompts.parquet"] = files.hash_file(run / "prompts.parquet")
@@ -106,6 +107,7 @@ def parse_args(argv=None):
     add("--run", required=True, type=cli.path, help="run directory with data/")
     add("--base", required=True, help="base model: hub id or transformers directory")
     reward_model.add_flags(parser)
+    provenance.add_flags(parser)
     sampling.add_flags(parser, 1.0, 256)
     prompts_help = "prompts, drawn by the seed; all where there are fewer"
     add("--prompts", type=cli.natural, default=50, help=prompts_help)

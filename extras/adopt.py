@@ -7,9 +7,7 @@ kind, each with its own tokens, chat template, --dtype and --max-length. It writ
 RUN/rewards/0j_SPLIT.npy and RUN/member_0j, which says where the model is.
 """
 
-import shutil
 import time
-from pathlib import Path
 
 from pairwise import cli, data, existing, files, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
@@ -28,17 +26,16 @@ def check_kind(run, j):
         )
 
 
-def write_source(args, fingerprint):
+def write_source(args, fingerprint, template):
     """Write RUN/member_0j: where the model is, what identifies it, and how it scored the data."""
     directory = args.run / run_dir.member_name(args.iteration)
-    local = Path(args.base).is_dir()
-    source = {"model": str(Path(args.base).resolve()) if local else args.base}
+    source = provenance.kept(args.base, args.run, "model")
     source |= {"fingerprint": fingerprint, "dtype": args.dtype, "max_length": args.max_length}
     with files.replacing(directory) as partial:
         partial.mkdir()
         files.write_json(partial / "source.json", source)
-        if args.chat_template:
-            shutil.copy(args.chat_template, partial / "chat_template.jinja")
+        if args.chat_template or args.date:
+            (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 @names_memory_flags
@@ -48,9 +45,10 @@ def main(args):
     stages.settle(args)
     check_kind(run, j)
     splits, _ = data.read_splits(run)
-    tokenizer = rm.load_tokenizer(args.base, args.chat_template, "--model")
+    tokenizer = provenance.open_base(args, "--model")
     inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     settings = {"train": "from", "dtype": args.dtype, "max_length": args.max_length}
+    settings |= {"date": args.date} if args.date else {}
     stage, texts = (run, name, settings, inputs), run_dir.read_continuations(run)
     outputs = [run / name, *(run_dir.reward_path(run, j, split) for split in splits)]
     if run_dir.stage_done(*stage, outputs):
@@ -61,14 +59,15 @@ def main(args):
         started = run_dir.begin_stage(*stage)
         of_splits = stages.texts_of(splits)
         special = stages.count_special(of_splits, tokenizer)
-        encoded = stages.encode(args, of_splits, tokenizer)
+        encoded, counts = stages.encode(args, of_splits, tokenizer)
+        encoding, words = stages.encoding_facts(splits, encoded, counts)
         scores = stages.score(args, member, encoded, f"member {j}")
         stages.check_finite(scores, f"--model {args.base}", "; --dtype float32 may help")
         stages.write_rewards(run, j, scores)
-        write_source(args, inputs["base model"])
-        facts = stages.facts(args) | {"texts_with_special_tokens": special}
+        write_source(args, inputs["base model"], tokenizer.chat_template)
+        facts = stages.facts(args) | encoding | {"texts_with_special_tokens": special}
         run_dir.end_stage(*stage, started, **facts)
-        seconds = f"{time.time() - started:.0f} s{stages.special_words(special)}"
+        seconds = f"{time.time() - started:.0f} s{stages.special_words(special)}{words}"
         print(f"member {j}: {args.base} scored all data in {seconds}")
     if texts:
         stages.score_continuations(args, j, member, tokenizer, texts, inputs)

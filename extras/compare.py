@@ -15,7 +15,6 @@ from pathlib import Path
 
 from pairwise import cli, data, figures, files, metrics, report, run_dir
 
-import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
@@ -96,15 +95,15 @@ def test_errors(run):
     shape = (int(split.response_start[-1]),)
     rewards = run_dir.read_rewards(run, "test", run_dir.count_members(run), shape)
     sums, _, forms, lines = metrics.measure(split, rewards, stats, metrics.trained_on_p(run))
-    errors = {}
+    errors, pairs = {}, sums["pairs"].astype(np.float64)
     for prefix in prefixes:
         alpha = np.array(prefix["alpha"])
         errors[len(alpha)] = {
-            name: metrics.error_of(name, form, alpha) for name, form in forms.items()
+            name: metrics.error_of(name, form, alpha, pairs) for name, form in forms.items()
         }
     for name, terms in lines.items():
         lines[name] = None if terms is None else metrics.by_prompt(split, terms)
-    return sums["pairs"].astype(np.float64), errors, lines
+    return pairs, errors, lines
 
 
 def setting_errors(measured):
@@ -178,7 +177,7 @@ def sizes(setting):
 
 def verdict(difference):
     """Say which side is lower, where the interval of a difference excludes zero."""
-    low, high = difference["brier_ci"]
+    low, high = difference["brier_ci"] or (0, 0)  # no interval
     if low <= 0 <= high:
         return ""
     return "A lower" if difference["brier"] < 0 else "B lower"
@@ -246,7 +245,8 @@ def draw_errors(axes, result):
         entries = setting["ensemble"] or [setting | {"k": max(setting["k"])}]
         at = [entry["k"] + shift for entry in entries]
         for x, entry in zip(at, entries):
-            axes.plot([x, x], entry["brier_ci"], color=colour, lw=0.7, zorder=3)
+            limits = entry["brier_ci"] or [None, None]  # nothing
+            axes.plot([x, x], limits, color=colour, lw=0.7, zorder=3)
         brier, dash = [entry["brier"] for entry in entries], DASHES[i % len(DASHES)]
         axes.plot(at, brier, ls=dash, lw=1.2, ms=3.5, label="setting", **look)
         if setting["soft_single"] is not None:
@@ -271,7 +271,7 @@ def draw_differences(axes, differences):
     """Draw the differences with their intervals, grey where zero is inside."""
     for y, entry in enumerate(differences):
         colour = figures.INK if verdict(entry) else figures.GREY
-        axes.plot(entry["brier_ci"], [y, y], color=colour, lw=1)
+        axes.plot(entry["brier_ci"] or [None, None], [y, y], color=colour, lw=1)
         axes.plot(entry["brier"], y, "o", color=colour, ms=3.5)
     axes.axvline(0, color=figures.GREY, lw=0.8, ls=(0, (4, 2)))
     names = [" − ".join(figures.drawable(entry[side]) for side in "ab") for entry in differences]
@@ -283,7 +283,7 @@ def draw_differences(axes, differences):
 def write(out, result):
     """Write out/compare.html and out/figures/compare.png, .pdf; returns the page's path."""
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(figures.STYLE):
+    with figures.style():
         fig = draw(result)
         image = report.embed(fig, figures.save(fig, out / "figures" / "compare"))
     values = {name: result[name] for name in ("votes", "lines", "settings", "differences")}
@@ -296,6 +296,7 @@ def write(out, result):
         "reference_lines": LINES,
         "all_drawn": len(drawn_differences(result)) == len(result["differences"]),
         "brier_by_k": {k: [briers.get(k) for briers in by_k] for k in every_k},
+        "fewest": metrics.FEWEST,
         "sizes": sizes,
         "verdict": verdict,
     }

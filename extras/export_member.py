@@ -61,11 +61,13 @@ def main(args):
     run_dir.lock(run)
     torch.set_num_threads(args.threads)
     entry = run_dir.stages(run)[stage]
-    provenance.check_base(entry, args.base, args.chat_template)
-    pretrained.check_quantized(pretrained.config(args.base), f"--base {args.base}", "full")
-    tokenizer = rm.load_tokenizer(args.base, args.chat_template)
+    base = provenance.base_of(run, args.base)
+    provenance.check_base(entry, base, args.chat_template)
+    pretrained.check_quantized(pretrained.config(base), f"--base {base}", "full")
+    date = provenance.date_of(run)
+    tokenizer = rm.load_tokenizer(base, args.chat_template, date=date)
     dtype = getattr(torch, entry["settings"]["dtype"])
-    member = members.load_member(run, args.member, args.base, tokenizer, dtype, args.device)
+    member = members.load_member(run, args.member, base, tokenizer, dtype, args.device)
     if (directory / "adapter").exists():
         adapter.merge(member.model)
     write_plain(member.model, tokenizer, directory)

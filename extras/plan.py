@@ -11,7 +11,7 @@ flags of training are those of train_rm.py; those that change no size or time ha
 import argparse
 import math
 
-from pairwise import cli, data, pretrained, training
+from pairwise import bases, cli, data, pretrained, training
 from pairwise import reward_model as rm
 from pairwise.scale import adapter, budget, offload
 
@@ -55,12 +55,13 @@ def describe(args):
     has empty groups. Raises InputError where no config can be read or there is no linear head.
     """
     named, dtype = args.base == "llama-3-8b", getattr(torch, args.dtype)
-    bases = "llama-3-8b, a directory with config.json, or a hub id that can be reached"
-    failure = f"no config could be read: {bases} expected"
+    known = "llama-3-8b, a directory with config.json, or a hub id that can be reached"
+    failure = f"no config could be read: {known} expected"
     if named:
         config = LlamaConfig(**LLAMA_3_8B)
     else:
-        config = pretrained.config(args.base, "--base", failure)
+        whole = pretrained.config(args.base, "--base", failure)
+        config = bases.text_side(whole, f"--base {args.base}")
     with pretrained.readable(f"--base {args.base}: no model can be made of its config"):
         config.num_labels, config.pad_token_id = 1, None
         with torch.device("meta"):

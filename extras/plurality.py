@@ -225,14 +225,14 @@ def plurality(splits, seed):
         mixture = single
     errors = errors_on("test")
     sums = metrics.resampled(errors, 10000, seed)
-    interval = np.percentile((sums[:, 0] - sums[:, 1]) / sums[:, 2], [2.5, 97.5])
+    interval = metrics.interval((sums[:, 0] - sums[:, 1]) / sums[:, 2], len(errors))
     single_error, mixture_error, pairs = errors.sum(0)
     return {
         "single": single_error / pairs,
         "mixture": mixture_error / pairs,
         "components": len(mixture.weights),
         "gain": (single_error - mixture_error) / pairs,
-        "ci": interval.tolist(),
+        "ci": interval or [None, None],
     }
 
 
@@ -245,9 +245,12 @@ def main(args):
     files.write_json(args.run / "plurality.json", result)
     run_dir.end_stage(*stage, started, threads=args.threads)
     single, mixture, components, gain, (low, high) = result.values()
+    limits = f"no interval: fewer than {metrics.FEWEST} test prompts"
+    if low is not None:
+        limits = f"[{low:+.4f}, {high:+.4f}]"
     print(
         f"plurality: single {single:.4f}, mixture of {components} {mixture:.4f}, "
-        f"gain {gain:+.4f} [{low:+.4f}, {high:+.4f}]"
+        f"gain {gain:+.4f} {limits}"
     )
 
 

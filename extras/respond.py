@@ -102,11 +102,11 @@ def read_examples(path):
     return questions, np.array(choices)
 
 
-def sample_candidates(prompts, base, args):
+def sample_candidates(prompts, base, date, args):
     """Return, of every prompt, {answer: times sampled} of --n answers, in alphabetical order.
 
     The order fixes who is first among equals. prompts: [(prompt as given, messages)]."""
-    tokenizer = rm.load_tokenizer(base, args.chat_template)
+    tokenizer = rm.load_tokenizer(base, args.chat_template, date=date)
     model = sampling.load_language_model(base, args.device)
     encoded = [rm.encode(tokenizer, messages) for _, messages in prompts]
     rm.check_tokens(model, encoded)
@@ -264,7 +264,7 @@ def main(args):
     prompts = read_prompts(args)
     examples, choices = read_examples(args.like) if args.like else ([], np.empty(0))
     alpha, settings = members.open_run(args, samples=True)
-    candidates = sample_candidates(prompts, settings["base"], args)
+    candidates = sample_candidates(prompts, settings["base"], settings["date"], args)
     questions = [
         members.Question(*prompt, list(counts)) for prompt, counts in zip(prompts, candidates)
     ]
@@ -287,7 +287,7 @@ def main(args):
         }
         row |= respond(args.mode, texts, rank, favourite, alpha, drawn, agreed, len(examples))
         if args.json:
-            print(json.dumps(row, ensure_ascii="utf" not in sys.stdout.encoding.lower()))
+            print(json.dumps(row, ensure_ascii="utf" not in str(sys.stdout.encoding).lower()))
         else:
             print("\n" * (number > 0) + "\n".join(shown(row)))
 

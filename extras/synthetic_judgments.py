@@ -105,7 +105,9 @@ def main(args):
     table, out = files.read_parquet(path), run / "judgments.jsonl"
     rows = table.to_pylist()
     flags = ("count", "top_p", "temperature", "max_tokens", "seed")
+    tokenizer = provenance.open_base(args)
     settings = {flag: getattr(args, flag) for flag in flags}
+    settings |= {"date": args.date} if args.date else {}
     inputs = {"texts of data/train.parquet": hash_texts(rows)}
     inputs |= provenance.base_hashes(args.base, args.chat_template)
     done = run_dir.stage_done(run, "judgments", settings, inputs, [out])
@@ -115,7 +117,6 @@ def main(args):
     if later := run_dir.stages(run).keys() - {"data", "judgments"}:
         order = "judgments come first, right after the data, in another --run"
         raise cli.InputError(f"{path}: {min(later)} was made from it already; {order}")
-    tokenizer = reward_model.load_tokenizer(args.base, args.chat_template)
     started = run_dir.begin_stage(run, "judgments", settings, inputs, ["data/train.parquet"])
     torch.set_num_threads(args.threads)
     model = sampling.load_language_model(args.base, args.device)
@@ -147,6 +148,7 @@ def parse_args(argv=None):
     base_help = "instruction-tuned causal language model: hub id or transformers directory"
     add("--base", required=True, help=base_help)
     reward_model.add_flags(parser)
+    provenance.add_flags(parser)
     sampling.add_flags(parser, 0.9, 8)
     add(
         "--count",

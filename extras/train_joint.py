@@ -98,11 +98,12 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
     run, train, started = args.run, splits["train"], run_dir.begin_stage(*stage)
     continuations = {name: texts[name] for name in texts if name not in splits}
     of_splits = {name: texts[name] for name in splits}
-    encoded = stages.encode_for(args, "features", of_splits, tokenizer, base_inputs)
+    encoded, counts = stages.encode_for(args, "features", of_splits, tokenizer, base_inputs)
     if continuations:
-        encoded |= stages.encode_for(
-            args, "features_continuations", continuations, tokenizer, stage[3]
-        )
+        more = (args, "features_continuations", continuations, tokenizer, stage[3])
+        for known, of_continuations in zip((encoded, counts), stages.encode_for(*more)):
+            known |= of_continuations
+    encoding, words = stages.encoding_facts(splits, encoded, counts)
     identical = stages.identical_pairs(train, encoded["train"])
     with stages.open_log(run / "logs" / "joint.jsonl") as log:
         trained, alpha = train_members(args, train, encoded["train"], ~identical, tokenizer, log)
@@ -117,14 +118,15 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
         members.KINDS["joint"].save(trained, partial, tokenizer, args.base)
     if args.weights == "learned":
         write_learned_weights(run, train, scores["train"], alpha)
-    facts = {"learned_weights": alpha.tolist(), "identical_pairs": int(identical.sum())}
+    facts = encoding | {"learned_weights": alpha.tolist()}
+    facts["identical_pairs"] = int(identical.sum())
     facts["texts_with_special_tokens"] = special = stages.count_special(of_splits, tokenizer)
     run_dir.end_stage(*stage, started, **stages.facts(args), **facts)
     weights = " ".join(f"{x:.3f}" for x in alpha.tolist())
     print(
         f"joint: {args.k} members trained on {(~identical).sum():,} pairs in "
-        f"{time.time() - started:.0f} s, weights {weights}{stages.identical_words(identical)}"
-        f"{stages.special_words(special)}"
+        f"{time.time() - started:.0f} s, weights {weights}"
+        f"{stages.special_words(special)}{words}"
     )
 
 
@@ -136,8 +138,8 @@ def main(args):
     stages.settle(args)
     splits, _ = data.read_splits(run)
     texts, continuations = stages.texts_of(splits), run_dir.read_continuations(run)
+    tokenizer = provenance.open_base(args)
     pretrained.check_quantized(pretrained.config(args.base), f"--base {args.base}", args.train)
-    tokenizer = rm.load_tokenizer(args.base, args.chat_template)
     base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     inputs = base_inputs
     if continuations:

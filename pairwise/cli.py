@@ -48,8 +48,11 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **kwargs,
         )
-        for stream in (sys.stdout, sys.stderr):  # What its encoding lacks is written as an escape.
-            if hasattr(stream, "reconfigure"):
+        for name in ("stdout", "stderr"):
+            # It is None where it was closed, by >&-.
+            stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
+            setattr(sys, name, stream)
+            if hasattr(stream, "reconfigure"):  # What its encoding lacks is written as an escape.
                 stream.reconfigure(errors="backslashreplace")
 
     def error(self, message):

@@ -31,7 +31,7 @@ def measure(scores, texts, alpha, patterns, resamples, seed):
     tau = evaluator.kendall_tau(np.concatenate(rankings))  # (P, K + attributes, the same)
     constant, has_tau = np.isnan(tau), (~np.isnan(tau)).astype(np.float64)
     tau = np.where(constant, 0, tau)
-    wins = ranking.win_shares(scores) if n > 1 else np.full((prompts, k, k), 0.5)
+    wins = ranking.win_shares(scores) if n > 1 else np.full((prompts, k, k), 0.5)  # of none
     figures = {
         "prompts": prompts,
         "continuations": n,
@@ -63,7 +63,7 @@ def policy_distance(scores, texts, alpha):
         rewards, logprob = scores[:, x, distinct], np.array(logprob)[distinct]
         p_hat = ranking.reward_mixture(rewards, alpha)
         p_bars = [ranking.policy_mixture(rewards, logprob, alpha, beta) for beta in BETAS]
-        sums.append([np.abs(p_bar - p_hat).sum() for p_bar in p_bars])
+        sums.append([np.minimum(np.abs(p_bar - p_hat), 1).sum() for p_bar in p_bars])
         pairs.append(float(len(p_hat)))
     return np.array(sums), np.array(pairs)
 

@@ -4,7 +4,7 @@ member_0j/source.json: {model: hub id or directory, fingerprint: of its content,
 beside it chat_template.jinja, where the model has no template of its own.
 """
 
-from pairwise import cli, files, pretrained, provenance, run_dir
+from pairwise import bases, cli, files, pretrained, provenance, run_dir
 from pairwise import reward_model as rm
 
 import numpy as np
@@ -20,7 +20,7 @@ def load_reward_model(name, tokenizer, dtype, device, named="--from"):
     named: what named it, for errors. Raises InputError where it cannot be read, where weights are
     missing, and where its head has not one output."""
     options = {"dtype": dtype, "pad_token_id": tokenizer.pad_token_id}
-    model, missing = rm.read_model(AutoModelForSequenceClassification, name, named, **options)
+    model, missing = bases.read_model(AutoModelForSequenceClassification, name, named, **options)
     if missing:
         words = f"{', '.join(missing[:5])}; a trained reward model expected, head and all"
         raise cli.InputError(f"{named} {name}: weights are missing: {words}")
@@ -43,7 +43,7 @@ def read_source(directory):
     one that scored the data."""
     path, template = directory / "source.json", directory / "chat_template.jinja"
     source = files.read_json(path, SOURCE)
-    model = source["model"]
+    source["model"] = model = provenance.found(source, directory.resolve().parent, "model")
     try:
         fingerprint = provenance.fingerprint(model)
     except (OSError, cli.InputError) as error:

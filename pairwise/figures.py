@@ -10,7 +10,7 @@ import warnings
 
 from pairwise import files, theory
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
@@ -86,8 +86,14 @@ def drawable(name):
     return name if len(name) <= 30 else f"{name[:29]}…"
 
 
+def style():
+    """Return a context in which matplotlib draws by its own defaults and STYLE, whatever the user's
+    matplotlibrc says."""
+    return matplotlib.style.context(["default", STYLE])
+
+
 def save(fig, stem):
-    """Write stem.png and stem.pdf; returns the figure as SVG, bytes. STYLE must be in force."""
+    """Write stem.png and stem.pdf; returns the figure as SVG, bytes. `style` must be in force."""
     with warnings.catch_warnings():  # A character that no font has is drawn as a box.
         warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")
         return _save(fig, stem)
@@ -156,7 +162,7 @@ def error_panel(axes, split, chosen, against_truth):
         c = split["irreducible"]
         error = [entry["brier"] for entry in ensemble]
         soft = [entry["brier_soft"] for entry in ensemble]
-        bars = [entry["brier_ci"] for entry in ensemble]
+        bars = [entry["brier_ci"] for entry in ensemble if entry["brier_ci"]]  # all, or none
     lines = {
         key: split.get(true_key if against_truth else key) for _, key, true_key, _ in REFERENCES
     }
@@ -205,9 +211,9 @@ def scale(axes, sizes, shown):
 
 def kendall(diversity):
     """Kendall tau of every two members; diversity: metrics["diversity"], or None."""
-    if not diversity:
+    tau = np.array(diversity["kendall_tau"] if diversity else [], dtype=float)
+    if not np.isfinite(tau).any():
         return None
-    tau = np.array(diversity["kendall_tau"], dtype=float)
     low = np.floor(10 * np.min(tau, where=np.isfinite(tau), initial=0)) / 10
     title = f"Kendall τ, colours from {low:g} to 1".replace("-", "−")
     return matrix(tau, low, 1.0, title, "member", range(1, len(tau) + 1))
@@ -309,7 +315,7 @@ def majority_shares(p):
 
 def write_votes(p, stem):
     """Write the figure `majority_shares` as stem.png and stem.pdf, for data preparation."""
-    with matplotlib.rc_context(STYLE):
+    with style():
         save(majority_shares(p), stem)
 
 
@@ -352,12 +358,13 @@ def reliability(p, p_hat):
 
 def policies(diversity):
     """Distance of the mixture of policies from the votes; beta falls from left to right."""
-    if not diversity or not diversity["policy"]:
+    policy = diversity and diversity["policy"]
+    if not policy or None in policy["distance"]:  # No prompt has two continuations that differ.
         return None
-    policy = diversity["policy"]
     beta, distance, limits = (np.array(policy[x]) for x in ("beta", "distance", "distance_ci"))
     fig, axes = subplots(NARROW, 2.3)
-    axes.fill_between(beta, *limits.T, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
+    if None not in limits:
+        axes.fill_between(beta, *limits.T, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
     label = r"mean $|\bar{p} - \hat{p}|$"
     axes.plot(beta, distance, "o-", color=INK, ms=3, lw=1.2, label=label)
     axes.set(xscale="log", xlim=(beta.max() * 1.5, beta.min() / 1.5), ylim=(0, None))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from pairwise import cli
@@ -19,8 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _hashes = {}  # path of a file that this process wrote -> SHA-256, until hashes_beneath takes it
+_unlocked = []  # paths on file systems without locks; the first is told
 
 # ---- write
+
+# What flock says on Lustre and some NFS; the last of another user's file on NFS.
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)
 
 
 @contextlib.contextmanager
@@ -65,7 +70,8 @@ def replacing(path, hashed=True):
 def lock(path):
     """Lock a file, made where there is none, never through a link; return its open descriptor.
 
-    It is None where another process has it. The lock ends with the descriptor or the process."""
+    It is None where another process has it. The lock ends with the descriptor or the process. On a
+    file system without locks there is none, and a warning says so."""
     if path.is_symlink():
         raise cli.InputError(f"{path}: a link found, a file expected")
     try:
@@ -78,8 +84,12 @@ def lock(path):
         except BlockingIOError:
             raise
         except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                return descriptor  # a file system without locks
+            if error.errno in NO_LOCKS:
+                if not _unlocked:
+                    words = "cannot be locked on this file system; let no second command write here"
+                    print(f"warning: {path}: {words}", file=sys.stderr)
+                _unlocked.append(path)
+                return descriptor
             os.close(descriptor)
             raise
         # The one who had it may have removed the file since it was opened here.

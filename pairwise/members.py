@@ -84,12 +84,20 @@ def save_full(trained, directory, tokenizer, base):
 
 def save_lora(trained, directory, tokenizer, base):
     adapter.save(trained.model, base, directory / "adapter")
+    save_template(tokenizer, directory)
 
 
-def save_head(weight, directory, tokenizer=None, base=None):
+def save_head(weight, directory, tokenizer, base):
     """Write the weight of a head alone: all that training it on a frozen base changes."""
     directory.mkdir(parents=True)
     save_file({"score.weight": weight.detach().cpu().contiguous()}, directory / "head.safetensors")
+    save_template(tokenizer, directory)
+
+
+def save_template(tokenizer, directory):
+    """Write the chat template that a member was trained with beside it, to be read, not loaded."""
+    template = tokenizer.chat_template
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def save_joint(trained, directory, tokenizer, base):
@@ -191,7 +199,7 @@ def score_trained(run, settings, questions, args):
     of_base = settings["train"] != "full"
     source, named = (base, "--base") if of_base else (directories[0], "member")
     tokenizer, tokens = (
-        rm.load_tokenizer(source, args.chat_template, named),
+        rm.load_tokenizer(source, args.chat_template, named, settings["date"]),
         args.micro_batch_tokens,
     )
     chats, texts = [q.messages for q in questions], [q.responses for q in questions]
@@ -262,8 +270,9 @@ def add_arguments(parser):
 def open_run(args, samples=False):
     """Return the weights of all members, float64 (K,), and the run's settings, of member 1.
 
-    The settings have the base as it is found now. samples: the base itself is needed too, to
-    sample from. Raises InputError where members or weights are missing, or the base is another."""
+    The settings have the base as it is found now, where it is needed, and the run's date. samples:
+    the base is needed to sample from. Raises InputError where members or weights are missing, or
+    the base is another."""
     run = args.run
     alpha = run_dir.read_weights(run, run_dir.count_members(run))
     if run_dir.kind_of(run, beneath=True) == "hardened":
@@ -273,8 +282,7 @@ def open_run(args, samples=False):
     if kind not in KINDS or not (run / name).is_dir():
         words = f"no trained members found; a run directory with {name}/ expected"
         raise cli.InputError(f"{run}: {words}")
-    entry = run_dir.stages(run)[name]
-    base = args.base or (str(run / "base") if (run / "base").is_dir() else entry["base"])
+    entry, base = run_dir.stages(run)[name], None
     if kind == "existing":
         if samples and not args.base:
             words = "its members are existing models; --base, the model that samples the answers,"
@@ -284,7 +292,9 @@ def open_run(args, samples=False):
                 "--base and --chat-template are for trained members; where those of "
                 f"{run} are, each member's source.json says"
             )
-    elif samples or args.chat_template or entry["settings"]["train"] != "full":
+    if samples or entry["settings"]["train"] in ("head", "lora"):
+        base = provenance.base_of(run, args.base or provenance.found(entry, run))
+    if kind != "existing" and (base or args.chat_template):
         # Otherwise a directory of all weights has base and template in it.
         provenance.check_base(entry, base, args.chat_template)
-    return alpha, entry["settings"] | {"base": base}
+    return alpha, entry["settings"] | {"base": base, "date": provenance.date_of(run)}

@@ -1,18 +1,20 @@
 """Configs, tokenizers and models as transformers reads them: data alone, never code or pickles of a
-checkpoint's own. What cannot be read is one line.
+checkpoint's own, and of the hub one commit. What cannot be read is one line.
 """
 
 import contextlib
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from pairwise import cli, files
 
 import torch
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-from transformers.utils import find_adapter_config_file
 
 # Buffers that older releases of transformers saved among a layer's weights.
 BUFFERS = re.compile(r"rotary_emb|inv_freq|(attn|attention)\.(masked_)?bias$")
@@ -39,13 +41,106 @@ def readable(subject):
         raise cli.InputError(f"{subject} ({reason})") from None
 
 
+# ---- where a model is
+
+# What a hub repository has beside code and weights; the weights are asked for by name.
+DESCRIPTIONS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+SECONDS = 10  # until a hub that does not answer is given up
+
+
+def pinned(name, named="--base", revision=None):
+    """Return how a model is named from here on: a directory as it is, a hub id as ID@COMMIT.
+
+    name: a directory, ID or ID@REVISION; revision: branch, tag or commit, `main` where there is
+    none. The hub is asked only where its cache on this machine does not know the revision. named:
+    what named it, for errors. Raises InputError where there is no such model."""
+    if Path(name).is_dir():
+        if revision:
+            words = f"a revision is the hub's, and {named} {name} is a directory"
+            raise cli.InputError(f"--revision {revision}: {words}")
+        return name
+    identifier, _, own = name.partition("@")
+    if own and revision not in (None, own):
+        raise cli.InputError(f"--revision {revision}: {named} {name} has another one")
+    revision = revision or own or "main"
+    try:
+        validate_repo_id(identifier)
+    except HFValidationError:
+        raise cli.InputError(f"{named} {name}: no such directory") from None
+    cache = _cache(identifier)
+    if (cache / "snapshots" / revision).is_dir():
+        return f"{identifier}@{revision}"
+    if (ref := cache / "refs" / revision).is_file():
+        return f"{identifier}@{ref.read_text(encoding='utf-8').strip()}"
+    return f"{identifier}@{_ask(identifier, revision, named)}"
+
+
+def _cache(identifier):
+    """Return the directory of a hub id in the hub's cache on this machine, there or not."""
+    return Path(constants.HF_HUB_CACHE) / f"models--{identifier.replace('/', '--')}"
+
+
+def _ask(identifier, revision, named):
+    """Return the commit of a revision as the hub knows it; raise InputError where it does not."""
+    print(f"{named} {identifier}: asking the hub for revision {revision}", file=sys.stderr)
+    words = (
+        "no such directory, and the hub gave none of this name and revision; of a gated model "
+        "accept the licence there, then log in"
+    )
+    with readable(f"{named} {identifier}: {words}"):
+        return HfApi().model_info(identifier, revision=revision, timeout=SECONDS).sha
+
+
+def place(name, named, weights=False):
+    """Return the directory of a model, as of `pinned`, with its descriptions, and the weights if
+    asked for.
+
+    A snapshot in the hub's cache is completed from the hub, at its commit. Raises InputError where
+    that fails, and where the checkpoint names weights outside its directory."""
+    directory, identifier, commit = Path(name), None, None
+
+    def complete(patterns):
+        _ask(identifier, commit, named)  # It says no at once where a download would try for long.
+        with readable(f"{named} {name}: it could not be downloaded"):
+            options = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]}
+            snapshot_download(identifier, revision=commit, **options)
+
+    if not directory.is_dir():
+        identifier, commit = pinned(name, named).split("@")
+        directory = _cache(identifier) / "snapshots" / commit
+        if not ((directory / "config.json").is_file() and any(directory.glob("*token*"))):
+            complete(DESCRIPTIONS)
+    shards = weight_files(directory) if weights else []
+    if commit and not all((directory / shard).is_file() for shard in shards):
+        complete(shards)
+    return directory
+
+
+def weight_files(directory):
+    """Return the names of a checkpoint's files of weights. Raises InputError where its index names
+    others than safetensors of its directory."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    shards = sorted({*files.read_json(index, {"weight_map": {str: str}})["weight_map"].values()})
+    for shard in shards:
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            words = f"{shard!r} found, a file of this directory, .safetensors, expected"
+            raise cli.InputError(f"{index}: weight_map: {words}")
+    return shards
+
+
+# ---- what it is
+
+
 def read(auto_class, name, named, failure, **options):
     """Return auto_class.from_pretrained(name, **options), of classes of transformers' own alone.
 
-    name: hub id or directory; named: what named it, for errors. Raises InputError, of the words of
+    name: as of `pinned`; named: what named it, for errors. Raises InputError, of the words of
     `failure`, where it cannot be read."""
+    directory = place(name, named)
     with readable(f"{named} {name}: {failure}"):
-        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+        return auto_class.from_pretrained(directory, trust_remote_code=False, **options)
 
 
 def config(name, named="--base", failure="no config could be read"):
@@ -68,17 +163,12 @@ def model(auto_class, name, named, failure, **options):
     its checkpoint lacks and of those that it has beside the model's.
 
     A weight of another shape counts as lacking. Raises InputError where it cannot be read."""
-    with readable(f"{named} {name}: {failure}"):
-        if find_adapter_config_file(str(name)):
-            # transformers would load the model that the adapter names, wherever that is.
-            words = "an adapter found; a model with all its weights, the adapter merged, expected"
-            raise cli.InputError(f"{named} {name}: {words}")
-    index = Path(name) / "model.safetensors.index.json"
-    if index.is_file():
-        for shard in files.read_json(index, {"weight_map": {str: str}})["weight_map"].values():
-            if Path(shard).name != shard or not shard.endswith(".safetensors"):
-                words = f"{shard!r} found, a file of this directory, .safetensors, expected"
-                raise cli.InputError(f"{index}: weight_map: {words}")
+    check_quantized(config(name, named, failure), f"{named} {name}")
+    directory = place(name, named, weights=True)
+    if (directory / "adapter_config.json").exists():
+        # transformers would load the model that the adapter names, wherever that is.
+        words = "an adapter found; a model with all its weights, the adapter merged, expected"
+        raise cli.InputError(f"{named} {name}: {words}")
     options |= {"use_safetensors": True, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # They are told with the names of what is missing.
     found, info = read(auto_class, name, named, failure, **options)

@@ -1,19 +1,109 @@
-"""What a run was made from: the content of its base model and its chat template, as hashes."""
+"""What a run was made from: its base model, at one commit, and its chat template, at one date."""
 
+import argparse
+import datetime
 import hashlib
+import os
 from pathlib import Path
 
-from pairwise import cli, files, pretrained
+from pairwise import cli, files, pretrained, run_dir
+from pairwise import reward_model as rm
+from pairwise.scale import parallel
+
+# ---- what is meant
+
+
+def day(text):
+    """argparse type: a date, as YYYY-MM-DD."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} found, YYYY-MM-DD expected") from None
+
+
+def add_flags(parser):
+    """Add the flags of open_base, beside the base itself and --chat-template."""
+    add = parser.add_argument
+    words = "branch, tag or commit of a base on the hub (default: the run's, else main)"
+    add("--revision", help=words)
+    words = "what a chat template writes as today (default: when the run was made)"
+    add("--date", type=day, metavar="YYYY-MM-DD", help=words)
+
+
+def base_of(run, base, revision=None, named="--base"):
+    """Return a base as of pretrained.pinned: a hub id that the run knows, at the run's commit."""
+    if not revision:
+        known = [entry["inputs"].get("base model", "") for entry in run_dir.stages(run).values()]
+        base = next((name for name in known if name.startswith(f"{base}@")), base)
+    return pretrained.pinned(base, named, revision)
+
+
+def date_of(run, given=None):
+    """Return the run's date, YYYY-MM-DD: what its first stage that has one gave to a chat template,
+    else what is given, else when its data were made, else today."""
+    entries = run_dir.stages(run)
+    dates = [entry["settings"]["date"] for entry in entries.values() if "date" in entry["settings"]]
+    dates += [given, entries.get("data", {}).get("date"), datetime.date.today().isoformat()]
+    return next(date for date in dates if date)
+
+
+def open_base(args, named="--base"):
+    """Return the tokenizer of args.base, and make args say what every stage of the run must.
+
+    args.base becomes base_of's; args.date the day that the chat template writes as today, None
+    where it writes none. Raises InputError where --date is another day than that."""
+    run, given = args.run, args.date
+    args.base, date = parallel.of_first(
+        lambda: (base_of(run, args.base, args.revision, named), date_of(run, given))
+    )
+    tokenizer = rm.load_tokenizer(args.base, args.chat_template, named, date)
+    args.date = rm.date_in(tokenizer.chat_template)
+    if given not in (None, args.date):
+        words = f"in this run the chat template writes {args.date or 'no date'}"
+        raise cli.InputError(f"--date {given}: {words}")
+    words = f": its chat template writes {args.date} as today (--date)" if args.date else ""
+    if words or not Path(args.base).is_dir():
+        print(f"{named} {args.base}{words}")
+    return tokenizer
+
+
+# ---- where it is, as a run's files have it
+
+
+def kept(path, run, name="base"):
+    """Return {name: path, name_from_run: path} of a directory: absolute, and relative to the run.
+
+    Either may move without the other. One in the run is ./PATH alone, a hub id as it is."""
+    if not Path(path).is_dir():
+        return {name: str(path)}
+    absolute = Path(path).resolve()
+    relative = os.path.relpath(absolute, run.resolve())
+    if absolute.is_relative_to(run.resolve()):
+        return {name: f"./{relative}"}
+    return {name: str(absolute), f"{name}_from_run": relative}
+
+
+def found(entry, run, name="base"):
+    """Return where the directory of `kept` is now, or the hub id; what was kept, if nowhere."""
+    places = [
+        run / entry[name],
+        Path(entry[name]),
+        run / entry.get(f"{name}_from_run", entry[name]),
+    ]
+    return next((str(place) for place in places if place.is_dir()), entry[name])
+
+
+# ---- what it consists of
 
 
 def fingerprint(base):
-    """Return what identifies a base model's content: of a hub id, its name and commit.
+    """Return what identifies a base model's content: of a hub id, ID@COMMIT.
 
     Of a directory it is a hash over its files; of files beyond 64 MiB, over size, beginning,
     middle and end, as all of it would take a minute a stage."""
     directory = Path(base)
     if not directory.is_dir():
-        return f"{base}@{getattr(pretrained.config(base), '_commit_hash', None)}"
+        return pretrained.pinned(base)
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
         if path.suffix in (".json", ".safetensors", ".bin", ".jinja", ".model") and path.is_file():
@@ -37,9 +127,10 @@ def base_hashes(base, chat_template):
 def check_base(entry, base, chat_template):
     """Raise InputError where a manifest's entry names another base or template than is given now.
 
-    A hub id and a local copy of it are not compared."""
+    base: None where none is needed. A hub id and a local copy of it are not compared."""
     then = entry["inputs"]["base model"]
-    if Path(base).is_dir() and "@" not in then and fingerprint(base) != then:
+    now = fingerprint(base) if base else then
+    if then != now and ("@" in then) == ("@" in now):
         raise cli.InputError(f"--base {base}: another base model than the run was made from")
     template = files.hash_file(chat_template) if chat_template else None
     if template != entry["inputs"].get("chat template"):

@@ -8,10 +8,10 @@ import base64
 import textwrap
 from pathlib import Path
 
-from pairwise import figures, files, theory
+from pairwise import figures, files, theory, weights
+from pairwise.metrics import FEWEST
 
 import jinja2
-import matplotlib
 
 ERRORS = ("brier", "brier_ci", "brier_soft", "excess", "true_error", "l1", "pearson")
 LEGEND = (
@@ -21,7 +21,7 @@ LEGEND = (
     "truth is known. L1: mean |p_hat - p|. r: Pearson's correlation of p_hat and p over both "
     "orders of every pair (higher is better). Phi: mean share of annotators that the member votes "
     "against. regret: Phi beyond that of always siding with the majority. accuracy: unsuitable, "
-    "for comparison with other work. -: does not exist."
+    f"for comparison with other work. -: does not exist; an interval takes {FEWEST} prompts."
 )
 
 
@@ -93,7 +93,15 @@ def table(metrics):
     lines += ["", columns.format(*head)]
     keys = ("j", "brier", "disagreement", "disagreement_ci", "regret", "accuracy")
     lines += [columns.format(*cells(member, *keys, none="-")) for member in split["members"]]
+    if words := tied(split):
+        lines += ["", *textwrap.wrap(words, 100)]
     return "\n".join([*lines, "", *textwrap.wrap(LEGEND, 100)])
+
+
+def tied(split):
+    """The words that name members whose test pairs mostly tie; "" where there are none."""
+    # Older evaluations have no rate.
+    return weights.tied_words([x.get("tie_rate") or 0 for x in split["members"]], "test pairs")
 
 
 # ---- what report.html.jinja shows
@@ -141,14 +149,17 @@ def origin(stages):
 def comparisons(split):
     """The reference lines that the ensemble's score is compared with, as dicts.
 
-    certain: whether the whole interval lies on the same side; None where the two are equal.
+    certain: whether the whole interval lies on the same side; None where the two are equal, or
+    there is no interval.
     """
-    brier, (low, high) = split["ensemble"][-1]["brier"], split["ensemble"][-1]["brier_ci"]
+    brier, limits = split["ensemble"][-1]["brier"], split["ensemble"][-1]["brier_ci"]
     lines = []
     for name, value, *_ in references(split)[:3]:
         if value is not None:
             side = "below" if brier < value else "above" if brier > value else "equal to"
-            certain = None if brier == value else high < value or low > value
+            certain = None
+            if limits and brier != value:
+                certain = limits[1] < value or limits[0] > value
             lines.append({"name": name, "value": value, "side": side, "certain": certain})
     return lines
 
@@ -165,7 +176,7 @@ def favourites(cases):
     return prompts
 
 
-def page_values(metrics, weights, stages):
+def page_values(metrics, prefixes, stages):
     """All that report.html.jinja shows, but the figures."""
     split, diversity = metrics["splits"]["test"], metrics["diversity"] or {}
     outlier_limits = [member["outlier_below"] or [None] for member in split["members"]]
@@ -178,7 +189,9 @@ def page_values(metrics, weights, stages):
         "member_names": [f"member {member['j']}" for member in split["members"]],
         "outliers_known": all(None not in limits for limits in outlier_limits),
         "favourites": favourites(diversity.get("favourites") or ()),
-        "weights": weights,
+        "weights": prefixes,
+        "tied": tied(split),
+        "fewest": FEWEST,
         "stages": stages,
         "origin": origin(stages),
     }
@@ -215,17 +228,17 @@ def render(template, **values):
     return page.encode("utf-8", "backslashreplace").decode()
 
 
-def write(out, metrics, weights, manifest, logs, p, p_hat):
+def write(out, metrics, prefixes, manifest, logs, p, p_hat):
     """Write out/figures/*.png, *.pdf and out/report.html; returns the report's path.
 
-    metrics, weights, manifest: what the files of these names hold; keys of the manifest may be
-    missing. logs: {title: list of steps}; p, p_hat (pairs,): the test split's vote fractions and
-    the full ensemble's predictions.
+    metrics, prefixes, manifest: what metrics.json, weights.json and the manifest hold, whose keys
+    may be missing. logs: {title: list of steps}; p, p_hat (pairs,): the test split's vote fractions
+    and the full ensemble's predictions.
     """
     out = Path(out)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     diversity, images = metrics["diversity"], {}
-    with matplotlib.rc_context(figures.STYLE):
+    with figures.style():
         drawn = {
             "calibration": figures.calibration(metrics["splits"]["test"], chosen_size(metrics)),
             "votes": figures.majority_shares(p),
@@ -233,7 +246,7 @@ def write(out, metrics, weights, manifest, logs, p, p_hat):
             "kendall": figures.kendall(diversity),
             "wins": figures.wins(diversity),
             "policies": figures.policies(diversity),
-            "weights": figures.mixture_weights(weights),
+            "weights": figures.mixture_weights(prefixes),
             "training": figures.training(logs),
         }
         for name, fig in drawn.items():
@@ -242,7 +255,7 @@ def write(out, metrics, weights, manifest, logs, p, p_hat):
     for name in drawn.keys() - images.keys():  # An earlier evaluation may have drawn them.
         for kind in ("png", "pdf"):
             (out / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
-    shown = page_values(metrics, weights, manifest.get("stages") or {})
+    shown = page_values(metrics, prefixes, manifest.get("stages") or {})
     page = render(Path(__file__).with_name("report.html.jinja"), images=images, **shown)
     with files.replacing(out / "report.html") as partial:
         partial.write_text(page, encoding="utf-8")

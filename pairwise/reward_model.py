@@ -5,15 +5,16 @@ Parameters may be BF16; the head, the rewards and everything after them are floa
 
 import argparse
 import contextlib
+import datetime
+import re
 import signal
-import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pairwise import cli, pretrained
-from pairwise.scale import packed, parallel, passes
+from pairwise import bases, cli, pretrained
+from pairwise.scale import packed, parallel, passes, rope
 
 import numpy as np
 import torch
@@ -30,32 +31,36 @@ PAD_NAMES = (
     "<|finetune_right_pad_id|> <|reserved_special_token_0|> <|pad|> <pad> [PAD] <|endoftext|> <unk>"
 ).split()
 DTYPES = ("bfloat16", "float32")  # in which a model can run
+# strftime's, of a day alone; with a dash it writes no zero before a number.
+DATE_CODES = "-d -m -j a A b B c C d D e F g G h H I j m M p r R S T u U V w W x X y Y".split()
 TEMPLATE_SECONDS = 10  # A chat template takes less than a millisecond.
 
 
 # ---- tokens
 
 
-def load_tokenizer(base, chat_template=None, named="--base"):
+def load_tokenizer(base, chat_template=None, named="--base", date=None):
     """Return the base's tokenizer, with a chat template, right padding and a pad token of its own.
 
-    The pad token is never the eos token. base: hub id or directory; chat_template: file with a
-    Jinja template, for a base that has none; named: what named the base, for errors.
-    Raises InputError where the base cannot be read, has no chat template and none is given, or has
-    no token that can pad."""
-    failure = (
-        "no tokenizer could be loaded: a directory made by save_pretrained, or a hub id that can "
-        "be reached (gated models: accept the licence on the hub, then log in), expected"
-    )
+    The pad token is never the eos token. base: as of pretrained.pinned; chat_template: file with a
+    Jinja template, for a base that has none; named: what named the base, for errors; date: what
+    the template is to write as today, YYYY-MM-DD, where it asks. Raises InputError where the base
+    cannot be read, has no chat template and none is given, or has no token that can pad."""
+    failure = "no tokenizer could be loaded; a directory made by save_pretrained expected"
     tokenizer = pretrained.read(AutoTokenizer, base, named, failure)
+    template = tokenizer.chat_template
     if chat_template:
         try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+            template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise cli.InputError(f"--chat-template {chat_template}: {error}") from None
-    if not tokenizer.chat_template:
-        words = "has no chat template; name a Jinja file with --chat-template FILE"
+    if isinstance(template, dict):  # of several, by their names
+        template = template.get("default")
+    if not template:
+        which = " called default" if tokenizer.chat_template else ""
+        words = f"has no chat template{which}; name a Jinja file with --chat-template FILE"
         raise cli.InputError(f"{named} {base} {words}")
+    tokenizer.chat_template = dated(template, date) if date else template
     usable = tokenizer.get_vocab().keys() - {tokenizer.eos_token, tokenizer.bos_token}
     spare = [name for name in (tokenizer.pad_token, *PAD_NAMES) if name in usable]
     if not spare:
@@ -68,6 +73,25 @@ def load_tokenizer(base, chat_template=None, named="--base"):
         named = f"--chat-template {chat_template}" if chat_template else f"{named} {base}"
         raise cli.InputError(f"{named}: {error}") from None
     return tokenizer
+
+
+def dated(template, date):
+    """Return a chat template that writes `date`, YYYY-MM-DD, wherever it would write today's.
+
+    Templates ask transformers' strftime_now for that. A macro of this name goes before it, so that
+    the text of the template alone, in a member's directory, says how every chat was rendered."""
+    if "strftime_now" not in template or date_in(template):
+        return template
+    day = datetime.date.fromisoformat(date)
+    written = "".join(f"|replace('%{code}', '{day.strftime('%' + code)}')" for code in DATE_CODES)
+    macro = "{%- macro strftime_now(format) -%}{{ format" + written + " }}{%- endmacro %}"
+    return f"{{#- today is {date} -#}}{macro}{{{{ '' }}}}{template}"
+
+
+def date_in(template):
+    """Return the date, YYYY-MM-DD, that `dated` has put into a chat template; None without one."""
+    found = re.match(r"\{#- today is (\S+) -#\}", template)
+    return found and found[1]
 
 
 def encode(tokenizer, messages, response=None, max_length=None):
@@ -85,8 +109,14 @@ def encode(tokenizer, messages, response=None, max_length=None):
     lead = next(i for i in range(len(ids) + 1) if ids[i : i + 1] != bos)
     if not lead and tokenizer("").input_ids[:1] != bos:
         bos = []  # Neither the template nor the tokenizer begins with one.
-    excess = len(bos) + len(ids) - lead - max_length if max_length else 0
-    return bos + ids[lead + max(0, excess) :]
+    return cut(tokenizer, bos + ids[lead:], max_length)
+
+
+def cut(tokenizer, ids, max_length):
+    """Return the token ids of a prompt and a response, cut from the left; the BOS stays."""
+    excess = max(0, len(ids) - max_length) if max_length else 0
+    bos = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+    return bos + ids[len(bos) + excess :]
 
 
 def rendered(tokenizer, chat, open_ended):
@@ -201,32 +231,13 @@ def add_flags(parser):
     add("--device", type=device, default=device(), help=words)
 
 
-def read_model(auto_class, name, named, failure="the model could not be loaded", **options):
-    """Return a transformers model, and the sorted names of weights that its checkpoint lacks.
-
-    A weight of another shape counts as lacking. Weights that the model has no use for are named on
-    stderr. name: hub id or directory; named: what named it, for errors. Raises InputError where the
-    checkpoint cannot be read, and where it has more of the model's layers than are used."""
-    pretrained.check_quantized(pretrained.config(name, named, failure), f"{named} {name}")
-    model, missing, unused = pretrained.model(auto_class, name, named, failure, **options)
-    if layers := pretrained.of_layers(model, unused):
-        words = f"{len(layers)} weights of layers found that its config.json does not use"
-        raise cli.InputError(f"{named} {name}: {words}: {', '.join(layers[:3])}")
-    if auto_class is AutoModelForSequenceClassification:  # It predicts no token.
-        unused = [key for key in unused if not key.startswith("lm_head.")]
-    if unused and parallel.rank() == 0:
-        words = f"{len(unused)} weights are not used: {', '.join(unused[:3])}"
-        print(f"{named} {name}: {words}{' ..' * (len(unused) > 3)}", file=sys.stderr)
-    return model, missing
-
-
 def load_base(base, tokenizer, dtype, device, heads=1):
     """Return the base as a RewardModel: its token head dropped and `heads` scalar heads attached.
 
     Section 4 has it. Parameters are in dtype, the head in float32; its values are not drawn here:
     draw_head does. Raises InputError where the checkpoint lacks anything but the head."""
     options = {"num_labels": heads, "dtype": dtype, "pad_token_id": tokenizer.pad_token_id}
-    model, missing = read_model(AutoModelForSequenceClassification, base, "--base", **options)
+    model, missing = bases.read_model(AutoModelForSequenceClassification, base, "--base", **options)
     if head(model) is None:
         raise cli.InputError(
             f"--base {base}: {type(model).__name__} has no linear head called score or classifier; "
@@ -291,10 +302,16 @@ def last_hidden(model, ids, mask):
 
 def hidden_of_batch(reward_model, sequences):
     """Return what the head sees, float32 (n, d), with gradient; sequences: n lists of token ids."""
-    model = reward_model.model
-    if reward_model.packs:
-        return packed.last_hidden(model, sequences, reward_model.packs)
-    return last_hidden(model, *pad(sequences, model.config.pad_token_id, model.device))
+    model, hidden = reward_model.model, []
+    groups = rope.apart(model.config.get_text_config(), sequences)
+    for group in groups:
+        rope.reset(model)
+        own = [sequences[i] for i in group]
+        if reward_model.packs:
+            hidden.append(packed.last_hidden(model, own, reward_model.packs))
+        else:
+            hidden.append(last_hidden(model, *pad(own, model.config.pad_token_id, model.device)))
+    return torch.cat(hidden)[np.argsort(np.concatenate(groups))]
 
 
 def rewards_of_batch(reward_model, sequences, tokens=None):
@@ -314,17 +331,22 @@ def rewards_of_batch(reward_model, sequences, tokens=None):
 
 
 def count_tokens(reward_model, sequences):
-    """Return the tokens that one forward pass over these sequences runs, padding included."""
+    """Return the tokens that are run for these sequences together, padding included."""
+    groups = rope.apart(reward_model.model.config.get_text_config(), sequences)
+    of_groups = [[sequences[i] for i in group] for group in groups]
     if reward_model.packs:
-        return packed.count_tokens(sequences)
-    return len(sequences) * max(map(len, sequences))
+        return sum(map(packed.count_tokens, of_groups))
+    return sum(len(own) * max(map(len, own)) for own in of_groups)
 
 
 def batches_of(reward_model, sequences, tokens):
     """Yield the indices of sequences in batches that run at most `tokens` tokens, largest first.
 
     A sequence that is longer alone is a batch."""
-    return (packed.batches if reward_model.packs else batches)(sequences, tokens)
+    for group in rope.apart(reward_model.model.config.get_text_config(), sequences):
+        own = [sequences[i] for i in group]
+        for batch in (packed.batches if reward_model.packs else batches)(own, tokens):
+            yield [group[i] for i in batch]
 
 
 def check_positions(reward_model, sequences, flag="--max-length "):
@@ -333,7 +355,8 @@ def check_positions(reward_model, sequences, flag="--max-length "):
     check_tokens(reward_model.model, sequences)
     config, longest = reward_model.model.config.get_text_config(), max(map(len, sequences))
     positions = getattr(config, "max_position_embeddings", None)
-    unbounded = getattr(config, "relative_attention", False)  # DeBERTa's distances have no end.
+    # DeBERTa's distances have no end.
+    unbounded = getattr(config, "relative_attention", False) or rope.is_dynamic(config)
     if positions and longest > positions and not unbounded:
         raise cli.InputError(
             f"a prompt with its response has {longest} tokens, and the base has positions for "

@@ -54,8 +54,11 @@ def read_csv(file, name, fields):
 
     reader = csv.reader(texts(), strict=True)
     try:
-        header = next(reader, [])
-        check_distinct(f"{name} line 1", header)
+        header = next(filter(None, reader), [])
+        if header and not set(header) & set(fields):  # another separator, or no header
+            expected = f"some of {', '.join(fields)}, separated by commas,"
+            raise wrong(f"{name} line {reader.line_num}", "columns", header, expected)
+        check_distinct(f"{name} line {reader.line_num}", header)
         # A quoted cell may hold line breaks: a row is named by its first line.
         start, size = reader.line_num + 1, 0
         for cells in reader:

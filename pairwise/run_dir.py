@@ -283,7 +283,7 @@ def _git_commit():
     command = "git describe --always --abbrev=40 --exclude=* --dirty=+".split()
     try:
         return subprocess.check_output(
-            command, cwd=cli.REPOSITORY, stderr=subprocess.DEVNULL, text=True
+            command, cwd=cli.REPOSITORY, stderr=subprocess.DEVNULL, encoding="utf-8"
         ).strip()
     except (OSError, subprocess.CalledProcessError):
         return None

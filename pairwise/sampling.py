@@ -3,12 +3,11 @@
 import copy
 import json
 
-from pairwise import cli, files
-from pairwise import reward_model as rm
+from pairwise import bases, cli, files
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, Cache, GenerationConfig
 
 AT_ONCE = 20  # Answers sampled together; this bounds the memory of keys, values and logits.
 
@@ -35,7 +34,7 @@ def load_language_model(base, device):
     Raises InputError where it cannot be read, or has no head for tokens, as a reward model."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     failure = "no causal language model could be loaded"
-    model, missing = rm.read_model(AutoModelForCausalLM, base, "--base", failure, dtype=dtype)
+    model, missing = bases.read_model(AutoModelForCausalLM, base, "--base", failure, dtype=dtype)
     if missing:
         words = f"no causal language model: weights are missing: {', '.join(missing[:5])}"
         raise cli.InputError(f"--base {base}: {words}")
@@ -57,8 +56,8 @@ def sample(model, tokenizer, prompt, count, temperature, top_p, max_tokens):
     """Return `count` answers to a prompt, token ids as of `encode`, and their log-probabilities.
 
     Those are at temperature 1 and over the whole vocabulary. All but the prompt's last token is run
-    once: each AT_ONCE answers go on from a copy of its keys and values. A model that keeps none
-    runs it anew."""
+    once: each AT_ONCE answers go on from a copy of its keys, values and states. A model that keeps
+    them in a way of its own, or none, runs it anew."""
     eos = model.generation_config.eos_token_id  # one, several or none
     options = {"temperature": temperature, "top_k": 0, "top_p": top_p, "max_new_tokens": max_tokens}
     options |= {"eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id, "do_sample": True}
@@ -70,11 +69,14 @@ def sample(model, tokenizer, prompt, count, temperature, top_p, max_tokens):
     if len(prompt) > 1:
         out = model.base_model(input_ids=ids[:, :-1], use_cache=True)
         prefix = getattr(out, "past_key_values", None)
+        parts = prefix, *getattr(prefix, "layers", ())
+        if any(type(part).__module__ != Cache.__module__ for part in parts):
+            prefix = None  # It may hold more than reorder_cache() knows of, as MiniMax's does.
     while len(texts) < count:
         copies = ids.repeat(min(AT_ONCE, count - len(texts)), 1)
         past = copy.deepcopy(prefix)
         if past is not None:
-            past.batch_repeat_interleave(len(copies))
+            past.reorder_cache(ids.new_zeros(len(copies)))
         cache = {"attention_mask": torch.ones_like(copies), "past_key_values": past}
         out = model.generate(copies, generation_config=config, **cache)
         answers = out.sequences[:, len(prompt) :]

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 
-from pairwise import cli, files, members, run_dir
+from pairwise import cli, files, members, provenance, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import parallel
 
@@ -37,9 +37,14 @@ def texts_of(splits):
 
 
 def encode(args, texts, tokenizer):
-    """Return {name: token ids of every distinct response, R lists}; texts: as of texts_of."""
-    length = args.max_length
-    return {name: rm.encode_split(tokenizer, *texts[name], length) for name in texts}
+    """Return {name: token ids of every distinct response, R lists}, and {name: how many of them
+    are cut by --max-length}; texts: as of texts_of."""
+    encoded, counts = {}, {}
+    for name in texts:
+        whole = rm.encode_split(tokenizer, *texts[name], None)
+        encoded[name] = [rm.cut(tokenizer, ids, args.max_length) for ids in whole]
+        counts[name] = sum(len(ids) < len(uncut) for ids, uncut in zip(encoded[name], whole))
+    return encoded, counts
 
 
 def count_special(texts, tokenizer):
@@ -61,7 +66,8 @@ def special_words(count):
 
 
 def encode_for(args, stage, texts, tokenizer, inputs):
-    """Return {name: what a member is trained on and scores}: token ids, R lists, or features.
+    """Return {name: what a member is trained on and scores}: token ids, R lists, or features, and
+    {name: how many texts are cut}, {} of features that an older version has computed.
 
     Features, of --train head, are float32 (R, d), one per response under the frozen base, computed
     once for all members of a run in a stage of its own, called `stage` and made from `inputs`.
@@ -73,12 +79,13 @@ def encode_for(args, stage, texts, tokenizer, inputs):
     if not run_dir.stage_done(*entry, inputs, list(paths.values())):
         started = run_dir.begin_stage(*entry, inputs)
         base = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
-        for name, sequences in encode(args, texts, tokenizer).items():
+        encoded, counts = encode(args, texts, tokenizer)
+        for name, sequences in encoded.items():
             rm.check_positions(base, sequences)
             label = f"features, {name}"
             features = rm.features_of(base, sequences, args.micro_batch_tokens, label)
             files.write_array(paths[name], features)
-        facts = {"threads": args.threads, "device": args.device}
+        facts = {"threads": args.threads, "device": args.device, "texts_cut": counts}
         run_dir.end_stage(*entry, inputs, started, **facts)
     else:
         run_dir.check(args.run, *paths.values())
@@ -88,7 +95,7 @@ def encode_for(args, stage, texts, tokenizer, inputs):
         if found.dtype != np.float32 or found.ndim != 2 or len(found) != count:
             wrong = f"{found.dtype} {found.shape} found, float32 ({count}, d) expected"
             raise cli.InputError(f"{paths[name]}: {wrong}")
-    return features
+    return features, run_dir.stages(args.run)[stage].get("texts_cut", {})
 
 
 def identical_pairs(split, encoded):
@@ -97,10 +104,26 @@ def identical_pairs(split, encoded):
     return np.array([np.all(encoded[a] == encoded[b]) for a, b in zip(split.a, split.b)])
 
 
-def identical_words(identical):
-    """Return what a script prints about identical pairs: nothing where there are none."""
-    words = f", {identical.sum():,} pairs left out, identical after encoding"
-    return words if identical.any() else ""
+def encoding_facts(splits, encoded, counts):
+    """Return what encoding has made of the texts: facts for the manifest, and words to print.
+
+    Pairs that it made identical tie in every split, and are not trained on; counts: of encode_for.
+    """
+    identical = {name: int(identical_pairs(splits[name], encoded[name]).sum()) for name in splits}
+    facts = {"identical_pairs_by_split": identical, "texts_cut": counts}
+    words = count_words("pairs identical after encoding, which tie", identical)
+    return facts, words + cut_words(counts)
+
+
+def cut_words(counts):
+    """Return what a script prints about texts that are cut: nothing where there are none."""
+    return count_words("texts cut to --max-length", counts)
+
+
+def count_words(what, counts):
+    """Return words for what there is in {split: count}; "" where there is nothing."""
+    words = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+    return f"; {what}: {words}" if words else ""
 
 
 @contextlib.contextmanager
@@ -148,7 +171,7 @@ def write_rewards(run, j, scores):
 def facts(args):
     """Return what the manifest records of a training or scoring besides its settings."""
     numbers = {name: getattr(args, name) for name in ("threads", "device", "micro_batch_tokens")}
-    return {"base": str(args.base)} | numbers
+    return provenance.kept(args.base, args.run) | numbers
 
 
 def score_continuations(args, j, member, tokenizer, texts, inputs):
@@ -167,7 +190,8 @@ def score_continuations(args, j, member, tokenizer, texts, inputs):
         return
     started = parallel.of_first(lambda: run_dir.begin_stage(*stage))
     continuations = {"continuations": (texts["messages"], texts["texts"])}
-    encoded = encode_for(args, "features_continuations", continuations, tokenizer, hashes)
+    task = (args, "features_continuations", continuations, tokenizer, hashes)
+    encoded, counts = encode_for(*task)
     if args.train == "head":
         directory = members.member_directory(run, j)
         run_dir.check(run, directory)
@@ -177,4 +201,6 @@ def score_continuations(args, j, member, tokenizer, texts, inputs):
     rewards = score(args, member, encoded, f"member {j}")["continuations"]
     if parallel.rank() == 0:
         files.write_array(path, rewards.reshape(len(texts["messages"]), -1))
-        run_dir.end_stage(*stage, started)
+        run_dir.end_stage(*stage, started, texts_cut=counts)
+        if words := cut_words(counts):
+            print(f"member {j}, continuations{words}")

@@ -7,7 +7,7 @@ import json
 import math
 import time
 
-from pairwise import cli
+from pairwise import cli, provenance
 from pairwise import reward_model as rm
 from pairwise.scale import budget, parallel
 from pairwise.scale.offload import SOAP, Offload, recompute_activations
@@ -260,13 +260,14 @@ def train_head(args, weight, split, features, targets, loss, keep, rng, log, mor
 # These flags change the result. The others are about speed, memory and place.
 SETTINGS = (
     "seed lr epochs pairs_per_step weight_decay warmup precondition_frequency "
-    "max_precondition_dim dtype max_length"
+    "max_precondition_dim dtype max_length date"
 ).split()
 
 
 def add_scoring_flags(parser):
     """Add the flags of every script that scores the data of a run."""
     add = parser.add_argument
+    provenance.add_flags(parser)
     words = "tokens of prompt and response; longer ones lose the prompt's beginning (default 2048)"
     add("--max-length", type=cli.natural, default=2048, help=words)
     words = "of the parameters (default bfloat16 on a GPU, float32 on a CPU)"

@@ -7,6 +7,19 @@ It is a quadratic program, of the train pairs in fit_weights.py, of resampled on
 
 import numpy as np
 
+# Of a member that ties on more of the pairs, most votes are the coin flip's: its figures, and a
+# weight that may be optimal, are rather those of no opinion than of a reward.
+MOSTLY_TIED = 0.5
+
+
+def tied_words(shares, pairs):
+    """Return what names the members whose pairs mostly tie; "" where there are none.
+
+    shares (K,): of the pairs, which each member ties on; pairs: what these are called."""
+    tied = [f"{j} ({share:.1%})" for j, share in enumerate(shares, 1) if share > MOSTLY_TIED]
+    words = f"exact ties on most {pairs}, which count as votes of 1/2, like a coin flip's: member "
+    return words + ", ".join(tied) if tied else ""
+
 
 def error_matrix(vote_vote, vote_p, p_p):
     """Q = mean (V_i - p)(V_j - p), float64 (k, k): where alpha sums to one, alpha' Q alpha is

@@ -49,7 +49,7 @@ FIGURES = {
 }
 ERRORS, OF_MEMBER = (
     {"brier", "brier_soft", "excess", "true_error", "l1", "l1_soft", "pearson", "pearson_soft"},
-    {"brier", "disagreement", "regret", "accuracy"},
+    {"brier", "disagreement", "regret", "accuracy", "tie_rate"},
 )
 CI = {
     f"{name}_ci"
@@ -408,6 +408,7 @@ def expected(run):
                     "disagreement": np.mean(vote * (1 - p) + (1 - vote) * p),
                     "regret": np.mean(regret),
                     "accuracy": right.mean() if len(right) else None,
+                    "tie_rate": np.mean(vote == 0.5),
                 }
             )
         epsilon, phi = c is not None and max(0, brier - c), [m["disagreement"] for m in members]
@@ -552,6 +553,14 @@ def compare(found, wanted, tolerance, skip=(), where="metrics"):
         )
 
 
+def flat(value, path=""):
+    """[(path, leaf)] of nested dicts and lists."""
+    if not isinstance(value, dict | list):
+        return [(path, value)]
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return [leaf for name, part in items for leaf in flat(part, f"{path}.{name}")]
+
+
 def no_constant(name):
     raise AssertionError(f"{name} in JSON")
 
@@ -592,10 +601,9 @@ def test_every_number_again_from_the_files(kind, tmp_path, no_figures):
             and all(set(e) == ENSEMBLE for e in s["ensemble"])
             and all(set(m) == MEMBER for m in s["members"])
         )
-        assert all(
-            len(e["brier_ci"]) == 2 and 0 <= e["brier_ci"][0] <= e["brier_ci"][1] <= 1
-            for e in s["ensemble"]
-        )
+        for limits in (e["brier_ci"] for e in s["ensemble"]):
+            assert (limits is None) == (s["prompts"] < figures.FEWEST)
+            assert limits is None or 0 <= limits[0] <= limits[1] <= 1
     test = metrics["splits"]["test"]
     assert test["tie_rate"] > 0 or kind == "few prompts"
     assert (test["ensemble"][0]["true_error"] is None) == (not KINDS[kind].get("truth", True))
@@ -752,18 +760,59 @@ def test_estimate_keeps_the_nesting_and_resamples_all_figures_alike():
     assert nested["list"][0]["x"] is ratio  # what was given is not changed
 
 
-def test_estimate_where_nothing_is_to_be_counted():
+def test_estimate_where_nothing_is_to_be_counted(monkeypatch):
     """Resamples without any pair that counts are left out; where there is none at all, the figure
-    does not exist."""
+    does not exist; where there are few, its interval does not."""
+    monkeypatch.setattr(figures, "FEWEST", 1)
     top, bottom = (
         np.array([[1.0, 0, 3], [0, 0, 0], [0, 0, 0]]),
         np.array([[2.0, 0, 4], [0, 0, 0], [0, 0, 0]]),
     )
     value, limits = figures.estimate({"x": figures.Ratio(top, bottom)}, 2000, 0).values()
     assert value == [0.5, None, 0.75] and limits == [[0.5, 0.5], [None, None], [0.75, 0.75]]
+    monkeypatch.undo()
+    ones = np.ones(20)
+    for few, limits in ((9, None), (10, [1, 1])):
+        here = (np.arange(20) < few).astype(float)
+        given = {"x": figures.Ratio(here, here), "r": figures.Correlation(here, here, here)}
+        result = figures.estimate(given | {"y": figures.Ratio(here, ones)}, 300, 0)
+        assert result["x_ci"] == result["r_ci"] == limits and result["x"] == result["r"] == 1
+        assert result["y_ci"] is not None and figures.interval(ones, few) == limits
 
 
-def test_every_interval_of_a_run_is_that_of_an_independent_bootstrap(tmp_path, no_figures):
+def test_rounding_leaves_no_range(tmp_path, no_figures):
+    """Weights that add to more than one, members that are always wrong or right: no share, error or
+    correlation is above 1, no correlation below -1, no regret below 0."""
+    run = make(tmp_path / "run", valid=0.0, continuations=False, count=40)
+    signs = {1: 1, 2: 1, 3: -1}
+    for split in ("train", "test"):
+        rows = pq.read_table(run / "data" / f"{split}.parquet").to_pylist()
+        for pair in (pair for row in rows for pair in row["pairs"]):
+            pair["votes_a"], pair["votes_b"] = (3.0, 0.0) if pair["a"] > pair["b"] else (0.0, 3.0)
+        write_split(run / "data" / f"{split}.parquet", rows)
+        sizes = [np.arange(len(row["responses"])) for row in rows]
+        for j, sign in signs.items():
+            reward = -sign * np.concatenate(sizes).astype(np.float32)
+            np.save(run / "rewards" / f"{j:02d}_{split}.npy", reward)
+    alphas = [1.0], [0.9, 0.1 + 4e-10], [0.3, 0.7 + 4e-10, 0.0]
+    entries = [{"k": len(alpha), "alpha": alpha, "fit": "fixed"} for alpha in alphas]
+    (run / "weights.json").write_text(json.dumps(entries))
+    metrics = evaluated(run, "--resamples", "50")
+    test = metrics["splits"]["test"]
+    wrong = test["ensemble"][-1]
+    assert wrong["brier"] == wrong["l1"] == 1 and wrong["pearson"] == -1
+    assert [m["regret"] for m in test["members"]] == [1, 1, 0]
+    for where, x in flat(metrics["splits"]):
+        name = re.split(r"[.\[]", where)[-1] if "_ci" not in where else where.split(".")[-1]
+        low = -1 if name.startswith(("pearson", "excess")) else 0
+        if name.startswith(tuple(FIGURES | ERRORS | OF_MEMBER)) and "annotators" not in name:
+            assert x is None or low <= x <= 1, (where, x)
+
+
+def test_every_interval_of_a_run_is_that_of_an_independent_bootstrap(
+    tmp_path, no_figures, monkeypatch
+):
+    monkeypatch.setattr(figures, "FEWEST", 1)  # The continuations are of five prompts.
     run = make(tmp_path / "run", count=240)
     metrics = evaluated(run)
     for split, s in metrics["splits"].items():
@@ -940,6 +989,7 @@ def test_refitted_intervals_are_those_of_weights_fitted_to_each_resample(tmp_pat
 
 def test_refitted_weights_are_those_of_all_train_pairs(tmp_path, no_figures, monkeypatch):
     """Where train has pairs of one vote, they count in the weights, also in those fitted anew."""
+    monkeypatch.setattr(figures, "FEWEST", 1)
     run = make(tmp_path / "run", single=True, valid=0.0)
     monkeypatch.setattr(
         figures.evaluator,

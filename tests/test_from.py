@@ -3,6 +3,7 @@ through weights, report and score.py.
 """
 
 import json
+import os
 import shutil
 
 import evaluate
@@ -201,6 +202,7 @@ def test_score_says_where_a_model_is_not(ensemble, models, tmp_path):
     run = fresh(ensemble, tmp_path)
     source = run / "member_02" / "source.json"
     facts = json.loads(source.read_text())
+    assert facts.pop("model_from_run") == os.path.relpath(models[1], ensemble)
     words = [str(path), "--run", str(run), *FLAGS]
 
     def told(*flags):
@@ -278,7 +280,7 @@ def test_refused_models(data, tokenizer, base, tmp_path):
             "a head with 3 outputs found, a linear head with one output expected",
         ),
         (base, "weights are missing: score.weight; a trained reward model expected"),
-        (tmp_path / "none", "no tokenizer could be loaded"),
+        (tmp_path / "none", "no such directory"),
     ):
         with pytest.raises(InputError, match=said) as error:
             adopt_model(run, model)

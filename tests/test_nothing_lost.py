@@ -223,15 +223,21 @@ def test_a_report_that_was_accepted_stays(full_run, tmp_path, no_figures):
     assert (run / "metrics.json").read_text() == noted
 
 
-def test_a_lock_of_another_user_and_a_file_system_without_locks(tmp_path, monkeypatch):
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     def refuses(code):
         def raises(*_):
             raise OSError(code, os.strerror(code))
 
         return raises
 
-    monkeypatch.setattr(files.fcntl, "flock", refuses(errno.ENOSYS))
-    files.write_json(tmp_path / "a.json", {})
+    monkeypatch.setattr(files, "_unlocked", [])
+    for code in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF):
+        monkeypatch.setattr(files.fcntl, "flock", refuses(code))
+        files.write_json(tmp_path / "a.json", code)
+        assert files.read_json(tmp_path / "a.json", int) == code
+    run_dir.begin_stage(tmp_path / "run", "data", {}, {})
+    line = f"warning: {tmp_path / '.lock-a.json'}: cannot be locked on this file system; let no "
+    assert capsys.readouterr() == ("", line + "second command write here\n")
     monkeypatch.setattr(files.fcntl, "flock", refuses(errno.EIO))
     with pytest.raises(InputError, match="cannot be written"):
         files.write_json(tmp_path / "b.json", {})

@@ -3,8 +3,10 @@
 A case spoils a copy of a run, or asks for something that cannot be, and runs one script.
 """
 
+import ast
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -274,6 +276,30 @@ def test_a_path_that_is_not_utf_8(run):
     os.rename(run, folder)
     ended = subprocess.run([*PRINT, folder], capture_output=True, text=True)
     assert ended.returncode == 0 and "weights.json" in ended.stdout, ended.stderr
+
+
+def test_closed_streams(run):
+    command = 'exec "$0" "$@" >&- 2>&-'
+    ended = subprocess.run(["sh", "-c", command, *PRINT, str(run)])
+    assert ended.returncode == 0
+
+
+def locales_text(path):
+    """The calls of a script that read or write text without naming its encoding."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(call, ast.Call) or any(each.arg == "encoding" for each in call.keywords):
+            continue
+        words, name = ast.unparse(call), ast.unparse(call.func)
+        binary = name == "os.open" or re.search(r"(, |=)'[rwax+]*b[rwax+]*'", words)
+        opens = re.search(r"(^|\.)(open|fdopen|\w*TemporaryFile)$", name) and not binary
+        runs = name.startswith("subprocess.") and re.search(r"(text|universal_newlines)=", words)
+        if opens or runs or name.endswith((".read_text", ".write_text")):
+            yield f"{path.name} line {call.lineno}: {words}"
+
+
+def test_every_text_is_utf_8_whatever_the_locale():
+    scripts = [path for glob in ("*.py", "[!.tr]*/**/*.py") for path in REPOSITORY.glob(glob)]
+    assert len(scripts) > 50 and not [call for path in scripts for call in locales_text(path)]
 
 
 def test_an_output_that_cannot_be_written(run):

@@ -6,7 +6,7 @@ import io
 import json
 
 import train_rm
-from pairwise import members
+from pairwise import members, sampling
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
@@ -17,15 +17,20 @@ import pytest
 import torch
 from conftest import FLAGS, fit, fresh, manifest, rewards, train, train_on
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    JambaConfig,
     LlamaConfig,
+    MiniMaxConfig,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3NextConfig,
 )
@@ -444,22 +449,32 @@ def test_steps_and_losses_are_those_of_padded_batches(data, base, tokenizer, mon
 # ---- bases that cannot be packed
 
 
-def test_a_base_with_other_layers_is_padded(capsys, mixed):
-    experts = {
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-    }
-    linear = {
-        "linear_num_value_heads": 2,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    }
-    model = build(
-        Qwen3NextConfig(**SHAPE | experts | linear | {"num_hidden_layers": 4}, head_dim=8)
-    )
+EXPERTS = {
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+LINEAR = {
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "head_dim": 8,
+    "num_hidden_layers": 4,
+}
+MAMBA = {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False, "num_experts": 2}
+HYBRIDS = {
+    "qwen3 next": Qwen3NextConfig(**SHAPE | EXPERTS | LINEAR),
+    "qwen3.5": Qwen3_5TextConfig(**SHAPE | LINEAR),
+    "jamba": JambaConfig(**SHAPE | MAMBA, attn_layer_offset=1, attn_layer_period=2),
+    "minimax": MiniMaxConfig(**SHAPE, num_local_experts=2, block_size=8),  # a cache of its own
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_base_with_other_layers_is_padded(name, capsys, mixed):
+    model = build(HYBRIDS[name])
     said = capsys.readouterr().err
     assert model.packs is None and "padded, not packed" in said and said.count("\n") == 1
     assert (
@@ -472,16 +487,70 @@ def test_a_base_with_other_layers_is_padded(capsys, mixed):
         )
 
 
-def test_positions_that_depend_on_the_longest_sequence_are_padded(capsys):
-    rope = {
-        "rope_type": "dynamic",
-        "factor": 2.0,
-        "rope_theta": 10000.0,
-        "original_max_position_embeddings": 2048,
-    }
-    assert build(LlamaConfig(**SHAPE, rope_parameters=rope)).packs is None
-    assert "padded, not packed (rotary positions" in capsys.readouterr().err
-    assert build(LlamaConfig(**SHAPE, rope_parameters=rope | {"rope_type": "linear"})).packs
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_base_with_other_layers_is_sampled(name, tokenizer):
+    """Log-probabilities are those of a plain pass over prompt and answer, also where a prompt is
+    shorter than a convolution."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(HYBRIDS[name])).eval()
+    model.generation_config.eos_token_id = None
+    made, generate = [], model.generate
+    model.generate = lambda *args, **kwargs: made.append(generate(*args, **kwargs)) or made[-1]
+    for prompt in ([5, 6], list(range(5, 30))):
+        texts, logprob = sampling.sample(model, tokenizer, prompt, 4, 1.0, 1.0, 6)
+        rows, start = made[-1].sequences, len(prompt)
+        assert len(set(map(tuple, rows.tolist()))) == len(texts) == 4
+        with torch.no_grad():
+            each = model(input_ids=rows, use_cache=False).logits[:, start - 1 : -1].log_softmax(-1)
+        expected = each.gather(2, rows[:, start:, None]).sum((1, 2))
+        torch.testing.assert_close(torch.tensor(logprob), expected, atol=1e-4, rtol=0)
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0}
+LONG |= {"short_factor": [1.0] * 4, "long_factor": [2.0, 4.0, 8.0, 16.0]}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+SMALL = SHAPE | {"max_position_embeddings": 40, "num_hidden_layers": 2}
+ROPES = {
+    "longrope": Phi3Config(**SHAPE, rope_parameters=LONG, original_max_position_embeddings=40),
+    "dynamic": LlamaConfig(**SMALL, rope_parameters=DYNAMIC),
+    "dynamic in some layers": Gemma3TextConfig(
+        **SMALL,
+        head_dim=8,
+        layer_types=["full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": DYNAMIC,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_factors_are_those_of_a_sequence_alone(name, packs, mixed):
+    """In any company, after any other, in one pass and in several: rewards and gradients are those
+    of models that run one sequence and nothing else."""
+    mixed = [ids for ids in mixed if len(ids) not in range(3, 40)]
+    assert sum(len(ids) < 40 for ids in mixed) > 1 and 40 in map(len, mixed), "and on the border"
+    model, weights = build(ROPES[name]), torch.linspace(-1, 2, len(mixed))
+    assert model.packs == "segments"
+    if not packs:
+        model = rm.RewardModel(model.model, None)
+    singles = [copy.deepcopy(model) for _ in mixed]
+    each = [alone(one, [ids]) for one, ids in zip(singles, mixed)]
+    grads = [gradient(*one) for one in zip(singles, each, weights)]
+    expected = torch.cat(each).detach()
+    total = {key: sum(grad[key] for grad in grads) for key in grads[0]}
+    for tokens in (None, 100):
+        values = rm.rewards_of_batch(model, mixed, tokens)
+        torch.testing.assert_close(values.detach(), expected, atol=2e-6, rtol=0)
+        found = gradient(model, values, weights)
+        for key in total:
+            assert (found[key] - total[key]).norm() <= 5e-6 * total[key].norm() + 1e-9, key
+        scores = rm.score_sequences(model, mixed, tokens or 10**6)
+        np.testing.assert_allclose(scores, expected, atol=2e-6)
+    for batch in rm.batches_of(model, mixed, 100):
+        assert len(batch) == 1 or rm.count_tokens(model, [mixed[i] for i in batch]) <= 100
 
 
 def test_longer_than_the_base_has_positions_for(mixed):

@@ -1,5 +1,6 @@
 """report.py and figures.py: what page, table and figures show, whatever a run has or lacks."""
 
+import itertools
 import json
 import os
 import shutil
@@ -9,12 +10,17 @@ from html.parser import HTMLParser
 from importlib.metadata import packages_distributions
 
 import evaluate
-from pairwise import figures, report
+import fit_weights
+from pairwise import figures, report, weights
 
+import compare as compare_runs
+import matplotlib
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import REPOSITORY
-from test_evaluate import CI, compare, expected, make
+from test_evaluate import CI, compare, expected, flat, make
 
 ALWAYS = {"calibration", "votes", "reliability", "weights", "training"}
 OF_CONTINUATIONS = {"kendall", "wins"}
@@ -224,6 +230,66 @@ def test_plurality_gain_where_it_was_measured(tmp_path, unsaved):
     assert sentence in page_of(run).text
 
 
+@pytest.mark.parametrize("n, equal, k", [(1, False, 2), (3, True, 1), (2, False, 2), (1, False, 1)])
+def test_continuations_that_rank_nothing(n, equal, k, tmp_path, unsaved):
+    """One of a prompt, or several that are equal: no figure of rankings and no infinite number."""
+    run = make(tmp_path / "run", valid=0.0, k=k)
+    path, kept = run / "continuations.parquet", [0] * n if equal else list(range(n))
+    rows = pq.read_table(path).to_pylist()
+    for row, name in itertools.product(rows, ("texts", "logprob")):
+        row[name] = [row[name][i] for i in kept]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    for path in (run / "rewards").glob("*_continuations.npy"):
+        scores = np.arange(60, dtype=np.float32).reshape(5, 12)
+        np.save(path, scores[:, kept])
+    evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "50"]))
+    text = (run / "metrics.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    diversity, page = json.loads(text)["diversity"], page_of(run)
+    ranked = n == 2
+    assert diversity["kendall_tau"] == [[1.0 if ranked else None] * k] * k
+    assert diversity["constant_rankings"] == [0 if ranked else 5] * k
+    win = {1: None, 2: 1.0, 3: 0.5}[n]
+    assert diversity["win"] == [[win] * k] * k
+    assert ("which is no ranking and has no τ, on 5 (member 1)" in page.text) != ranked
+    drawn = {path.stem for path in (run / "figures").glob("*.png")}
+    wanted = {"kendall": ranked, "wins": n > 1, "policies": ranked}
+    assert {name: name in drawn for name in wanted} == wanted
+
+
+def test_members_that_mostly_tie_are_named(tmp_path, unsaved, capsys):
+    """A head of zeros takes all of the weight from one that is mostly wrong: V = 1/2 is a member,
+    and the best one here. What it is stands in the console and on the page."""
+    run = make(tmp_path / "run", valid=0.0, continuations=False, k=2)
+    for path in (run / "rewards").glob("02_*.npy"):
+        np.save(path, np.zeros_like(np.load(path)))
+    capsys.readouterr()
+    fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
+    evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "50"]))
+    words = "exact ties on most {} pairs, which count as votes of 1/2, like a coin flip's: member 2"
+    printed, page = " ".join(capsys.readouterr().out.split()), page_of(run).text
+    for kind in ("train", "test"):
+        assert words.format(kind) + " (100.0%)" in printed
+    assert f"E{words.format('test')[1:]} (100.0%)." in page
+    assert weights.tied_words([0.5, 0.2], "pairs") == ""
+    assert weights.tied_words([0.51, 0.5, 0.999], "pairs").endswith("1 (51.0%), 3 (99.9%)")
+
+
+def test_few_prompts_have_no_interval(tmp_path, unsaved, capsys):
+    run, metrics = evaluated(tmp_path, count=12, valid=0.0)  # five test prompts
+    test = metrics["splits"]["test"]
+    assert test["prompts"] < 10 and not any("_ci" in at and x for at, x in flat(test))
+    assert "[" not in report.table(metrics)
+    assert f"There is no interval: {test['prompts']} prompts" in page_of(run).text
+    out = tmp_path / "out"
+    shutil.copytree(run, tmp_path / "again")
+    compare_runs.main(
+        compare_runs.parse_args([str(run), str(tmp_path / "again"), "--out", str(out)])
+    )
+    (difference,) = json.loads((out / "compare.json").read_text())["differences"]
+    assert difference["brier"] == 0 and difference["brier_ci"] is None
+
+
 def test_another_template_has_the_same_layout(tmp_path):
     template = tmp_path / "other.html.jinja"
     template.write_text(
@@ -284,6 +350,26 @@ def test_figures_of_few_and_of_many_values(size):
         below = figures.reliability(p_of_pair, predicted).axes[1]
         percent = [bar.get_height() for bar in below.patches]
         assert sum(percent) == pytest.approx(100)
+
+
+def test_figures_are_the_same_whatever_the_matplotlibrc(tmp_path):
+    """A person's own settings, usetex without LaTeX among them, change no bit of a picture."""
+
+    def drawn(stem):
+        p = np.array([0.1, 0.5, 0.75])
+        with figures.style():
+            return figures.save(figures.majority_shares(p), tmp_path / stem)
+
+    plain = drawn("plain")
+    own = {"text.usetex": True, "font.size": 30, "savefig.bbox": "tight", "lines.linewidth": 9}
+    own |= {"axes.grid": True, "figure.facecolor": "red", "svg.fonttype": "none", "backend": "ps"}
+    own |= {"savefig.transparent": True, "figure.dpi": 30, "axes.titlecolor": "green"}
+    with matplotlib.rc_context():
+        matplotlib.rcParams.update(own)
+        assert drawn("own") == plain
+    for kind in ("png", "pdf"):
+        one, other = (tmp_path / f"{stem}.{kind}" for stem in ("plain", "own"))
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_reliability_counts_each_pair_in_both_orders():

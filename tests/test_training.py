@@ -791,11 +791,11 @@ def test_flags_are_checked_and_nothing_else(tmp_path, capsys):
         assert ended.value.code == 2 and said in line and line.count("\n") == 1
 
 
-def test_at_most_28_flags(capsys):
+def test_at_most_29_flags(capsys):
     with pytest.raises(SystemExit):
         train_rm.parse_args(["--help"])
     flags = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.M)
-    assert 20 < len(flags) <= 28
+    assert 20 < len(flags) <= 29
 
 
 def test_the_script_ends_with_one_line_and_code_2(tmp_path):
@@ -824,9 +824,32 @@ def test_the_script_ends_with_one_line_and_code_2(tmp_path):
 # ---- identical after truncation
 
 
+def test_joint_and_adopted_members_count_them_too(full_run, data, base, tmp_path, capsys):
+    """So do continuations, in the stage of their own."""
+    import adopt
+    import train_joint
+
+    joint, run, short = fresh(data, tmp_path, "joint"), fresh(data, tmp_path), ("--max-length", "8")
+    for place in (joint, run):
+        shutil.copy(full_run / "continuations.parquet", place)
+    words = ["--run", str(joint), "--base", str(base), "--k", "2", "--train", "head"]
+    train_joint.main(train_joint.parse_args([*words, "--epochs", "1", *FLAGS, *short]))
+    model = str(full_run / "member_01")
+    words = ["--run", str(run), "--iteration", "1", "--model", model, *FLAGS, *short]
+    adopt.main(adopt.parse_args(words))
+    printed = capsys.readouterr().out
+    assert "member 1, continuations; texts cut to --max-length: continuations 10\n" in printed
+    entries = manifest(joint)["joint"], manifest(run)["member_01"]
+    assert entries[0]["texts_cut"] == entries[1]["texts_cut"] | {"continuations": 10}
+    assert entries[0]["identical_pairs_by_split"] == entries[1]["identical_pairs_by_split"]
+    assert min(entries[1]["texts_cut"].values()) > 0
+    assert printed.count("encoding, which tie: train") == 2
+
+
 @pytest.mark.parametrize("flags", [FULL, HEAD])
-def test_pairs_identical_after_truncation(data, base, tokenizer, split, tmp_path, flags):
-    """Left out of training and counted; in evaluation a tie, in whatever batch the two came."""
+def test_pairs_identical_after_truncation(data, base, tokenizer, split, tmp_path, flags, capsys):
+    """Left out of training and counted, as are the texts cut; in evaluation a tie, in whatever
+    batch the two came."""
     run = fresh(data, tmp_path)
     train(run, base, *flags, "--max-length", "8", "--micro-batch-tokens", "30")
     lists = {
@@ -835,7 +858,21 @@ def test_pairs_identical_after_truncation(data, base, tokenizer, split, tmp_path
     }
     identical = sum(lists["train"][a] == lists["train"][b] for a, b in zip(split.a, split.b))
     assert 5 < identical < 60
-    assert manifest(run)["member_01"]["identical_pairs"] == identical
+    entry, counts = manifest(run)["member_01"], {"identical": {}, "cut": {}}
+    for name in ("train", "valid", "test"):
+        x = read_split(data, name)
+        whole = rm.encode_split(tokenizer, x.messages, x.responses, None)
+        counts["cut"][name] = sum(len(ids) > 8 for ids in whole)
+        same = [whole[a][-7:] == whole[b][-7:] for a, b in zip(x.a, x.b)]  # BOS, and seven more
+        counts["identical"][name] = sum(same)
+    assert entry["identical_pairs"] == identical == counts["identical"]["train"]
+    assert entry["identical_pairs_by_split"] == counts["identical"]
+    assert entry["texts_cut"] == counts["cut"]
+    said = [", ".join(f"{k} {n}" for k, n in of.items() if n) for of in counts.values()]
+    words = (
+        f"identical after encoding, which tie: {said[0]}; texts cut to --max-length: {said[1]}\n"
+    )
+    assert words in capsys.readouterr().out and counts["identical"]["test"] > 0
     lines = log_of(run)
     assert sum(line["pairs"] for line in lines) == (72 - identical) * (5 if flags is HEAD else 1)
     for name, found in lists.items():

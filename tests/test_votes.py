@@ -536,6 +536,16 @@ BAD = {  # what is wrong: (file name, its content, what the line must say)
         "v.csv line 4: 4 cells found, 5 expected",
     ),
     "csv with old line ends": ("v.csv", "prompt,response_a\rq,a\r", "v.csv line 1: not CSV"),
+    **{
+        f"csv with {what}": ("v.csv", text, f"v.csv line {line}: columns: [{columns}")
+        for what, text, line, columns in (
+            ("semicolons", header.replace(",", ";") + '"q, r";a;b;1;1\n', 1, "'prompt;respo..."),
+            ("tabs", "\n" + header.replace(",", "\t") + "q\ta\tb\t1\t1\n", 2, "'prompt\\tr"),
+            ("Excel's first line", "sep=,\n" + header + "q,a,b,1,1\n", 1, "'sep=', ''] found"),
+            ("no header", "q,a,b,1,1\n", 1, "'q', 'a', 'b', '1', '1'] found"),
+            ("half of UTF-16", header.encode("utf-16-le"), 1, "'p\\x00r"),
+        )
+    },
     "csv with a column twice": (
         "v.csv",
         "prompt,prompt\nq,q\n",

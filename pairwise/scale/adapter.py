@@ -7,6 +7,7 @@ takes two seconds, for which other kinds of training need not wait.
 
 import copy
 import math
+from pathlib import Path
 
 from pairwise import cli, files, pretrained
 
@@ -52,9 +53,16 @@ def draw(model, seed):
 
 
 def save(model, base, directory):
-    """Write adapters and head, float32, as PEFT does: a config and a safetensors file."""
+    """Write adapters and head, float32, as PEFT does: a config and a safetensors file.
+
+    base: as of pretrained.pinned; PEFT then finds it from any directory."""
     config = copy.copy(model.peft_config["default"])
-    config.base_model_name_or_path, config.inference_mode = str(base), True
+    if Path(base).is_dir():
+        name, revision = str(Path(base).resolve()), None
+    else:
+        name, revision = base.split("@")
+    config.base_model_name_or_path, config.revision = name, revision
+    config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # a set's order differs by process
     config.modules_to_save = ["score"]
     config.save_pretrained(directory)

@@ -356,8 +356,6 @@ def prepare(model):
                 raise NotImplementedError(
                     f"packed, hidden states change by {error:.1g} of their size"
                 )
-            if {"dynamic", "longrope"} & rope_types(config):
-                raise NotImplementedError("rotary positions that depend on the longest sequence")
             if list(row.windows.values()) != windows(config):
                 raise NotImplementedError(
                     "windows of attention that the configuration does not explain"
@@ -392,9 +390,3 @@ def windows(config):
     if set(types) - {"full_attention", "sliding_attention"}:
         raise NotImplementedError(f"layers of {', '.join(sorted(set(types)))}")
     return [window if kind == "sliding_attention" else None for kind in types]
-
-
-def rope_types(config):
-    """Return the set of kinds of rotary positions; a model may have one for a kind of layer."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}

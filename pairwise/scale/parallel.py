@@ -79,7 +79,7 @@ def together(main):
             group["store"] = dist.PrefixStore("group", store)
             dist.init_process_group("nccl" if cuda else "gloo", **group)
             if number:
-                sys.stdout = open(os.devnull, "w")
+                sys.stdout = open(os.devnull, "w", encoding="utf-8")
             main(args)
             gathered(None)
         except BaseException:
