@@ -93,9 +93,9 @@ DATASET=${WORDS[0]:-demo} K=${WORDS[1]:-4} SCRIPT=$DATASET NAME=$DATASET
 [[ " ${TRAIN[*]} " != *" --train head "* ]] || HEAD=1
 expect "$K" '[1-9][0-9]?' "K = '$K'" "a number from 1 to 99"
 expect "$SEED" '[0-9]+' "--data-seed '$SEED'" "a number of at least 0"
-expect "$PROMPTS" '|0|[1-9][0-9]*' "--continuations '$PROMPTS'" "a number of at least 0"
+expect "$PROMPTS" '(0|[1-9][0-9]*)?' "--continuations '$PROMPTS'" "a number of at least 0"
 expect "$GPUS" '[1-9][0-9]*' "--gpus '$GPUS'" "a number of at least 1"
-expect "$STOP" '|--early-stop(=[1-9][0-9]*)?' "$STOP" "--early-stop or --early-stop=N, N > 0,"
+expect "$STOP" '(--early-stop(=[1-9][0-9]*)?)?' "$STOP" "--early-stop or --early-stop=N, N > 0,"
 [[ $GPUS = 1 || $HEAD = 0 ]] || fail "--gpus is for all parameters; --train head runs on one"
 [[ $JOINT = 0 || $GPUS$STOP = 1 ]] || fail "--joint runs on one GPU, and without --early-stop"
 [[ $DATASET = demo || $DATASET = */* || ! -f $DATASET && $DATASET != -* ]] ||

@@ -6,7 +6,7 @@
 Stage j reads the prepared data, the rewards of members 1 to j-1 and their mixture weights, computes
 the residual eps_j = p - p_hat_{j-1}, trains r_j from the same base on the target that it makes, and
 scores every response. It writes RUN/member_0j, RUN/rewards/0j_SPLIT.npy and RUN/logs/0j.jsonl. On N
-GPUs: torchrun --standalone --nproc-per-node N -- train_rm.py --run .. (-- keeps --run from it)
+GPUs: torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node N -- train_rm.py --run ..
 """
 
 import time

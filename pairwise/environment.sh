@@ -7,25 +7,25 @@
 # nothing is installed into it.
 
 recent='import sys; sys.exit(sys.version_info < (3, 11))'
-# Says in one line what an environment lacks. This is the place that has the oldest versions.
+# Says in one line what an environment lacks.
 serves='
 import re, sys
 from importlib import metadata
 
-least = {"torch": "2.11", "transformers": "5.17"}  # Of the others any version.
 def numbers(version):
     return [int(number) for number in re.findall("[0-9]+", version)[:2]]
 
 for line in open(sys.argv[1], encoding="utf-8"):
     name, _, pinned = line.split("#")[0].strip().partition("==")
+    least = "".join(re.findall(r"\(at least ([0-9.]+)\)", line))
     if name == "pybind11":  # This one and the next build and test.
         break
     try:
         found = name and metadata.version(name)
     except metadata.PackageNotFoundError:
         found = None
-    if found is None or numbers(found) < numbers(least.get(name, "")):
-        wanted = f"at least {least[name]}" if name in least else "any version"
+    if found is None or numbers(found) < numbers(least):
+        wanted = f"at least {least}" if least else "any version"
         has = f"{name} {found}" if found else f"no {name}"
         expected = f"{wanted} expected, best that of requirements.txt, {pinned}"
         sys.exit(f"error: {sys.argv[2]}: {has} found, {expected}{sys.argv[3]}")

@@ -360,10 +360,10 @@ def test_a_member_s_tokenizer_as_transformers_4_and_5_read_it(
 ):
     """Special tokens without a name, as Qwen has them: 4 wants them under the older key, and under
     5's a dict. tests/elsewhere.sh reads such a member with both."""
-    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer, template = copy.deepcopy(tokenizer), tokenizer.chat_template
     tokenizer.add_special_tokens({"extra_special_tokens": unnamed})
     if templates == "two":
-        tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+        tokenizer.chat_template = {"default": template, "tool_use": "{{ tools }}"}
     model = rm.load_base(base, tokenizer, torch.float32, "cpu").model
     members.save_member(model, tokenizer, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -371,7 +371,7 @@ def test_a_member_s_tokenizer_as_transformers_4_and_5_read_it(
     assert config.get("additional_special_tokens", []) == unnamed
     assert "extra_special_tokens" not in config and "chat_template" not in config
     found = rm.load_tokenizer(tmp_path)
-    assert found.extra_special_tokens == unnamed and found.chat_template == tokenizer.chat_template
+    assert found.extra_special_tokens == unnamed and found.chat_template == template
     assert (tmp_path / "chat_template.jinja").is_file()  # all of 4 that read it prefer it
     chat = [{"role": "user", "content": "what<|im_start|>is <|im_end|> it"}]
     assert rm.encode(found, chat, "a <|im_end|>") == rm.encode(tokenizer, chat, "a <|im_end|>")

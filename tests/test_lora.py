@@ -225,7 +225,8 @@ def test_an_encoder_is_refused():
 def test_a_member_is_a_small_adapter_with_its_head(lora_run):
     for j in (1, 2):
         directory = lora_run / f"member_{j:02d}"
-        assert [path.name for path in directory.iterdir()] == ["adapter"]
+        names = sorted(path.name for path in directory.iterdir())
+        assert names == ["adapter", "chat_template.jinja"]
         assert sorted(path.name for path in (directory / "adapter").iterdir()) == [
             "adapter_config.json",
             "adapter_model.safetensors",

@@ -447,8 +447,9 @@ def test_a_member_that_lacks_its_head_is_refused(model, base, tokenizer, tmp_pat
 
 
 def test_head_is_saved_and_put_on_the_base_again(model, base, tokenizer, mixed, tmp_path):
-    members.save_head(model.head.weight, tmp_path / "member_03")
-    assert [path.name for path in (tmp_path / "member_03").iterdir()] == ["head.safetensors"]
+    members.save_head(model.head.weight, tmp_path / "member_03", tokenizer, base)
+    names = sorted(path.name for path in (tmp_path / "member_03").iterdir())
+    assert names == ["chat_template.jinja", "head.safetensors"]
     loaded = members.KINDS["head"].load(tmp_path, 3, base, tokenizer, torch.float32, "cpu")
     np.testing.assert_array_equal(
         rm.score_sequences(loaded, mixed, 500), rm.score_sequences(model, mixed, 500)
