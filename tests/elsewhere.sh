@@ -3,8 +3,9 @@
 #     bash tests/elsewhere.sh [RUN]        (default runs/demo; 20 minutes and 9 GB the first time)
 # RewardBench, once with transformers 4.51 and once with 4.57, finds the stored rewards in the
 # exported test pairs: of the run's members (of head and LoRA runs the exported ones), and of one
-# whose base has a tokenizer like Qwen's. Then training of every kind, scoring, sampling, export and
-# packing are tested with transformers 5.17 and torch 2.11. It is not part of tests/run.sh.
+# whose base has special tokens like Qwen's and a template that writes the date. Then training of
+# every kind, scoring, sampling, export and packing are tested with transformers 5.17 and torch
+# 2.11. It is not part of tests/run.sh.
 # The environments are ROOT/.venv-NAME, made where they are not there; links to yours will do.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -97,8 +98,9 @@ tokenizer = demo.train_tokenizer(["What is the best of all answers?"], 400)
 tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
 tokenizer.add_tokens(["<think>", "</think>"])
 turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-tokenizer.chat_template = {"default": turns + "<think>\n\n</think>", "tool_use": "{{ tools }}"}
-train(there / "qwen", make_base(tokenizer, there / "base", seed=0), *FULL)
+turns = "Today: {{ strftime_now('%d %B %Y') }}\n" + turns + "<think>\n\n</think>"
+tokenizer.chat_template = {"default": turns, "tool_use": "{{ tools }}"}
+train(there / "qwen", make_base(tokenizer, there / "base", seed=0), *FULL, "--date", "2024-07-26")
 END
     { tail -n 20 "$scratch/log"; exit 1; }
 for version in 4.51.0 4.57.6; do
