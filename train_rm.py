@@ -11,7 +11,18 @@ GPUs: torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node N -- train_r
 
 import time
 
-from pairwise import cli, data, files, members, pretrained, provenance, run_dir, stages, training
+from pairwise import (
+    bases,
+    cli,
+    data,
+    files,
+    members,
+    pretrained,
+    provenance,
+    run_dir,
+    stages,
+    training,
+)
 from pairwise import reward_model as rm
 from pairwise.scale import adapter, parallel
 from pairwise.scale.checkpoint import Checkpoints
@@ -221,7 +232,7 @@ def main(args):
     splits, _ = data.read_splits(run)
     targets = targets_of_stage(args, splits["train"])
     tokenizer = provenance.open_base(args)
-    pretrained.check_quantized(pretrained.config(args.base), f"--base {args.base}", args.train)
+    bases.check_trainable(args.base, args.train)
     base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     if j > 1:  # the members of a run differ in their residual only

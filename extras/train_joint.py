@@ -20,7 +20,7 @@ Full training writes no checkpoints.
 
 import time
 
-from pairwise import cli, data, files, members, pretrained, provenance, run_dir, stages, training
+from pairwise import bases, cli, data, files, members, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale.offload import MAX_PRECONDITION_DIM
 
@@ -139,7 +139,7 @@ def main(args):
     splits, _ = data.read_splits(run)
     texts, continuations = stages.texts_of(splits), run_dir.read_continuations(run)
     tokenizer = provenance.open_base(args)
-    pretrained.check_quantized(pretrained.config(args.base), f"--base {args.base}", args.train)
+    bases.check_trainable(args.base, args.train)
     base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     inputs = base_inputs
     if continuations:

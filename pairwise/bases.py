@@ -79,6 +79,13 @@ def text_side(config, subject):
     return text
 
 
+def check_trainable(base, train):
+    """Raise InputError where a base, as of pretrained.pinned, cannot be trained by --train."""
+    config, subject = pretrained.config(base), f"--base {base}"
+    pretrained.check_quantized(config, subject, train)
+    text_side(config, subject)
+
+
 @functools.cache
 def tell(words):
     """Write a line to stderr, once, and of several processes from the first alone."""

@@ -61,6 +61,8 @@ def save_member(model, tokenizer, directory):
     # older key, which 5 reads too.
     config = files.read_json(directory / "config.json", dict)
     rope = config.get("rope_parameters") or {}
+    if sliding := rope.get("sliding_attention"):  # Gemma 3: one for each kind of layer
+        rope, config["rope_local_base_freq"] = rope["full_attention"], sliding["rope_theta"]
     if "rope_theta" in rope:
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
         scaled = scaling.get("rope_type", "default") != "default"

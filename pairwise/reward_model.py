@@ -302,16 +302,15 @@ def last_hidden(model, ids, mask):
 
 def hidden_of_batch(reward_model, sequences):
     """Return what the head sees, float32 (n, d), with gradient; sequences: n lists of token ids."""
-    model, hidden = reward_model.model, []
+    model = reward_model.model
     groups = rope.apart(model.config.get_text_config(), sequences)
-    for group in groups:
-        rope.reset(model)
-        own = [sequences[i] for i in group]
-        if reward_model.packs:
-            hidden.append(packed.last_hidden(model, own, reward_model.packs))
-        else:
-            hidden.append(last_hidden(model, *pad(own, model.config.pad_token_id, model.device)))
-    return torch.cat(hidden)[np.argsort(np.concatenate(groups))]
+    if len(groups) > 1:
+        hidden = [hidden_of_batch(reward_model, [sequences[i] for i in group]) for group in groups]
+        return torch.cat(hidden)[np.argsort(np.concatenate(groups))]
+    rope.reset(model)
+    if reward_model.packs:
+        return packed.last_hidden(model, sequences, reward_model.packs)
+    return last_hidden(model, *pad(sequences, model.config.pad_token_id, model.device))
 
 
 def rewards_of_batch(reward_model, sequences, tokens=None):

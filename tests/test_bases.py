@@ -7,6 +7,7 @@ from pairwise import existing, members, sampling
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
+from pairwise.files import read_json
 
 import adopt
 import numpy as np
@@ -106,6 +107,8 @@ def test_members_of_a_composite_base(flags, data, tokenizer, sequences, tmp_path
     )
     assert plain.config.model_type == "gemma3_text" and plain.config.num_labels == 1
     assert not info["missing_keys"] and not info["unexpected_keys"]
+    config = read_json(run / "member_01" / "config.json", dict)  # As transformers 4 reads it.
+    assert (config["rope_theta"], config["rope_local_base_freq"]) == (1e6, 1e4)
     with torch.no_grad():
         found = plain.eval()(input_ids=torch.tensor(sequences[:1])).logits.item()
     assert abs(found - scores[0]) < 1e-4

@@ -33,6 +33,8 @@ def apart(config, sequences):
 
 def reset(model):
     """Give a model the factors back that it had before it met a sequence beyond its positions."""
+    if not is_dynamic(model.config.get_text_config()):
+        return
     for module in model.modules():
         for name, original in [*module.named_buffers(recurse=False)]:
             kind, found, _ = name.partition("original_inv_freq")
