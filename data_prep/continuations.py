@@ -17,7 +17,18 @@ trained, and give run_all.sh --continuations 0. A killed call goes on with the p
 at.
 """
 
-from pairwise import cli, data, files, pretrained, provenance, reward_model, rows, run_dir, sampling
+from pairwise import (
+    chats,
+    cli,
+    data,
+    files,
+    pretrained,
+    provenance,
+    reward_model,
+    rows,
+    run_dir,
+    sampling,
+)
 
 import numpy as np
 import pyarrow as pa
@@ -30,13 +41,13 @@ def held_out_prompts(run):
     if not path.exists():
         test = data.read_split(run, "test")
         return test.prompt_id, test.messages, "test prompts"
-    ids, chats, fields = [], [], {"prompt_id": "text", "messages": "messages"}
+    ids, asked, fields = [], [], {"prompt_id": "text", "messages": "messages"}
     for where, row in rows.read_rows(path, fields):
         ids.append(rows.text(where, "prompt_id", row.get("prompt_id")))
-        chats.append(rows.messages(where, row.get("messages")))
+        asked.append(rows.messages(where, row.get("messages")))
     if not ids:
         raise cli.InputError(f"{path}: no prompt found, at least 1 expected")
-    return ids, chats, "prompts of prompts.parquet"
+    return ids, asked, "prompts of prompts.parquet"
 
 
 def answer(args, model, tokenizer, prompt, number, longest):
@@ -78,7 +89,7 @@ def main(args):
     model = sampling.load_language_model(args.base, args.device)
     rng = np.random.default_rng([args.seed, 3])
     drawn = sorted(rng.choice(len(prompt_id), count, replace=False).tolist())
-    encoded = [reward_model.encode(tokenizer, messages[number]) for number in drawn]
+    encoded = [chats.encode(tokenizer, messages[number]) for number in drawn]
     # Every prompt must fit before the first is answered.
     longest = [
         sampling.room(model, ids, args.max_tokens, f"prompt {prompt_id[number]}")

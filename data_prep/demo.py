@@ -239,19 +239,19 @@ def new_llama(tokenizer):
     return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True, **tokens))
 
 
-def pretrain(chats, seed, batch=64, lr=3e-3):
-    """Train a tiny Llama to predict the chats' next tokens, once; return (model, tokenizer)."""
-    from pairwise import reward_model
+def pretrain(texts, seed, batch=64, lr=3e-3):
+    """Train a tiny Llama on texts, (prompt, response), once; return (model, tokenizer)."""
+    from pairwise import chats, reward_model
 
     import torch
     from tqdm import trange
 
-    tokenizer = train_tokenizer([text for chat in chats for text in chat], vocabulary=1200)
+    tokenizer = train_tokenizer([text for pair in texts for text in pair], vocabulary=1200)
     torch.manual_seed(seed)
     model = new_llama(tokenizer)
     sequences = [
-        reward_model.encode(tokenizer, [{"role": "user", "content": prompt}], response)
-        for prompt, response in chats
+        chats.encode(tokenizer, [{"role": "user", "content": prompt}], response)
+        for prompt, response in texts
     ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     steps = math.ceil(len(sequences) / batch)

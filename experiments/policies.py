@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
-from pairwise import cli, data, evaluator, members, ranking, reward_model, run_dir, sampling
+from pairwise import chats, cli, data, evaluator, members, ranking, reward_model, run_dir, sampling
 
 import numpy as np
 import policy_pairs
@@ -88,7 +88,7 @@ def tau_with_attributes(args, texts, patterns):
 
 def sample_answers(args, policies, tokenizer, prompts):
     """{policy: lists of --count answers to every prompt}."""
-    encoded = [reward_model.encode(tokenizer, messages) for messages in prompts]
+    encoded = [chats.encode(tokenizer, messages) for messages in prompts]
     answers = {}
     for name, directory in policies.items():
         model = sampling.load_language_model(str(directory), "cpu")
@@ -103,7 +103,7 @@ def sample_answers(args, policies, tokenizer, prompts):
 def mean_rewards(args, j, tokenizer, prompts, answers):
     """Member j's mean reward of each prompt's answers, float32 (prompts,)."""
     member = members.load_member(args.run, j, args.base, tokenizer, torch.float32, "cpu")
-    sequences = reward_model.encode_split(tokenizer, prompts, answers, args.max_length)
+    sequences = chats.encode_split(tokenizer, prompts, answers, args.max_length)
     return reward_model.score_sequences(member, sequences, 8192).reshape(len(prompts), -1).mean(1)
 
 
@@ -117,7 +117,7 @@ def main(args):
     tau = tau_with_attributes(args, continuations["texts"], patterns)
 
     policies = {"base": args.base} | {f"policy {j}": train(args, j) for j in args.members}
-    tokenizer = reward_model.load_tokenizer(args.base, args.chat_template)
+    tokenizer = chats.load_tokenizer(args.base, args.chat_template)
     answers = sample_answers(args, policies, tokenizer, prompts)
     shows = {name: ranking.attribute_counts(x, patterns) > 0 for name, x in answers.items()}
     rows = []

@@ -6,7 +6,7 @@ It writes RUN/member_0j/ with all weights together, beside the head or the adapt
 of a full run is a plain directory already.
 """
 
-from pairwise import cli, files, members, pretrained, provenance, run_dir
+from pairwise import chats, cli, files, members, pretrained, provenance, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import adapter
 
@@ -65,7 +65,7 @@ def main(args):
     provenance.check_base(entry, base, args.chat_template)
     pretrained.check_quantized(pretrained.config(base), f"--base {base}", "full")
     date = provenance.date_of(run)
-    tokenizer = rm.load_tokenizer(base, args.chat_template, date=date)
+    tokenizer = chats.load_tokenizer(base, args.chat_template, date=date)
     dtype = getattr(torch, entry["settings"]["dtype"])
     member = members.load_member(run, args.member, base, tokenizer, dtype, args.device)
     if (directory / "adapter").exists():

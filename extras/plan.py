@@ -11,8 +11,7 @@ flags of training are those of train_rm.py; those that change no size or time ha
 import argparse
 import math
 
-from pairwise import bases, cli, data, pretrained, training
-from pairwise import reward_model as rm
+from pairwise import bases, chats, cli, data, pretrained, training
 from pairwise.scale import adapter, budget, offload
 
 import numpy as np
@@ -149,8 +148,8 @@ def token_counts(args, sample):
     try:
         if args.base == "llama-3-8b":
             raise cli.InputError("llama-3-8b stands for dimensions alone")
-        tokenizer = rm.load_tokenizer(args.base, args.chat_template)
-        lengths = [len(rm.encode(tokenizer, *pair, args.max_length)) for pair in sample]
+        tokenizer = chats.load_tokenizer(args.base, args.chat_template)
+        lengths = [len(chats.encode(tokenizer, *pair, args.max_length)) for pair in sample]
         return lengths, "its tokenizer"
     except cli.InputError:
         texts = ("".join(m["content"] for m in messages) + text for messages, text in sample)

@@ -39,7 +39,7 @@ import sys
 import textwrap
 from collections import Counter
 
-from pairwise import cli, members, pretrained, ranking, rows, sampling
+from pairwise import chats, cli, members, pretrained, ranking, rows, sampling
 from pairwise import reward_model as rm
 
 import numpy as np
@@ -106,9 +106,9 @@ def sample_candidates(prompts, base, date, args):
     """Return, of every prompt, {answer: times sampled} of --n answers, in alphabetical order.
 
     The order fixes who is first among equals. prompts: [(prompt as given, messages)]."""
-    tokenizer = rm.load_tokenizer(base, args.chat_template, date=date)
+    tokenizer = chats.load_tokenizer(base, args.chat_template, date=date)
     model = sampling.load_language_model(base, args.device)
-    encoded = [rm.encode(tokenizer, messages) for _, messages in prompts]
+    encoded = [chats.encode(tokenizer, messages) for _, messages in prompts]
     rm.check_tokens(model, encoded)
     limits = [
         sampling.room(model, ids, args.max_tokens, f"prompt {number}")

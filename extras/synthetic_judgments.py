@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 
-from pairwise import cli, data, files, provenance, reward_model, run_dir, sampling
+from pairwise import chats, cli, data, files, provenance, reward_model, run_dir, sampling
 
 import numpy as np
 import pyarrow as pa
@@ -63,7 +63,7 @@ def count(answers):
 
 def ask(model, tokenizer, chat, times, args):
     """Return `times` raw answers of the model, by nucleus sampling."""
-    prompt = reward_model.encode(tokenizer, chat)
+    prompt = chats.encode(tokenizer, chat)
     longest = sampling.room(model, prompt, args.max_tokens, "a question")
     nucleus = (args.temperature, args.top_p, longest)
     texts, _ = sampling.sample(model, tokenizer, prompt, times, *nucleus)

@@ -86,6 +86,12 @@ def check_trainable(base, train):
     text_side(config, subject)
 
 
+def tell_cut(subject, cut, texts):
+    """Say how many of the texts were cut to the --max-length of a training; nothing if none was."""
+    if cut:
+        tell(f"{subject}: {cut:,} of {len(texts):,} texts cut to its --max-length")
+
+
 @functools.cache
 def tell(words):
     """Write a line to stderr, once, and of several processes from the first alone."""

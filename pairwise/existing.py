@@ -4,7 +4,7 @@ member_0j/source.json: {model: hub id or directory, fingerprint: of its content,
 beside it chat_template.jinja, where the model has no template of its own.
 """
 
-from pairwise import bases, cli, files, pretrained, provenance, run_dir
+from pairwise import bases, chats, cli, files, pretrained, provenance, run_dir
 from pairwise import reward_model as rm
 
 import numpy as np
@@ -70,11 +70,12 @@ def score(run, settings, questions, args):
     All models are there before the first is run."""
     directories = [run / run_dir.member_name(j + 1) for j in range(run_dir.count_members(run))]
     rewards, sources = [], [read_source(directory) for directory in directories]
-    chats, texts = [q.messages for q in questions], [q.responses for q in questions]
+    asked, texts = [q.messages for q in questions], [q.responses for q in questions]
     for j, (directory, source) in enumerate(zip(directories, sources), 1):
         base, dtype = source["model"], getattr(torch, source["dtype"])
-        tokenizer = rm.load_tokenizer(base, source["template"], f"{directory / 'source.json'}:")
-        sequences = rm.encode_split(tokenizer, chats, texts, source["max_length"])
+        tokenizer = chats.load_tokenizer(base, source["template"], f"{directory / 'source.json'}:")
+        sequences, cut = chats.encode_counted(tokenizer, asked, texts, source["max_length"])
+        bases.tell_cut(directory, cut, sequences)
         member, tokens = load(run, j, base, tokenizer, dtype, args.device), args.micro_batch_tokens
         rewards.append(rm.score_sequences(member, sequences, tokens, f"member {j}"))
     return np.stack(rewards)

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pairwise import cli, existing, files, levels, pretrained, provenance, run_dir
+from pairwise import bases, chats, cli, existing, files, levels, pretrained, provenance, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import adapter
 
@@ -201,11 +201,12 @@ def score_trained(run, settings, questions, args):
     of_base = settings["train"] != "full"
     source, named = (base, "--base") if of_base else (directories[0], "member")
     tokenizer, tokens = (
-        rm.load_tokenizer(source, args.chat_template, named, settings["date"]),
+        chats.load_tokenizer(source, args.chat_template, named, settings["date"]),
         args.micro_batch_tokens,
     )
-    chats, texts = [q.messages for q in questions], [q.responses for q in questions]
-    sequences = rm.encode_split(tokenizer, chats, texts, settings["max_length"])
+    asked, texts = [q.messages for q in questions], [q.responses for q in questions]
+    sequences, cut = chats.encode_counted(tokenizer, asked, texts, settings["max_length"])
+    bases.tell_cut(run, cut, sequences)
     options = base, tokenizer, dtype, args.device
     if settings["train"] == "head":
         run_dir.check(run, *directories)

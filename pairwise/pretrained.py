@@ -15,6 +15,11 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
+
+# Our own progress bars say more, and what a checkpoint lacks is checked here instead of told.
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
 
 # Buffers that older releases of transformers saved among a layer's weights.
 BUFFERS = re.compile(r"rotary_emb|inv_freq|(attn|attention)\.(masked_)?bias$")

@@ -6,8 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from pairwise import cli, files, pretrained, run_dir
-from pairwise import reward_model as rm
+from pairwise import chats, cli, files, pretrained, run_dir
 from pairwise.scale import parallel
 
 # ---- what is meant
@@ -56,8 +55,8 @@ def open_base(args, named="--base"):
     args.base, date = parallel.of_first(
         lambda: (base_of(run, args.base, args.revision, named), date_of(run, given))
     )
-    tokenizer = rm.load_tokenizer(args.base, args.chat_template, named, date)
-    args.date = rm.date_in(tokenizer.chat_template)
+    tokenizer = chats.load_tokenizer(args.base, args.chat_template, named, date)
+    args.date = chats.date_in(tokenizer.chat_template)
     if given not in (None, args.date):
         words = f"in this run the chat template writes {args.date or 'no date'}"
         raise cli.InputError(f"--date {given}: {words}")

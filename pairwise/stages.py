@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 
-from pairwise import cli, files, members, provenance, run_dir
+from pairwise import chats, cli, files, members, provenance, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import parallel
 
@@ -41,9 +41,8 @@ def encode(args, texts, tokenizer):
     are cut by --max-length}; texts: as of texts_of."""
     encoded, counts = {}, {}
     for name in texts:
-        whole = rm.encode_split(tokenizer, *texts[name], None)
-        encoded[name] = [rm.cut(tokenizer, ids, args.max_length) for ids in whole]
-        counts[name] = sum(len(ids) < len(uncut) for ids, uncut in zip(encoded[name], whole))
+        given = (tokenizer, *texts[name], args.max_length)
+        encoded[name], counts[name] = chats.encode_counted(*given)
     return encoded, counts
 
 

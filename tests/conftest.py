@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from pairwise import chats
+
 import numpy as np
 import pytest
 
@@ -220,9 +222,8 @@ def split(data):
 
 @pytest.fixture(scope="session")
 def sequences(split, tokenizer):
-    from pairwise import reward_model as rm
 
-    return rm.encode_split(tokenizer, split.messages, split.responses, None)
+    return chats.encode_split(tokenizer, split.messages, split.responses, None)
 
 
 @pytest.fixture(scope="session")

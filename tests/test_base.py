@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import score
-from pairwise import cli, files, provenance
-from pairwise import reward_model as rm
+from pairwise import chats, cli, files, provenance
 
 import adopt
 import numpy as np
@@ -196,19 +195,19 @@ def on(day, monkeypatch):
 def test_a_template_that_writes_today_writes_the_day_of_the_run(dated, monkeypatch):
     on("2026-12-03", monkeypatch)
     chat = [{"role": "user", "content": "a question"}]
-    plain = rm.load_tokenizer(dated)
+    plain = chats.load_tokenizer(dated)
     text = plain.apply_chat_template(chat, tokenize=False)
     assert "03 Dec 2026 a question 2026-12-03" in text
-    fixed = rm.load_tokenizer(dated, date="2026-12-03")
+    fixed = chats.load_tokenizer(dated, date="2026-12-03")
     on("2027-01-01", monkeypatch)
     assert fixed.apply_chat_template(chat, tokenize=False) == text
     assert plain.apply_chat_template(chat, tokenize=False) != text
 
 
 def test_every_code_of_strftime_is_written_as_strftime_does(tokenizer):
-    codes = " ".join(f"%{code}" for code in rm.DATE_CODES)
+    codes = " ".join(f"%{code}" for code in chats.DATE_CODES)
     template = "\n{{ strftime_now('" + codes + "') }}{{ messages[0].content }}"
-    tokenizer.chat_template, before = rm.dated(template, "2027-01-02"), tokenizer.chat_template
+    tokenizer.chat_template, before = chats.dated(template, "2027-01-02"), tokenizer.chat_template
     text = tokenizer.apply_chat_template([{"role": "user", "content": "%d"}], tokenize=False)
     tokenizer.chat_template = before
     assert text == "\n" + datetime.date(2027, 1, 2).strftime(codes) + "%d"
@@ -234,10 +233,10 @@ def test_a_run_is_rendered_at_one_date(data, dated, tmp_path, monkeypatch, capsy
         export(run, dated, 1)
     member = run / "member_01"
     on("2027-01-03", monkeypatch)
-    alone = rm.load_tokenizer(member)
-    assert rm.date_in(alone.chat_template) == day
+    alone = chats.load_tokenizer(member)
+    assert chats.date_in(alone.chat_template) == day
     chat = [{"role": "user", "content": "a question"}]
-    assert rm.encode(alone, chat) == rm.encode(rm.load_tokenizer(dated, date=day), chat)
+    assert chats.encode(alone, chat) == chats.encode(chats.load_tokenizer(dated, date=day), chat)
 
 
 def test_the_date_of_a_run_is_another_one_by_its_flag(data, dated, base, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ checkpoints that have a head already."""
 
 import shutil
 
-from pairwise import existing, members, sampling
+from pairwise import chats, existing, members, sampling
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
@@ -68,7 +68,7 @@ def make(tokenizer, directory, kind, **changes):
 
 
 def loaded(base):
-    return rm.load_base(base, rm.load_tokenizer(base), torch.float32, "cpu")
+    return rm.load_base(base, chats.load_tokenizer(base), torch.float32, "cpu")
 
 
 # ---- composite models
@@ -120,7 +120,7 @@ def test_a_composite_reward_model_is_adopted(data, tokenizer, tmp_path):
     words = ["--run", str(run), "--model", str(there), "--iteration", "1", *FLAGS]
     adopt.main(adopt.parse_args(words))
     split, found = read_split(run, "test"), []
-    for ids in rm.encode_split(tokenizer, split.messages, split.responses, None):
+    for ids in chats.encode_split(tokenizer, split.messages, split.responses, None):
         with torch.no_grad():
             found.append(model(input_ids=torch.tensor([ids])).logits.item())
     np.testing.assert_allclose(rewards(run), found, atol=1e-5)

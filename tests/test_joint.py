@@ -5,8 +5,8 @@ and the members split off it.
 import json
 
 import score
+from pairwise import chats, training
 from pairwise import reward_model as rm
-from pairwise import training
 from pairwise.cli import InputError
 from pairwise.data import Split, read_split
 
@@ -163,9 +163,9 @@ def test_one_model_gives_all_rewards(runs, base, tokenizer):
         runs["full"] / "joint", dtype=torch.float32, output_loading_info=True
     )
     assert model.config.num_labels == 3 and not info["missing_keys"]
-    tokenizer = rm.load_tokenizer(runs["full"] / "joint")
+    tokenizer = chats.load_tokenizer(runs["full"] / "joint")
     split = read_split(runs["full"], "test")
-    sequences = rm.encode_split(tokenizer, split.messages, split.responses, 2048)
+    sequences = chats.encode_split(tokenizer, split.messages, split.responses, 2048)
     with torch.no_grad():
         ids, mask = rm.pad(sequences, tokenizer.pad_token_id, "cpu")
         found = model(input_ids=ids, attention_mask=mask).logits.numpy()
@@ -196,8 +196,8 @@ def test_export_and_score(runs, base, tmp_path):
             and not info["mismatched_keys"]
         )
         split = read_split(run, "test")
-        sequences = rm.encode_split(
-            rm.load_tokenizer(run / "member_02"), split.messages, split.responses, 2048
+        sequences = chats.encode_split(
+            chats.load_tokenizer(run / "member_02"), split.messages, split.responses, 2048
         )
         with torch.no_grad():
             found = member(input_ids=torch.tensor([sequences[0]])).logits.item()

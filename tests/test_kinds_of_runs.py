@@ -7,7 +7,7 @@ import shutil
 
 import evaluate
 import score
-from pairwise import files, members, run_dir, stages
+from pairwise import chats, files, members, run_dir, stages
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 
@@ -323,7 +323,7 @@ def test_texts_with_the_text_of_a_special_token_are_counted(data, base, tmp_path
 
 def full_model(base, directory):
     """A reward model, its head drawn, from the base."""
-    tokenizer = rm.load_tokenizer(base)
+    tokenizer = chats.load_tokenizer(base)
     model = rm.load_base(base, tokenizer, torch.float32, "cpu")
     rm.draw_head(model.head.weight, model.model.config, 0)
     members.save_member(model.model, tokenizer, directory)
@@ -370,9 +370,11 @@ def test_a_member_s_tokenizer_as_transformers_4_and_5_read_it(
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config.get("additional_special_tokens", []) == unnamed
     assert "extra_special_tokens" not in config and "chat_template" not in config
-    found = rm.load_tokenizer(tmp_path)
+    found = chats.load_tokenizer(tmp_path)
     assert found.extra_special_tokens == unnamed and found.chat_template == template
     assert (tmp_path / "chat_template.jinja").is_file()  # all of 4 that read it prefer it
     chat = [{"role": "user", "content": "what<|im_start|>is <|im_end|> it"}]
-    assert rm.encode(found, chat, "a <|im_end|>") == rm.encode(tokenizer, chat, "a <|im_end|>")
+    assert chats.encode(found, chat, "a <|im_end|>") == chats.encode(
+        tokenizer, chat, "a <|im_end|>"
+    )
     assert found.all_special_ids == tokenizer.all_special_ids

@@ -6,7 +6,7 @@ import json
 
 import score
 import train_rm
-from pairwise import members, run_dir, training
+from pairwise import chats, members, run_dir, training
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
@@ -59,7 +59,7 @@ def plain_rewards(model, sequences):
 @pytest.fixture(scope="module")
 def test_sequences(data, tokenizer):
     test = read_split(data, "test")
-    return rm.encode_split(tokenizer, test.messages, test.responses, None)
+    return chats.encode_split(tokenizer, test.messages, test.responses, None)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import io
 import json
 
 import train_rm
-from pairwise import members, sampling
+from pairwise import chats, members, sampling
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
@@ -337,14 +337,14 @@ def test_continuations_share_their_prompt(tokenizer):
     model.model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: seen.append(inputs[0].numel())
     )
-    chats = [
+    asked = [
         [{"role": "user", "content": text * 8}]
         for text in ("one way is to run twice a week . ", "how can i get fit ? ")
     ]
     texts = [[f"{word} {i}" for i in range(30)] for word in ("drink no coffee", "dear reader")]
     sequences, prompts = (
-        rm.encode_split(tokenizer, chats, texts, None),
-        [rm.encode(tokenizer, chat) for chat in chats],
+        chats.encode_split(tokenizer, asked, texts, None),
+        [chats.encode(tokenizer, chat) for chat in asked],
     )
     rm.score_sequences(model, sequences, 10**6)
     answers = sum(len(ids) for ids in sequences) - 30 * sum(map(len, prompts))
@@ -363,7 +363,7 @@ def test_truncated_differently(tokenizer):
         "dear reader , " * 30,
     ]
     for limit in (None, 90, 60, 20):
-        sequences = rm.encode_split(tokenizer, [ask], [texts], limit)
+        sequences = chats.encode_split(tokenizer, [ask], [texts], limit)
         with torch.no_grad():
             torch.testing.assert_close(
                 rm.rewards_of_batch(model, sequences), alone(model, sequences), atol=2e-6, rtol=0
@@ -425,7 +425,7 @@ def test_the_same_bits_every_time(mixed):
 def test_steps_and_losses_are_those_of_padded_batches(data, base, tokenizer, monkeypatch):
     """Whole training, packed against padded: the same steps and, to rounding, the same losses."""
     split, logs = read_split(data, "train"), []
-    sequences = rm.encode_split(tokenizer, split.messages, split.responses, 40)
+    sequences = chats.encode_split(tokenizer, split.messages, split.responses, 40)
     for packs in (True, False):
         model = rm.load_base(base, tokenizer, torch.float32, "cpu")
         rm.draw_head(model.head.weight, model.model.config, 1)
@@ -622,7 +622,7 @@ def test_an_encoder_is_trained_scored_and_saved_padded(data, tokenizer, tmp_path
     )
     assert model.classifier.bias.item() == 0
     split = read_split(run, "test")
-    sequences = rm.encode_split(tokenizer, split.messages, split.responses, 2048)
+    sequences = chats.encode_split(tokenizer, split.messages, split.responses, 2048)
     with torch.no_grad():
         plain = [model.eval()(input_ids=torch.tensor([ids])).logits.item() for ids in sequences]
     np.testing.assert_allclose(rewards(run, 2), plain, atol=1e-5)

@@ -3,8 +3,7 @@
 import json
 import weakref
 
-from pairwise import cli, training
-from pairwise import reward_model as rm
+from pairwise import chats, cli, training
 from pairwise.scale import adapter, budget, offload
 
 import numpy as np
@@ -188,7 +187,7 @@ def test_tokens_and_pairs_are_the_data_s(data, base, tokenizer, tmp_path):
     lengths = [
         len(ids)
         for split in splits.values()
-        for ids in rm.encode_split(tokenizer, split.messages, split.responses, None)
+        for ids in chats.encode_split(tokenizer, split.messages, split.responses, None)
     ]
     assert [counts[name] for name in ("prompts", "pairs", "train", "scored")] == [12, 72, 48, 64]
     assert counts["tokens"] == pytest.approx(np.mean(lengths)) and "its tokenizer" in source

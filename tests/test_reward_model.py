@@ -9,7 +9,7 @@ import pickle
 import shutil
 import signal
 
-from pairwise import existing, members, pretrained, provenance, sampling
+from pairwise import chats, existing, members, pretrained, provenance, sampling
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 
@@ -52,7 +52,7 @@ def model(base, tokenizer):
 def mixed(tokenizer):
     """Sequences of many lengths."""
     return [
-        rm.encode(
+        chats.encode(
             tokenizer,
             [{"role": "user", "content": "please " * i + "help ?"}],
             "go on " * (7 * i % 5 + 1),
@@ -83,7 +83,7 @@ def test_exactly_one_bos_where_the_model_has_one(own, template, expected, tokeni
         add_bos(own)
         expected = 1
     for response in (None, ANSWER):
-        ids = rm.encode(own, ASK, response)
+        ids = chats.encode(own, ASK, response)
         assert ids.count(own.bos_token_id) == expected
         assert (ids[0] == own.bos_token_id) == bool(expected)
 
@@ -91,12 +91,12 @@ def test_exactly_one_bos_where_the_model_has_one(own, template, expected, tokeni
 def test_tokenizer_without_bos(own):
     own.bos_token = None
     own.chat_template = LOOP + OPEN
-    ids = rm.encode(own, ASK, ANSWER)
+    ids = chats.encode(own, ASK, ANSWER)
     assert (
         own.decode(ids) == f"<|user|>{ASK[0]['content']}<|assistant|>{ANSWER}<|eos|>"
         and None not in ids
     )
-    assert rm.encode(own, ASK, ANSWER, 5) == ids[-5:]
+    assert chats.encode(own, ASK, ANSWER, 5) == ids[-5:]
 
 
 def test_text_of_prompt_and_response(tokenizer):
@@ -104,31 +104,31 @@ def test_text_of_prompt_and_response(tokenizer):
     ready to be answered."""
     chat = [{"role": "user", "content": "hey"}, {"role": "assistant", "content": "yes ?"}, *ASK]
     start = f"<|bos|><|user|>hey<|assistant|>yes ?<|eos|><|user|>{ASK[0]['content']}<|assistant|>"
-    assert tokenizer.decode(rm.encode(tokenizer, chat)) == start
-    assert tokenizer.decode(rm.encode(tokenizer, chat, ANSWER)) == start + ANSWER + "<|eos|>"
-    assert rm.encode(tokenizer, chat, ANSWER)[-1] == tokenizer.eos_token_id
-    assert all(type(i) is int for i in rm.encode(tokenizer, chat))
+    assert tokenizer.decode(chats.encode(tokenizer, chat)) == start
+    assert tokenizer.decode(chats.encode(tokenizer, chat, ANSWER)) == start + ANSWER + "<|eos|>"
+    assert chats.encode(tokenizer, chat, ANSWER)[-1] == tokenizer.eos_token_id
+    assert all(type(i) is int for i in chats.encode(tokenizer, chat))
 
 
 @pytest.mark.parametrize("template_bos", [True, False])
 def test_truncation_keeps_bos_and_the_end(own, template_bos):
     own.chat_template = ("{{ bos_token }}" if template_bos else "") + LOOP + OPEN
     bos = [own.bos_token_id] if template_bos else []
-    whole = rm.encode(own, ASK, ANSWER)
+    whole = chats.encode(own, ASK, ANSWER)
     answer = len(own(ANSWER).input_ids) + 2  # with its header and end
     assert len(whole) > answer + 3
     for limit in (len(whole) + 1, len(whole), len(whole) - 1, answer, answer - 4, 3, 2):
-        ids = rm.encode(own, ASK, ANSWER, limit)
+        ids = chats.encode(own, ASK, ANSWER, limit)
         assert len(ids) == min(limit, len(whole))
         assert ids == bos + whole[len(bos) :][-(min(limit, len(whole)) - len(bos)) :], limit
-    assert rm.encode(own, ASK, ANSWER, 1) == (bos or whole[-1:])
+    assert chats.encode(own, ASK, ANSWER, 1) == (bos or whole[-1:])
 
 
 def test_encode_split_is_encode_in_data_order(tokenizer):
     prompts = [ASK, [{"role": "user", "content": "and then ?"}]]
     texts = [["a", ANSWER], ["b", "c", "a"]]
-    expected = [rm.encode(tokenizer, m, t, 9) for m, group in zip(prompts, texts) for t in group]
-    assert rm.encode_split(tokenizer, prompts, texts, 9) == expected and len(expected) == 5
+    expected = [chats.encode(tokenizer, m, t, 9) for m, group in zip(prompts, texts) for t in group]
+    assert chats.encode_split(tokenizer, prompts, texts, 9) == expected and len(expected) == 5
 
 
 # ---- pad token and chat template
@@ -141,33 +141,33 @@ def saved(tokenizer, directory):
 
 def test_pad_is_a_spare_token_and_never_eos(own, tmp_path):
     own.pad_token = own.eos_token
-    found = rm.load_tokenizer(saved(own, tmp_path / "t"))
+    found = chats.load_tokenizer(saved(own, tmp_path / "t"))
     assert found.pad_token == "<|pad|>" != found.eos_token and found.padding_side == "right"
     assert found.pad_token_id < len(own) == len(found)
 
 
 def test_pad_is_not_bos_either(own, tmp_path):
     own.pad_token = own.bos_token
-    assert rm.load_tokenizer(saved(own, tmp_path / "t")).pad_token == "<|pad|>"
+    assert chats.load_tokenizer(saved(own, tmp_path / "t")).pad_token == "<|pad|>"
 
 
 def test_own_pad_token_is_kept(own, tmp_path):
     own.pad_token = "<|user|>"
-    assert rm.load_tokenizer(saved(own, tmp_path / "t")).pad_token == "<|user|>"
+    assert chats.load_tokenizer(saved(own, tmp_path / "t")).pad_token == "<|user|>"
 
 
 def test_without_a_spare_token(own, tmp_path, monkeypatch):
     own.pad_token = own.eos_token
-    monkeypatch.setattr(rm, "PAD_NAMES", ("<|nothing|>", "<|eos|>"))
+    monkeypatch.setattr(chats, "PAD_NAMES", ("<|nothing|>", "<|eos|>"))
     with pytest.raises(InputError, match=r"pad token is its eos token.*<\|nothing\|>"):
-        rm.load_tokenizer(saved(own, tmp_path / "t"))
+        chats.load_tokenizer(saved(own, tmp_path / "t"))
 
 
 def test_pad_token_outside_the_embedding(own, tmp_path, base):
     shutil.copytree(base, tmp_path / "b")
     own.add_special_tokens({"pad_token": "<|new|>"})
     own.save_pretrained(tmp_path / "b")
-    tokenizer = rm.load_tokenizer(tmp_path / "b")
+    tokenizer = chats.load_tokenizer(tmp_path / "b")
     assert tokenizer.pad_token_id == 400
     with pytest.raises(InputError, match="could not be loaded"):
         rm.load_base(tmp_path / "b", tokenizer, torch.float32, "cpu")
@@ -178,31 +178,32 @@ def test_base_without_chat_template(own, tmp_path):
     own.chat_template = None
     directory = saved(own, tmp_path / "t")
     with pytest.raises(InputError, match="no chat template.*--chat-template FILE"):
-        rm.load_tokenizer(directory)
+        chats.load_tokenizer(directory)
     with pytest.raises(InputError, match="--chat-template .*nowhere"):
-        rm.load_tokenizer(directory, tmp_path / "nowhere")
+        chats.load_tokenizer(directory, tmp_path / "nowhere")
     (tmp_path / "own.jinja").write_text(template)
     own.chat_template = template
-    assert rm.encode(
-        rm.load_tokenizer(directory, tmp_path / "own.jinja"), ASK, ANSWER
-    ) == rm.encode(own, ASK, ANSWER)
+    assert chats.encode(
+        chats.load_tokenizer(directory, tmp_path / "own.jinja"), ASK, ANSWER
+    ) == chats.encode(own, ASK, ANSWER)
 
 
 def test_template_file_wins(base, tmp_path):
     (tmp_path / "own.jinja").write_text(
         "{{ bos_token }}{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
     )
-    tokenizer = rm.load_tokenizer(base, tmp_path / "own.jinja")
+    tokenizer = chats.load_tokenizer(base, tmp_path / "own.jinja")
     assert (
-        tokenizer.decode(rm.encode(tokenizer, ASK, "yes")) == f"<|bos|><{ASK[0]['content']}><yes>"
+        tokenizer.decode(chats.encode(tokenizer, ASK, "yes"))
+        == f"<|bos|><{ASK[0]['content']}><yes>"
     )
 
 
 @pytest.mark.parametrize(
     "function",
     [
-        rm.load_tokenizer,
-        lambda base: rm.load_base(base, rm.load_tokenizer(base), torch.float32, "cpu"),
+        chats.load_tokenizer,
+        lambda base: rm.load_base(base, chats.load_tokenizer(base), torch.float32, "cpu"),
     ],
 )
 def test_no_such_base(tmp_path, function):
@@ -264,7 +265,7 @@ def test_what_stands_in_the_padding_does_not_matter(model, tokenizer, mixed):
 
 def test_reward_is_read_at_the_end_of_the_response(model, tokenizer):
     """Even where the response itself holds the pad token."""
-    ids = rm.encode(tokenizer, ASK, "yes <|pad|><|pad|>")
+    ids = chats.encode(tokenizer, ASK, "yes <|pad|><|pad|>")
     assert ids.count(tokenizer.pad_token_id) == 2
     alone = rm.score_sequences(model, [ids], 1000)
     assert abs(alone[0] - rm.score_sequences(model, [ids + [9] * 30, ids], 1000)[1]) < 1e-5
@@ -396,7 +397,7 @@ def test_a_saved_member_is_a_plain_directory(model, tokenizer, mixed, tmp_path):
         )
     again = AutoTokenizer.from_pretrained(tmp_path / "member_01")
     assert (
-        rm.encode(again, ASK, ANSWER) == rm.encode(tokenizer, ASK, ANSWER)
+        chats.encode(again, ASK, ANSWER) == chats.encode(tokenizer, ASK, ANSWER)
         and again.pad_token_id == tokenizer.pad_token_id
     )
 
@@ -475,8 +476,8 @@ def test_a_template_that_refuses_a_role(tokenizer):
     )
     chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "how ?"}]
     with pytest.raises(InputError, match="no system turns. on turns of system, user, assistant"):
-        rm.encode(strict, chat, "so")
-    assert rm.encode(strict, chat[1:], "so")
+        chats.encode(strict, chat, "so")
+    assert chats.encode(strict, chat[1:], "so")
 
 
 # ---- files that somebody else has made
@@ -500,7 +501,7 @@ def told(function, *args):
 
 def loaded(base):
     """Load a base as training does."""
-    return rm.load_base(base, rm.load_tokenizer(base), torch.float32, "cpu")
+    return rm.load_base(base, chats.load_tokenizer(base), torch.float32, "cpu")
 
 
 AUTO_MAP = {
@@ -523,7 +524,7 @@ def test_code_of_a_base_is_never_run(base, tmp_path, monkeypatch):
     assert provenance.fingerprint(native)
     words = "needs code of its own, which is never run"
     assert words in told(loaded, other) and f"--base {other}: " in told(pretrained.config, other)
-    assert words in told(rm.load_tokenizer, tokens)
+    assert words in told(chats.load_tokenizer, tokens)
     with pytest.raises(InputError, match=words):
         sampling.load_language_model(other, "cpu")
     assert not (tmp_path / "run").exists()
@@ -570,7 +571,7 @@ def test_weights_that_the_config_leaves_out(base, tmp_path, capsys):
     buffers = {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(4)}
     loaded(weights_changed(base, tmp_path / "old", **buffers))
     with pytest.raises(InputError, match="weights of layers found"):
-        existing.load_reward_model(fewer, rm.load_tokenizer(base), torch.float32, "cpu")
+        existing.load_reward_model(fewer, chats.load_tokenizer(base), torch.float32, "cpu")
 
 
 class Pickled:
@@ -659,9 +660,9 @@ def test_what_is_no_fault_of_the_file_keeps_its_kind():
     ],
 )
 def test_templates_that_fail(base, tmp_path, monkeypatch, template, said):
-    monkeypatch.setattr(rm, "TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(chats, "TEMPLATE_SECONDS", 0.2)
     (tmp_path / "t.jinja").write_text(template)
-    line = told(rm.load_tokenizer, base, tmp_path / "t.jinja")
+    line = told(chats.load_tokenizer, base, tmp_path / "t.jinja")
     assert line.startswith(f"--chat-template {tmp_path / 't.jinja'}: the chat template fails (")
     assert said in line and "on turns of user, assistant" in line
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
@@ -673,7 +674,7 @@ def test_a_tokenizer_of_another_model(base, tokenizer, tmp_path):
     with pytest.raises(
         InputError, match="the tokenizer makes the token .*, and the model knows 20"
     ):
-        rm.score_sequences(model, [rm.encode(tokenizer, ASK, ANSWER)], 1000)
+        rm.score_sequences(model, [chats.encode(tokenizer, ASK, ANSWER)], 1000)
 
 
 def test_the_flag_is_named_where_there_is_one(model, mixed):

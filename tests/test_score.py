@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import score
-from pairwise import cli, members, weights
+from pairwise import chats, cli, members, weights
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
@@ -154,9 +154,9 @@ def test_chat_messages(run, tokenizer, base, tmp_path):
     assert [row["prompt"] for row in rows] == [chat, chat[2:], chat[2]["content"]]
     assert rows[1]["rewards"] == rows[2]["rewards"] != rows[0]["rewards"]
     model = members.load_member(run, 2, base, tokenizer, rm.torch.float32, "cpu")
-    expected = rm.score_sequences(model, [rm.encode(tokenizer, chat, "run twice a week .")], 1000)[
-        0
-    ]
+    expected = rm.score_sequences(
+        model, [chats.encode(tokenizer, chat, "run twice a week .")], 1000
+    )[0]
     assert abs(rows[0]["rewards"][0][1] - expected) < 1e-6
 
 

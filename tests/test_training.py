@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 import train_rm
-from pairwise import members, training
+from pairwise import chats, members, training
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split, write_split
@@ -488,18 +488,18 @@ def check_plain_directory(run, j):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     test = read_split(run, "test")
     stored = rewards(run, j)
-    chats = [
+    conversations = [
         [*messages, {"role": "assistant", "content": text}]
         for messages, texts in zip(test.messages, test.responses)
         for text in texts
     ]
-    assert len(chats) == len(stored) == 12
+    assert len(conversations) == len(stored) == 12
     with torch.no_grad():
-        for chat, value in zip(chats[::5], stored[::5]):
+        for chat, value in zip(conversations[::5], stored[::5]):
             ids = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")
             assert abs(model(**ids).logits.item() - value) < 1e-5
         batch = tokenizer.apply_chat_template(
-            chats, return_dict=True, return_tensors="pt", padding=True
+            conversations, return_dict=True, return_tensors="pt", padding=True
         )
         np.testing.assert_allclose(model(**batch).logits[:, 0], stored, atol=1e-5)
 
@@ -853,7 +853,7 @@ def test_pairs_identical_after_truncation(data, base, tokenizer, split, tmp_path
     run = fresh(data, tmp_path)
     train(run, base, *flags, "--max-length", "8", "--micro-batch-tokens", "30")
     lists = {
-        name: rm.encode_split(tokenizer, s.messages, s.responses, 8)
+        name: chats.encode_split(tokenizer, s.messages, s.responses, 8)
         for name, s in (("train", split), ("test", read_split(data, "test")))
     }
     identical = sum(lists["train"][a] == lists["train"][b] for a, b in zip(split.a, split.b))
@@ -861,7 +861,7 @@ def test_pairs_identical_after_truncation(data, base, tokenizer, split, tmp_path
     entry, counts = manifest(run)["member_01"], {"identical": {}, "cut": {}}
     for name in ("train", "valid", "test"):
         x = read_split(data, name)
-        whole = rm.encode_split(tokenizer, x.messages, x.responses, None)
+        whole = chats.encode_split(tokenizer, x.messages, x.responses, None)
         counts["cut"][name] = sum(len(ids) > 8 for ids in whole)
         same = [whole[a][-7:] == whole[b][-7:] for a, b in zip(x.a, x.b)]  # BOS, and seven more
         counts["identical"][name] = sum(same)
@@ -1035,7 +1035,7 @@ def test_head_rewards_are_the_head_on_the_base_s_features(head_run, base, tokeni
     model = AutoModelForCausalLM.from_pretrained(base)
     expected = np.load(run / "features" / "test.npy")
     assert expected.dtype == np.float32 and expected.shape == (12, 32)
-    lists = rm.encode_split(tokenizer, test.messages, test.responses, None)
+    lists = chats.encode_split(tokenizer, test.messages, test.responses, None)
     with torch.no_grad():
         features = torch.stack(
             [model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in lists]
@@ -1181,7 +1181,7 @@ def test_logprob_is_that_of_the_sampled_tokens_and_their_end(
     model.base_model.forward = lambda *args, **kwargs: (
         lengths.append(kwargs["input_ids"].numel()) or forward(*args, **kwargs)
     )
-    prompt = rm.encode(tokenizer, [{"role": "user", "content": "how can i get fit ?"}])
+    prompt = chats.encode(tokenizer, [{"role": "user", "content": "how can i get fit ?"}])
     start = len(prompt)
     torch.manual_seed(1)
     texts, logprob = continuations.sampling.sample(
@@ -1221,7 +1221,7 @@ def test_logprob_is_that_of_the_sampled_tokens_and_their_end(
 
 def test_sampled_frequencies_are_the_models(continuations, base, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(base).eval()
-    prompt = rm.encode(tokenizer, [{"role": "user", "content": "how can i get fit ?"}])
+    prompt = chats.encode(tokenizer, [{"role": "user", "content": "how can i get fit ?"}])
     torch.manual_seed(0)
     with torch.no_grad():
         p = (model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / 0.5).softmax(-1)
