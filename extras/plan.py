@@ -40,11 +40,15 @@ PAPER = {
     "tldr": (729, 3217, 6434, 13834, 550),
 }
 SAMPLE = 1000  # So many responses are tokenized to count the tokens of all.
-# Float32 products reach this part of the BF16 rate (H100: 50 of 790 TFLOP/s), and the optimizer's,
-# whose factors are rounded to 11 bits, that one (H100: 495 of 989 at best).
-FLOAT32_RATE, TF32_RATE = 1 / 16, 1 / 2
-QR_RATE = 4e12  # FLOP/s of a float32 QR decomposition with a side of 1,024 to 4,096 are assumed.
-LINK = 40e9  # Bytes a second go each way between card and host (PCIe 5 x16: 64e9 at best).
+# Measured on one H100 80GB (benchmarks/card-first.json); another card is taken to be like it but for
+# its --tflops. Float32 products reach this part of that rate, the optimizer's, in TF32, that one.
+TFLOPS, FLOAT32_RATE, TF32_RATE = 785, 52 / 785, 393 / 785
+LINK = 42e9  # Bytes a second go each way between card and host when both ways are busy,
+PINNING = 3.7e9  # and so many into pinned memory before the first step.
+# Seconds of float32 decompositions of matrices with sides of 1,024 and 4,096; those between and
+# beyond are taken to lie on the power law through both.
+QR, EIGH = (4.5e-3, 28.9e-3), (11e-3, 97e-3)
+LIBRARIES = 2.6e9  # Bytes of the host beside what is paged.
 
 
 def describe(args):
@@ -167,12 +171,12 @@ def count_steps(args, counts):
 
 def flops(model, groups, args, counts):
     """Return the FLOPs (of a member in args.dtype, of its adapters in float32, both of training and
-    scoring; of one optimizer step's products, of its QR decompositions).
+    scoring; of one optimizer step's products without new bases, of those with new ones).
 
     A forward pass takes 2 FLOPs per weight and token besides the embedding's, and 2 T q a layer
     for causal attention over T tokens; backward takes twice that, or once where the weights are
     frozen; recomputation takes it once. SOAP's step of an (a, b) matrix is four products of 2 a b d
-    for each side d and, every --precondition-frequency steps, one of 2 d^3 and a QR of 8/3 d^3.
+    for each side d, and one of 2 d^3 for a new basis.
     """
     adapters = sum(p.numel() for p in groups[0]) if args.train == "lora" else 0
     embedding = model.get_input_embeddings().weight.numel()
@@ -184,23 +188,45 @@ def flops(model, groups, args, counts):
     training_flops = trained * (2 * dense * (3 if adapters else 4) + 4 * attention)
     scoring_flops = scored * (2 * dense + attention)
     adapter_flops = 2 * adapters * (4 * trained + scored)
-    largest = args.max_precondition_dim
-    sides = [(p.numel(), d) for p in groups[0] for d in p.shape if d <= largest]
-    cubes = sum(d**3 for _, d in sides) / args.precondition_frequency
-    products = sum(8 * numel * d for numel, d in sides) + 2 * cubes
-    return training_flops + scoring_flops, adapter_flops, products, 8 / 3 * cubes
+    products = sum(8 * p.numel() * d for p in groups[0] for d in sides_of(p, args))
+    bases = products + sum(2 * d**3 for p in groups[0] for d in sides_of(p, args))
+    return training_flops + scoring_flops, adapter_flops, products, bases
+
+
+def sides_of(p, args):
+    """Return the sides of a parameter that have a basis."""
+    return [d for d in p.shape if d <= args.max_precondition_dim]
+
+
+def decomposing(groups, args, times):
+    """Return the seconds of one decomposition for each basis; times: QR or EIGH."""
+    power = math.log(times[1] / times[0], 4)
+    sides = [d for p in groups[0] for d in sides_of(p, args)]
+    return sum(times[1] * (d / 4096) ** power for d in sides) * TFLOPS / args.tflops
+
+
+def stepping(products, bases, groups, args, paged):
+    """Return the seconds of (an optimizer step, one with new bases, all before the first).
+
+    products, bases: FLOPs, of `flops`; paged: bytes of the optimizer on the host, whose copies to
+    and from the card overlap with the computation."""
+    rate, link = args.tflops * 1e12 * TF32_RATE, paged / LINK
+    refreshed = bases / rate + decomposing(groups, args, QR)
+    first = decomposing(groups, args, EIGH) + paged / PINNING
+    return max(products / rate, link), max(refreshed, link), first
 
 
 def print_work(model, groups, args, paged):
     """Print tokens, steps, FLOPs, hours and disk; paged: bytes of the optimizer on the host."""
     counts, source = count_tokens(args)
-    work, slow, products, refresh = flops(model, groups, args, counts)
+    work, slow, *of_step = flops(model, groups, args, counts)
     steps, rate, trains = count_steps(args, counts), args.tflops * 1e12, args.train != "head"
-    # Copies to and from the host overlap with the computation of an optimizer step.
-    seconds = max(products / (rate * TF32_RATE) + refresh / QR_RATE, paged / LINK)
+    plain, refreshed, first = stepping(*of_step, groups, args, paged)
+    seconds = plain + (refreshed - plain) / args.precondition_frequency
     repeats = args.members if trains else 1  # The frozen base is run once for all heads.
-    hours = repeats * (work + slow / FLOAT32_RATE) / (rate * args.utilisation) / 3600
-    stepping = repeats * steps * seconds / 3600
+    reached = rate * args.utilisation
+    hours = repeats * (work + slow / FLOAT32_RATE) / reached / 3600
+    optimizing = repeats * (first + steps * seconds) / 3600 if trains else 0
     disk, checkpoints = disk_bytes(model, groups, args)
     sizes = f"{counts['pairs']:,} train pairs, {counts['train']:,} train responses"
     scored = f"{counts['scored']:,} to score, {counts['tokens']:,.0f} tokens each with the prompt"
@@ -214,14 +240,17 @@ def print_work(model, groups, args, paged):
     per_step = f"{args.pairs_per_step} pairs"
     print(f"{subject}: {tokens}, about {steps:,} steps of {per_step}, {work:.2e} FLOPs{more}")
     if trains:
-        copies = f", {paged / 1e9:,.0f} GB each way at {LINK / 1e9:.0f} GB/s" if paged else ""
-        flop = f"products {products:.2e} FLOPs at {rate * TF32_RATE / 1e12:,.0f} TFLOP/s"
-        qr = f"QR {refresh:.2e} at {QR_RATE / 1e12:.0f} (assumed)"
-        print(f"an optimizer step: {seconds:.1f} s; {flop}, {qr}{copies}")
-    optimizer = f", {stepping:,.1f} of them in the optimizer" if trains else ""
+        alone, _ = flops(model, groups, args, counts | {"train": 1 / args.epochs, "scored": 0})[:2]
+        copies = f" ({paged / 1e9:,.0f} GB each way)" if paged else ""
+        print(
+            f"training: {reached * counts['tokens'] / alone:,.0f} tokens/s; an optimizer step: "
+            f"{plain:.1f} s{copies}, with new bases {refreshed:.1f} s; before the first: "
+            f"{first:.0f} s"
+        )
+    optimizer = f", {optimizing:,.1f} of them in the optimizer" if trains else ""
     aside = f", {checkpoints / 1e9:,.1f} of them for checkpoints" if checkpoints else ""
     speed = f"{args.utilisation:.0%} of {args.tflops:,.0f} TFLOP/s"
-    total = f"{hours + stepping:,.1f} hours at {speed}{optimizer}"
+    total = f"{hours + optimizing:,.1f} hours at {speed}{optimizer}"
     print(f"{args.members} members: {total}; disk {disk / 1e9:,.1f} GB{aside}")
 
 
@@ -255,7 +284,7 @@ def verdict(args):
         card, host = totals(memory(model, groups, changed(args, micro_batch_tokens=tokens)))
         if card <= args.gpu_gb * 1e9:
             micro = f" with --micro-batch-tokens {tokens}" if divisor > 1 else ""
-            needed = (host + budget.weight_bytes(model)) / 1e9
+            needed = (host + LIBRARIES) / 1e9
             paged = f", with {needed:,.0f} GB of host memory" if host else ""
             return f"{args.train} fits{micro}{paged}"
     return f"{args.train} does not fit"
@@ -278,7 +307,7 @@ def main(args):
     card, host = totals(rows)
     number = sum(p.numel() for p in model.parameters())
     print(f"{args.base}: {number:,} parameters as a reward model; --train {args.train};", end=" ")
-    print(f"planned, not measured\n\n{'memory, GiB':55}{'card':>8}{'host':>8}")
+    print(f"a plan, not a measurement\n\n{'memory, GiB':55}{'card':>8}{'host':>8}")
     for name, nbytes in [*rows.items(), ("total", (card, host))]:
         print(f"{name:55}{nbytes[0] / 2**30:8.2f}{nbytes[1] / 2**30:8.2f}")
     print_work(model, groups, args, host)
@@ -297,8 +326,9 @@ def parse_args(argv=None):
     add("--lora-rank", type=cli.natural, default=16, help="of --train lora's adapters")
     # the card
     add("--gpu-gb", type=cli.positive, default=80, help="its memory in 10^9 bytes, as on its label")
-    add("--tflops", type=cli.positive, default=790, help="its BF16 rate in large products (790)")
-    add("--utilisation", type=share, default=0.4, help="share of --tflops that is reached")
+    add("--tflops", type=cli.positive, default=TFLOPS, help="its BF16 rate in large products")
+    words = "share of --tflops that is reached, recomputation included (default 0.58)"
+    add("--utilisation", type=share, default=0.58, help=words)
     training.add_flags(parser)
     args = parser.parse_args(argv)
     args.device = "cuda"  # A plan is for a card, wherever it is made.
