@@ -40,8 +40,8 @@ PAPER = {
     "tldr": (729, 3217, 6434, 13834, 550),
 }
 SAMPLE = 1000  # So many responses are tokenized to count the tokens of all.
-# Measured on one H100 80GB (benchmarks/card-first.json); another card is taken to be like it but for
-# its --tflops. Float32 products reach this part of that rate, the optimizer's, in TF32, that one.
+# Measured on one H100 80GB (benchmarks/card-first.json); another card is taken to be like it but
+# for its --tflops. Float32 products reach this part of it, the optimizer's, in TF32, that one.
 TFLOPS, FLOAT32_RATE, TF32_RATE = 785, 52 / 785, 393 / 785
 LINK = 42e9  # Bytes a second go each way between card and host when both ways are busy,
 PINNING = 3.7e9  # and so many into pinned memory before the first step.
