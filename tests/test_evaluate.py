@@ -31,6 +31,7 @@ import pytest
 from conftest import without_hashes
 from scipy.special import expit
 from scipy.stats import binom, kendalltau, multinomial
+from scipy.stats import t as student
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOP = {"dataset", "k", "k_valid", "votes", "splits", "diversity", "plurality"}
@@ -1520,3 +1521,12 @@ def test_bad_input_as_a_program_is_exit_code_2_and_one_line(whole, tmp_path):
         done.stderr,
     )
     assert hash_file(run / "metrics.json") == metrics
+
+
+def test_fewest_prompts_hold_the_truth_nine_times_in_ten():
+    """Percentiles over P prompts of normal errors end 1.96 deviations from the mean, of the
+    deviation that divides by P; Student's t says how often that holds the truth."""
+    held = {p: 1 - 2 * student.sf(1.96 * ((p - 1) / p) ** 0.5, p - 1) for p in range(2, 31)}
+    assert min(p for p in held if held[p] >= 0.9) == figures.FEWEST
+    for p, share in ((2, 0.5), (5, 0.84), (10, 0.9)):
+        assert held[p] == pytest.approx(share, abs=0.01)
