@@ -1042,7 +1042,8 @@ def test_head_rewards_are_the_head_on_the_base_s_features(head_run, base, tokeni
         ).numpy()
     np.testing.assert_allclose(expected, features, atol=1e-5)
     for j in (1, 2):
-        assert [path.name for path in (run / f"member_{j:02d}").iterdir()] == ["head.safetensors"]
+        names = sorted(path.name for path in (run / f"member_{j:02d}").iterdir())
+        assert names == ["chat_template.jinja", "head.safetensors"]
         np.testing.assert_allclose(
             rewards(run, j),
             features @ members.load_head(run / f"member_{j:02d}").numpy()[0],
