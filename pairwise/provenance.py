@@ -83,13 +83,12 @@ def kept(path, run, name="base"):
     return {name: str(absolute), f"{name}_from_run": relative}
 
 
-def found(entry, run, name="base"):
-    """Return where the directory of `kept` is now, or the hub id; what was kept, if nowhere."""
-    places = [
-        run / entry[name],
-        Path(entry[name]),
-        run / entry.get(f"{name}_from_run", entry[name]),
-    ]
+def found(entry, *runs, name="base"):
+    """Return where the directory of `kept` is now, or the hub id; what was kept, if nowhere.
+
+    runs: where the run may be, as the members of a pruned one are links into another."""
+    places = [run / entry[name] for run in runs] + [Path(entry[name])]
+    places += [run / entry.get(f"{name}_from_run", entry[name]) for run in runs]
     return next((str(place) for place in places if place.is_dir()), entry[name])
 
 
@@ -145,7 +144,8 @@ def check_base(entry, base, chat_template):
     if ("@" in then) != ("@" in now):
         then, now = weights, weights and weights_of(base)
     if then != now:
-        words = f"another base model than the run was made from ({entry['inputs']['base model']})"
+        of = f" ({commit})" if "@" in (commit := entry["inputs"]["base model"]) else ""
+        words = f"another base model than the run was made from{of}"
         raise cli.InputError(f"--base {base}: {words}")
     template = files.hash_file(chat_template) if chat_template else None
     if template != entry["inputs"].get("chat template"):

@@ -12,6 +12,7 @@ from pairwise import chats, cli, files, pretrained, provenance
 
 import adopt
 import numpy as np
+import prune
 import pytest
 import respond
 from conftest import FLAGS, HEAD, LORA, export, fit, fresh, make_base, manifest, rewards, train
@@ -197,11 +198,14 @@ def test_a_relative_base_is_found_from_elsewhere(data, base, tmp_path, monkeypat
 
 def test_a_base_inside_its_run_moves_with_it(data, base, tmp_path):
     run = fresh(data, tmp_path)
-    shutil.copytree(base, run / "base")
-    train(run, run / "base", *HEAD)
+    shutil.copytree(base, run / "models")
+    train(run, run / "models", *HEAD)
     fit(run)
-    before = scored(run)
-    assert manifest(run)["member_01"]["base"] == "./base"
+    before, pruned = scored(run), tmp_path / "else" / "where" / "pruned"
+    assert manifest(run)["member_01"]["base"] == "./models"
+    pruned.parent.mkdir(parents=True)
+    prune.main(prune.parse_args(["--run", str(run), "--beta", "4", "--out", str(pruned)]))
+    assert scored(pruned) == before  # Its members are links to the run's.
     assert scored(run.rename(tmp_path / "moved")) == before
 
 
