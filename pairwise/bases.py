@@ -15,7 +15,11 @@ from transformers import (
 )
 
 # Weights of heads that score, of transformers, TRL and others.
-HEADS = re.compile(r"(model\.)?(score|classifier|regression_layer|(v|rm|value|reward)_head)\.")
+HEADS = re.compile(
+    r"(\w+\.)?(score|classifier|rewards?|regression_layer|"
+    r"(\w+_)?(v|rm|value|reward|score|regression|critic)_head)\."
+)
+MODELS = re.compile("Classification|Reward|Score|Critic")  # their classes
 # What the weights of a text side are called in a composite checkpoint, and alone.
 TEXT_NAMES = {
     r"^language_model\.lm_head\.": "lm_head.",
@@ -47,7 +51,7 @@ def read_model(auto_class, name, named, failure="the model could not be loaded",
         raise cli.InputError(f"{named} {name}: {words}: {', '.join(layers[:3])}")
     heads = [key for key in unused if HEADS.match(key)]
     heads += [key for key in model.state_dict() if HEADS.match(key) and key not in missing]
-    saved_as = [each for each in model.config.architectures or () if "Classification" in each]
+    saved_as = [each for each in model.config.architectures or () if MODELS.search(each)]
     if found := ", ".join((heads + saved_as)[:1]):
         words = f"{named} {name}: a reward model found ({found})"
         if not rewards:

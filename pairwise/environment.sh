@@ -3,8 +3,8 @@
 #
 # It makes ROOT/.venv, and makes again the one that it made, which .venv/installed tells, when that
 # is out of date (other requirements, other C++ source, another place), from any Python >= 3.11 and
-# a C++ compiler. A .venv of your own, or PYTHON=/path/to/python, is used as it is, where it serves;
-# nothing is installed into it.
+# a C++ compiler. A .venv of your own, or a link to one, or PYTHON=/path/to/python, is used as it is,
+# where it serves; nothing is installed into it.
 
 recent='import sys; sys.exit(sys.version_info < (3, 11))'
 # Says in one line what an environment lacks.
@@ -41,7 +41,7 @@ if [ -z "$PYTHON" ] && ! complete; then
     exec 9>"$VENV.lock"
     flock 9 2>/dev/null || # Of two commands at once the second waits.
         echo "warning: $VENV.lock cannot be locked: start no second command before .venv is made" >&2
-    if [ -e "$VENV" ] && [ ! -e "$VENV/installed" ]; then
+    if [ -L "$VENV" ] || { [ -e "$VENV" ] && [ ! -e "$VENV/installed" ]; }; then
         PYTHON=$VENV/bin/python
         remedy="; $VENV was not made here and stays: move it away, or give PYTHON=/path/to/python"
     elif ! complete; then

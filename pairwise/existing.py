@@ -43,7 +43,8 @@ def read_source(directory):
     one that scored the data."""
     path, template = directory / "source.json", directory / "chat_template.jinja"
     source = files.read_json(path, SOURCE)
-    source["model"] = model = provenance.found(source, directory.resolve().parent, "model")
+    runs = directory.parent, directory.resolve().parent
+    source["model"] = model = provenance.found(source, *runs, name="model")
     try:
         fingerprint = provenance.fingerprint(model)
     except (OSError, cli.InputError) as error:

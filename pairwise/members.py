@@ -296,7 +296,8 @@ def open_run(args, samples=False):
                 f"{run} are, each member's source.json says"
             )
     if samples or entry["settings"]["train"] in ("head", "lora"):
-        base = provenance.base_of(run, args.base or provenance.found(entry, run))
+        base = args.base or provenance.found(entry, run, (run / name).resolve().parent)
+        base = provenance.base_of(run, base)
     if kind != "existing" and (base or args.chat_template):
         # Otherwise a directory of all weights has base and template in it.
         provenance.check_base(entry, base, args.chat_template)

@@ -50,6 +50,8 @@ def readable(subject):
 
 # What a hub repository has beside code and weights; the weights are asked for by name.
 DESCRIPTIONS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+VOCABULARIES = ["tokenizer.json", "*.model", "vocab.*", "*.tiktoken"]  # one of them
+INDEX = "model.safetensors.index.json"
 SECONDS = 10  # until a hub that does not answer is given up
 
 
@@ -88,10 +90,11 @@ def _cache(identifier):
 def _ask(identifier, revision, named):
     """Return the commit of a revision as the hub knows it; raise InputError where it does not."""
     print(f"{named} {identifier}: asking the hub for revision {revision}", file=sys.stderr)
-    words = (
-        "no such directory, and the hub gave none of this name and revision; of a gated model "
-        "accept the licence there, then log in"
-    )
+    snapshot = _cache(identifier) / "snapshots" / revision
+    words = "no such directory, and the hub gave none of this name and revision"
+    if snapshot.is_dir():
+        words = f"{snapshot} is not complete, and the hub did not give the rest"
+    words += "; of a gated model accept the licence there, then log in"
     with readable(f"{named} {identifier}: {words}"):
         return HfApi().model_info(identifier, revision=revision, timeout=SECONDS).sha
 
@@ -113,18 +116,21 @@ def place(name, named, weights=False):
     if not directory.is_dir():
         identifier, commit = pinned(name, named).split("@")
         directory = _cache(identifier) / "snapshots" / commit
-        if not ((directory / "config.json").is_file() and any(directory.glob("*token*"))):
+        configs = ("config.json", "tokenizer_config.json")
+        has_vocabulary = any(any(directory.glob(pattern)) for pattern in VOCABULARIES)
+        if not (has_vocabulary and all((directory / name).is_file() for name in configs)):
             complete(DESCRIPTIONS)
-    shards = weight_files(directory) if weights else []
-    if commit and not all((directory / shard).is_file() for shard in shards):
-        complete(shards)
+    for _ in range(2 if weights else 0):  # Then what the index names, once that is there.
+        shards = weight_files(directory)
+        if commit and not all((directory / shard).is_file() for shard in shards):
+            complete([*shards, INDEX])
     return directory
 
 
 def weight_files(directory):
     """Return the names of a checkpoint's files of weights. Raises InputError where its index names
     others than safetensors of its directory."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if not index.is_file():
         return ["model.safetensors"]
     shards = sorted({*files.read_json(index, {"weight_map": {str: str}})["weight_map"].values()})

@@ -33,6 +33,7 @@ def base_of(run, base, revision=None, named="--base"):
     """Return a base as of pretrained.pinned: a hub id that the run knows, at the run's commit."""
     if not revision:
         known = [entry["inputs"].get("base model", "") for entry in run_dir.stages(run).values()]
+        known = [name for name in known if not name.endswith("@None")]  # of older runs
         base = next((name for name in known if name.startswith(f"{base}@")), base)
     return pretrained.pinned(base, named, revision)
 
@@ -82,13 +83,12 @@ def kept(path, run, name="base"):
     return {name: str(absolute), f"{name}_from_run": relative}
 
 
-def found(entry, run, name="base"):
-    """Return where the directory of `kept` is now, or the hub id; what was kept, if nowhere."""
-    places = [
-        run / entry[name],
-        Path(entry[name]),
-        run / entry.get(f"{name}_from_run", entry[name]),
-    ]
+def found(entry, *runs, name="base"):
+    """Return where the directory of `kept` is now, or the hub id; what was kept, if nowhere.
+
+    runs: where the run may be, as the members of a pruned one are links into another."""
+    places = [run / entry[name] for run in runs] + [Path(entry[name])]
+    places += [run / entry.get(f"{name}_from_run", entry[name]) for run in runs]
     return next((str(place) for place in places if place.is_dir()), entry[name])
 
 
@@ -103,9 +103,20 @@ def fingerprint(base):
     directory = Path(base)
     if not directory.is_dir():
         return pretrained.pinned(base)
+    kinds = (".json", ".safetensors", ".bin", ".jinja", ".model")
+    return _digest([path for path in sorted(directory.iterdir()) if path.suffix in kinds])
+
+
+def weights_of(base):
+    """Return a hash over a base's files of weights, the same of a hub id and its local copy."""
+    directory = pretrained.place(base, "--base", weights=True)
+    return _digest([directory / name for name in pretrained.weight_files(directory)])
+
+
+def _digest(paths):
     digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".bin", ".jinja", ".model") and path.is_file():
+    for path in paths:
+        if path.is_file():
             size = path.stat().st_size
             digest.update(f"{path.name} {size}\n".encode())
             with open(path, "rb") as file:
@@ -126,11 +137,16 @@ def base_hashes(base, chat_template):
 def check_base(entry, base, chat_template):
     """Raise InputError where a manifest's entry names another base or template than is given now.
 
-    base: None where none is needed. A hub id and a local copy of it are not compared."""
-    then = entry["inputs"]["base model"]
+    base: None where none is needed. Of a hub id and a directory the weights are compared, where
+    the entry has their hash."""
+    then, weights = entry["inputs"]["base model"], entry.get("base_weights")
     now = fingerprint(base) if base else then
-    if then != now and ("@" in then) == ("@" in now):
-        raise cli.InputError(f"--base {base}: another base model than the run was made from")
+    if ("@" in then) != ("@" in now):
+        then, now = weights, weights and weights_of(base)
+    if then != now:
+        of = f" ({commit})" if "@" in (commit := entry["inputs"]["base model"]) else ""
+        words = f"another base model than the run was made from{of}"
+        raise cli.InputError(f"--base {base}: {words}")
     template = files.hash_file(chat_template) if chat_template else None
     if template != entry["inputs"].get("chat template"):
         other = "another" if "chat template" in entry["inputs"] else "none"

@@ -170,6 +170,7 @@ def write_rewards(run, j, scores):
 def facts(args):
     """Return what the manifest records of a training or scoring besides its settings."""
     numbers = {name: getattr(args, name) for name in ("threads", "device", "micro_batch_tokens")}
+    numbers["base_weights"] = provenance.weights_of(args.base)
     return provenance.kept(args.base, args.run) | numbers
 
 

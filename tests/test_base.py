@@ -5,16 +5,19 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import score
-from pairwise import chats, cli, files, provenance
+from pairwise import chats, cli, files, pretrained, provenance
 
 import adopt
 import numpy as np
+import prune
 import pytest
 import respond
 from conftest import FLAGS, HEAD, LORA, export, fit, fresh, make_base, manifest, rewards, train
 from huggingface_hub import HfApi, constants
+from transformers import AutoModelForCausalLM
 
 ONE, TWO, NAME = "1" * 40, "2" * 40, "some/llama"
 # As Llama-3.2's template, and gpt-oss's, in a macro.
@@ -102,6 +105,44 @@ def test_a_run_on_another_revision_is_that_of_its_snapshot(hub, data, tmp_path):
     refused(lambda: train(two, hub.snapshot(TWO), *HEAD, *words), "--revision", "directory")
 
 
+@pytest.mark.parametrize("from_hub", [True, False])
+def test_a_directory_in_the_place_of_a_hub_base_has_its_weights(hub, data, tmp_path, from_hub):
+    run = fresh(data, tmp_path)
+    train(run, NAME if from_hub else hub.snapshot(ONE), *HEAD)
+    fit(run)
+    before, copy = scored(run), shutil.copytree(hub.snapshot(ONE), tmp_path / "copy")
+    (copy / "README.md").write_text("copied")
+    assert scored(run, "--base", NAME) == scored(run, "--base", str(copy)) == before
+    other = str(hub.snapshot(TWO)) if from_hub else f"{NAME}@{TWO}"
+    refused(lambda: scored(run, "--base", other), f"{other}: another base model")
+
+
+def test_a_snapshot_that_is_not_whole_is_completed(hub, base, data, tmp_path, monkeypatch, capsys):
+    whole, snapshot = tmp_path / "whole", hub.snapshot(ONE)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(whole, max_shard_size="40KB")
+    for path in base.glob("*token*"):
+        shutil.copy(path, whole)
+    shutil.copy(base / "chat_template.jinja", whole)
+    (snapshot / "model.safetensors").unlink()  # The rest is what a tokenizer alone leaves.
+    (snapshot / "tokenizer.json").unlink()
+    refused(lambda: train(fresh(data, tmp_path), NAME, *HEAD), f"{snapshot} is not complete")
+
+    def download(identifier, revision, allow_patterns, ignore_patterns):
+        assert (identifier, revision) == (NAME, ONE)
+        for path in {path for pattern in allow_patterns for path in whole.glob(pattern)}:
+            shutil.copy(path, snapshot)
+
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha=ONE))
+    monkeypatch.setattr(pretrained, "snapshot_download", download)
+    for names in (["tokenizer.json"], ["model.safetensors.index.json"], []):
+        for name in [*names, *(path.name for path in snapshot.glob("model-*"))]:
+            (snapshot / name).unlink(missing_ok=True)
+        assert pretrained.place(NAME, "--base", weights=True) == snapshot
+        assert {path.name for path in whole.iterdir()} <= {p.name for p in snapshot.iterdir()}
+    assert "asking the hub" in capsys.readouterr().err
+
+
 def test_an_adopted_model_that_moves_on_the_hub(hub, full_run, data, tmp_path):
     for commit, member in ((ONE, "member_01"), (TWO, "member_02")):
         shutil.rmtree(hub.snapshot(commit))
@@ -157,11 +198,14 @@ def test_a_relative_base_is_found_from_elsewhere(data, base, tmp_path, monkeypat
 
 def test_a_base_inside_its_run_moves_with_it(data, base, tmp_path):
     run = fresh(data, tmp_path)
-    shutil.copytree(base, run / "base")
-    train(run, run / "base", *HEAD)
+    shutil.copytree(base, run / "models")
+    train(run, run / "models", *HEAD)
     fit(run)
-    before = scored(run)
-    assert manifest(run)["member_01"]["base"] == "./base"
+    before, pruned = scored(run), tmp_path / "else" / "where" / "pruned"
+    assert manifest(run)["member_01"]["base"] == "./models"
+    pruned.parent.mkdir(parents=True)
+    prune.main(prune.parse_args(["--run", str(run), "--beta", "4", "--out", str(pruned)]))
+    assert scored(pruned) == before  # Its members are links to the run's.
     assert scored(run.rename(tmp_path / "moved")) == before
 
 

@@ -172,15 +172,18 @@ def test_a_reward_model_as_a_base(kind, outputs, named, tokenizer, tmp_path, cap
         assert "a reward model" not in capsys.readouterr().err
 
 
-def test_a_value_head_as_a_base(base, tmp_path, capsys):
-    """As TRL writes it, beside a language model."""
+@pytest.mark.parametrize(
+    "weight",
+    ["v_head.summary.bias", "score_head.weight", "regression_head.weight", "model.score.0.w"],
+)
+def test_a_head_of_another_library_as_a_base(base, tmp_path, capsys, weight):
+    """As TRL, PKU's Beaver, UltraRM and others write it, beside a language model."""
     there = shutil.copytree(base, tmp_path / "value")
-    weights = load_file(there / "model.safetensors")
-    weights |= {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.ones(1)}
+    weights = load_file(there / "model.safetensors") | {weight: torch.ones(1, 32)}
     save_file(weights, there / "model.safetensors", {"format": "pt"})
     loaded(there)
-    assert "a reward model found (v_head.summary.bias); its head" in capsys.readouterr().err
-    with pytest.raises(InputError, match="v_head.*a language model expected"):
+    assert f"a reward model found ({weight}); its head" in capsys.readouterr().err
+    with pytest.raises(InputError, match="head|score.*a language model expected"):
         sampling.load_language_model(there, "cpu")
 
 

@@ -108,6 +108,17 @@ def test_one_of_somebody_else_is_used(clone, pip):
     assert enter(clone) == (0, "", [])
 
 
+def test_a_link_is_somebody_elses_too(clone):
+    """To what another clone made, say; or to a disk that is not there."""
+    (clone / ".venv").symlink_to(other := clone.parent / "other")
+    code, line, made = enter(clone)
+    assert code == 2 and not made and "stays: move it away" in line
+    executable(other / "bin" / "python", PYTHON)
+    (other / "installed").write_text("by another clone", encoding="utf-8")
+    assert enter(clone) == (0, "", [])
+    assert (other / "installed").read_text(encoding="utf-8") == "by another clone"
+
+
 @pytest.mark.parametrize(
     "where, name, version, said",
     [
