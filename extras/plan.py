@@ -41,8 +41,9 @@ PAPER = {
 }
 SAMPLE = 1000  # So many responses are tokenized to count the tokens of all.
 # Measured on one H100 80GB (benchmarks/card-first.json); another card is taken to be like it but
-# for its --tflops. Float32 products reach this part of it, the optimizer's, in TF32, that one.
-TFLOPS, FLOAT32_RATE, TF32_RATE = 785, 52 / 785, 393 / 785
+# for its --tflops, of which the optimizer's products, in TF32, reach this part.
+TFLOPS, TF32_RATE = 785, 393 / 785
+MEMORY = 2.7e12  # Bytes a second of the card's memory: 80 % of its data sheet's, not measured.
 LINK = 42e9  # Bytes a second go each way between card and host when both ways are busy,
 PINNING = 3.7e9  # and so many into pinned memory before the first step.
 # Seconds of float32 decompositions of matrices with sides of 1,024 and 4,096; those between and
@@ -103,7 +104,7 @@ def memory(model, groups, args):
     adapters = sum(p.nbytes for p in groups[0]) if args.train == "lora" else 0
     rows = {f"weights, {args.dtype}": (weights - adapters, 0)}
     if adapters:
-        rows[f"adapters of rank {args.lora_rank}, float32"] = (adapters, 0)
+        rows[f"adapters of rank {args.lora_rank}, {args.dtype}"] = (adapters, 0)
     rows["gradients, float32"] = (4 * sum(p.numel() for p, _ in parameters), 0)
     for name in ("masters", "moments", "preconditioners"):
         on_card = sum(tensors[i][name] for i in resident)
@@ -170,13 +171,15 @@ def count_steps(args, counts):
 
 
 def flops(model, groups, args, counts):
-    """Return the FLOPs (of a member in args.dtype, of its adapters in float32, both of training and
-    scoring; of one optimizer step's products without new bases, of those with new ones).
+    """Return (FLOPs of a member, bytes that its adapters move in memory, both of training and
+    scoring; FLOPs of one optimizer step's products without new bases, of those with new ones).
 
     A forward pass takes 2 FLOPs per weight and token besides the embedding's, and 2 T q a layer
     for causal attention over T tokens; backward takes twice that, or once where the weights are
-    frozen; recomputation takes it once. SOAP's step of an (a, b) matrix is four products of 2 a b d
-    for each side d, and one of 2 d^3 for a new basis.
+    frozen; recomputation takes it once. An adapter reads its layer's input i and adds to the output
+    o, i + 2 o; backward reads o twice and i once, writes the gradient of i and adds it to another.
+    SOAP's step of an (a, b) matrix is four products of 2 a b d for each side d, and one of 2 d^3
+    for a new basis.
     """
     adapters = sum(p.numel() for p in groups[0]) if args.train == "lora" else 0
     embedding = model.get_input_embeddings().weight.numel()
@@ -185,12 +188,19 @@ def flops(model, groups, args, counts):
     attention *= model.config.num_hidden_layers
     trained = counts["tokens"] * counts["train"] * args.epochs * (args.train != "head")
     scored = counts["tokens"] * counts["scored"]
-    training_flops = trained * (2 * dense * (3 if adapters else 4) + 4 * attention)
-    scoring_flops = scored * (2 * dense + attention)
-    adapter_flops = 2 * adapters * (4 * trained + scored)
+    training_flops = trained * (2 * dense * (3 if adapters else 4) + 8 * adapters + 4 * attention)
+    scoring_flops = scored * (2 * (dense + adapters) + attention)
+    a, b = (groups[0][::2], groups[0][1::2]) if adapters else ((), ())  # They take turns.
+    i, o = sum(p.nbytes // len(p) for p in a), sum(p.nbytes // p.shape[1] for p in b)
+    moved = trained * (7 * i + 6 * o) + scored * (i + 2 * o)
     products = sum(8 * p.numel() * d for p in groups[0] for d in sides_of(p, args))
     bases = products + sum(2 * d**3 for p in groups[0] for d in sides_of(p, args))
-    return training_flops + scoring_flops, adapter_flops, products, bases
+    return training_flops + scoring_flops, moved, products, bases
+
+
+def passing(work, moved, args):
+    """Return the seconds of FLOPs and of bytes that are moved, both of `flops`."""
+    return (work / args.utilisation / 1e12 + moved * TFLOPS / MEMORY) / args.tflops
 
 
 def sides_of(p, args):
@@ -219,13 +229,12 @@ def stepping(products, bases, groups, args, paged):
 def print_work(model, groups, args, paged):
     """Print tokens, steps, FLOPs, hours and disk; paged: bytes of the optimizer on the host."""
     counts, source = count_tokens(args)
-    work, slow, *of_step = flops(model, groups, args, counts)
-    steps, rate, trains = count_steps(args, counts), args.tflops * 1e12, args.train != "head"
+    work, moved, *of_step = flops(model, groups, args, counts)
+    steps, trains = count_steps(args, counts), args.train != "head"
     plain, refreshed, first = stepping(*of_step, groups, args, paged)
     seconds = plain + (refreshed - plain) / args.precondition_frequency
     repeats = args.members if trains else 1  # The frozen base is run once for all heads.
-    reached = rate * args.utilisation
-    hours = repeats * (work + slow / FLOAT32_RATE) / reached / 3600
+    hours = repeats * passing(work, moved, args) / 3600
     optimizing = repeats * (first + steps * seconds) / 3600 if trains else 0
     disk, checkpoints = disk_bytes(model, groups, args)
     sizes = f"{counts['pairs']:,} train pairs, {counts['train']:,} train responses"
@@ -236,14 +245,15 @@ def print_work(model, groups, args, paged):
         subject, responses = "all members", counts["scored"]
         manner = "through the frozen base, once"
     tokens = f"{counts['tokens'] * responses / 1e6:,.1f} M tokens {manner}"
-    more = f", {slow:.2e} more in float32 in the adapters" if args.train == "lora" else ""
+    more = f", {moved / 1e12:.2g} TB moved by adapters" if args.train == "lora" else ""
     per_step = f"{args.pairs_per_step} pairs"
     print(f"{subject}: {tokens}, about {steps:,} steps of {per_step}, {work:.2e} FLOPs{more}")
     if trains:
-        alone, _ = flops(model, groups, args, counts | {"train": 1 / args.epochs, "scored": 0})[:2]
+        alone = flops(model, groups, args, counts | {"train": 1 / args.epochs, "scored": 0})[:2]
         copies = f" ({paged / 1e9:,.0f} GB each way)" if paged else ""
+        rate = counts["tokens"] / passing(*alone, args)
         print(
-            f"training: {reached * counts['tokens'] / alone:,.0f} tokens/s; an optimizer step: "
+            f"training: {rate:,.0f} tokens/s; an optimizer step: "
             f"{plain:.1f} s{copies}, with new bases {refreshed:.1f} s; before the first: "
             f"{first:.0f} s"
         )

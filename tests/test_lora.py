@@ -1,6 +1,7 @@
 """--train lora: adapters and head are trained, kept in PEFT's format, loaded with the same rewards
 by us and by PEFT, and merged on export."""
 
+import functools
 import io
 import json
 
@@ -80,8 +81,8 @@ def adapted(base, tokenizer, dtype=torch.float32, seed=1):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_trained(base, tokenizer, sequences, dtype):
-    """Adapters on every linear layer and the head, in float32; a run begins with the base's own
-    rewards, packed."""
+    """Adapters on every linear layer, in its dtype, and the head, in float32; a run begins with the
+    base's own rewards, packed."""
     model = adapted(base, tokenizer, dtype)
     names = {name.removeprefix("base_model.model.") for name in adapter.trained(model.model)}
     parts = (
@@ -98,12 +99,10 @@ def test_what_is_trained(base, tokenizer, sequences, dtype):
         "score.weight",
         *(f"{name}.lora_{side}.weight" for name in linear for side in "AB"),
     }
-    assert (
-        {p.dtype for p in adapter.trained(model.model).values()} == {torch.float32}
-        and model.packs == "segments"
-        and not model.model.training
-    )
-    assert {p.dtype for p in model.model.parameters() if not p.requires_grad} == {dtype}
+    assert model.packs == "segments" and not model.model.training
+    head = model.head.weight
+    assert {p.dtype for p in model.model.parameters() if p is not head} == {dtype}
+    assert head.dtype == torch.float32
     for name, p in adapter.trained(model.model).items():
         if ".lora_A." in name:
             assert 0.8 < p.abs().max() * p.shape[1] ** 0.5 <= 1 and p.shape[0] == 4
@@ -114,6 +113,63 @@ def test_what_is_trained(base, tokenizer, sequences, dtype):
         rm.score_sequences(model, sequences[:8], 1000),
         rm.score_sequences(plain, sequences[:8], 1000),
     )
+
+
+def test_one_rounding_in_bfloat16(base, tokenizer):
+    """A layer's output and gradients, against float64: no further off than PEFT's own."""
+    layer = adapted(base, tokenizer, torch.bfloat16).model.model.layers[1].mlp.down_proj
+    draw = torch.Generator().manual_seed(0)
+    layer.lora_B["default"].weight.data.normal_(generator=draw)
+    x, out = (torch.randn(2, 30, n, generator=draw).bfloat16() for n in (64, 32))
+    parts = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+
+    def computed(forward, of=lambda t: t):
+        inputs = [of(t.detach()).requires_grad_() for t in (x, *parts)]
+        y = forward(*inputs)
+        return [y.detach(), *torch.autograd.grad(y, inputs, of(out))]
+
+    def with_parts(forward):
+        def run(x, a, b):
+            swapped = {"lora_A.default.weight": a, "lora_B.default.weight": b}
+            layer.forward = forward
+            return torch.func.functional_call(layer, swapped, (x,))
+
+        return run
+
+    def by_hand(x, a, b):
+        return x @ layer.base_layer.weight.double().T + 2 * x @ a.T @ b.T
+
+    exact = computed(by_hand, torch.Tensor.double)
+    own, peft = (
+        computed(with_parts(forward))
+        for forward in (layer.forward, functools.partial(type(layer).forward, layer))
+    )
+    for t, ours, theirs in zip(exact, own, peft):
+        assert ours.dtype == torch.bfloat16 and ours.shape == t.shape
+        assert (ours - t).norm() <= 1.02 * (theirs - t).norm() < 0.02 * t.norm()
+    assert (own[0] - exact[0]).norm() < 0.9 * (peft[0] - exact[0]).norm()
+
+
+def test_masters_keep_what_bfloat16_would_lose(base, tokenizer, split, sequences, monkeypatch):
+    model, kept = adapted(base, tokenizer, torch.bfloat16), []
+    monkeypatch.setattr(
+        training,
+        "make_optimizer",
+        lambda *args, make=training.make_optimizer: kept.append(make(*args)) or kept[-1],
+    )
+    before = {name: p.detach().clone() for name, p in adapter.trained(model.model).items()}
+    args = arguments("--dtype", "bfloat16", "--lr", "1e-5", "--micro-batch-tokens", "200")
+    train_on(args, model, split, sequences)
+    (optimizer,) = kept
+    names = {id(p): name for name, p in adapter.trained(model.model).items()}
+    assert len(names) == len(optimizer.params)
+    for param in optimizer.params:
+        name, master = names[id(param.p)], param.master.detach()
+        assert master.dtype == torch.float32 and torch.equal(master.to(param.p.dtype), param.p)
+        assert param.has_master == ("score" not in name)
+        assert (master - before[name]).abs().max() > 1e-6
+        if ".lora_A." in name:  # It has moved, and by less than BF16 can say.
+            assert torch.equal(param.p, before[name]) or (master != param.p).float().mean() > 0.5
 
 
 def test_only_adapters_and_head_change(model, split, sequences):
@@ -273,6 +329,33 @@ def test_peft_and_load_member_give_the_stored_rewards(lora_run, base, tokenizer,
     assert abs(rewards(lora_run, 1) - rewards(lora_run, 2)).max() > 0.1 and rewards(
         lora_run, 1, "continuations"
     ).shape == (2, 5)
+
+
+def test_in_bfloat16(data, base, tokenizer, test_sequences, tmp_path):
+    """The adapters that scored are kept, and give the stored rewards to the bit; PEFT, which has
+    them in float32, gives them within .05. With all masters paged they are the same."""
+    run, paged = (fresh(data, tmp_path, name) for name in ("run", "paged"))
+    flags = [*LORA, "--dtype", "bfloat16"]
+    train(run, base, *flags)
+    train(paged, base, *flags, "--optimizer-memory-gb", "0")
+    assert outputs(paged) == outputs(run)
+    path = run / "member_01" / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    head = tensors.pop("base_model.model.score.weight")
+    assert head.dtype == torch.float32 and {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    ours = members.load_member(run, 1, base, tokenizer, torch.bfloat16, "cpu")
+    found = rm.score_sequences(ours, test_sequences, 1000)
+    np.testing.assert_array_equal(found, rewards(run))
+    plain = plain_rewards(plain_peft(base, path.parent), test_sequences)
+    np.testing.assert_allclose(plain, found, atol=0.05)
+    assert np.ptp(found) > 0.5
+    larger = {name: tensor.float() for name, tensor in tensors.items()}
+    # As a run of before has it: float32 beside the base in BF16, which is what scored.
+    (tmp_path / "old").mkdir()
+    old = damaged(run, tmp_path / "old", lambda found: found.update(larger))
+    model = members.load_member(old, 1, base, tokenizer, torch.bfloat16, "cpu")
+    assert {p.dtype for p in adapter.trained(model.model).values()} == {torch.float32}
+    np.testing.assert_allclose(rm.score_sequences(model, test_sequences, 1000), found, atol=0.05)
 
 
 def test_continuations_that_come_later_are_scored_by_the_stored_adapter(lora_run, base, tmp_path):

@@ -1,11 +1,13 @@
 """Low-rank adapters (Hu et al., arXiv 2106.09685) on all linear layers of a frozen base, by PEFT.
 
-A linear layer W x becomes W x + (alpha / rank) B A x with A (rank, in) and B (out, rank) in float32
-and W in the base's dtype; the reward head is trained too. PEFT is imported where it is used: that
-takes two seconds, for which other kinds of training need not wait.
+A linear layer W x becomes W x + (alpha / rank) B A x with A (rank, in) and B (out, rank) in the
+base's dtype: others would cost a copy of every input, and products at another rate. Offload keeps
+float32 masters of those in BF16. The reward head is trained too, in float32. PEFT is imported where
+it is used: that takes two seconds, for which other kinds of training need not wait.
 """
 
 import copy
+import functools
 import math
 from pathlib import Path
 
@@ -15,13 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-def add(model, rank, alpha):
+def add(model, rank, alpha, dtype=None):
     """Freeze a reward model but for its head, and put adapters on the linear layers of its base.
 
-    draw or load gives the adapters their values. Raises InputError where the base pools with
-    weights of its own: they are drawn with the head, and an adapter cannot carry them.
+    draw or load gives the adapters their values; dtype: theirs, None for the base's. Raises
+    InputError where the base pools with weights of its own: they are drawn with the head, and an
+    adapter cannot carry them.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
     if not hasattr(model, "score"):
         raise cli.InputError(
@@ -31,8 +35,24 @@ def add(model, rank, alpha):
     place = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, **place), model.eval())
     model.eval().score.requires_grad_(True)
-    for p in trained(model).values():
-        p.data = p.data.float()
+    dtype = dtype or model.dtype  # Quantized weights have another one than what they are used in.
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_A.to(dtype), layer.lora_B.to(dtype)
+            is_plain = type(layer.base_layer) is torch.nn.Linear
+            if is_plain and layer.base_layer.weight.dtype == dtype == torch.bfloat16:
+                layer.forward = functools.partial(_forward, layer)
+
+
+def _forward(layer, x):
+    """Return W x + (alpha / rank) B A x, (.., out), of a LoRA layer and its input (.., in).
+
+    PEFT's own makes three tensors of that size where this adds B's product to W x in place, and it
+    rounds three times. In float32 PEFT's is used, so that its rewards are the same to the bit."""
+    rows = x.reshape(-1, x.shape[-1])
+    low, b = layer.lora_A["default"](rows), layer.lora_B["default"].weight
+    out = layer.base_layer(rows).addmm_(low, b.T, alpha=layer.scaling["default"])
+    return out.view(*x.shape[:-1], -1)
 
 
 def trained(model):
@@ -53,7 +73,7 @@ def draw(model, seed):
 
 
 def save(model, base, directory):
-    """Write adapters and head, float32, as PEFT does: a config and a safetensors file.
+    """Write adapters and head as PEFT does: a config and a safetensors file, of what scores.
 
     base: as of pretrained.pinned; PEFT then finds it from any directory."""
     config = copy.copy(model.peft_config["default"])
@@ -81,11 +101,12 @@ def load(model, directory):
     with pretrained.readable(f"{path}: no adapter could be read"):
         tensors = load_file(path)
     rank, alpha = config["r"], config["lora_alpha"]
-    ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
+    found = [tensor for name, tensor in tensors.items() if ".lora_A." in name]
+    ranks = {tensor.shape[0] for tensor in found}
     if ranks != {rank} or not 0 < alpha < math.inf:
         words = f"r {rank} and lora_alpha {alpha} found, the rank of {path.name} and a scale"
         raise cli.InputError(f"{directory / 'adapter_config.json'}: {words} above 0 expected")
-    add(model, rank, alpha)
+    add(model, rank, alpha, found[0].dtype)  # float32 beside BF16 too, as it was once trained
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected = {name: tuple(p.shape) for name, p in trained(model).items()}
     wrong = sorted({name for name, _ in shapes.items() ^ expected.items()})
@@ -110,6 +131,7 @@ def merge(model):
 
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLayer):
+            layer.lora_A.float(), layer.lora_B.float()
             weight = layer.base_layer.weight.data
             weight.copy_(weight.float() + layer.get_delta_weight("default"))
             model.set_submodule(name, layer.base_layer)

@@ -73,21 +73,15 @@ def activation_bytes(config, tokens, width, rank=None):
     layer's input, h width, is kept too. Models with more norms (Qwen 3) take more, and those
     without fused attention (Gemma 2) take several times that.
 
-    With adapters of a rank, a frozen layer keeps nothing, but each of its 7 adapters keeps its
-    input in float32 and A x, 4 rank. In BF16 these inputs are copies, 4 (5 h + q + m), beside the
-    norms' inputs, 8 h, attention's 4 (q + v) and the MLP's 6 m, and backward() adds 12 h and 4 m.
-    In float32 there are no copies.
+    With adapters of a rank, a frozen norm does not keep the normalised input, backward() holds one
+    h width less, and each of the 7 adapters keeps A x, width rank.
     """
     h, m, q = config.hidden_size, mlp_size(config), query_size(config)
     key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     v = q // config.num_attention_heads * key_value_heads
-    if rank and width == 4:
-        layer = 16 * h + 8 * (q + v) + 24 * m + 7 * 4 * rank
-    elif rank:
-        layer = 40 * h + 8 * q + 4 * v + 14 * m + 7 * 4 * rank
-    else:
-        norms = 2 * (4 + 2 * width) - (4 if width == 4 else 0)
-        layer = norms * h + width * (2 * (q + v) + 4 * m + 2 * m + 2 * h)
+    of_norm = 1 if rank else 2
+    norms = 2 * (4 + of_norm * width) - (4 if width == 4 else 0)
+    layer = norms * h + width * (2 * (q + v) + 6 * m + of_norm * h + 7 * (rank or 0))
     return tokens * (layer + config.num_hidden_layers * h * width)
 
 
