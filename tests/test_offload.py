@@ -4,6 +4,7 @@ That holds whatever the budget, and wherever training was killed.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pairwise
 import train_rm
 from pairwise import training
 from pairwise.cli import InputError
@@ -762,3 +764,16 @@ def test_recomputation_leaves_dropout_off():
         found.append([p.grad for p in model.parameters()])
         model.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_how_a_card_s_memory_is_mapped(name, monkeypatch):
+    """Page by page, where the user says nothing."""
+    for known in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.delenv(known, raising=False)
+    if name:
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+    before = dict(os.environ)
+    importlib.reload(pairwise)
+    ours = {} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert dict(os.environ) == before | ours
