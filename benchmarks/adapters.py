@@ -18,7 +18,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from pairwise.scale import adapter, offload
+from pairwise.scale import adapter, recompute
 
 import peft
 import torch
@@ -44,7 +44,7 @@ def counts(kind):
     if "PEFT" in kind:
         for layer in model.modules():
             vars(layer).pop("forward", None)
-    offload.recompute_activations(model)
+    recompute.recompute_activations(model)
     ids = torch.randint(1, SHAPE["vocab_size"], (1, TOKENS))
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]

@@ -83,6 +83,14 @@ def describe(args):
     return model, ([], []) if args.train == "head" else training.parameter_groups(model)
 
 
+def card_budget(model, groups, args):
+    """Return (the optimizer's bytes of the card, those a layer keeps whole, layers that do)."""
+    free = args.gpu_gb * 1e9 - budget.weight_bytes(model)
+    optimizer = budget.optimizer_budget(free, model, groups, args)
+    room = budget.activation_room(free, optimizer, model, groups, args)
+    return optimizer, room[1], budget.layers_kept(room, model, args)
+
+
 def memory(model, groups, args):
     """Return {row: (bytes on the card, bytes on the host)} of training by args.train."""
     weights, tokens = budget.weight_bytes(model), args.micro_batch_tokens
@@ -98,8 +106,8 @@ def memory(model, groups, args):
     parameters = budget.with_dims(groups, args.max_precondition_dim)
     tensors = [budget.optimizer_bytes(p, dim) for p, dim in parameters]
     sizes = [4 * offload.TrainedParameter(p, dim).numbers for p, dim in parameters]
-    free = args.gpu_gb * 1e9 - weights
-    resident = offload.choose_resident(sizes, budget.optimizer_budget(free, model, groups, args))
+    optimizer, layer, whole = card_budget(model, groups, args)
+    resident = offload.choose_resident(sizes, optimizer)
     largest_paged = max((size for i, size in enumerate(sizes) if i not in resident), default=0)
     adapters = sum(p.nbytes for p in groups[0]) if args.train == "lora" else 0
     rows = {f"weights, {args.dtype}": (weights - adapters, 0)}
@@ -111,10 +119,12 @@ def memory(model, groups, args):
         rows[f"{name}, float32"] = (on_card, sum(nbytes[name] for nbytes in tensors) - on_card)
     rows["copy buffers"] = (offload.BUFFERS * largest_paged, 0)
     activations, temporary = budget.passing_bytes(model, groups, args)
+    activations += whole * layer
     if temporary > activations:
         rows["temporary in the optimizer's step (activations: less)"] = (temporary, 0)
     else:
-        rows[f"activations, {tokens:,} tokens, recomputed"] = (activations, 0)
+        layers = f"{whole} of {model.config.num_hidden_layers} layers whole"
+        rows[f"activations, {tokens:,} tokens, {layers}"] = (activations, 0)
     rows["reserve"] = (budget.RESERVE, 0)
     return rows
 
@@ -170,16 +180,16 @@ def count_steps(args, counts):
     return math.ceil(counts["pairs"] / pairs) * args.epochs
 
 
-def flops(model, groups, args, counts):
+def flops(model, groups, args, counts, recomputed=1):
     """Return (FLOPs of a member, bytes that its adapters move in memory, both of training and
     scoring; FLOPs of one optimizer step's products without new bases, of those with new ones).
 
     A forward pass takes 2 FLOPs per weight and token besides the embedding's, and 2 T q a layer
     for causal attention over T tokens; backward takes twice that, or once where the weights are
-    frozen; recomputation takes it once. An adapter reads its layer's input i and adds to the output
-    o, i + 2 o; backward reads o twice and i once, writes the gradient of i and adds it to another.
-    SOAP's step of an (a, b) matrix is four products of 2 a b d for each side d, and one of 2 d^3
-    for a new basis.
+    frozen; recomputation takes it once, for that share of the layers. An adapter reads its layer's
+    input i and adds to the output o, i + 2 o; backward reads o twice and i once, writes the
+    gradient of i and adds it to another. SOAP's step of an (a, b) matrix is four products of
+    2 a b d for each side d, and one of 2 d^3 for a new basis.
     """
     adapters = sum(p.numel() for p in groups[0]) if args.train == "lora" else 0
     embedding = model.get_input_embeddings().weight.numel()
@@ -188,11 +198,13 @@ def flops(model, groups, args, counts):
     attention *= model.config.num_hidden_layers
     trained = counts["tokens"] * counts["train"] * args.epochs * (args.train != "head")
     scored = counts["tokens"] * counts["scored"]
-    training_flops = trained * (2 * dense * (3 if adapters else 4) + 8 * adapters + 4 * attention)
+    passes, again = 2 + recomputed if adapters else 3 + recomputed, 3 + recomputed
+    training_flops = trained * (2 * dense * passes + again * (2 * adapters + attention))
     scoring_flops = scored * (2 * (dense + adapters) + attention)
     a, b = (groups[0][::2], groups[0][1::2]) if adapters else ((), ())  # They take turns.
     i, o = sum(p.nbytes // len(p) for p in a), sum(p.nbytes // p.shape[1] for p in b)
-    moved = trained * (7 * i + 6 * o) + scored * (i + 2 * o)
+    forward = i + 2 * o
+    moved = trained * ((1 + recomputed) * forward + 5 * i + 2 * o) + scored * forward
     products = sum(8 * p.numel() * d for p in groups[0] for d in sides_of(p, args))
     bases = products + sum(2 * d**3 for p in groups[0] for d in sides_of(p, args))
     return training_flops + scoring_flops, moved, products, bases
@@ -229,8 +241,10 @@ def stepping(products, bases, groups, args, paged):
 def print_work(model, groups, args, paged):
     """Print tokens, steps, FLOPs, hours and disk; paged: bytes of the optimizer on the host."""
     counts, source = count_tokens(args)
-    work, moved, *of_step = flops(model, groups, args, counts)
     steps, trains = count_steps(args, counts), args.train != "head"
+    whole = card_budget(model, groups, args)[-1] if trains else 0
+    recomputed = 1 - whole / model.config.num_hidden_layers
+    work, moved, *of_step = flops(model, groups, args, counts, recomputed)
     plain, refreshed, first = stepping(*of_step, groups, args, paged)
     seconds = plain + (refreshed - plain) / args.precondition_frequency
     repeats = args.members if trains else 1  # The frozen base is run once for all heads.
@@ -249,7 +263,8 @@ def print_work(model, groups, args, paged):
     per_step = f"{args.pairs_per_step} pairs"
     print(f"{subject}: {tokens}, about {steps:,} steps of {per_step}, {work:.2e} FLOPs{more}")
     if trains:
-        alone = flops(model, groups, args, counts | {"train": 1 / args.epochs, "scored": 0})[:2]
+        one = counts | {"train": 1 / args.epochs, "scored": 0}
+        alone = flops(model, groups, args, one, recomputed)[:2]
         copies = f" ({paged / 1e9:,.0f} GB each way)" if paged else ""
         rate = counts["tokens"] / passing(*alone, args)
         print(

@@ -10,3 +10,8 @@ import os
 # 16 / more than 110.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+# Tensors of many sizes come and go on a card. Where its memory is mapped page by page, what they
+# leave is not lost to larger ones; in blocks as CUDA gives them, 3.9 GiB were (8B, an H100).
+if not any(f"PYTORCH_{kind}ALLOC_CONF" in os.environ for kind in ("", "CUDA_", "HIP_")):
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -9,8 +9,9 @@ import time
 
 from pairwise import cli, provenance
 from pairwise import reward_model as rm
-from pairwise.scale import budget, parallel
-from pairwise.scale.offload import SOAP, Offload, recompute_activations
+from pairwise.scale import budget, packed, parallel
+from pairwise.scale.offload import SOAP, Offload
+from pairwise.scale.recompute import recompute_activations
 
 import numpy as np
 import torch
@@ -109,18 +110,21 @@ def backward(batches, count, rewards_at, split, targets, loss, done):
 
     batches: arrays of pair indices, this process's; count: pairs of the step on all processes.
     """
-    total, tokens = 0.0, 0
+    errors, total, tokens = [], 0.0, 0
     for batch in batches:
         sides = np.concatenate([split.a[batch], split.b[batch]])
         responses, index = np.unique(sides, return_inverse=True)  # Each response is run once.
         rewards, tokens_run = rewards_at(responses)
-        index = torch.from_numpy(index).to(rewards.device)
+        index = packed.onto(rewards.device, torch.from_numpy(index))
         first, second = rewards[index[: len(batch)]], rewards[index[len(batch) :]]
-        goals = (torch.from_numpy(values[batch]).to(rewards) for values in targets)
+        goals = (torch.from_numpy(values[batch]).float() for values in targets)
+        goals = (packed.onto(rewards.device, values) for values in goals)
         error = loss(first, second, *goals, done) / count
         error.backward()
-        total += error.item()
+        errors.append(error.detach())
         tokens += tokens_run
+    for error in torch.stack(errors).tolist() if errors else ():  # Here alone a card is waited for.
+        total += error
     return total, tokens
 
 
@@ -230,10 +234,10 @@ def train_full(
     groups = parameter_groups(model)
     groups[1].extend(more)
     memory = None if args.optimizer_memory_gb is None else args.optimizer_memory_gb * 2**30
-    if on_gpu:
-        free, _ = torch.cuda.mem_get_info(model.device)
-        memory = budget.optimizer_budget(free, model, groups, args)
-    recompute_activations(model, on_gpu)  # Memory is what a card has least of.
+    room = None
+    if on_gpu:  # Memory is what a card has least of.
+        memory, room = budget.of_card(model, groups, args)
+    recompute_activations(model, room)
     train(groups, rewards_at, steps, split, targets, loss, args, log, checkpoints, memory)
     recompute_activations(model, False)
 

@@ -12,7 +12,7 @@ from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
 from pairwise.scale import adapter
-from pairwise.scale.offload import recompute_activations
+from pairwise.scale.recompute import recompute_activations
 
 import numpy as np
 import pytest

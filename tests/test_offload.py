@@ -4,6 +4,7 @@ That holds whatever the budget, and wherever training was killed.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pairwise
 import train_rm
 from pairwise import training
 from pairwise.cli import InputError
@@ -21,9 +23,9 @@ from pairwise.scale.offload import (
     Offload,
     choose_resident,
     names_memory_flags,
-    recompute_activations,
     state_shapes,
 )
+from pairwise.scale.recompute import Room, recompute_activations
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ import torch
 from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, manifest, train
 from pytorch_optimizer import SOAP
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForSequenceClassification, LlamaConfig, OPTConfig
 
 
 def tiny(dtype, seed=0):
@@ -702,24 +704,76 @@ def test_new_bases_are_ordered_in_float32_and_all_else_is_projected_in_tf32(made
 # ---- recomputation
 
 
+def pass_of(model, on, calls):
+    """Return the gradients of a pass, and add a number to calls for each layer that is run."""
+    recompute_activations(model, on)
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda *args, n=n: calls.append(n))
+        for n, layer in enumerate(model.model.layers)
+    ]
+    loss_of(model, 0, 0).backward()
+    recompute_activations(model, False)
+    for hook in hooks:
+        hook.remove()
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    return found
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_with_and_without_recomputation(dtype):
-    found = []
+    """...of all layers, of some and of none: the layers that fit are run once, the others twice."""
+    model, found = tiny(dtype), []
+    inputs = 3 * 17 * 48 * dtype.itemsize
+    full = 5 * inputs  # A layer is seen to take as much as its input.
+    for on, twice in (
+        (False, ""),
+        (True, "01"),
+        (full, ""),
+        (full - 1, "1"),
+        (2 * inputs + 299, "01"),
+    ):
+        if on > 1:
+            readings = iter((1000, 1000 + inputs))
+            on = Room(on, 100, lambda readings=readings: next(readings))
+        calls = []
+        found.append(pass_of(model, on, calls))
+        assert sorted(calls) == sorted([0, 1, *map(int, twice)]), on
+        assert not any(module.training for module in model.modules())
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+def test_recomputation_leaves_dropout_off():
+    """OPT's layers drop out themselves, whenever they are in training mode."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=200,
+        dropout=0.5,
+        num_labels=1,
+    )
+    model, found = AutoModelForSequenceClassification.from_config(config).eval(), []
     for on in (False, True):
-        model, seen = tiny(dtype), []
         recompute_activations(model, on)
-        attention = model.model.layers[0].self_attn
-        hook = attention.register_forward_hook(lambda *args, seen=seen: seen.append(1))
-        loss_of(model, 0, 0).backward()
-        hook.remove()
-        assert len(seen) == 1 + on
+        model(input_ids=torch.arange(2, 20)[None]).logits.sum().backward()
         found.append([p.grad for p in model.parameters()])
-        assert all(
-            not module.training
-            for name, module in model.named_modules()
-            if "attn" in name or "mlp" in name
-        )
-        recompute_activations(model, False)
-        assert not model.training and not any(module.training for module in model.modules())
-        loss_of(model, 0, 0)
+        model.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_how_a_card_s_memory_is_mapped(name, monkeypatch):
+    """Page by page, where the user says nothing."""
+    for known in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.delenv(known, raising=False)
+    if name:
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+    before = dict(os.environ)
+    importlib.reload(pairwise)
+    ours = {} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert dict(os.environ) == before | ours

@@ -11,6 +11,7 @@ from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
 from pairwise.scale import packed
+from pairwise.scale.recompute import recompute_activations
 
 import numpy as np
 import pytest
@@ -392,9 +393,7 @@ def test_in_several_passes(mixed, tokens, packs):
 def test_checkpointing_of_activations_gives_the_same_gradient(mixed):
     model, weights = build(CONFIGS["llama"]), torch.linspace(-1, 2, len(mixed))
     expected = gradient(model, rm.rewards_of_batch(model, mixed), weights)
-    model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    # transformers recomputes in training mode only; there is no dropout in this configuration.
-    model.model.train()
+    recompute_activations(model.model)
     found = gradient(model, rm.rewards_of_batch(model, mixed), weights)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

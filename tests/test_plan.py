@@ -5,7 +5,7 @@ import re
 import weakref
 
 from pairwise import chats, cli, training
-from pairwise.scale import adapter, budget, offload
+from pairwise.scale import adapter, budget, offload, recompute
 
 import numpy as np
 import pytest
@@ -14,7 +14,12 @@ from conftest import REPOSITORY, fresh, script
 from pytorch_optimizer import SOAP
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    LlamaConfig,
+    Qwen2Config,
+)
 
 plan = script("plan")
 GIB = 2**30
@@ -47,7 +52,7 @@ def test_llama_3_8b():
     card, host = plan.totals(plan.memory(model, groups, arguments()))
     assert 70e9 < card <= 80e9 and 100e9 < host < 130e9
     card, host = plan.totals(plan.memory(model, groups, arguments("--optimizer-memory-gb", 0)))
-    assert card < 76e9 and host == pytest.approx(129e9, rel=0.01)
+    assert card <= 80e9 and host == pytest.approx(129e9, rel=0.01)
     rows = plan.memory(model, groups, arguments("--gpu-gb", 250))
     assert rows["masters, float32"][1] == 0
     for card, flags in ((24e9, ()), (48e9, ()), (80e9, ("--optimizer-memory-gb", 60))):
@@ -143,7 +148,7 @@ def test_activations(kind, dtype, width, shape, rank):
     ).eval()
     if rank:
         adapter.add(model, rank, rank)
-    offload.recompute_activations(model)
+    recompute.recompute_activations(model)
     with Peak(model) as memory:
         model.model(input_ids=torch.randint(1, 200, (4, 200)), use_cache=False).last_hidden_state[
             :, -1
@@ -151,6 +156,38 @@ def test_activations(kind, dtype, width, shape, rank):
     assert budget.activation_bytes(model.config, 800, width, rank) == pytest.approx(
         memory.peak, rel=0.1
     )
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Gemma2Config])
+def test_layers_that_fit_are_not_recomputed(kind):
+    """The peak stays within the room, from three layers on whatever the estimate was, and the more
+    there is the fewer are run twice."""
+    model = AutoModelForSequenceClassification.from_config(config_of(kind, 64, 160, 8)).eval()
+    runs, found = [], []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *args: runs.append(1))
+
+    def peak(on):
+        runs.clear()
+        with Peak(model) as memory:
+            if on > 1:
+                on = recompute.Room(on, 10**5, lambda: memory.now)
+            recompute.recompute_activations(model, on)
+            hidden = model.model(input_ids=torch.arange(1, 101)[None], use_cache=False)
+            hidden.last_hidden_state.square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+        return memory.peak, len(runs)
+
+    most, once = peak(False)
+    least, twice = peak(True)
+    assert (once, twice) == (8, 16) and most > 3 * least
+    rooms = np.linspace(2 * least, 1.4 * most, 6)
+    peaks, counts = zip(*map(peak, rooms))
+    assert all(nbytes <= room for nbytes, room in zip(peaks, rooms)), (peaks, rooms)
+    assert sorted(counts, reverse=True) == [*counts] and len({*counts}) > 3 and counts[-1] == 8
+    for other in found[1:]:
+        assert all(a is b or torch.equal(a, b) for a, b in zip(found[0], other))
 
 
 def test_activations_of_llama_3_8b():
@@ -263,6 +300,61 @@ def test_a_measured_run_is_planned_within_a_tenth(monkeypatch, capsys):
     )
     measured = sum(full["distinct_tokens"]) / sum(seconds["forward_backward"])
     assert rate == pytest.approx(measured, rel=0.1)
+
+
+def card(monkeypatch, total, others, fraction=1.0):
+    """Let torch see a card of which others have some bytes, and this process's weights."""
+    others += 15_009_873_920 + 8192 + 10**9  # weights, head, CUDA's context
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - others, total))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 15_009_873_920 + 8192)
+    return total - others
+
+
+def test_what_others_have_of_a_card_is_left_to_them(monkeypatch):
+    """All that is planned for fits beside 2 GB of another process, with the reserve, by default."""
+    model, groups = plan.describe(arguments())
+    gradients = 4 * sum(p.numel() for group in groups for p in group)
+    sizes = [
+        4 * offload.TrainedParameter(p, dim).numbers for p, dim in budget.with_dims(groups, 4096)
+    ]
+    passing = max(budget.passing_bytes(model, groups, arguments()))
+    found = []
+    for others in (0, 2 * 10**9):
+        free = card(monkeypatch, 85 * 10**9, others)
+        memory, room = budget.of_card(model, groups, arguments())
+        held = offload.on_card(sizes, memory)
+        used = held + gradients + max(passing, room.nbytes)
+        assert 0.97 * free < used + budget.RESERVE <= free
+        found.append(held)
+    assert 1e9 < found[0] - found[1] < 3e9
+    # A share of the card that torch is held to counts as well.
+    card(monkeypatch, 85 * 10**9, 0, 0.5)
+    assert budget.free_bytes("cuda:0") == 85 * 10**9 // 2 - 15_009_873_920 - 8192
+
+
+def test_how_many_layers_are_kept():
+    """None of 8B on 80 GB, where the optimizer has what is free; with adapters all, on 24 GB two.
+
+    Then two of three passes through the frozen weights are left."""
+    kept = {}
+    for flags in (
+        (),
+        ("--optimizer-memory-gb", 9),
+        ("--train", "lora"),
+        ("--train", "lora", "--gpu-gb", 24),
+    ):
+        model, groups = plan.describe(arguments(*flags))
+        kept[flags[1:]] = plan.card_budget(model, groups, arguments(*flags))[-1]
+        card, _ = plan.totals(plan.memory(model, groups, arguments(*flags)))
+        assert card <= arguments(*flags).gpu_gb * 1e9
+    assert [*kept.values()] == [0, 9, 32, 2]
+    counts = {"tokens": 1, "train": 1, "scored": 0, "pairs": 1}
+    model, groups = plan.describe(arguments("--train", "lora"))
+    work = [
+        plan.flops(model, groups, arguments("--train", "lora"), counts, s)[0] for s in (0, 0.5, 1)
+    ]
+    assert work[0] / work[2] == pytest.approx(2 / 3, rel=1e-3) and sum(work) == 3 * work[1]
 
 
 def test_adapters_of_llama_3_8b_fit_24_gb():

@@ -40,6 +40,7 @@ from conftest import (
     train,
     train_on,
 )
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 
@@ -303,6 +304,32 @@ def test_gradient_is_the_plain_sum_over_pairs(
     )
     if micro_batches == 1:
         assert seen == [48] and line["tokens"] == sum(map(len, sequences))
+
+
+class Waits(TorchFunctionMode):
+    """The calls for which the host would wait for a card, or copy from memory that it waits for."""
+
+    NAMES = "item tolist numpy cpu nonzero __bool__ __float__ __int__ __index__".split()
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, options = function.__name__, kwargs or {}
+        if name in self.NAMES or (name == "tensor" and "device" in options):
+            self.found.append(name)
+        return function(*args, **options)
+
+
+@pytest.mark.parametrize("tokens", ["300", "1000000"])
+def test_a_step_waits_for_its_losses_and_its_norm(model, split, sequences, monkeypatch, tokens):
+    """...however many micro-batches it has."""
+    monkeypatch.setattr(training, "SOAP", Record)
+    args = arguments("--pairs-per-step", "1000", "--micro-batch-tokens", tokens)
+    with Waits() as waits:
+        train_on(args, model, split, sequences)
+    assert waits.found == ["tolist", "item"]
 
 
 def test_bfloat16_gradients_are_accumulated_in_float32(

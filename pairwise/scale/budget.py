@@ -4,9 +4,11 @@ The bytes of tensors follow exactly from their shapes, which a model on torch's 
 those of activations and of temporary tensors are estimates, for dense decoders such as Llama.
 """
 
+import functools
 import math
 
-from pairwise.scale import offload
+from pairwise.scale import offload, parallel
+from pairwise.scale.recompute import Room
 
 import torch
 
@@ -100,11 +102,16 @@ def passing_bytes(model, groups, args):
     The two take turns on the card. groups are training.parameter_groups(model); args hold
     micro_batch_tokens, train, lora_rank and max_precondition_dim.
     """
-    width = model.get_input_embeddings().weight.element_size()
-    rank = args.lora_rank if args.train == "lora" else None
-    activations = activation_bytes(model.config, args.micro_batch_tokens, width, rank)
+    activations = activation_bytes(model.config, *_pass_of(model, args))
     parameters = with_dims(groups, args.max_precondition_dim)
     return activations, max(step_bytes(p, dim) for p, dim in parameters)
+
+
+def _pass_of(model, args):
+    """Return (tokens, width, rank) of a pass, for activation_bytes."""
+    width = model.get_input_embeddings().weight.element_size()
+    rank = args.lora_rank if args.train == "lora" else None
+    return args.micro_batch_tokens, width, rank
 
 
 def optimizer_budget(free, model, groups, args):
@@ -115,5 +122,56 @@ def optimizer_budget(free, model, groups, args):
     """
     if args.optimizer_memory_gb is not None:
         return args.optimizer_memory_gb * 2**30
-    gradients = 4 * sum(p.numel() for group in groups for p in group)
-    return free - gradients - max(passing_bytes(model, groups, args)) - RESERVE
+    return _beside(free, groups) - max(passing_bytes(model, groups, args))
+
+
+def _beside(free, groups):
+    """Return what float32 gradients and the reserve leave of `free` bytes."""
+    return free - 4 * sum(p.numel() for group in groups for p in group) - RESERVE
+
+
+def activation_room(free, memory, model, groups, args):
+    """Return (bytes of the card for activations, those that a layer keeps if it is not recomputed).
+
+    memory: of optimizer_budget, which comes first: a byte of state that stays on the card saves two
+    copies of it a step, one of activations saves 2,200 FLOPs a micro-batch. On an H100, with 7
+    micro-batches a step, that is 24 and 34 ps; but what leaves the card is in the host's way."""
+    sizes = [
+        4 * offload.TrainedParameter(p, dim).numbers
+        for p, dim in with_dims(groups, args.max_precondition_dim)
+    ]
+    owned = parallel.deal(range(len(sizes)), sizes)[parallel.rank()]
+    held = offload.on_card([sizes[i] for i in owned], memory)
+    tokens, width, rank = _pass_of(model, args)
+    working = 2 * (mlp_size(model.config) + model.config.hidden_size)
+    inputs = model.config.num_hidden_layers * model.config.hidden_size
+    layer = activation_bytes(model.config, tokens, width, rank) - tokens * width * (
+        inputs + working
+    )
+    return _beside(free, groups) - held, layer
+
+
+def layers_kept(room, model, args):
+    """Return how many layers a Room keeps whole, by the estimates of activation_room, `room`."""
+    nbytes, layer = room
+    tokens, width, _ = _pass_of(model, args)
+    layers, hidden = model.config.num_hidden_layers, tokens * width * model.config.hidden_size
+    return sum((i + 3) * layer + (layers - i) * hidden <= nbytes for i in range(layers))
+
+
+def free_bytes(device):
+    """Return the bytes of a card that this process may still take.
+
+    They are what other processes leave, and within torch's set_per_process_memory_fraction."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return min(free, limit - torch.cuda.memory_reserved(device))
+
+
+def of_card(model, groups, args):
+    """Return, as training starts, the card's bytes for the optimizer, the Room for activations."""
+    free = free_bytes(model.device)
+    memory = optimizer_budget(free, model, groups, args)
+    room = activation_room(free, memory, model, groups, args)
+    return memory, Room(*room, functools.partial(torch.cuda.memory_allocated, model.device))

@@ -25,8 +25,6 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 MAX_PRECONDITION_DIM = 4096  # This is the default of full training.
 PAGED = {"paged": True}  # This stands for the state of a parameter whose turn it is not.
@@ -69,6 +67,13 @@ def choose_resident(sizes, budget):
         if buffers + used <= budget and used > most:
             best, most = chosen, used
     return best
+
+
+def on_card(sizes, budget):
+    """Return the bytes of the device that those take which stay there, with the buffers."""
+    stay = choose_resident(sizes, budget)
+    moved = [size for i, size in enumerate(sizes) if i not in stay]
+    return sum(sizes) - sum(moved) + BUFFERS * max(moved, default=0)
 
 
 @contextlib.contextmanager
@@ -382,19 +387,6 @@ def _state_of(group, tensors):
     for name in ("GG", "Q"):  # A side without a preconditioner is an empty list.
         state[name] = [next(tensors) if present else [] for present in has_matrix]
     return state
-
-
-def recompute_activations(model, on=True):
-    """Keep of every layer its input alone and compute the rest again in backward().
-
-    The gradients are the same. transformers does so in layers that are in training mode; only they
-    are put in it, not the dropout inside them. A model without such layers is left as it is. The
-    layers have kept these names, and the model's method that sets them has not.
-    """
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.gradient_checkpointing = layer.training = on
-            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
 def names_memory_flags(main):

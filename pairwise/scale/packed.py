@@ -148,9 +148,15 @@ def make_row(sequences, device, varlen=False):
     places = sorted(range(len(order)), key=order.__getitem__)
     ends = [start - 1 for start in _starts(own)[1:]]
     ids, positions, ends, places = (
-        torch.tensor(values, device=device) for values in ([ids], [positions], ends, places)
+        onto(device, torch.tensor(values)) for values in ([ids], [positions], ends, places)
     )
     return Row(ids, positions, own, shared, lead, ends, places, varlen)
+
+
+def onto(device, tensor):
+    """Return a tensor of the host on a device. What is queued there need not be done first: the
+    driver takes a copy of pageable memory before it returns."""
+    return tensor.to(device, non_blocking=True)
 
 
 def _starts(lengths):
@@ -259,8 +265,8 @@ def _varlen(row, query, keys, values, lengths, scaling, window):
     lists = lengths, [sum(piece.shape[2] for piece in pieces) for pieces in keys]
     name = "starts", row.keys is not None  # The last layer has other queries.
     if name not in row.memo:
-        options = {"dtype": torch.int32, "device": query.device}
-        row.memo[name] = [torch.tensor(_starts(lengths), **options) for lengths in lists]
+        starts = (torch.tensor(_starts(lengths), dtype=torch.int32) for lengths in lists)
+        row.memo[name] = [onto(query.device, each) for each in starts]
     k, v = (
         torch.cat([piece for pieces in x for piece in pieces], 2)[0].transpose(0, 1)
         for x in (keys, values)
@@ -283,16 +289,12 @@ def _only_read(layer, args, kwargs):
     row = kwargs.get("segments")
     if row is None or row.keys:  # Another hook of ours, from an earlier prepare(), has been here.
         return None
-    # Recomputed, the layer would raise again where nobody catches it; and little of it is stored.
-    checkpointing = getattr(layer, "gradient_checkpointing", False)
-    layer.gradient_checkpointing = False
     try:
-        layer.forward(*args, **kwargs | {"segments": replace(row, capture=True)})
+        # The class's: recomputed, the layer would raise again where nobody catches it.
+        type(layer).forward(layer, *args, **kwargs | {"segments": replace(row, capture=True)})
         raise NotImplementedError("a last layer without attention")
     except Captured as captured:
         keys = captured.args
-    finally:
-        layer.gradient_checkpointing = checkpointing
 
     def take(x):
         if isinstance(x, tuple):
