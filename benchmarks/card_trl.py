@@ -132,7 +132,7 @@ def compare(card, name, kind, sizes, directory, found):
                 best[f"times TRL, {how}"] = best[f"ours, {how}"] / best[f"trl, {how}"]
         found[name]["tokens_per_second"] = best
         card.keep(data=found)
-        if row.get("left_gib", 0) > 0.1:
+        if row.get("left_gib", 0) > 0.5:  # Workspaces of kernels stay.
             raise AssertionError(f"{row['left_gib']:.1f} GiB left on the card by {whose}")
 
 

@@ -163,7 +163,7 @@ def shell(tmp_path, *words, **environment):
 def test_order_and_ends_of_parts(tmp_path):
     code, lines = shell(tmp_path)
     stopped = [
-        "c --ended failed killed, or stopped after 60 seconds",
+        "c --ended failed killed, as where memory runs out",
         "f --ended failed exit code 3",
     ]
     assert code == 1 and lines == ["base", "a1", "a2", "b", "c", stopped[0], "f", stopped[1], *"ed"]
