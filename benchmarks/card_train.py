@@ -166,16 +166,20 @@ def train(card, run, j, *more, base=None, keep=None):
     args = train_rm.parse_args(flags_of(card, run, base or card.work / "base", j, *more))
     lora, meter = args.train == "lora", Meter(card.device)
     hooks = *TRAINING, (adapter, "save", "save", nothing) if lora else SAVING
-    with (
-        hooked(hooks, clocked(meter)),
-        hooked(BASES, lambda function, phase: meter.stamped(phase, function)),
-        hooked(((rm, "rewards_of_batch"),), meter.count_rows),
-    ):
-        train_rm.main(args)
+    keep = keep or card.keep
+    try:
+        with (
+            hooked(hooks, clocked(meter)),
+            hooked(BASES, lambda function, phase: meter.stamped(phase, function)),
+            hooked(((rm, "rewards_of_batch"),), meter.count_rows),
+        ):
+            train_rm.main(args)
+    finally:  # also where memory ran out
+        numbers = {"gib": meter.memory(), "phases": meter.phases}
+        keep(**numbers)
     gc.collect()
     rate = product_rate(card.device, getattr(torch, args.dtype), 256 if card.small else 8192)
-    numbers = {"gib": meter.memory()} | rates(meter.phases, rate, lora)
-    (keep or card.keep)(**numbers, phases=meter.phases)
+    keep(**numbers, **rates(meter.phases, rate, lora))
     # Training that continues has its first bases.
     continued = len(meter.phases["step"]) < STEPS
     check_called(meter, hooks + BASES[continued:])

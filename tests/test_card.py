@@ -23,6 +23,7 @@ case "$part $*" in
     b" "*) exit 1 ;;
     c" "*) kill -9 $$ ;;
     f" "*) exit 3 ;;
+    e" "*) exit 124 ;;
 esac
 """
 
@@ -67,6 +68,21 @@ def test_members(work):
             found["model_flops_utilisation"] * 4 / 3, rel=1e-3
         )
     assert not (work / "run-a").exists()
+
+
+def test_memory_runs_out(work, monkeypatch):
+    """What was measured before that is in the file."""
+    from pairwise import training
+
+    def runs_out(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "backward", runs_out)
+    with pytest.raises(SystemExit):
+        measure("a1", work)
+    found = entry_of(work, "a1")
+    assert found["state"] == "failed" and "lower --micro-batch-tokens" in found["reason"]
+    assert [*found["phases"]] == ["load_base", "offload"] and found["gib"]["host"] > 0
 
 
 def test_adapters_and_answers(work):
@@ -165,8 +181,10 @@ def test_order_and_ends_of_parts(tmp_path):
     stopped = [
         "c --ended failed killed, as where memory runs out",
         "f --ended failed exit code 3",
+        "e --ended failed out of time: stopped after 130 seconds",
     ]
-    assert code == 1 and lines == ["base", "a1", "a2", "b", "c", stopped[0], "f", stopped[1], *"ed"]
+    ended = [line for part in zip("cfe", stopped) for line in part]
+    assert code == 1 and lines == ["base", "a1", "a2", "b", *ended, "d"]
     assert shell(tmp_path, "d", "--small") == (0, ["d --small"])
     assert shell(tmp_path, "a", WORK=str(tmp_path / "w")) == (0, ["base", "a1", "a2"])
     assert shell(tmp_path, "x") == (2, [])
