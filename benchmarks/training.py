@@ -141,8 +141,8 @@ def only(model, level):
 # ---- contenders: each is a function that trains on all steps once and returns its seconds
 
 
-def ours(data, level, micro_batch_tokens):
-    model = make_model(SMALL)
+def ours(data, level, micro_batch_tokens, model=None):
+    model = model or make_model(SMALL)
     optimizer = torch.optim.AdamW(model.model.parameters(), lr=1e-5, fused=True)
     lengths = np.array([len(ids) for ids in data.sequences])
 
@@ -165,7 +165,7 @@ def ours(data, level, micro_batch_tokens):
                     (loss / data.pairs_per_step).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        return time.perf_counter() - started
+        return wait(model.model.device.type) - started
 
     return call
 
@@ -177,10 +177,10 @@ class Clock(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_step_end(self, *args, **kwargs):
-        self.seconds = time.perf_counter() - self.started
+        self.seconds = wait("cuda" if torch.cuda.is_available() else "cpu") - self.started
 
 
-def trl_trainer(model, data, micro_pairs, grouped, directory):
+def trl_trainer(model, data, micro_pairs, grouped, directory, **options):
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
@@ -193,6 +193,7 @@ def trl_trainer(model, data, micro_pairs, grouped, directory):
     order = np.concatenate([np.concatenate(step) for step in data.steps])
     chosen, rejected = ([data.sequences[i] for i in side[order]] for side in (data.a, data.b))
     lengths = [max(map(len, pair)) for pair in zip(chosen, rejected)]
+    options = {"gradient_checkpointing": False, "bf16": False, "use_cpu": True} | options
     config = RewardConfig(
         output_dir=str(directory),
         per_device_train_batch_size=micro_pairs,
@@ -203,9 +204,6 @@ def trl_trainer(model, data, micro_pairs, grouped, directory):
         lr_scheduler_type="constant",
         optim="adamw_torch_fused",
         max_grad_norm=0.0,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         report_to="none",
@@ -213,6 +211,7 @@ def trl_trainer(model, data, micro_pairs, grouped, directory):
         logging_strategy="no",
         disable_tqdm=True,
         train_sampling_strategy="group_by_length" if grouped else "sequential",
+        **options,
     )
     dataset = Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected, "length": lengths})
     trainer = RewardTrainer(
