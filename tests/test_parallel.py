@@ -77,6 +77,7 @@ def started(rank, job, store):
     child = os.fork()
     if not child:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]))
+        os.environ["LOCAL_WORLD_SIZE"] = str(job["processes"])
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         sys.stderr = open(f"{job['run']}.stderr", "a")
