@@ -107,6 +107,16 @@ def connect(store, number, size):
     return peers
 
 
+@contextlib.contextmanager
+def refused(words):
+    """Raise an InputError with these words for an error of the network."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        why = f"{cli.reason(error)[:200]}; docs/training.md, Several GPUs, may help"
+        raise cli.InputError(f"{words} ({why})") from None
+
+
 def tell(peers, word):
     """Send a word on all connections that still are."""
     for peer in peers:
@@ -114,14 +124,14 @@ def tell(peers, word):
             peer.sendall(word)
 
 
-def watch(peers):
-    """End this process, with a line, when another is lost, and without when it has told its own.
+def watch(peers, speaks):
+    """End this process when a connection ends and its process did not say that it ends well.
 
-    A connection says so: it ends, and nothing was said before."""
-    watched, told = list(peers), False
+    One that says nothing is lost, which a line tells of where this process is one that speaks."""
+    watched, told = list(peers), not speaks
     while watched:
         for peer in connection.wait(watched):
-            word, why = b"", "it was killed"
+            word, why = b"", "it ended"
             try:
                 word = peer.recv(1)
             except OSError as error:
@@ -129,12 +139,11 @@ def watch(peers):
             if word == ENDS_WELL:
                 watched.remove(peer)
                 continue
-            if not told:
-                tell(peers, FAILS)
+            tell([other for other in peers if other is not peer], FAILS)
             if not told and not word:
-                words = f"a process on {peers[peer]} is lost ({why}); the same command continues"
                 with contextlib.suppress(SystemExit):
-                    cli.exit_with(f"{words} from the last checkpoint")
+                    words = f"a process on {peers[peer]} is lost ({why})"
+                    cli.exit_with(f"{words}; the same command continues")
             told = True
             if not word:
                 time.sleep(UNWINDING)
@@ -152,20 +161,20 @@ def together(main):
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return main(args)
         store, number, size = next(dist.rendezvous("env://"))  # torchrun's store outlives them all.
-        cuda = args.device.startswith("cuda")
-        try:
+        cuda, unreachable = args.device.startswith("cuda"), f"{size} processes cannot be connected"
+        with refused(unreachable):
             peers = connect(store, number, size)
-        except (OSError, dist.DistError) as error:
-            words = f"{size} processes cannot reach each other ({cli.reason(error)})"
-            raise cli.InputError(f"{words}; docs/training.md, Several GPUs, may help") from None
-        threading.Thread(target=watch, args=(peers,), daemon=True).start()
+        # On every machine one speaks: rank 1 of the loss of the first.
+        speaks = number < 2 or os.environ["LOCAL_RANK"] == "0"
+        threading.Thread(target=watch, args=(peers, speaks), daemon=True).start()
         try:
             if cuda:
                 take_gpu(args)
-            # The first may write for long, and those that are lost are seen by `watch`.
+            # The first may write for long: `watch` finds those that are lost.
             group = {"rank": number, "world_size": size, "timeout": datetime.timedelta(hours=6)}
             group["store"] = dist.PrefixStore("group", store)
-            dist.init_process_group("nccl" if cuda else "gloo", **group)
+            with refused(unreachable):
+                dist.init_process_group("nccl" if cuda else "gloo", **group)
             if number:
                 sys.stdout = open(os.devnull, "w", encoding="utf-8")
             main(args)
