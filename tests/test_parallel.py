@@ -3,13 +3,19 @@
 Each owns some of the optimizer's state, and checkpoints are for any number of processes.
 """
 
+import functools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
-from pairwise.scale import parallel
+from pairwise.cli import InputError
+from pairwise.scale import offload, parallel
+from pairwise.scale.checkpoint import Checkpoints
 
 import numpy as np
 import pyarrow as pa
@@ -77,6 +83,7 @@ def started(rank, job, store):
     child = os.fork()
     if not child:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]))
+        os.environ["LOCAL_WORLD_SIZE"] = str(job["processes"])
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         sys.stderr = open(f"{job['run']}.stderr", "a")
@@ -402,3 +409,41 @@ def test_dealt_evenly_and_in_order(monkeypatch):
             )
             loads = [sum(sizes[i] for i in share) for share in dealt]
             assert max(loads) - min(loads) <= max(sizes, default=0)
+
+
+@pytest.mark.parametrize("here", [1, 2])
+def test_processes_of_a_machine_share_its_memory(here, monkeypatch):
+    """...and those of other machines do not: two of four processes have half of a machine's."""
+    monkeypatch.setattr(parallel, "count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    pages, group = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2000}, {"max_precondition_dim": 1}
+    monkeypatch.setattr(os, "sysconf", pages.get)
+    group["params"] = [torch.nn.Parameter(torch.zeros(100, dtype=torch.bfloat16))]  # 1,200 bytes
+    make = functools.partial(torch.optim.SGD, lr=0)
+    with pytest.raises(InputError, match="memory needed") if here == 2 else nullcontext():
+        offload.Offload([group], make, 0)
+
+
+def test_all_machines_must_see_the_run(tmp_path, monkeypatch):
+    """A run directory of the first machine alone is refused before the first step."""
+    monkeypatch.setattr(parallel, "gathered", lambda value: [value] + [False] * (value is True))
+    with pytest.raises(InputError, match="process 1 does not see what the first writes there"):
+        Checkpoints(tmp_path, 1, {}, {}, 30).check_disk(0, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_strangers_do_not_count(monkeypatch):
+    """The first waits for all others, who know the token, and each notices how the other ends."""
+    store, threads = torch.distributed.HashStore(), ThreadPoolExecutor(2)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    first = threads.submit(parallel.connect, store, 0, 2)
+    port = int(store.get("watch").split()[0])
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        other = parallel.connect(store, 1, 2)
+        (peers,) = [first.result(10)]
+    assert list(peers.values()) == list(other.values()) == ["127.0.0.1"]
+    watching = threads.submit(parallel.watch, peers, True)
+    parallel.tell(other, parallel.ENDS_WELL)
+    [peer.close() for peer in other]
+    watching.result(10)  # Any other word would have ended this process.

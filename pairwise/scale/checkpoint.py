@@ -57,8 +57,9 @@ class Checkpoints:
 
     def resume(self, optimizer):
         """Put the newest checkpoint into the optimizer; return its log lines, [] without one."""
-        paths = [path.parent for path in self.directory.glob("[0-9]*/state.json")]
-        newest, log = max(paths, default=None), []
+        # The first decides, as another machine may see the directory as it was a minute ago.
+        found = self.directory.glob("[0-9]*/state.json")
+        newest, log = parallel.of_first(lambda: max((p.parent for p in found), default=None)), []
         if newest:
             state = files.read_json(newest / "state.json", STATE)
             if {name: state[name] for name in self.key} == self.key:
@@ -103,6 +104,16 @@ class Checkpoints:
             raise cli.InputError(f"{self.directory}: {words}")
         place = self.directory if self.directory.is_dir() else self.directory.parent
         place.mkdir(parents=True, exist_ok=True)
+        mark = place / f".partial-{parallel.of_first(time.time_ns)}"
+        if parallel.rank() == 0:
+            mark.mkdir()
+        parallel.gathered(None)  # By now it is there.
+        seen = parallel.gathered(mark.is_dir())
+        if parallel.rank() == 0:
+            mark.rmdir()
+        if not all(seen):
+            words = f"process {seen.index(False)} does not see what the first writes there"
+            raise cli.InputError(f"{place}: {words}; a directory that all machines share expected")
         inside = [file for path in self._own() for file in (path, *path.rglob("*"))]
         need = (2 * nbytes if self.seconds else 0) + member
         need -= sum(file.stat().st_size for file in inside if file.is_file())

@@ -192,7 +192,7 @@ class Offload:
         """Allocate a block of host memory, and buffers on the device for the largest parameter."""
         paged = [self.params[i] for i in self.paged]
         need = 4 * sum(param.numbers for param in paged)
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // parallel.count()
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // parallel.count_here()
         if need > have:
             raise cli.InputError(
                 f"{need / 1e9:.0f} GB of host memory needed for the optimizer, {have / 1e9:.0f} GB "
