@@ -217,6 +217,8 @@ def train_full(
 
     def rewards_at(responses):
         ids = [sequences[i] for i in responses]
+        if room:
+            room.begin()
         rewards = rm.rewards_of_batch(reward_model, ids, args.micro_batch_tokens)
         return rewards, int(lengths[responses].sum())
 

@@ -735,7 +735,7 @@ def test_gradients_with_and_without_recomputation(dtype):
     ):
         if on > 1:
             readings = iter((1000, 1000 + inputs))
-            on = Room(on, 100, lambda readings=readings: next(readings))
+            on = Room(on, 100, lambda readings=readings: next(readings), start=1000)
         calls = []
         found.append(pass_of(model, on, calls))
         assert sorted(calls) == sorted([0, 1, *map(int, twice)]), on

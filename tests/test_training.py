@@ -17,6 +17,8 @@ from pairwise import chats, members, training
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split, write_split
+from pairwise.scale import budget
+from pairwise.scale.recompute import Room
 
 import numpy as np
 import pyarrow as pa
@@ -330,6 +332,31 @@ def test_a_step_waits_for_its_losses_and_its_norm(model, split, sequences, monke
     with Waits() as waits:
         train_on(args, model, split, sequences)
     assert waits.found == ["tolist", "item"]
+
+
+@pytest.mark.parametrize("nbytes, times", [(0, 2), (10**9, 1)])
+def test_on_a_card_what_fits_is_not_recomputed(
+    base, tokenizer, split, sequences, monkeypatch, nbytes, times
+):
+    """The same bits as on a CPU; of the layers, the last's keys and values are run apart."""
+    found, begun, runs = [], [], []
+    args = arguments("--pairs-per-step", "36", "--micro-batch-tokens", "500")
+    for card in (False, True):
+        model, log = rm.load_base(base, tokenizer, torch.float32, "cpu"), io.StringIO()
+        rm.draw_head(model.head.weight, model.model.config, 1)
+        if card:
+            room = Room(nbytes, 1, lambda: begun.append(1) or 0)
+            kind = type(model.model)
+            monkeypatch.setattr(kind, "device", property(lambda model: torch.device("cuda:0")))
+            monkeypatch.setattr(budget, "of_card", lambda *args, room=room: (None, room))
+            monkeypatch.setattr(room, "begin", lambda: begun.append("begin"))
+            model.model.model.layers[0].self_attn.register_forward_hook(lambda *a: runs.append(1))
+        train_on(args, model, split, sequences, log)
+        lines = [json.loads(line) | {"seconds": 0} for line in log.getvalue().splitlines()]
+        found.append((lines, [*model.model.parameters()]))
+    assert found[0][0] == found[1][0] and len(lines) == 2
+    assert all(torch.equal(*pair) for pair in zip(found[0][1], found[1][1]))
+    assert begun.count("begin") > 2 and len(runs) == times * begun.count("begin")
 
 
 def test_bfloat16_gradients_are_accumulated_in_float32(

@@ -135,7 +135,7 @@ def activation_room(free, memory, model, groups, args):
 
     memory: of optimizer_budget, which comes first: a byte of state that stays on the card saves two
     copies of it a step, one of activations saves 2,200 FLOPs a micro-batch. On an H100, with 7
-    micro-batches a step, that is 24 and 34 ps; but what leaves the card is in the host's way."""
+    micro-batches a step, that is 24 and 34 ps; but what leaves the card takes host memory."""
     sizes = [
         4 * offload.TrainedParameter(p, dim).numbers
         for p, dim in with_dims(groups, args.max_precondition_dim)

@@ -11,22 +11,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 @dataclass
 class Room:
-    """Bytes for the activations of a forward and backward pass; which layers fit is measured."""
+    """Bytes for the activations of a micro-batch; which layers fit is measured as they run."""
 
     nbytes: int  # for all
     layer: int  # that a layer keeps: first an estimate, then the most that one has taken
     allocated: Callable  # () -> bytes in use
-    start: int = 0  # in use when the pass began, and
+    start: int = 0  # in use when the micro-batch began, and
     before: int = 0  # when the layer before began
+
+    def begin(self):
+        """Let a micro-batch begin, which may be more than one pass through the layers."""
+        self.start = self.allocated()
 
     def has(self, inputs, is_first):
         """Return whether the next layer fits whole; inputs: bytes of those of all layers to come.
 
         So does then the one that is computed again, with as many bytes of gradients beside it."""
         now = self.allocated()
-        if is_first:
-            self.start = now
-        else:
+        if not is_first:
             self.layer = max(self.layer, now - self.before)
         self.before = now
         return now - self.start + inputs + 3 * self.layer <= self.nbytes
