@@ -18,7 +18,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
-from pairwise import chats, cli, data, evaluator, members, ranking, reward_model, run_dir, sampling
+from pairwise import (
+    chats,
+    cli,
+    data,
+    evaluator,
+    members,
+    provenance,
+    ranking,
+    reward_model,
+    run_dir,
+    sampling,
+)
 
 import numpy as np
 import policy_pairs
@@ -109,7 +120,7 @@ def mean_rewards(args, j, tokenizer, prompts, answers):
 
 def main(args):
     torch.set_num_threads(args.threads)
-    args.base = args.base or args.run / "base"
+    args.base = provenance.base_of(args.run, args.base or str(args.run / "base"))
     continuations = run_dir.read_continuations(args.run)
     stats = data.read_stats(args.run)
     patterns = stats.get("attributes", ranking.ATTRIBUTES)
@@ -117,7 +128,9 @@ def main(args):
     tau = tau_with_attributes(args, continuations["texts"], patterns)
 
     policies = {"base": args.base} | {f"policy {j}": train(args, j) for j in args.members}
-    tokenizer = chats.load_tokenizer(args.base, args.chat_template)
+    tokenizer = chats.load_tokenizer(
+        args.base, args.chat_template, date=provenance.date_of(args.run)
+    )
     answers = sample_answers(args, policies, tokenizer, prompts)
     shows = {name: ranking.attribute_counts(x, patterns) > 0 for name, x in answers.items()}
     rows = []

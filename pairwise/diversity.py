@@ -47,7 +47,7 @@ def measure(scores, texts, alpha, patterns, resamples, seed):
         figures["repeated"] = prompts * n - sum(len(set(answers)) for answers in texts["texts"])
         character = metrics.Ratio(tau[:, k:, :k], has_tau[:, k:, :k])
         figures["character"] = {"attributes": list(patterns), "tau": character}
-        figures["favourites"] = favourites(scores, texts, wins)
+        figures["favourites"] = favourites(scores, texts, wins) if n > 1 else []
     if texts and texts["logprob"]:
         distance = metrics.Ratio(*policy_distance(scores, texts, alpha))
         figures["policy"] = {"beta": BETAS.tolist(), "distance": distance}

@@ -71,7 +71,8 @@ def read_csv(file, name, fields):
             filled = [(field, cell) for field, cell in zip(header, cells) if cell]
             yield where, {field: from_cell(where, field, cell, fields) for field, cell in filled}
     except csv.Error as error:
-        raise cli.InputError(f"{name} line {reader.line_num}: not CSV ({error})") from None
+        words = f"not CSV ({error}); cells separated by commas expected"
+        raise cli.InputError(f"{name} line {reader.line_num}: {words}") from None
 
 
 def read_parquet(file, name, fields):

@@ -251,6 +251,7 @@ def test_continuations_that_rank_nothing(n, equal, k, tmp_path, unsaved):
     assert diversity["constant_rankings"] == [0 if ranked else 5] * k
     win = {1: None, 2: 1.0, 3: 0.5}[n]
     assert diversity["win"] == [[win] * k] * k
+    assert n > 1 or diversity["favourites"] == []
     assert ("which is no ranking and has no τ, on 5 (member 1)" in page.text) != ranked
     drawn = {path.stem for path in (run / "figures").glob("*.png")}
     wanted = {"kendall": ranked, "wins": n > 1, "policies": ranked}
