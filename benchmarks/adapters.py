@@ -37,7 +37,7 @@ def counts(kind):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SHAPE, num_labels=1, pad_token_id=0)
     of = transformers.AutoModelForSequenceClassification
-    model = of.from_config(config, dtype=torch.bfloat16)
+    model = of.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     model.score.float()
     adapter.add(model, RANK, 2 * RANK, KINDS[kind])
     adapter.draw(model, 0)
