@@ -61,8 +61,9 @@ def build(card, config, dtype):
     torch.manual_seed(0)
     config = copy.deepcopy(config)
     with torch.device(card.device):
-        options = {"dtype": dtype, "trust_remote_code": False}
-        model = AutoModelForSequenceClassification.from_config(config, **options)
+        model = AutoModelForSequenceClassification.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
     model.score.weight.data.normal_(0, 0.05)
     return rm.ready(model, card.device)
 
