@@ -19,7 +19,7 @@ trap 'rm -rf "$scratch"' EXIT
 environment() {
     local packages
     SECOND=$ROOT/.venv-$1/bin/python
-    [ ! -e "$ROOT/.venv-$1/installed" ] || return 0
+    [ ! -e "$ROOT/.venv-$1/installed" ] && [ ! -L "$ROOT/.venv-$1" ] || return 0
     "$PYTHON" -m venv --clear "$ROOT/.venv-$1"
     for packages in "${@:2}"; do
         # shellcheck disable=SC2086
