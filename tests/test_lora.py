@@ -457,7 +457,7 @@ def test_a_merged_weight_is_the_sum_rounded_once(base, tokenizer, sequences):
         and type(model.model.model.layers[1].mlp.down_proj) is torch.nn.Linear
     )
     merged = rm.score_sequences(model, sequences, 1000)
-    assert 0 < np.std(merged - exact) < 2 * np.std(apart - exact) < np.std(exact)
+    assert 0 < np.std(merged - exact) < 2 * np.std(apart - exact) < 2 * np.std(exact)
 
 
 # ---- what is refused
