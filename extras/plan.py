@@ -326,6 +326,8 @@ def print_verdicts(args):
 
 
 def main(args):
+    if args.base != "llama-3-8b":
+        args.base = pretrained.pinned(args.base, revision=args.revision)
     model, groups = describe(args)
     pretrained.check_quantized(model.config, f"--base {args.base}", args.train)
     rows = memory(model, groups, args)

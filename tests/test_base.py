@@ -12,6 +12,7 @@ from pairwise import chats, cli, files, pretrained, provenance
 
 import adopt
 import numpy as np
+import plan
 import prune
 import pytest
 import respond
@@ -141,6 +142,11 @@ def test_a_snapshot_that_is_not_whole_is_completed(hub, base, data, tmp_path, mo
         assert pretrained.place(NAME, "--base", weights=True) == snapshot
         assert {path.name for path in whole.iterdir()} <= {p.name for p in snapshot.iterdir()}
     assert "asking the hub" in capsys.readouterr().err
+
+
+def test_a_plan_is_of_the_revision_that_is_asked_for(hub, capsys):
+    plan.main(plan.parse_args(["--base", NAME, "--revision", TWO]))
+    assert f"{NAME}@{TWO}: " in capsys.readouterr().out
 
 
 def test_an_adopted_model_that_moves_on_the_hub(hub, full_run, data, tmp_path):
