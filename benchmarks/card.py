@@ -4,7 +4,7 @@
 
 base    a base of Llama-3-8B's shape with random weights, and votes on random texts
 a1, a2  train_rm.py on all parameters, members 1 and 2, four steps each
-b       train_rm.py --train lora, the card limited to 24e9 bytes
+b1, b2  train_rm.py --train lora, the card limited to 24e9 bytes, and the whole card
 c       data_prep/continuations.py
 d       TRL's RewardTrainer beside this, a .9B Llama
 e       training killed after a checkpoint and continued, against training in one go
@@ -35,7 +35,7 @@ from pairwise import cli, files, run_dir
 BENCHMARKS = cli.REPOSITORY / "benchmarks"
 sys.path += [str(cli.REPOSITORY / folder) for folder in ("benchmarks", "data_prep", "extras")]
 # Modules import torch, which takes seconds, so that only the one that is asked for is imported.
-PARTS = dict.fromkeys(("base", "a1", "a2", "b", "c", "e"), "card_train")
+PARTS = dict.fromkeys(("base", "a1", "a2", "b1", "b2", "c", "e"), "card_train")
 PARTS |= {"d": "card_trl", "f": "card_checks"}
 PACKAGES = "torch", "transformers", "pytorch_optimizer", "peft", "trl"
 
@@ -93,6 +93,8 @@ def run(args, part, keep):
     try:
         module = importlib.import_module(PARTS[part])
         card = SimpleNamespace(work=args.work, device=args.device, small=args.small, keep=keep)
+        if args.gib and args.device == "cuda" and PARTS[part] == "card_train":
+            module.limit(card, args.gib)
         reason = module.PARTS[part](card)
         return {"state": "skipped", "reason": reason} if reason else {"state": "done"}
     except (Exception, SystemExit) as error:  # Whatever it is, the other parts go on.
@@ -136,6 +138,8 @@ def parse_args(argv=None):
     words = "directory of card-NAME.json (default: benchmarks/)"
     add("--out", type=cli.path, default=BENCHMARKS, help=words)
     add("--device", choices=("cpu", "cuda"), help="default: cuda where nvidia-smi finds a card")
+    words = "of the card that torch may take, as on a smaller one"
+    add("--gib", type=cli.positive, help=words)
     add("--small", action="store_true", help="tiny models, as on a CPU")
     words = "enter how a part ended that could not say so itself, and do nothing else"
     add("--ended", nargs=2, metavar=("STATE", "REASON"), help=words)

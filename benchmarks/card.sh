@@ -7,7 +7,7 @@
 # parts that do not run now stay. Variables: PYTHON (default: .venv's, else python3; 3.11 or later,
 # torch 2.11, transformers 5.17), OUT (another folder for the JSON file), WORK (a directory for base
 # and runs, 50 GB, that is kept; a second call takes the base that is there), MINUTES (default 9),
-# COMMIT (of a copy of the tree without git).
+# COMMIT (of a copy of the tree without git), GIB (of the card that a, b, c and e may take).
 #
 # A machine without a package index needs, beside torch, transformers, numpy, pyarrow, safetensors,
 # tokenizers, jinja2 and tqdm, three wheels in PYTHONPATH, unpacked: pytorch_optimizer, for b peft
@@ -23,18 +23,19 @@ if [ -z "${PYTHON:-}" ]; then
     [ -x "$PYTHON" ] || PYTHON=python3
 fi
 
-# Seconds: on an H100 with an 8B base about 35, 130, 130, 80, 40, 60, 80, 200.
-declare -A LIMIT=([base]=60 [a1]=175 [a2]=175 [b]=100 [c]=60 [f]=90 [e]=130 [d]=300)
-parts=() flags=(--out "${OUT:-$ROOT/benchmarks}")
+# Seconds: on an H100 with an 8B base about 35, 130, 130, 80, 60, 40, 60, 80, 200.
+declare -A LIMIT=([base]=60 [a1]=175 [a2]=175 [b1]=100 [b2]=90 [c]=60 [f]=90 [e]=130 [d]=300)
+parts=() flags=(--out "${OUT:-$ROOT/benchmarks}" ${GIB:+--gib "$GIB"})
 for word in "$@"; do
     case $word in
         a) parts+=(a1 a2) ;;
-        [bcdef] | a1 | a2) parts+=("$word") ;;
+        b) parts+=(b1 b2) ;;
+        [cdef] | [ab][12]) parts+=("$word") ;;
         --small) flags+=(--small) ;;
         *) echo "card.sh: error: $word found, parts (a b c d e f) or --small expected" >&2; exit 2 ;;
     esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(a1 a2 b c f e d)
+[ ${#parts[@]} -gt 0 ] || parts=(a1 a2 b1 b2 c f e d)
 
 work=${WORK:-$(mktemp -d)}
 [ -n "${WORK:-}" ] || trap 'rm -rf "$work"' EXIT

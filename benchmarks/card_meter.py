@@ -1,8 +1,10 @@
 """Clock and memory meter of benchmarks/card.py: functions of the project, wrapped from outside."""
 
+import collections
 import contextlib
 import functools
 import inspect
+import re
 import resource
 import time
 from unittest import mock
@@ -11,6 +13,16 @@ from pairwise import reward_model as rm
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+# What a kernel's name has in it; all others are norms, rotary positions, SwiGLU, sums and casts.
+KERNELS = {
+    "attention": r"flash|fmha",
+    "products": r"gemm|nvjet|cutlass|xmma",
+    "copies": r"memcpy|memset",
+}
+PROFILED = 2  # The third step has neither first nor new bases, and is warm.
 
 
 class Meter:
@@ -18,6 +30,7 @@ class Meter:
 
     def __init__(self, device):
         self.cuda, self.phases, self.events, self.counts = device == "cuda", {}, {}, {}
+        self.kernels = {}
         self.reserved = self.in_use = 0
 
     def now(self):
@@ -88,6 +101,22 @@ class Meter:
 
         return wrapped
 
+    def profiled(self, function):
+        """Return the function, of whose third call the kernels' seconds are noted."""
+        numbers = iter(range(2**31))
+
+        @functools.wraps(function)
+        def wrapped(*args, **options):
+            if next(numbers) != PROFILED or not self.cuda:
+                return function(*args, **options)
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                result = function(*args, **options)
+                torch.cuda.synchronize()
+            self.kernels = kernel_seconds(profiler)
+            return result
+
+        return wrapped
+
     def calls(self, phase):
         """Return the calls of a phase, or those that it was within."""
         within = [call for calls in self.phases.values() for call in calls if phase in call]
@@ -136,6 +165,21 @@ def check_called(meter, hooks):
 
 
 # ---- rates
+
+
+def kernel_seconds(profiler):
+    """Return {kind: seconds, "longest": [[seconds, calls, kernel]]} of a profiler's kernels."""
+    kinds, each = collections.Counter(), {}
+    for event in profiler.events():
+        if event.device_type != DeviceType.CUDA:
+            continue
+        seconds, name = event.time_range.elapsed_us() / 1e6, event.name
+        found = (kind for kind, word in KERNELS.items() if re.search(word, name, re.IGNORECASE))
+        kinds[next(found, "rest")] += seconds
+        before = each.get(name, (0, 0))
+        each[name] = before[0] + seconds, before[1] + 1
+    longest = sorted(((*numbers, name[:120]) for name, numbers in each.items()), reverse=True)
+    return dict(kinds) | {"longest": longest[:16]}
 
 
 def product_rate(device, dtype, n):

@@ -1,4 +1,4 @@
-"""The parts of benchmarks/card.py that run the project's scripts: base, a1, a2, b, c, e.
+"""The parts of benchmarks/card.py that run the project's scripts: base, a1, a2, b1, b2, c, e.
 
 The scripts are the real ones, in this process: functions of theirs are wrapped from outside with a
 clock and a memory meter (card_meter.py). One that has another name now, or is never called, is an
@@ -26,7 +26,7 @@ import numpy as np
 import plan
 import torch
 import votes
-from card_meter import Meter, check_called, clocked, hooked, nothing, product_rate
+from card_meter import PROFILED, Meter, check_called, clocked, hooked, nothing, product_rate
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM
 
 SMALL = {
@@ -172,10 +172,11 @@ def train(card, run, j, *more, base=None, keep=None):
             hooked(hooks, clocked(meter)),
             hooked(BASES, lambda function, phase: meter.stamped(phase, function)),
             hooked(((rm, "rewards_of_batch"),), meter.count_rows),
+            hooked(((training, "backward"),), meter.profiled),
         ):
             train_rm.main(args)
     finally:  # also where memory ran out
-        numbers = {"gib": meter.memory(), "phases": meter.phases}
+        numbers = {"gib": meter.memory(), "phases": meter.phases, "kernels": meter.kernels}
         keep(**numbers)
     gc.collect()
     rate = product_rate(card.device, getattr(torch, args.dtype), 256 if card.small else 8192)
@@ -192,6 +193,8 @@ def rates(phases, rate, lora):
 
     A forward pass takes 2 a weight and token, and 2 q T^2 a layer for attention over T tokens."""
     (model,), calls = phases["load_base"], phases["forward_backward"]
+    # The profiler takes time of its own.
+    calls = calls[:PROFILED] + calls[PROFILED + 1 :] or calls
     names = ("seconds", "distinct_tokens", "run_tokens", "squares")
     seconds, distinct, run, squares = (sum(call[name] for call in calls) for name in names)
     forward = 2 * model["dense_parameters"] * run + 2 * model["attention"] * squares
@@ -210,6 +213,13 @@ def rates(phases, rate, lora):
 
 
 # ---- the parts
+
+
+def limit(card, gib):
+    """Let torch take no more than so many GiB of the card."""
+    total = torch.cuda.mem_get_info()[1] / 2**30
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib / total))
+    card.keep(limit_gib=gib)
 
 
 def base(card):
@@ -232,11 +242,13 @@ def second_member(card):
     files.remove(run)  # Two members of 8B are 30 GB.
 
 
-def lora(card):
+def small_card_lora(card):
     if card.device == "cuda":
-        total = torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, LORA_BYTES / total))
-        card.keep(limit_gib=LORA_BYTES / 2**30)
+        limit(card, LORA_BYTES / 2**30)
+    lora(card)
+
+
+def lora(card):
     run = fresh(card, "run-b")
     train(card, run, 1, "--train", "lora")
     files.remove(run)
@@ -318,4 +330,4 @@ def resumed(card):
 
 
 PARTS = {"base": base, "a1": first_member, "a2": second_member}
-PARTS |= {"b": lora, "c": sampled, "e": resumed}
+PARTS |= {"b1": small_card_lora, "b2": lora, "c": sampled, "e": resumed}

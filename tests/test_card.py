@@ -20,7 +20,7 @@ part=$2; shift 2
 echo "$part $*" | sed "s#--work [^ ]* --out [^ ]*##" >>$LOG
 case "$part $*" in
     *--ended*) ;;
-    b" "*) exit 1 ;;
+    b1" "*) exit 1 ;;
     c" "*) kill -9 $$ ;;
     f" "*) exit 3 ;;
     e" "*) exit 124 ;;
@@ -86,7 +86,7 @@ def test_memory_runs_out(work, monkeypatch):
 
 
 def test_adapters_and_answers(work):
-    found = measure("b", work)
+    found = measure("b2", work)
     assert found["state"] == "done" and found["phases"]["save"], found
     found = measure("c", work)
     assert found["state"] == "done" and found["tokens_per_second"] > 0, found
@@ -184,7 +184,7 @@ def test_order_and_ends_of_parts(tmp_path):
         "e --ended failed out of time: stopped after 130 seconds",
     ]
     ended = [line for part in zip("cfe", stopped) for line in part]
-    assert code == 1 and lines == ["base", "a1", "a2", "b", *ended, "d"]
+    assert code == 1 and lines == ["base", "a1", "a2", "b1", "b2", *ended, "d"]
     assert shell(tmp_path, "d", "--small") == (0, ["d --small"])
     assert shell(tmp_path, "a", WORK=str(tmp_path / "w")) == (0, ["base", "a1", "a2"])
     assert shell(tmp_path, "x") == (2, [])
