@@ -11,7 +11,7 @@ import tempfile
 import time
 
 from pairwise import cli
-from pairwise.scale import offload
+from pairwise.scale.recompute import recompute_activations
 
 import torch
 import training as bench
@@ -43,7 +43,7 @@ def make_model(card):
 def ours(card, data, tokens, recompute):
     """Return (the call that trains, what empties it)."""
     model = make_model(card)
-    offload.recompute_activations(model.model, recompute)
+    recompute_activations(model.model, recompute)
     return bench.ours(data, 3, tokens, model), lambda: empty(model.model)
 
 

@@ -1,5 +1,6 @@
 """benchmarks/card.sh in miniature: every part runs on a CPU, and what goes wrong is in the file."""
 
+import functools
 import json
 import os
 import subprocess
@@ -114,6 +115,19 @@ def test_without_trl(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     found = measure("d", tmp_path)
     assert found["state"] == "skipped" and found["reason"].startswith("trl is missing; pip install")
+
+
+def test_our_side_of_the_race():
+    """TRL's is in benchmarks/requirements.txt alone."""
+    import card_trl
+
+    small = SimpleNamespace(small=True, device="cpu")
+    card_trl.bench.KINDS["small"] = next(iter(card_trl.SMALL_KINDS.values()))[0]
+    data = card_trl.bench.make_data("small", 1)
+    for recompute in (True, False):
+        make = functools.partial(card_trl.ours, small, data, 128, recompute)
+        found = card_trl.measure(small, make)
+        assert len(found["seconds"]) == card_trl.TURNS, found
 
 
 def test_a_name_that_has_gone_or_is_not_called(tmp_path):
