@@ -9,6 +9,7 @@ c       data_prep/continuations.py
 d       TRL's RewardTrainer beside this, a .9B Llama
 e       training killed after a checkpoint and continued, against training in one go
 f       packing, paging, the kernels chosen; rates of linear algebra and of the link
+l       a layer of the 8B base, its kernels, and other ways to run parts of it
 
 The entry of a part is written when it begins, whenever it has numbers, and when it ends, with its
 state: running, done, failed, skipped, the last two with a reason. On a CPU, or with --small, models
@@ -36,7 +37,7 @@ BENCHMARKS = cli.REPOSITORY / "benchmarks"
 sys.path += [str(cli.REPOSITORY / folder) for folder in ("benchmarks", "data_prep", "extras")]
 # Modules import torch, which takes seconds, so that only the one that is asked for is imported.
 PARTS = dict.fromkeys(("base", "a1", "a2", "b1", "b2", "c", "e"), "card_train")
-PARTS |= {"d": "card_trl", "f": "card_checks"}
+PARTS |= {"d": "card_trl", "f": "card_checks", "l": "card_layers"}
 PACKAGES = "torch", "transformers", "pytorch_optimizer", "peft", "trl"
 
 

@@ -23,19 +23,19 @@ if [ -z "${PYTHON:-}" ]; then
     [ -x "$PYTHON" ] || PYTHON=python3
 fi
 
-# Seconds: on an H100 with an 8B base about 35, 130, 130, 80, 60, 40, 60, 80, 200.
-declare -A LIMIT=([base]=60 [a1]=175 [a2]=175 [b1]=100 [b2]=90 [c]=60 [f]=90 [e]=130 [d]=300)
+# Seconds: on an H100 with an 8B base about 35, 130, 130, 80, 60, 40, 60, 80, 50, 200.
+declare -A LIMIT=([base]=60 [a1]=175 [a2]=175 [b1]=100 [b2]=90 [c]=60 [f]=90 [e]=130 [l]=85 [d]=300)
 parts=() flags=(--out "${OUT:-$ROOT/benchmarks}" ${GIB:+--gib "$GIB"})
 for word in "$@"; do
     case $word in
         a) parts+=(a1 a2) ;;
         b) parts+=(b1 b2) ;;
-        [cdef] | [ab][12]) parts+=("$word") ;;
+        [cdefl] | [ab][12]) parts+=("$word") ;;
         --small) flags+=(--small) ;;
-        *) echo "card.sh: error: $word found, parts (a b c d e f) or --small expected" >&2; exit 2 ;;
+        *) echo "card.sh: error: $word found, parts (a b c d e f l) or --small expected" >&2; exit 2 ;;
     esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(a1 a2 b1 b2 c f e d)
+[ ${#parts[@]} -gt 0 ] || parts=(a1 a2 b1 b2 c f e l d)
 
 work=${WORK:-$(mktemp -d)}
 [ -n "${WORK:-}" ] || trap 'rm -rf "$work"' EXIT

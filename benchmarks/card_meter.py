@@ -14,7 +14,6 @@ from pairwise import reward_model as rm
 import numpy as np
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 # What a kernel's name has in it; all others are norms, rotary positions, SwiGLU, sums and casts.
 KERNELS = {
@@ -22,7 +21,6 @@ KERNELS = {
     "products": r"gemm|nvjet|cutlass|xmma",
     "copies": r"memcpy|memset",
 }
-PROFILED = 2  # The third step has neither first nor new bases, and is warm.
 
 
 class Meter:
@@ -30,7 +28,6 @@ class Meter:
 
     def __init__(self, device):
         self.cuda, self.phases, self.events, self.counts = device == "cuda", {}, {}, {}
-        self.kernels = {}
         self.reserved = self.in_use = 0
 
     def now(self):
@@ -101,29 +98,14 @@ class Meter:
 
         return wrapped
 
-    def profiled(self, function):
-        """Return the function, of whose third call the kernels' seconds are noted."""
-        numbers = iter(range(2**31))
-
-        @functools.wraps(function)
-        def wrapped(*args, **options):
-            if next(numbers) != PROFILED or not self.cuda:
-                return function(*args, **options)
-            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-                result = function(*args, **options)
-                torch.cuda.synchronize()
-            self.kernels = kernel_seconds(profiler)
-            return result
-
-        return wrapped
-
     def calls(self, phase):
         """Return the calls of a phase, or those that it was within."""
         within = [call for calls in self.phases.values() for call in calls if phase in call]
         return self.phases.get(phase, within)
 
     def memory(self):
-        """Return GiB of the whole process: reserved, the card in use by all, the host's peak."""
+        """Return GiB of the whole process: reserved, the card in use by all, the host's peak; and
+        how often torch gave memory back to the card because it found no free block."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if not self.cuda:
             return {"host": peak}
@@ -132,6 +114,7 @@ class Meter:
             "card_in_use": self.in_use / 2**30,
             "card": torch.cuda.mem_get_info()[1] / 2**30,
             "host": peak,
+            "allocations_tried_again": torch.cuda.memory_stats()["num_alloc_retries"],
         }
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import plan
 import torch
 import votes
-from card_meter import PROFILED, Meter, check_called, clocked, hooked, nothing, product_rate
+from card_meter import Meter, check_called, clocked, hooked, nothing, product_rate
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM
 
 SMALL = {
@@ -172,11 +172,10 @@ def train(card, run, j, *more, base=None, keep=None):
             hooked(hooks, clocked(meter)),
             hooked(BASES, lambda function, phase: meter.stamped(phase, function)),
             hooked(((rm, "rewards_of_batch"),), meter.count_rows),
-            hooked(((training, "backward"),), meter.profiled),
         ):
             train_rm.main(args)
     finally:  # also where memory ran out
-        numbers = {"gib": meter.memory(), "phases": meter.phases, "kernels": meter.kernels}
+        numbers = {"gib": meter.memory(), "phases": meter.phases}
         keep(**numbers)
     gc.collect()
     rate = product_rate(card.device, getattr(torch, args.dtype), 256 if card.small else 8192)
@@ -193,8 +192,6 @@ def rates(phases, rate, lora):
 
     A forward pass takes 2 a weight and token, and 2 q T^2 a layer for attention over T tokens."""
     (model,), calls = phases["load_base"], phases["forward_backward"]
-    # The profiler takes time of its own.
-    calls = calls[:PROFILED] + calls[PROFILED + 1 :] or calls
     names = ("seconds", "distinct_tokens", "run_tokens", "squares")
     seconds, distinct, run, squares = (sum(call[name] for call in calls) for name in names)
     forward = 2 * model["dense_parameters"] * run + 2 * model["attention"] * squares
