@@ -246,6 +246,7 @@ def layers(card):
         with profile(activities=[ProfilerActivity.CUDA]):  # before there is much on the card
             torch.zeros(1, device="cuda")
         torch.use_deterministic_algorithms(True, warn_only=True)  # as train_rm.py does
+        torch.utils.deterministic.fill_uninitialized_memory = False
     found, first = {}, {}
 
     def add(name, change, tokens, profiled=False):

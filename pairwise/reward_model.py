@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 
 from pairwise import bases, cli
-from pairwise.scale import packed, parallel, passes, rope
+from pairwise.scale import norms, packed, parallel, passes, rope
 
 import numpy as np
 import torch
@@ -120,6 +120,8 @@ def ready(model, device, skips=None):
     are padded."""
     head(model).float()
     model.eval().to(device)
+    if model.device.type == "cuda":  # A CPU gains nothing, and keeps transformers' bits.
+        norms.use_kernels(model)
     return RewardModel(model, packed.prepare(model) if hasattr(model, "score") else None, skips)
 
 

@@ -278,7 +278,7 @@ def add_scoring_flags(parser):
     add("--max-length", type=cli.natural, default=2048, help=words)
     words = "of the parameters (default bfloat16 on a GPU, float32 on a CPU)"
     add("--dtype", choices=rm.DTYPES, help=words)
-    words = "tokens run in one forward pass (default 8192; lora: 4096; on a CPU 1024)"
+    words = "tokens run in one forward pass (default 8192; on a CPU 1024)"
     add("--micro-batch-tokens", type=cli.natural, help=words)
 
 
@@ -308,9 +308,9 @@ def add_flags(parser):
 
 def fill_in(args, **defaults):
     """Set the flags that were not given: to `defaults`, and else to what --device decides."""
-    cpu, lora = args.device == "cpu", args.train == "lora"
-    tokens = 1024 if cpu else 4096 if lora else 8192
-    of_device = {"dtype": "float32" if cpu else "bfloat16", "micro_batch_tokens": tokens}
+    cpu = args.device == "cpu"
+    of_device = {"dtype": "float32" if cpu else "bfloat16"}
+    of_device["micro_batch_tokens"] = 1024 if cpu else 8192
     for name, value in (of_device | defaults).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -198,7 +198,7 @@ def test_order_and_ends_of_parts(tmp_path):
         "e --ended failed out of time: stopped after 130 seconds",
     ]
     ended = [line for part in zip("cfe", stopped) for line in part]
-    assert code == 1 and lines == ["base", "a1", "a2", "b1", "b2", *ended, "d"]
+    assert code == 1 and lines == ["base", "a1", "a2", "b1", "b2", *ended, "l", "d"]
     assert shell(tmp_path, "d", "--small") == (0, ["d --small"])
     assert shell(tmp_path, "a", WORK=str(tmp_path / "w")) == (0, ["base", "a1", "a2"])
     assert shell(tmp_path, "x") == (2, [])
