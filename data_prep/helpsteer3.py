@@ -1,4 +1,4 @@
-"""HelpSteer3: two answers to every conversation, compared by about three annotators.
+"""HelpSteer3: two answers to every conversation, compared by up to three annotators.
 
     python data_prep/helpsteer3.py --run runs/helpsteer3                      (from the hub)
     python data_prep/helpsteer3.py --run runs/helpsteer3 --source DIR
