@@ -43,7 +43,9 @@ demo        RUN/base                        10 20  test  --lr 3e-3
 multipref   OpenRLHF/Llama-3-8b-sft-mixture 50 100 prism
 personalllm OpenRLHF/Llama-3-8b-sft-mixture 50 100 prism --pairs-per-step 512 --precondition-frequency 10
 helpsteer2  OpenRLHF/Llama-3-8b-sft-mixture 50 100 prism
+helpsteer3  OpenRLHF/Llama-3-8b-sft-mixture 50 100 prism
 tldr        OpenRLHF/Llama-3-8b-rlhf-100k   50 100 test
+ukpconvarg1 --base                          0  100 test
 votes       --base                          0  100 test'
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -104,15 +106,18 @@ case $DATASET in
     demo) # its base is tiny: one thread is enough, and the tail of what it says is noise
         MODEL=(--threads "${THREADS:-1}" "${MODEL[@]}") VALID=${VALID:-0.1}
         SAMPLING=(--top-p 0.9 "${SAMPLING[@]}") TRAIN=(--dtype float32 "${TRAIN[@]}") ;;
-    multipref | personalllm | helpsteer2 | tldr) ;;
+    multipref | personalllm | helpsteer2 | helpsteer3 | tldr) ;;
+    ukpconvarg1)
+        [[ -n $BASE && " ${DATA[*]} " = *" --source "* ]] ||
+            fail "$DATASET needs --source, a clone of its repository, and --base, the model to start from" ;;
     */* | *.jsonl | *.json | *.csv | *.parquet | *.gz)
         SCRIPT=votes NAME=$(basename -- "$DATASET" .gz) NAME=${NAME%.*}
         [[ $NAME = *[!.]* ]] || fail "'$DATASET' found, a file with a name before its ending expected"
-        [[ " ${DATA[*]} " != *" --source "* ]] || fail "--source is for the paper's, not $DATASET"
+        [[ " ${DATA[*]} " != *" --source "* ]] || fail "--source is for published data, not $DATASET"
         [ -n "$BASE" ] || fail "$DATASET: a file of your own needs --base, the model to start from"
         DATA=(--source "$DATASET" "${DATA[@]}") ;;
-    *) fail "unknown data set '$DATASET'; demo, multipref, personalllm, helpsteer2, tldr, or a" \
-        "file ending in .jsonl, .json, .csv or .parquet (also .gz) expected" ;;
+    *) fail "unknown data set '$DATASET'; demo, multipref, personalllm, helpsteer2, helpsteer3, tldr," \
+        "ukpconvarg1, or a file ending in .jsonl, .json, .csv or .parquet (also .gz) expected" ;;
 esac
 read -r _ BASE_HERE PROMPTS_HERE TEXTS FROM FLAGS <<<"$(grep "^$SCRIPT " <<<"$DEFAULTS")"
 RUN=${RUN:-runs/$NAME} BASE=${BASE:-${BASE_HERE/#RUN/$RUN}} PROMPTS=${PROMPTS:-$PROMPTS_HERE}

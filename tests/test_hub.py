@@ -15,7 +15,16 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pyarrow.parquet as pq
 import pytest
 from conftest import REPOSITORY
-from test_published import HELPSTEER2, MULTIPREF, PERSONALLLM, PREFERENCES, PRISM, TLDR
+from test_published import (
+    HELPSTEER2,
+    HELPSTEER3,
+    MULTIPREF,
+    PERSONALLLM,
+    PREFERENCES,
+    PRISM,
+    TLDR,
+    folder,
+)
 from test_votes import save
 
 COMMITS = {
@@ -29,6 +38,7 @@ COMMITS = {
         ("tldr", "f"),
         ("main", "1"),
         ("plain", "2"),
+        ("helpsteer3", "3"),
     )
 }
 RUNNER = """
@@ -271,6 +281,14 @@ def from_hub(tmp_path_factory):
         "disagreements/disagreements.jsonl.gz": packed(HELPSTEER2),
         "preference/preference.jsonl.gz": packed(PREFERENCES),
     }
+    pages = {
+        name: {split: f"{name}/{split}.jsonl.gz" for split in HELPSTEER3}
+        for name in ("preference", "feedback")
+    }
+    helpsteer3 = {"README.md": card(*pages.items())}
+    for split, rows in HELPSTEER3.items():
+        helpsteer3[pages["preference"][split]] = packed(rows)
+        helpsteer3[pages["feedback"][split]] = averaged
     names = ("survey", "conversations", "utterances", "metadata")
     prism = {
         f"{name}.jsonl": save(
@@ -301,6 +319,7 @@ def from_hub(tmp_path_factory):
         },
         "namkoong-lab/PersonalLLM": {"main": (COMMITS["personalllm"], personalllm)},
         "nvidia/HelpSteer2": {"main": (COMMITS["helpsteer2"], helpsteer2)},
+        "nvidia/HelpSteer3": {"main": (COMMITS["helpsteer3"], helpsteer3)},
         "HannahRoseKirk/prism-alignment": {"main": (COMMITS["prism"], prism)},
         "openai/summarize_from_feedback": {
             "refs/convert/parquet": (COMMITS["tldr"], converted),
@@ -325,6 +344,7 @@ def from_hub(tmp_path_factory):
         "personalllm": ("personalllm", tmp / "personalllm"),
         "helpsteer2": ("helpsteer2", tmp / "helpsteer2.jsonl.gz"),
         "preference": ("helpsteer2", tmp / "preference.jsonl.gz", "--annotators", "preference"),
+        "helpsteer3": ("helpsteer3", folder(tmp / "helpsteer3", HELPSTEER3, ".jsonl.gz")),
         "tldr": ("tldr", tmp / "tldr", "--cnndm", "keep"),
         "prism": ("prism", tmp / "conversations.jsonl"),
         "again": ("multipref", None),
@@ -361,7 +381,10 @@ def stats(run):
 
 @pytest.mark.parametrize(
     "name",
-    ["multipref", "older", "plain", "commit", "personalllm", "helpsteer2", "preference", "tldr"],
+    [
+        *("multipref", "older", "plain", "commit", "personalllm"),
+        *("helpsteer2", "preference", "helpsteer3", "tldr"),
+    ],
 )
 def test_data_from_the_hub_are_those_of_the_files(from_hub, name):
     ended, tmp, _ = from_hub

@@ -208,6 +208,7 @@ def test_other_arguments_are_refused_with_a_command_that_works(copied_run):
         (["demo", "--data-seed", "x"], "--data-seed 'x'"),
         (["votes.csv", "2"], "needs --base"),
         (["missing.csv", "2", "--base", "x"], "missing.csv"),
+        (["ukpconvarg1", "2", "--base", "x"], "needs --source"),
         (["demo", "--prompts", "0"], "--prompts"),
         (["demo", "--iteration", "3"], "--iteration"),
         (["demo", "2", "--loss", "bt"], "no residual"),

@@ -19,8 +19,9 @@ from test_votes import by_texts, save
 
 SCRIPTS = {
     name: script(name)
-    for name in ("multipref", "personalllm", "helpsteer2", "tldr", "prism", "export_pairs")
+    for name in ("multipref", "personalllm", "helpsteer2", "helpsteer3", "tldr", "prism")
 }
+SCRIPTS["export_pairs"] = script("export_pairs")
 PREFERENCE = ("--annotators", "preference")
 AGAIN = "pair of a prompt that is in a held-out split too"
 GONE = object()
@@ -191,6 +192,23 @@ def preferred(split, prompt, first, second, strengths):
     }
 
 
+def helpsteer3(context, first, second, scores, domain="general", language="english"):
+    """context: messages, or the text of a user's turn."""
+    prompt = [{"role": "user", "content": context}]
+    return {
+        "domain": domain,
+        "language": language,
+        "context": prompt if isinstance(context, str) else context,
+        "response1": first,
+        "response2": second,
+        "overall_preference": -1,
+        "individual_preference": [
+            {"score": score, "reasoning": "x", "feedback1": "y", "feedback2": ""}
+            for score in scores
+        ],
+    }
+
+
 def tldr(post, first, second, choice, batch="batch3", split="train"):
     info = {
         "id": f"t3_{post}",
@@ -291,6 +309,26 @@ PREFERENCES = [
     preferred("train", "T3", "apple", "pear", [-3, 1]),
     preferred("train", "V1", "apple", "pear", [1, 1]),
 ]
+HELPSTEER3 = {
+    "train": [
+        helpsteer3("C1", "apple", "pear", [-3, -1, 2]),
+        helpsteer3("C2", "apple", "pear", [0, 0, 1]),
+        helpsteer3(TURNS, "apple", "pear", [1, 2, 3], "code", "python"),
+        helpsteer3("C1", "pear", "apple", [-2, -1], "stem"),
+        helpsteer3("C1", "apple", "fig", [0, -1, -2]),
+        helpsteer3(TURNS[:2], "apple", "pear", [1, 1]),
+        helpsteer3([], "apple", "pear", [1, 1]),
+        helpsteer3("C4", " \n", "pear", [1, 1]),
+        helpsteer3("C5", "apple", "apple", [1, 1]),
+        helpsteer3([{"role": "system", "content": "Be kind."}, *TURNS[2:]], "a", "b", [-1, 1, 0]),
+        helpsteer3("V1", "apple", "pear", [1, 1]),
+    ],
+    "validation": [
+        helpsteer3("V1", "apple", "pear", [-1, 1, 3], "multilingual", "korean"),
+        helpsteer3("V2", "apple", "pear", [2, 2, -3]),
+        helpsteer3("V3", "apple", "pear", []),
+    ],
+}
 TLDR = {
     "train": [
         tldr("t1", "apple", "pear", 0),
@@ -325,6 +363,7 @@ ROWS = {
     "personalllm": [row for rows in PERSONALLLM.values() for row in rows],
     "helpsteer2": HELPSTEER2,
     "preference": PREFERENCES,
+    "helpsteer3": [row for rows in HELPSTEER3.values() for row in rows],
     "tldr": [row for rows in TLDR.values() for row in rows],
 }
 SPLIT = {
@@ -332,6 +371,7 @@ SPLIT = {
     "personalllm": PERSONALLLM,
     "helpsteer2": {"train": HELPSTEER2},
     "preference": {"train": PREFERENCES},
+    "helpsteer3": HELPSTEER3,
     "tldr": TLDR,
 }
 KINDS = {name: (name, ()) for name in ROWS} | {
@@ -613,6 +653,39 @@ def test_helpsteer2_preferences(tmp_path):
     )
 
 
+@pytest.mark.parametrize("place", ["", "preference"])
+def test_helpsteer3(tmp_path, capsys, place):
+    """Of the files alone, and of a copy of all that is on the hub."""
+    folder(tmp_path / "source" / place, HELPSTEER3, ".jsonl.gz")
+    if place:
+        folder(tmp_path / "source" / "feedback", {"train": [{"x": 1}], "validation": [{"x": 1}]})
+    splits, stats = convert("helpsteer3", tmp_path / "run", tmp_path / "source")
+    votes = {
+        ("C1", "apple", "pear"): (2, 3, 0),
+        ("C1", "apple", "fig"): (2, 0, 1),
+        ("Why?", "apple", "pear"): (0, 3, 0),
+        ("Why?", "a", "b"): (1, 1, 1),
+        ("V1", "apple", "pear"): (1, 2, 0),
+        ("V2", "apple", "pear"): (1, 2, 0),
+    }
+    dropped = {
+        "prompt that does not end with a turn of the user's": 2,
+        "empty response": 1,
+        "identical responses": 1,
+        "fewer than two votes": 2,
+        f"train {AGAIN}": 1,
+    }
+    majority = 3 / 5 + 1 + 1 + 1 / 2 + 2 / 3 + 2 / 3
+    check(stats, splits, votes, dropped, 5 + 2 + 3 + 2 + 3 + 3, majority, test={"V1", "V2"})
+    rows = {len(row["messages"]): row for row in splits["train"]}
+    assert rows[1]["categories"] == {"domain": "general", "language": "english"}
+    assert rows[3]["categories"] == {"domain": "code", "language": "python"}
+    assert rows[3]["messages"] == TURNS and rows[2]["messages"][0]["role"] == "system"
+    assert stats["votes"] == "sampled" and set(stats["other_readings"]) == {"--ties half"}
+    out = capsys.readouterr().out
+    assert "helpsteer3 beside its data card" in out and " of the paper" not in out
+
+
 def test_answers_in_two_splits_are_not_compared(tmp_path):
     rows = [
         rated(f"P{i}", response, [i, 2]) for i in (0, 1, 3, 4) for response in ("apple", "pear")
@@ -741,6 +814,7 @@ PUBLISHED = {  # tables 1 and 2
     "personalllm": (263256, 9402, 1000, 10.0, 0.76),
     "helpsteer2": (21000, 10000, 1000, 3.5, 0.74),
     "preference": (21000, 10000, 1000, 3.5, 0.74),
+    "helpsteer3": (40476, None, None, None, None),  # its data card's
     "tldr": (3217, 729, 845, 7.56, 0.84),
 }
 
@@ -752,7 +826,7 @@ def test_stats_agree_with_the_data(tmp_path, kind, flags, capsys):
     assert stats["here"] == pytest.approx(recount(splits), rel=1e-12)
     assert (
         tuple(
-            stats["paper"][key]
+            stats["paper"].get(key)
             for key in (
                 "pairs",
                 "train_prompts",
@@ -827,9 +901,8 @@ def test_stats_agree_with_the_data(tmp_path, kind, flags, capsys):
         ("prompts, test", "test_prompts"),
     ):
         [line] = [line for line in out.splitlines() if line.startswith(f"data: {words}  ")]
-        assert (
-            line.split()[-2 - len(stats["other_readings"])] == f"{stats['here'][key]:,}"
-            and f"{stats['paper'][key]:,}" in line
+        assert line.split()[-2 - len(stats["other_readings"])] == f"{stats['here'][key]:,}" and (
+            key not in stats["paper"] or f"{stats['paper'][key]:,}" in line
         )
     for reason, count in stats["dropped"].items():
         assert f"data: {count} dropped: {reason}\n" in out
@@ -1072,6 +1145,7 @@ VOCABULARY = (
     "B-is-clearly-better expected"
 )
 RATING, STRENGTHS = "one of 0, 1, 2, 3, 4 expected", "one of -100, -3, -2, -1, 0, 1, 2, 3 expected"
+ANNOTATORS, SCORE = "individual_preference", "one of -3, -2, -1, 0, 1, 2, 3 expected"
 BAD = [  # data set, where in the third row, what is there, what the line must say
     ("multipref", ("text",), GONE, "text: nothing found, text expected"),
     ("multipref", ("text",), 7, "text: 7 found, text expected"),
@@ -1223,6 +1297,28 @@ BAD = [  # data set, where in the third row, what is there, what the line must s
     ("tldr", ("batch",), "batch2", "batch: 'batch2' found, one of batch3, "),
     ("tldr", ("batch",), "cnndm1", "batch: 'cnndm1' found, one of batch3, "),
     *(
+        (
+            "helpsteer3",
+            (ANNOTATORS, 1, "score"),
+            value,
+            f"{ANNOTATORS}: score: {said} found, {SCORE}",
+        )
+        for value, said in ((4, "4"), (-4, "-4"), (0.5, "0.5"), ("1", "'1'"), (GONE, "nothing"))
+    ),
+    ("helpsteer3", (ANNOTATORS,), GONE, f"{ANNOTATORS}: nothing found, a list of dict expected"),
+    ("helpsteer3", (ANNOTATORS,), [1, 2], f"{ANNOTATORS}: [1, 2] found, a list of dict expected"),
+    ("helpsteer3", ("context",), "Hi", "context: 'Hi' found, a list of dict expected"),
+    (
+        "helpsteer3",
+        ("context", 1, "role"),
+        "bot",
+        "context: role: 'bot' found, one of system, user",
+    ),
+    ("helpsteer3", ("context", 0, "content"), None, "context: content: nothing found, text expect"),
+    ("helpsteer3", ("response1",), None, "response1: nothing found, text expected"),
+    ("helpsteer3", ("domain",), "", "domain: '' found, text that is not empty expected"),
+    ("helpsteer3", ("language",), GONE, "language: nothing found, text that is not empty expected"),
+    *(
         ("tldr", ("choice",), value, f"choice: {said} found, one of 0, 1 expected")
         for value, said in (
             (2, "2"),
@@ -1270,6 +1366,7 @@ def test_bad_row_is_one_line(tmp_path, kind, path, value, said):
             ("personalllm", ("response_3_beaver_7b",)),
             ("helpsteer2", ("helpfulness", 0)),
             ("preference", (STRENGTH, 0, "strength")),
+            ("helpsteer3", (ANNOTATORS, 1, "score")),
             ("tldr", ("choice",)),
         )
     ],
@@ -1288,6 +1385,7 @@ def test_renamed_column(tmp_path, kind):
         "personalllm": "response_2_gemma_2b",
         "helpsteer2": "helpfulness",
         "preference": "response_2",
+        "helpsteer3": "response2",
         "tldr": "summaries",
     }[kind]
     rows = [

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pairwise import cli, rows, run_dir
 from pairwise.files import hash_file
-from pairwise.prepare import prompts
+from pairwise.prepare import prompts, tables
 
 from tqdm import tqdm
 
@@ -33,6 +33,7 @@ class Published(NamedTuple):
     files: str  # what to download by hand, for the message when the hub cannot be read
     rows: dict  # {split: published number of rows}
     fields: tuple  # the columns that are used
+    beside: str = tables.PAPER  # whose figures are put beside ours
 
 
 def parser(doc):
@@ -216,9 +217,9 @@ def prepare_published(args, dataset, comparisons, votes, paper, choices):
     """Read a published data set and turn it into RUN/data (pairwise/prepare/prompts.py).
 
     comparisons(source_rows, args) turns (our split, where, row) into Comparisons, or into the
-    reasons why there is none; votes: how they arose. paper: its figures. choices: {flag: every
-    value} of what the paper leaves open: ours is recorded, and the figures under every other value
-    are put beside the paper's too.
+    reasons why there is none; votes: how they arose. paper: the figures of dataset.beside. choices:
+    {flag: every value} of what the paper leaves open: ours is recorded, and the figures under every
+    other value are put beside the paper's too.
     """
     source = Source(args, dataset)
 
@@ -232,7 +233,8 @@ def prepare_published(args, dataset, comparisons, votes, paper, choices):
         for value in values
         if value != getattr(args, flag)
     }
-    settings, facts = {flag: getattr(args, flag) for flag in choices}, {"source": source.facts}
+    settings = {flag: getattr(args, flag) for flag in choices}
+    facts = {"source": source.facts, "beside": dataset.beside}
     beside = {"paper": paper, "readings": readings, "facts": facts}
     ours, _ = reading()
     prompts.prepare(args, dataset.name, ours, votes, source.inputs, settings, **beside)

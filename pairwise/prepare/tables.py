@@ -6,6 +6,7 @@ paper in which a tie counts in n; any other value changes nothing here.
 
 import numpy as np
 
+PAPER = "tables 1 and 2 of the paper"
 LABELS = {  # the columns of tables 1 and 2
     "responses": "responses",
     "pairs": "pairs, train and test",
@@ -72,10 +73,10 @@ def print_counts(stats):
 
 
 def comparison_with_paper(stats):
-    """Return the paper's figures beside ours, as text."""
-    columns = {name: stats[name] for name in ("paper", "here", "difference")}
-    columns |= stats["other_readings"]
-    lines = [f"{stats['dataset']} beside tables 1 and 2 of the paper"]
+    """Return the figures of the paper, or of a data set's own authors, beside ours, as text."""
+    columns = {"paper" if stats["beside"] == PAPER else "published": stats["paper"]}
+    columns |= {name: stats[name] for name in ("here", "difference")} | stats["other_readings"]
+    lines = [f"{stats['dataset']} beside {stats['beside']}"]
     lines.append(" " * 22 + "".join(f"  {column:>10}" for column in columns))
     for key, label in LABELS.items():
         line = f"{label:22}"
