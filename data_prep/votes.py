@@ -136,7 +136,7 @@ def ranking(where, row, count):
                 expected = f"an index into the {count} responses, counted from 0,"
                 raise rows.wrong(where, "ranking", index, expected)
             if levels[int(index)] is not None:
-                raise rows.wrong(where, "ranking", index, f"each index once, twice in {groups}, is")
+                raise rows.wrong(where, "ranking", groups, "each index once at most")
             levels[int(index)] = -place
     return levels
 
@@ -248,7 +248,8 @@ def comparisons(path, others, replaces=False):
     """Yield the Comparisons of every row; the set `others` gets the names of other columns.
 
     replaces: as of Comparison. Raises InputError where a row is not like the first in its form of
-    votes or its optional fields, where a prompt is in two splits, and where no row has a text.
+    votes or its optional fields, where a prompt is in two splits, where no row has a text, and
+    where annotators are missing of whom a vote is to replace another.
     """
     where, first, split_of, found = None, None, {}, set()
     for where, row in rows.read_rows(path, FIELDS, others=others):
@@ -279,6 +280,9 @@ def comparisons(path, others, replaces=False):
     for name in text_fields(found):
         if name not in found:
             raise rows.wrong(f"{path}: all rows", name, None, "text")
+    if replaces and first and first["annotator"] == "missing":
+        expected = "choice, ranking or ratings with an annotator expected"
+        raise cli.InputError(f"{path}: no annotator found; with --repeated last {expected}")
 
 
 def main(args):
