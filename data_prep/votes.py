@@ -34,7 +34,7 @@ of one annotator on the same two responses are then an error, or --repeated last
 named and not used. Rows belong together by prompt_id, else by prompt; the votes of rows for the
 same two responses, in either order, are added up. A row without a prompt or a response, or with a
 blank one, is dropped and counted. In CSV an empty cell means missing, and messages, categories,
-responses, ranking and ratings are written as JSON. A line of a .jsonl:
+responses, ranking and ratings are written as JSON. Lines of a .jsonl:
 
     {"prompt": "A fruit?", "response_a": "Apple.", "response_b": "Fig.", "votes_a": 4, "votes_b": 1}
     {"prompt": "A fruit?", "responses": ["Apple.", "Fig.", "Leek."], "ranking": [1, 0, 2]}
