@@ -15,11 +15,12 @@ with .gz behind it. A row has
 
 with one of the three forms of votes for the whole file. Half votes are ties already shared out: as
 their number is then unknown, the irreducible error is overestimated; give `ties` and --ties half
-instead. Optional, for all rows or for none: prompt_id (a string or an integer), categories {name:
-label}, p_true (the population's fraction for a), split (train or test). Other columns are named and
-not used. Rows belong together by prompt_id, else by prompt; the votes of rows for the same two
-responses, in either order, are added up. In CSV an empty cell means missing, and messages and
-categories are written as JSON. A line of a .jsonl:
+instead. A file with prompt_id and no prompt, whose responses may be ids, takes rewards from
+elsewhere alone (extras/import_scores.py). Optional, for all rows or for none: prompt_id (a string
+or an integer), categories {name: label}, p_true (the population's fraction for a), split (train or
+test). Other columns are named and not used. Rows belong together by prompt_id, else by prompt; the
+votes of rows for the same two responses, in either order, are added up. In CSV an empty cell means
+missing, and messages and categories are written as JSON. A line of a .jsonl:
 
     {"prompt": "A fruit?", "response_a": "Apple.", "response_b": "Fig.", "votes_a": 4, "votes_b": 1}
 """
@@ -38,7 +39,7 @@ IS_VALID = {  # NaN, infinity and huge integers fail the comparisons.
 }
 NUMBERS = dict.fromkeys(("votes_a", "votes_b", "ties"), HALVES)
 NUMBERS |= {"p": FRACTION, "n": WHOLE, "p_true": FRACTION}
-ALL_OR_NONE = ("prompt_id", "p_true", "split", "categories")
+ALL_OR_NONE = ("prompt", "prompt_id", "p_true", "split", "categories")
 FIELDS = (
     dict.fromkeys(NUMBERS, "number")
     | dict.fromkeys(("response_a", "response_b", "choice", "prompt_id", "split"), "text")
@@ -57,19 +58,12 @@ def number(where, row, field):
     return float(value)
 
 
-def label(where, field, value):
-    """Return a text, or an integer as text."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return rows.text(where, field, value)
-
-
 def categories(where, labels):
     """Return {name: label}."""
     if not isinstance(labels, dict) or not labels:
         raise rows.wrong(where, "categories", labels, "an object {name: label}")
     names = [rows.text(where, "categories", name) for name in labels]
-    return {name: label(where, f"categories: {name!r}", labels[name]) for name in names}
+    return {name: rows.label(where, f"categories: {name!r}", labels[name]) for name in names}
 
 
 # ---- the votes of one row: each of three forms is read as (votes_a, votes_b, ties)
@@ -125,9 +119,10 @@ def comparison(where, row):
     """Return the Comparison of one row."""
     if row.get("split") not in (None, "train", "test"):
         raise rows.wrong(where, "split", row["split"], "train or test")
-    prompt_id = label(where, "prompt_id", row["prompt_id"]) if "prompt_id" in row else None
-    messages = rows.messages(where, row.get("prompt"))
-    responses = [rows.text(where, name, row.get(name)) for name in ("response_a", "response_b")]
+    prompt_id = rows.label(where, "prompt_id", row["prompt_id"]) if "prompt_id" in row else None
+    messages = rows.messages(where, row.get("prompt", prompt_id))
+    text = rows.text if "prompt" in row else rows.label  # without a prompt they are ids
+    responses = [text(where, name, row.get(name)) for name in ("response_a", "response_b")]
     _, read_votes = FORMS[form_of(where, row)]
     votes = read_votes(where, row)
     p_true = number(where, row, "p_true") if "p_true" in row else None
@@ -136,8 +131,9 @@ def comparison(where, row):
     return prompts.Comparison(prompt_id, messages, *responses, *votes, *optional)
 
 
-def comparisons(path, others):
-    """Yield the Comparison of every row; the set `others` gets the names of other columns.
+def comparisons(path, others, facts):
+    """Yield the Comparison of every row; the set `others` gets the names of other columns, the dict
+    `facts` no_prompts where prompt_id takes their place.
 
     Raises InputError where a row is not like the first in its form of votes or its optional fields,
     and where a prompt is in two splits.
@@ -150,6 +146,8 @@ def comparisons(path, others):
         if votes.categories:
             traits["categories"] = f"given for {sorted(votes.categories)}"
         first = first or traits
+        if "prompt" not in row:
+            facts["no_prompts"] = True
         for name in traits:
             if traits[name] != first[name]:
                 unlike = f"{traits[name]} found, {first[name]} in the first row"
@@ -170,8 +168,12 @@ def main(args):
         inputs = {"source": files.hash_file(args.source)}
     except OSError as error:
         raise cli.InputError(f"{args.source}: cannot be read ({cli.reason(error)})") from None
-    others = set()
-    prompts.prepare(args, name, lambda: comparisons(args.source, others), args.votes, inputs, {})
+    others, facts = set(), {}
+    given = (args, name, lambda: comparisons(args.source, others, facts), args.votes, inputs, {})
+    prompts.prepare(*given, facts=facts)
+    if facts:
+        words = "nothing can be trained or scored, extras/import_scores.py brings the rewards"
+        print(f"data: no prompts, of which prompt_id takes the place; {words}")
     rows.print_unused(args.source, others)
 
 

@@ -270,6 +270,13 @@ def text(where, field, value):
     return string(where, field, value)
 
 
+def label(where, field, value):
+    """Return a text, or an integer as text."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return text(where, field, value)
+
+
 def one_of(where, field, value, vocabulary):
     """A word or an integer of a vocabulary."""
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value not in vocabulary:
