@@ -236,7 +236,8 @@ def main(args):
     base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     if first := run_dir.first_with_model(run, j):  # trained members differ in their residual only
-        run_dir.must_agree(run, run_dir.member_name(first), settings, base_inputs)
+        before = run_dir.hash_rewards(run, first - 1)
+        run_dir.must_agree(run, run_dir.member_name(first), settings, base_inputs | before)
     inputs = base_inputs | run_dir.hash_rewards(run, j - 1)
     stage = (run, name, settings, inputs)
     outputs = [run / name, run / "logs" / f"{j:02d}.jsonl"]

@@ -1,7 +1,7 @@
 """Make rewards from elsewhere members of a run: of a served model, a judge, another framework.
 
     python extras/import_scores.py --run RUN --iteration J scores.jsonl        (then fit_weights.py)
-    python extras/import_scores.py --run RUN judged.csv --reward gpt4,llama    (members 1 and 2)
+    python extras/import_scores.py --run RUN --iteration 1 judged.csv --reward gpt4,llama
 
 The file is .jsonl, .json, .csv or .parquet, each also with .gz, in one of two forms:
 
@@ -97,7 +97,7 @@ def finite(where, row, column, others):
     value = row.get(column)
     if not rows.is_number(value) or not abs(value) <= LARGEST:  # NaN is not.
         known = f" (other columns: {reprlib.repr(sorted(others))})" if value is None else ""
-        raise rows.wrong(where, column, value, f"a finite number{known}")
+        raise rows.wrong(where, column, value, f"a finite number that float32 holds{known}")
     return float(value)
 
 
@@ -174,7 +174,8 @@ def write_member(args, j, name, rewards, splits):
         differ, stored = (each[split][x.a] != each[split][x.b] for each in (exact, scores))
         lost += int((differ & ~stored).sum())
     run_dir.end_stage(*stage, started, source=args.file.name, pairs_equal_in_float32=lost)
-    words = f"; {lost:,} pairs tie in float32 though their rewards differ" if lost else ""
+    words = "pairs tie in float32 though their rewards differ; nearer to 0 it has more digits"
+    words = f"; {lost:,} {words}" if lost else ""
     print(f"member {j}: {name or 'rewards'} of {args.file}{words}")
 
 
@@ -207,8 +208,8 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     cli.add_run(parser, "run directory with data/")
-    words = "make the rewards member J, 1 to 99, the first of several (1)"
-    add("--iteration", type=cli.member_number, default=1, metavar="J", help=words)
+    words = "make the rewards member J, 1 to 99, the first of several"
+    add("--iteration", required=True, type=cli.member_number, metavar="J", help=words)
     words = "columns NAME, or NAME_a and NAME_b, a member each (reward, or r_a and r_b)"
     add("--reward", type=names_of, default=[None], metavar="NAME,..", help=words)
     add("file", type=cli.path, metavar="FILE", help="rows of prompts, responses and rewards")
