@@ -161,8 +161,11 @@ def from_cell(where, field, cell, fields):
     try:
         if form == "number":
             return cli.decimal(cell.strip())
-        if form == "json":
-            return files.parse_json(cell)
+        if form in ("json", "numbers"):
+            value, number = files.parse_json(cell), {field: "number"}
+            if form == "json" or not isinstance(value, list):
+                return value
+            return [from_cell(where, field, x, number) if isinstance(x, str) else x for x in value]
         if form == "messages" and cell.startswith("["):
             value = files.parse_json(cell)
             if any(isinstance(turn, dict) and "role" in turn for turn in value):
@@ -206,9 +209,9 @@ def read_rows(path, fields, name=None, others=None):
     """Yield (where, row) of every row, without the fields whose value is missing.
 
     fields: {name: form} of the fields that are wanted, other columns may be there or not. The form
-    is that of a CSV cell: "text", "number", "json" or "messages" (text, or a JSON list of
-    messages). name: what `where` calls the file. others: a set that gets the names of other
-    columns. Raises InputError for a file that cannot be read as its ending says.
+    is that of a CSV cell: "text", "number", "json", "numbers" (a JSON list) or "messages"
+    (text, or a JSON list of messages). name: what `where` calls the file. others: a set that gets
+    the names of other columns. Raises InputError for a file that cannot be read as its ending says.
     """
     _, ending, zipped = kind(path)
     try:
@@ -271,9 +274,9 @@ def text(where, field, value):
 
 
 def label(where, field, value):
-    """Return a text, or an integer as text."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+    """Return a text, or an integer as text: 3 of 3.0 too, which pandas makes of it beside null."""
+    if is_number(value) and value % 1 == 0:
+        return str(int(value))
     return text(where, field, value)
 
 
@@ -293,10 +296,13 @@ def list_of(where, field, value, element):
     return value
 
 
-def messages(where, prompt):
-    """Chat messages that end with a user turn; a string is one user turn."""
+def messages(where, prompt, content=text):
+    """Chat messages that end with a user turn; a string is one user turn.
+
+    content: text, or string, which may be empty.
+    """
     if not isinstance(prompt, list):
-        return [{"role": "user", "content": text(where, "prompt", prompt)}]
+        return [{"role": "user", "content": content(where, "prompt", prompt)}]
     for message in prompt:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "user", "assistant"):
@@ -310,6 +316,5 @@ def messages(where, prompt):
         unknown = [key for key in turn if key not in ("role", "content") and turn[key] is not None]
         if unknown:
             raise wrong(where, name, unknown, "no keys besides role and content")
-    return [
-        {"role": turn["role"], "content": text(where, name, turn.get("content"))} for turn in prompt
-    ]
+    contents = [content(where, name, turn.get("content")) for turn in prompt]
+    return [{"role": turn["role"], "content": each} for turn, each in zip(prompt, contents)]

@@ -250,15 +250,22 @@ def check_tools(run, tmp_path):
         call(train_rm, "--run", run, "--iteration", 3, "--base", "no-base")
 
 
-def test_rows_with_and_without_a_prompt(tmp_path):
+def test_rows_without_a_prompt(tmp_path):
     row = {"prompt_id": 1, "response_a": "x", "response_b": "y", "votes_a": 1, "votes_b": 1}
-    rows = written(tmp_path / "v.jsonl", [row | {"prompt": "p ?"}, row])
-    with pytest.raises(InputError, match="line 2: prompt: missing found, given in the first row"):
-        call(script("votes"), "--run", tmp_path / "run", "--source", rows)
+    rows = [row | {"prompt": f"p {i} ?", "prompt_id": i} for i in range(30)]
+    call(
+        script("votes"),
+        "--run",
+        tmp_path / "run",
+        "--source",
+        written(tmp_path / "v.jsonl", [row, *rows]),
+    )
+    stats = json.loads((tmp_path / "run/data/stats.json").read_text())
+    assert stats["dropped"] == {"empty prompt": 1} and "no_prompts" not in stats
     del row["prompt_id"]
-    with pytest.raises(InputError, match="line 1: prompt: nothing found"):
+    with pytest.raises(InputError, match="all rows: prompt: nothing found"):
         rows = written(tmp_path / "v.jsonl", [row])
-        call(script("votes"), "--run", tmp_path / "run", "--source", rows)
+        call(script("votes"), "--run", tmp_path / "other", "--source", rows)
 
 
 def test_training_goes_on_after_imported_members(

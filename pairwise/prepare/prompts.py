@@ -39,9 +39,11 @@ class Comparison(NamedTuple):
     categories: dict | None = None
     split: str | None = None
     where: str = ""  # file and row, for error messages
+    annotator: str | None = None  # None: unknown, or several
+    replaces: bool = False  # an earlier vote of this annotator on the pair, which else is an error
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Pair:
     """All votes on two responses a and b of a prompt, a being the one that was seen first."""
 
@@ -49,6 +51,7 @@ class Pair:
     votes_b: float
     ties: float
     p_true: float | None  # the population's fraction for a
+    rows: int = 1  # of the source
 
     def n(self, ties="drop"):
         """Return the number of votes; with ties IN_N, 0 where there are only ties."""
@@ -59,6 +62,13 @@ class Pair:
         """Return the votes on b and a."""
         p_true = None if self.p_true is None else 1 - self.p_true
         return Pair(self.votes_b, self.votes_a, self.ties, p_true)
+
+    def add(self, other, sign=1):
+        """Add the votes of a row on the same a and b, or take them back with sign -1."""
+        self.votes_a += sign * other.votes_a
+        self.votes_b += sign * other.votes_b
+        self.ties += sign * other.ties
+        self.rows += sign
 
 
 @dataclasses.dataclass
@@ -72,6 +82,7 @@ class Prompt:
     split: str | None  # the source's own split, where it has one
     responses: dict = dataclasses.field(default_factory=dict)  # {text: index}, first-seen order
     pairs: dict = dataclasses.field(default_factory=dict)  # {(a, b): Pair}, indices a < b
+    given: dict = dataclasses.field(default_factory=dict)  # {(a, b, annotator): (Pair, where)}
 
 
 def add_arguments(parser, test_share=0.1, valid_share=0.0):
@@ -101,13 +112,15 @@ def group(comparisons, ties):
     in first-seen order, and a Counter of what was dropped, by reason. Raises InputError where rows
     of one prompt contradict each other.
     """
-    prompts, dropped = {}, Counter()
+    prompts, dropped, messages = {}, Counter(), None
     for comparison in comparisons:
         reason = comparison if isinstance(comparison, str) else unusable(comparison)
         if reason:
             dropped[reason] += 1
             continue
-        context = json.dumps(comparison.messages, ensure_ascii=False, sort_keys=True)
+        if comparison.messages is not messages:  # The comparisons of one row share theirs.
+            messages = comparison.messages
+            context = json.dumps(messages, ensure_ascii=False, sort_keys=True)
         key = comparison.split, comparison.prompt_id or context
         if key not in prompts:
             name = comparison.prompt_id or hashlib.sha256(context.encode()).hexdigest()[:16]
@@ -120,7 +133,8 @@ def group(comparisons, ties):
         if prompt.categories != comparison.categories:
             before = f"{prompt.categories} before for the same prompt"
             raise cli.InputError(f"{where}: categories {comparison.categories} found, {before}")
-        add_votes(prompt, comparison, ties)
+        if add_votes(prompt, comparison, ties):
+            dropped["earlier vote of the same annotator"] += 1
     return list(prompts.values()), dropped
 
 
@@ -138,9 +152,10 @@ def unusable(comparison):
 def add_votes(prompt, comparison, ties):
     """Add the votes of a comparison to the prompt's pair of the same two responses.
 
-    Raises InputError where p_true is not that of an earlier row of the pair.
+    Returns whether they replace earlier ones. Raises InputError where p_true is not that of an
+    earlier row of the pair, and for an annotator's second vote that is not to replace the first.
     """
-    index = prompt.responses
+    index, where = prompt.responses, comparison.where
     a = index.setdefault(comparison.response_a, len(index))
     b = index.setdefault(comparison.response_b, len(index))
     half = comparison.ties / 2 if ties == "half" else 0.0
@@ -148,13 +163,22 @@ def add_votes(prompt, comparison, ties):
     new = Pair(votes_a, votes_b, comparison.ties, comparison.p_true)
     if a > b:
         a, b, new = b, a, new.reversed()
-    pair = prompt.pairs.setdefault((a, b), Pair(0.0, 0.0, 0.0, new.p_true))
-    pair.votes_a += new.votes_a
-    pair.votes_b += new.votes_b
-    pair.ties += new.ties
+    pair = prompt.pairs.setdefault((a, b), Pair(0.0, 0.0, 0.0, new.p_true, 0))
+    pair.add(new)
     if abs((pair.p_true or 0) - (new.p_true or 0)) > 1e-6:  # float32 files give p, and 1 - p.
         message = "p_true differs from an earlier row for the same two responses"
-        raise cli.InputError(f"{comparison.where}: {message}")
+        raise cli.InputError(f"{where}: {message}")
+    if comparison.annotator is None:
+        return False
+    key = a, b, comparison.annotator
+    before, then = prompt.given.get(key, (None, None))
+    prompt.given[key] = new, where
+    if before and not comparison.replaces:
+        twice = f"annotator: {comparison.annotator!r} found, as in {then} on the same two responses"
+        raise cli.InputError(f"{where}: {twice}; one vote expected, or --repeated last")
+    if before:
+        pair.add(before, -1)
+    return before is not None
 
 
 def drop_pairs(prompts, least, dropped, ties="drop"):
@@ -286,6 +310,7 @@ def prepare(
     splits, dropped = divide(args, name, comparisons(), rng, args.ties)
     stats = settings | {"dropped": dict(sorted(dropped.items()))}
     stats["splits"] = {split: tables.describe(splits[split]) for split in splits}
+    stats |= tables.added_up(tables.in_all(splits))
     majority = tables.majority_share(tables.in_all(splits))
     counts, edges = figures.majority_bins(majority)
     bins = edges[:-1].round(2).tolist()

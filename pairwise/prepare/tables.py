@@ -44,6 +44,16 @@ def describe(prompts, ties="drop"):
     }
 
 
+def added_up(prompts):
+    """Return {"rows_a_pair": of how many rows the votes were added up}; {} where none were."""
+    rows = np.array([pair.rows for prompt in prompts for pair in prompt.pairs.values()])
+    if (rows == 1).all():
+        return {}
+    counts = {"pairs": len(rows), "pairs_of_several": int((rows > 1).sum())}
+    counts |= {"mean": float(rows.mean()), "most": int(rows.max())}
+    return {"rows_a_pair": counts | {"annotators": any(prompt.given for prompt in prompts)}}
+
+
 def paper_columns(splits, ties):
     """Return the columns of the paper's tables 1 and 2.
 
@@ -62,6 +72,12 @@ def print_counts(stats):
             f"data: {split:5} {counts['prompts']:6,} prompts {counts['responses']:7,} responses "
             f"{counts['pairs']:8,} pairs   {counts['annotators_mean']:.2f} votes a pair, "
             f"majority {counts['majority_mean']:.3f}"
+        )
+    if rows := stats.get("rows_a_pair"):
+        twice = "" if rows["annotators"] else "; an annotator in two of them counts twice"
+        print(
+            f"data: {rows['pairs_of_several']:,} of {rows['pairs']:,} pairs add up several rows "
+            f"({rows['mean']:.2f} a pair, at most {rows['most']:,}){twice}"
         )
     for reason, count in stats["dropped"].items():
         print(f"data: {count:,} dropped: {reason}")
