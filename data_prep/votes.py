@@ -37,7 +37,7 @@ of one annotator on the same two responses are then an error, or --repeated last
 named and not used. Rows belong together by prompt_id, else by prompt; the votes of rows for the
 same two responses, in either order, are added up. A row without a prompt or a response, or with a
 blank one, is dropped and counted. In CSV an empty cell means missing, and messages, categories,
-responses, ranking and ratings are written as JSON. A line of a .jsonl:
+responses, ranking and ratings are written as JSON. Lines of a .jsonl:
 
     {"prompt": "A fruit?", "response_a": "Apple.", "response_b": "Fig.", "votes_a": 4, "votes_b": 1}
     {"prompt": "A fruit?", "responses": ["Apple.", "Fig.", "Leek."], "ranking": [1, 0, 2]}
@@ -133,7 +133,7 @@ def ranking(where, row, count):
                 expected = f"an index into the {count} responses, counted from 0,"
                 raise rows.wrong(where, "ranking", index, expected)
             if levels[int(index)] is not None:
-                raise rows.wrong(where, "ranking", index, f"each index once, twice in {groups}, is")
+                raise rows.wrong(where, "ranking", groups, "each index once at most")
             levels[int(index)] = -place
     return levels
 
@@ -258,7 +258,8 @@ def comparisons(path, others, facts, replaces=False):
     dict `facts` no_prompts where prompt_id takes their place.
 
     replaces: as of Comparison. Raises InputError where a row is not like the first in its form of
-    votes or its optional fields, where a prompt is in two splits, and where no row has a text.
+    votes or its optional fields, where a prompt is in two splits, where no row has a text, and
+    where annotators are missing of whom a vote is to replace another.
     """
     where, first, split_of, found = None, None, {}, set()
     if not any("prompt" in row for _, row in rows.read_rows(path, FIELDS)):
@@ -292,6 +293,9 @@ def comparisons(path, others, facts, replaces=False):
     for name in text_fields(found):
         if name not in found:
             raise rows.wrong(f"{path}: all rows", name, None, "text")
+    if replaces and first and first["annotator"] == "missing":
+        expected = "choice, ranking or ratings with an annotator expected"
+        raise cli.InputError(f"{path}: no annotator found; with --repeated last {expected}")
 
 
 def main(args):

@@ -619,7 +619,12 @@ BAD = {  # what is wrong: (file name, its content, what the line must say)
     "csv with a missing cell": (
         "v.csv",
         header + "q,a,,1,1\n",
-        "v.csv line 2: response_b: nothing found",
+        "v.csv: all rows: response_b: nothing found, text expected",
+    ),
+    "no prompt": (
+        "v.jsonl",
+        [row(prompt=None)] * 3,
+        "v.jsonl: all rows: prompt: nothing found",
     ),
     "csv with bad categories": (
         "v.csv",
@@ -757,13 +762,10 @@ BAD = {  # what is wrong: (file name, its content, what the line must say)
     ),
 }
 ROWS = {  # line 3 of a file of votes_a, votes_b: (what it is, what the line must say)
-    "missing prompt": (row(prompt=None), "prompt: nothing found, text that is not empty expected"),
-    "null prompt": ({**row(), "prompt": None}, "prompt: nothing found"),
-    "missing response": (row(b=None), "response_b: nothing found"),
     "missing votes": (row(votes_b=None), "votes_b: nothing found"),
     "no votes": (
         row(votes_a=None, votes_b=None),
-        "no votes found, one of these expected: votes_a and votes_b; p and n; choice",
+        "no votes found, one of these expected: votes_a and votes_b; p and n; choice; ranking; rat",
     ),
     "two forms in a row": (row(choice="a"), "votes_a and votes_b beside choice found"),
     "n beside votes": (row(n=4), "votes_a and votes_b beside p and n found"),
@@ -797,8 +799,6 @@ ROWS = {  # line 3 of a file of votes_a, votes_b: (what it is, what the line mus
     ),
     "unknown choice": (voted({"choice": "A"}), "choice: 'A' found, a, b or tie expected"),
     "choice of another type": (voted({"choice": ["a"]}), "choice: ['a'] found"),
-    "empty prompt": (row(""), "prompt: '' found"),
-    "blank prompt": (row(" \n"), "prompt: ' \\n' found, text that is not empty expected"),
     "number for a prompt": (row(7), "prompt: 7 found"),
     "no message": (row([]), "prompt: [] found, messages that end with a user turn expected"),
     "unknown role": (row([{"role": "bot", "content": "x"}]), "prompt: {"),
@@ -813,12 +813,10 @@ ROWS = {  # line 3 of a file of votes_a, votes_b: (what it is, what the line mus
         row([{"role": "user", "content": "x", "name": "Al"}]),
         "prompt message: ['name'] found, no keys besides role and content expected",
     ),
-    "blank message": (row([{"role": "user", "content": " "}]), "prompt message: ' ' found"),
     "last turn not the user's": (
         row([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]),
         "prompt: 'assistant' found, messages that end with a user turn",
     ),
-    "blank response": (row(a="\t"), "response_a: '\\t' found"),
     "list for a response": (row(b=["x"]), "response_b: ['x'] found"),
     "half a character": (row(a="\ud83d"), "response_a: "),
     "prompt_id in one row": (
