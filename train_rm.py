@@ -226,7 +226,7 @@ def main(args):
     if (count := parallel.count()) > 1 and args.train == "head":
         words = "1 expected: --train head shares no work; leave out torchrun"
         raise cli.InputError(f"{count} processes found, {words}")
-    stages.check_own_run(run)
+    run_dir.check_own_run(run)
     stages.settle(args)
     # The data and the ensemble so far are read before the base model is looked for.
     splits, _ = data.read_splits(run)
@@ -235,8 +235,9 @@ def main(args):
     bases.check_trainable(args.base, args.train)
     base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
-    if j > 1:  # the members of a run differ in their residual only
-        run_dir.must_agree(run, run_dir.member_name(1), settings, base_inputs)
+    if first := run_dir.first_with_model(run, j):  # trained members differ in their residual only
+        before = run_dir.hash_rewards(run, first - 1)
+        run_dir.must_agree(run, run_dir.member_name(first), settings, base_inputs | before)
     inputs = base_inputs | run_dir.hash_rewards(run, j - 1)
     stage = (run, name, settings, inputs)
     outputs = [run / name, run / "logs" / f"{j:02d}.jsonl"]

@@ -26,6 +26,9 @@ One annotator's judgment has responses, a list of strings, and
 It is one vote on each pair of responses that are both ranked or rated; of identical texts the first
 counts. Places (1 is best) are ratings with a minus sign.
 
+A file without the column prompt has prompt_id in its place, and its responses may be ids: such data
+take rewards from elsewhere alone (extras/import_scores.py).
+
 Half votes are ties already shared out: as their number is then unknown, the irreducible error is
 overestimated; give `ties` and --ties half instead. Optional, for all rows or for none: prompt_id (a
 string or an integer), categories {name: label}, p_true (the population's fraction for a), split
@@ -58,6 +61,7 @@ NUMBERS = dict.fromkeys(("votes_a", "votes_b", "ties"), HALVES)
 NUMBERS |= {"p": FRACTION, "n": WHOLE, "p_true": FRACTION}
 ALL_OR_NONE = ("prompt_id", "p_true", "split", "categories", "annotator")
 IDS = ("prompt_id", "annotator")
+IDS_OR_TEXTS = ("response_a", "response_b", "responses")
 PAIR = ("response_a", "response_b", "votes_a", "votes_b", "ties")  # of Comparison
 TEXTS = ("response_a", "response_b", "choice", "prompt_id", "split", "annotator")
 FIELDS = dict.fromkeys(NUMBERS, "number") | dict.fromkeys(TEXTS, "text")
@@ -76,19 +80,12 @@ def number(where, row, field):
     return float(value)
 
 
-def label(where, field, value):
-    """Return a text, or an integer as text: 3 of 3.0 too, which pandas makes of it beside null."""
-    if rows.is_number(value) and value % 1 == 0:
-        return str(int(value))
-    return rows.text(where, field, value)
-
-
 def categories(where, labels):
     """Return {name: label}."""
     if not isinstance(labels, dict) or not labels:
         raise rows.wrong(where, "categories", labels, "an object {name: label}")
     names = [rows.text(where, "categories", name) for name in labels]
-    return {name: label(where, f"categories: {name!r}", labels[name]) for name in names}
+    return {name: rows.label(where, f"categories: {name!r}", labels[name]) for name in names}
 
 
 # ---- the votes of one row on two responses: each of three forms is (votes_a, votes_b, ties)
@@ -227,7 +224,7 @@ def shared(where, row):
     if "p_true" in row and (form := form_of(where, row)) in OF_LISTS:
         raise rows.wrong(where, "p_true", row["p_true"], f"none beside {form}")
     common = {"prompt_id": None, "messages": rows.messages(where, row["prompt"], rows.string)}
-    common |= {name: label(where, name, row[name]) for name in IDS if name in row}
+    common |= {name: rows.label(where, name, row[name]) for name in IDS if name in row}
     if "p_true" in row:
         common["p_true"] = number(where, row, "p_true")
     if "categories" in row:
@@ -244,15 +241,31 @@ def traits_of(where, row):
     return traits
 
 
-def comparisons(path, others, replaces=False):
-    """Yield the Comparisons of every row; the set `others` gets the names of other columns.
+def with_ids(where, row):
+    """Return a row of a file without prompts: prompt_id is the prompt, responses may be ids too."""
+
+    def text(value):
+        if isinstance(value, list):
+            return [text(each) for each in value]
+        return rows.label(where, "response", value) if rows.is_number(value) else value
+
+    named = {"prompt": "prompt_id"} | {name: name for name in IDS_OR_TEXTS}
+    return row | {name: text(row[source]) for name, source in named.items() if source in row}
+
+
+def comparisons(path, others, facts, replaces=False):
+    """Yield the Comparisons of every row; the set `others` gets the names of other columns, the
+    dict `facts` no_prompts where prompt_id takes their place.
 
     replaces: as of Comparison. Raises InputError where a row is not like the first in its form of
     votes or its optional fields, where a prompt is in two splits, where no row has a text, and
     where annotators are missing of whom a vote is to replace another.
     """
     where, first, split_of, found = None, None, {}, set()
+    if not any("prompt" in row for _, row in rows.read_rows(path, FIELDS)):
+        facts["no_prompts"] = True
     for where, row in rows.read_rows(path, FIELDS, others=others):
+        row = with_ids(where, row) if facts else row
         found |= row.keys()
         if reason := blank(row):
             yield reason
@@ -291,11 +304,13 @@ def main(args):
         inputs = {"source": files.hash_file(args.source)}
     except OSError as error:
         raise cli.InputError(f"{args.source}: cannot be read ({cli.reason(error)})") from None
-    others, last = set(), args.repeated == "last"
+    others, facts, last = set(), {}, args.repeated == "last"
     settings = {"repeated": "last"} if last else {}  # Runs that were made before it stay complete.
-    prompts.prepare(
-        args, name, lambda: comparisons(args.source, others, last), args.votes, inputs, settings
-    )
+    given = functools.partial(comparisons, args.source, others, facts, last)
+    prompts.prepare(args, name, given, args.votes, inputs, settings, facts=facts)
+    if facts:
+        words = "nothing can be trained or scored, extras/import_scores.py brings the rewards"
+        print(f"data: no prompts, of which prompt_id takes the place; {words}")
     rows.print_unused(args.source, others)
 
 

@@ -18,11 +18,12 @@ import torch
 
 def check_kind(run, j):
     """Raise InputError where the other members of the run are not existing models."""
-    stages.check_own_run(run)
-    if j > 1 and run_dir.kind_of(run) != "existing":
+    run_dir.check_own_run(run)
+    first = run_dir.first_with_model(run, j)
+    if first and run_dir.kind_of(run, j=first) != "existing":
         raise cli.InputError(
-            f"{run}: member 1 is not an existing model; a run is of existing models, the first "
-            "with --iteration 1, or of trained ones"
+            f"{run}: member {first} is not an existing model; a run is of existing models, the "
+            "first with --iteration 1, or of trained ones"
         )
 
 

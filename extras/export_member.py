@@ -19,6 +19,7 @@ def trained_in(run, j):
     Raise InputError where there is no such member, or where its directory is a plain one already.
     """
     directory = run / run_dir.member_name(j)
+    members.check_models(run, [j])
     if directory.is_symlink():
         raise cli.InputError(
             f"{directory}: a link to the run that this one was pruned from found; --run of that "

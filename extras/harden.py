@@ -332,7 +332,7 @@ def write_run(run, out, source, hardened, rewards, train):
     with files.replacing(out / "data") as partial:
         shutil.copytree(run / "data", partial)
     (out / "continuations.parquet").unlink(missing_ok=True)
-    if (run / "continuations.parquet").exists():
+    if "continuations" in rewards and (run / "continuations.parquet").exists():
         shutil.copyfile(run / "continuations.parquet", out / "continuations.parquet")
     with files.replacing(out / "rewards") as partial:
         for name, trained_rewards in rewards.items():

@@ -5,6 +5,7 @@ lora       member_0j/adapter goes onto the base, the head among its tensors
 head       member_0j/head.safetensors goes onto the base
 joint      joint/ has K heads: a plain directory, num_labels=K, or the heads alone, for the base
 existing   member_0j/source.json names somebody's reward model
+imported   rewards computed elsewhere, without a model; in a run beside members of another kind
 hardened   members.json has formulas of the rewards of another run's members
 pruned     member_0j or joint are links into the run that it was made from
 """
@@ -45,7 +46,7 @@ class Kind(NamedTuple):
 
     save: Callable | None
     load: Callable | None
-    score: Callable
+    score: Callable | None
 
 
 # ---- files
@@ -184,7 +185,8 @@ def load_one_of_joint(run, j, base, tokenizer, dtype, device):
 
 def load_member(run, j, base, tokenizer, dtype, device):
     """Return the RewardModel of member j, of a pruned run of the one that it was made from."""
-    kind = KINDS[run_dir.kind_of(run, beneath=True)]
+    first = run_dir.first_with_model(run, j + 1) or 1
+    kind = KINDS[run_dir.kind_of(run, beneath=True, j=first)]
     return kind.load(run, j, base, tokenizer, dtype, device)
 
 
@@ -252,12 +254,20 @@ KINDS = {
     "head": Kind(save_head, load_own, score_trained),
     "joint": Kind(save_joint, load_one_of_joint, score_trained),
     "existing": Kind(None, existing.load, existing.score),
+    "imported": Kind(None, None, None),  # check_models says so.
     "hardened": Kind(None, None, score_hardened),
     "pruned": Kind(None, load_member, rewards_of_run),  # of the kind beneath
 }
 
 
 # ---- a trained run at work
+
+
+def check_models(run, numbers=range(1, 100)):
+    """Raise InputError where one of these members of the run has no model."""
+    if alone := set(run_dir.imported(run)) & set(numbers):
+        words = "has no model: its rewards were imported (extras/import_scores.py)"
+        raise cli.InputError(f"{run}: member {min(alone)} {words}")
 
 
 def add_arguments(parser):
@@ -280,6 +290,7 @@ def open_run(args, samples=False):
     alpha = run_dir.read_weights(run, run_dir.count_members(run))
     if run_dir.kind_of(run, beneath=True) == "hardened":
         run = levels.read_members(run)[0]  # The run whose members the formulas are of.
+    check_models(run)
     kind = run_dir.kind_of(run, beneath=True)
     name = "joint" if kind == "joint" else run_dir.member_name(1)
     if kind not in KINDS or not (run / name).is_dir():

@@ -51,8 +51,14 @@ def open_base(args, named="--base"):
     """Return the tokenizer of args.base, and make args say what every stage of the run must.
 
     args.base becomes base_of's; args.date the day that the chat template writes as today, None
-    where it writes none. Raises InputError where --date is another day than that."""
+    where it writes none. Raises InputError where --date is another day than that, and where the
+    run's data have no texts."""
     run, given = args.run, args.date
+    if "no_prompts" in files.read_json(
+        run / "data" / "stats.json", dict, {}
+    ):  # of data_prep/votes.py
+        words = "its data have ids in the place of prompts, on which no model is put"
+        raise cli.InputError(f"{run}: {words}; data with prompts and responses expected")
     args.base, date = parallel.of_first(
         lambda: (base_of(run, args.base, args.revision, named), date_of(run, given))
     )

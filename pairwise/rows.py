@@ -273,6 +273,13 @@ def text(where, field, value):
     return string(where, field, value)
 
 
+def label(where, field, value):
+    """Return a text, or an integer as text: 3 of 3.0 too, which pandas makes of it beside null."""
+    if is_number(value) and value % 1 == 0:
+        return str(int(value))
+    return text(where, field, value)
+
+
 def one_of(where, field, value, vocabulary):
     """A word or an integer of a vocabulary."""
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value not in vocabulary:

@@ -211,11 +211,11 @@ def _enter(run, stage, entry, rewrites=()):
     files.write_json(run / "manifest.json", {"stages": entries}, hashed=False)
 
 
-def kind_of(run, beneath=False):
-    """Return how the members of `run` came about, by its manifest; None where it has none yet.
+def kind_of(run, beneath=False, j=1):
+    """Return how member j of `run` came about, by its manifest; None where it has none yet.
 
-    "full", "lora", "head", "joint", "existing", "hardened" or "pruned"; with beneath, the kind of
-    the run that a pruned one was made from.
+    "full", "lora", "head", "joint", "existing", "imported", "hardened" or "pruned"; with beneath,
+    the kind of the run that a pruned one was made from.
     """
     entries = stages(run)
     if not beneath and "prune" in entries.get("weights", {}).get("settings", {}):
@@ -224,8 +224,31 @@ def kind_of(run, beneath=False):
         return "hardened"
     if "joint" in entries:
         return "joint"
-    train = entries.get(member_name(1), {}).get("settings", {}).get("train")
-    return "existing" if train == "from" else train  # extras/adopt.py enters "from".
+    train = entries.get(member_name(j), {}).get("settings", {}).get("train")
+    # extras/adopt.py enters "from", extras/import_scores.py "import".
+    return {"from": "existing", "import": "imported"}.get(train, train)
+
+
+def imported(run):
+    """Return the numbers of the members of `run` that are rewards alone, without a model."""
+    names, entries = {member_name(j): j for j in range(1, 100)}, stages(run).items()
+    return [names[x] for x, e in entries if x in names and e["settings"].get("train") == "import"]
+
+
+def first_with_model(run, j):
+    """Return the first member before j that is not imported, done or not; None: all are, or j = 1.
+
+    It decides of what kind a run's other members with a model are."""
+    return next((i for i in range(1, j) if i not in imported(run)), None)
+
+
+def check_own_run(run):
+    """Raise InputError where the members of the run are not made one by one, by one call each."""
+    if (kind := kind_of(run)) in ("joint", "hardened", "pruned"):
+        raise cli.InputError(
+            f"{run}: a {kind} run found, whose members are complete; "
+            "a run of this script's own, or a new one, expected"
+        )
 
 
 # ---- outputs that a user names
@@ -375,8 +398,11 @@ def read_continuations(run):
 
 
 def read_continuation_rewards(run, k):
-    """Return the rewards of the continuations, float32 (k, prompts, n); None where none are."""
+    """Return the rewards of the continuations, float32 (k, prompts, n); None where none are, or
+    where imported members have none."""
     path = reward_path(run, 1, "continuations")
+    if imported(run):
+        return None
     if continuations := read_continuations(run):
         shape = len(continuations["texts"]), len(continuations["texts"][0])
         for j in range(1, k + 1):

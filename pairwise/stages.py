@@ -24,15 +24,6 @@ def settle(args):
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def check_own_run(run):
-    """Raise InputError where the members of the run are not made one by one, by one call each."""
-    if (kind := run_dir.kind_of(run)) in ("joint", "hardened", "pruned"):
-        raise cli.InputError(
-            f"{run}: a {kind} run found, whose members are complete; "
-            "a run of this script's own, or a new one, expected"
-        )
-
-
 def texts_of(splits):
     """Return {split: (messages (P,), responses (P,) lists of str)}."""
     return {name: (split.messages, split.responses) for name, split in splits.items()}

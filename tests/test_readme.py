@@ -112,6 +112,9 @@ def test_commands_run(tmp_path, monkeypatch):
             lines = [{k: v for k, v in row.items() if not k.startswith("votes")} for row in lines]
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
 
+    header = "prompt_id,response_a,response_b,votes_a,votes_b,gpt4_a,gpt4_b,llama_a,llama_b"
+    judged = [f"{i},{i}x,{i}y,{1 + i % 3},1,{i % 5},2,0.{i},0.5" for i in range(40)]
+    Path("judged.csv").write_text("\n".join([header, *judged]))
     using = commands(ROOT / "docs/using.md")
     later = [words for page in PAGES[:-1] for words in commands(page) if words not in using]
     ran = 0
