@@ -9,6 +9,7 @@ their features are the same, and what the cache has is, to the bit, what would b
 A file is never changed, and one whose SHA-256 is not its name is not used.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -53,7 +54,12 @@ def key(args, tokenizer):
         parts += [args.threads, *processor()]
     else:
         parts.append(torch.cuda.get_device_name(args.device))
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hash_of(parts)
+
+
+def hash_of(value):
+    """Return the SHA-256 of a JSON value, in hex."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def processor():
@@ -76,8 +82,9 @@ def kept(directory, names):
         except OSError:  # It cannot be read, or was removed meanwhile.
             continue
         except (ValueError, SafetensorError):
-            print(f"{path}: damaged, removed; its features are computed again", file=sys.stderr)
-            path.unlink(missing_ok=True)
+            print(f"{path}: damaged; its features are computed again", file=sys.stderr)
+            with contextlib.suppress(OSError):  # of another user's file
+                path.unlink()
     return found
 
 
@@ -98,6 +105,8 @@ def compute(args, tokenizer, units, directory):
     base = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
     rm.check_positions(base, [ids for own in units.values() for ids in own])
     computed, new, since = {}, {}, time.time()
+    # The longest first, so that a lack of memory shows at once.
+    units = dict(sorted(units.items(), key=lambda unit: -max(map(len, unit[1]))))
     options = {"desc": "features", "unit": "response", "leave": False, "mininterval": 1}
     with tqdm(total=sum(map(len, units.values())), **options) as bar:
         for i, (name, own) in enumerate(units.items(), 1):
@@ -121,23 +130,19 @@ def of_texts(args, stage, texts, encoded, tokenizer):
         places[split] = list(zip(prompts, map(tuple, encoded[split])))
     for prompt, ids in sorted({place for own in places.values() for place in own}):
         of_prompt.setdefault(prompt, []).append(ids)
-    names = {
-        x: hashlib.sha256(json.dumps(own).encode()).hexdigest() for x, own in of_prompt.items()
-    }
-    directory, found, in_cache = where(), {}, 0
+    names = {prompt: hash_of(own) for prompt, own in of_prompt.items()}
+    directory, within, found, in_cache = where(), None, {}, 0
     if directory:
         within = directory / key(args, tokenizer)
         found = kept(within, set(names.values()))
-        counts = {prompt: len(own) for prompt, own in of_prompt.items()}
-        in_cache = sum(count for prompt, count in counts.items() if names[prompt] in found)
-        words = f"{in_cache:,} of {sum(counts.values()):,} responses from the cache {directory}"
-        print(f"{stage.replace('_', ' of ')}: {words}", flush=True)
+        in_cache = sum(len(own) for x, own in of_prompt.items() if names[x] in found)
+        words = f"{in_cache:,} of {sum(map(len, of_prompt.values())):,} responses from the cache"
+        print(f"{stage.replace('_', ' of ')}: {words} {directory}", flush=True)
     lacking = {names[x]: own for x, own in of_prompt.items() if names[x] not in found}
     if lacking:
-        found |= compute(args, tokenizer, lacking, directory and within)
+        found |= compute(args, tokenizer, lacking, within)
     rows = {}
     for prompt, own in of_prompt.items():
         rows |= {(prompt, ids): row for ids, row in zip(own, found[names[prompt]])}
-    return {
-        split: np.stack([rows[place] for place in own]) for split, own in places.items()
-    }, in_cache
+    made = {split: np.stack([rows[place] for place in own]) for split, own in places.items()}
+    return made, in_cache
