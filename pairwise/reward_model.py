@@ -227,7 +227,7 @@ def over_sequences(reward_model, function, sequences, tokens, label):
 
     They are run in batches of at most `tokens` tokens. Equal sequences are computed once: apart,
     even in one batch, they can differ in the last bit, and then they would not tie. The batches
-    are dealt to the processes, and all have the result."""
+    are dealt to the processes, and all have the result. label None: no bar shows progress."""
     numbers = {}  # of the distinct sequences
     places = [numbers.setdefault(tuple(ids), len(numbers)) for ids in sequences]
     distinct = [list(ids) for ids in numbers]
@@ -237,7 +237,8 @@ def over_sequences(reward_model, function, sequences, tokens, label):
     own = parallel.deal(groups, sizes)[parallel.rank()]
     computed, started, done = [], time.time(), 0
     options = {"desc": label, "unit": "response", "leave": False, "mininterval": 1}
-    with tqdm(total=sum(map(len, own)), disable=parallel.rank() > 0, **options) as bar:
+    options["disable"] = label is None or parallel.rank() > 0
+    with tqdm(total=sum(map(len, own)), **options) as bar:
         for group in own:
             batch = [distinct[i] for i in group]
             computed.append((group, function(reward_model, batch).cpu().numpy()))

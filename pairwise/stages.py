@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 
-from pairwise import chats, cli, files, members, provenance, run_dir
+from pairwise import chats, cli, features, files, members, provenance, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import parallel
 
@@ -70,24 +70,22 @@ def encode_for(args, stage, texts, tokenizer, inputs):
     paths = {name: args.run / "features" / f"{name}.npy" for name in texts}
     if not run_dir.stage_done(*entry, inputs, list(paths.values())):
         started = run_dir.begin_stage(*entry, inputs)
-        base = rm.load_base(args.base, tokenizer, getattr(torch, args.dtype), args.device)
         encoded, counts = encode(args, texts, tokenizer)
-        for name, sequences in encoded.items():
-            rm.check_positions(base, sequences)
-            label = f"features, {name}"
-            features = rm.features_of(base, sequences, args.micro_batch_tokens, label)
-            files.write_array(paths[name], features)
+        made, from_cache = features.of_texts(args, stage, texts, encoded, tokenizer)
+        for name, path in paths.items():
+            files.write_array(path, made[name])
         facts = {"threads": args.threads, "device": args.device, "texts_cut": counts}
+        facts["texts_from_cache"] = from_cache
         run_dir.end_stage(*entry, inputs, started, **facts)
     else:
         run_dir.check(args.run, *paths.values())
-    features = {name: files.read_array(path) for name, path in paths.items()}
+    made = {name: files.read_array(path) for name, path in paths.items()}
     for name, (_, responses) in texts.items():
-        found, count = features[name], sum(map(len, responses))
+        found, count = made[name], sum(map(len, responses))
         if found.dtype != np.float32 or found.ndim != 2 or len(found) != count:
             wrong = f"{found.dtype} {found.shape} found, float32 ({count}, d) expected"
             raise cli.InputError(f"{paths[name]}: {wrong}")
-    return features, run_dir.stages(args.run)[stage].get("texts_cut", {})
+    return made, run_dir.stages(args.run)[stage].get("texts_cut", {})
 
 
 def identical_pairs(split, encoded):

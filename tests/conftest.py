@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # The scripts are found wherever pytest is started.
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "extras")]
 os.environ.pop("PAIRWISE_COMMAND", None)
+os.environ["PAIRWISE_CACHE"] = ""  # off, in what the tests start too
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 64,
