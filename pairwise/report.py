@@ -24,11 +24,11 @@ LEGEND = (
     f"for comparison with other work. -: does not exist; an interval takes {FEWEST} prompts."
 )
 
-# docs/method.md proves what these two say.
+# The first two are proved in docs/method.md.
 NO_ROOM = (
     "Nothing can be expected below the floor, not even the true fractions: on every pair all "
     "annotators, or all but one, agree, and then floor - C_hat = 0 exactly. A score below it is "
-    "chance."
+    "chance. docs/method.md proves it, and says what it means for the paper's figure 2."
 )
 ROOM = (
     "Floor - C_hat is {}{}: so far below the floor can a forecast be expected that knows the true "
