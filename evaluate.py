@@ -136,6 +136,7 @@ def compute(run, stored, args):
         "k": len(stored.rewards["test"]),
         "k_valid": None,
         "votes": stored.stats["votes"],
+        "own_split": stored.stats.get("own_split"),  # not in older data
         "splits": {},
         "diversity": None,
         "plurality": files.read_json(run / "plurality.json", PLURALITY, {}) or None,

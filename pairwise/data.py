@@ -222,6 +222,17 @@ def hashes(run):
 # ---- what an evaluation looks at
 
 
+def few_prompts(count, own_split):
+    """Return the words for a test split of so few prompts; "" where they are enough.
+
+    own_split: whether the data came with it; None where that is not known."""
+    advice = "a larger --test-share of data preparation holds out more"
+    if own_split:
+        advice = f"they are the data's own split, and without one {advice}"
+    words = f"only {count} test prompts, which tell little about others"
+    return f"{words}; {advice}" if count < 20 else ""
+
+
 def counted_pairs(split):
     """Return the split without the pairs of fewer than two votes; None where nothing is left.
 

@@ -36,6 +36,13 @@ def floor_single(p):
     return np.minimum(p, 1 - p) ** 2
 
 
+def floor_excess(p, c):
+    """Return floor_single(p) - c, float64 (N,), how far below the floor a forecast that knows the
+    true fractions can expect to be. docs/method.md proves that it is at least 0, and exactly 0
+    where at most one annotator dissents: there rounding is taken away. c: as for `measure`."""
+    return np.round(floor_single(p) - c, 12) + 0.0  # It has no -0.0.
+
+
 def coin_flip(p):
     """Return the squared error of predicting one half everywhere."""
     return (p - 0.5) ** 2
@@ -224,6 +231,7 @@ def measure(split, rewards, stats, soft_single):
         "coin_flip": coin_flip(p),
         "soft_single": (soft[0] - p) ** 2 if soft_single else None,
         "irreducible": c,
+        "floor_excess": None if c is None else floor_excess(p, c),
         "floor_true": None if truth is None else floor_single(truth),
         "coin_true": None if truth is None else coin_flip(truth),
         "soft_true": (soft[0] - truth) ** 2 if soft_single and truth is not None else None,

@@ -8,7 +8,7 @@ import base64
 import textwrap
 from pathlib import Path
 
-from pairwise import figures, files, theory, weights
+from pairwise import data, figures, files, theory, weights
 from pairwise.metrics import FEWEST
 
 import jinja2
@@ -22,6 +22,25 @@ LEGEND = (
     "orders of every pair (higher is better). Phi: mean share of annotators that the member votes "
     "against. regret: Phi beyond that of always siding with the majority. accuracy: unsuitable, "
     f"for comparison with other work. -: does not exist; an interval takes {FEWEST} prompts."
+)
+
+# The first two are proved in docs/method.md.
+NO_ROOM = (
+    "Nothing can be expected below the floor, not even the true fractions: on every pair all "
+    "annotators, or all but one, agree, and then floor - C_hat = 0 exactly. A score below it is "
+    "chance. docs/method.md proves it, and says what it means for the paper's figure 2."
+)
+ROOM = (
+    "Floor - C_hat is {}{}: so far below the floor can a forecast be expected that knows the true "
+    "fractions, and none farther."
+)
+CONTRARY = (
+    "One that was trained on what the members before it got wrong (FSAM) is right where they are "
+    "wrong, and often wrong where they are right: it serves in the mixture, not alone. --target "
+    "mixture has it contradict member 1 only where more than a quarter of the annotators do, "
+    "extras/train_joint.py trains all members on their mixture's error instead, and "
+    "extras/prune.py removes members far from the mixture, at a cost. Any other, the first too, "
+    "has learned nothing that holds for these votes, or has the wrong sign."
 )
 
 
@@ -93,7 +112,7 @@ def table(metrics):
     lines += ["", columns.format(*head)]
     keys = ("j", "brier", "disagreement", "disagreement_ci", "regret", "accuracy")
     lines += [columns.format(*cells(member, *keys, none="-")) for member in split["members"]]
-    if words := tied(split):
+    for words in filter(None, [*notes(metrics), tied(split), contrary(split)]):
         lines += ["", *textwrap.wrap(words, 100)]
     return "\n".join([*lines, "", *textwrap.wrap(LEGEND, 100)])
 
@@ -102,6 +121,30 @@ def tied(split):
     """The words that name members whose test pairs mostly tie; "" where there are none."""
     # Older evaluations have no rate.
     return weights.tied_words([x.get("tie_rate") or 0 for x in split["members"]], "test pairs")
+
+
+def contrary(split):
+    """The words that name members that are mostly against the annotators, and say why there may be
+    such; "" where there are none."""
+    phis = [member["disagreement"] for member in split["members"]]
+    words = weights.contrary_words(phis, "test pairs")
+    return f"{words}. {CONTRARY}" if words else ""
+
+
+def notes(metrics):
+    """What the figures of the test split mean, as sentences: whether anything can be below the
+    floor, a score worse than a coin flip, few prompts."""
+    split = metrics["splits"]["test"]
+    excess, limits, sentences = split["floor_excess"], split["floor_excess_ci"], []
+    if excess == 0:
+        sentences.append(NO_ROOM)
+    elif excess is not None:
+        between = f", 95 % interval {interval(limits)}" if limits else ""
+        sentences.append(ROOM.format(figures.num(excess), between))
+    if split["ensemble"][-1]["brier"] > split["coin_flip"]:
+        sentences.append("The ensemble is worse than a coin flip, which says 1/2 for every pair.")
+    few = data.few_prompts(split["prompts"], metrics["own_split"])
+    return sentences + ([f"O{few[1:]}."] if few else [])  # it starts with "only"
 
 
 # ---- what report.html.jinja shows
@@ -190,7 +233,9 @@ def page_values(metrics, prefixes, stages):
         "outliers_known": all(None not in limits for limits in outlier_limits),
         "favourites": favourites(diversity.get("favourites") or ()),
         "weights": prefixes,
+        "notes": notes(metrics),
         "tied": tied(split),
+        "contrary": contrary(split),
         "fewest": FEWEST,
         "stages": stages,
         "origin": origin(stages),

@@ -34,7 +34,7 @@ from scipy.stats import binom, kendalltau, multinomial
 from scipy.stats import t as student
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TOP = {"dataset", "k", "k_valid", "votes", "splits", "diversity", "plurality"}
+TOP = {"dataset", "k", "k_valid", "votes", "own_split", "splits", "diversity", "plurality"}
 FIGURES = {
     "annotators_mean",
     "majority_mean",
@@ -43,6 +43,7 @@ FIGURES = {
     "coin_flip",
     "soft_single",
     "irreducible",
+    "floor_excess",
     "floor_true",
     "coin_true",
     "soft_true",
@@ -363,6 +364,7 @@ def expected(run):
         "k": k,
         "k_valid": None,
         "votes": stats["votes"],
+        "own_split": stats["own_split"],
         "splits": {},
         "diversity": None,
         "plurality": None,
@@ -434,6 +436,7 @@ def expected(run):
             "coin_flip": np.mean((p - 0.5) ** 2),
             "soft_single": np.mean((soft[0] - p) ** 2),
             "irreducible": c,
+            "floor_excess": None if c is None else np.mean(np.minimum(p, 1 - p) ** 2) - c,
             "floor_true": mean_true(np.minimum(truth, 1 - truth) ** 2),
             "coin_true": mean_true((truth - 0.5) ** 2),
             "soft_true": mean_true((soft[0] - truth) ** 2),
@@ -547,7 +550,8 @@ def compare(found, wanted, tolerance, skip=(), where="metrics"):
         for i, pair in enumerate(zip(found, wanted)):
             compare(*pair, tolerance, skip, f"{where}[{i}]")
     elif wanted is None or isinstance(wanted, str | int):
-        assert found == wanted and not isinstance(found, bool), f"{where}: {found} and {wanted}"
+        alike = isinstance(found, bool) == isinstance(wanted, bool)
+        assert found == wanted and alike, f"{where}: {found} and {wanted}"
     else:
         assert isinstance(found, float | int) and abs(found - wanted) <= tolerance, (
             f"{where}: {found} and {wanted}"
@@ -831,6 +835,7 @@ def test_every_interval_of_a_run_is_that_of_an_independent_bootstrap(
             "coin_flip": (p - 0.5) ** 2,
             "soft_single": (soft[0] - p) ** 2,
             "irreducible": c,
+            "floor_excess": np.minimum(p, 1 - p) ** 2 - c,
             "floor_true": np.minimum(truth, 1 - truth) ** 2,
             "coin_true": (truth - 0.5) ** 2,
             "soft_true": (soft[0] - truth) ** 2,
@@ -1099,6 +1104,33 @@ def test_reference_lines_by_hand():
     assert (
         theory.irreducible(p[2:3], np.array([2.0]), np.array([2.0])) == 0
     )  # both votes were ties, and always would be
+
+
+def test_floor_less_irreducible_is_the_chance_that_two_annotators_dissent():
+    """docs/method.md: term by term, for all votes a, b and ties as halves of up to eight people."""
+    for a, b, ties in itertools.product(range(9), repeat=3):
+        n = a + b + ties
+        if not 2 <= n <= 8 or a < b:
+            continue
+        p = np.array([(a + ties / 2) / n, (b + ties / 2) / n])  # both orders of the pair
+        c = theory.irreducible(p, np.full(2, n), np.full(2, ties))
+        people = [0.0] * a + [1.0] * b + [0.5] * ties
+        both = np.mean([x * y for x, y in itertools.permutations(people, 2)])
+        found = figures.floor_excess(p, c)
+        assert found == pytest.approx([both] * 2, abs=1e-12)
+        assert (found == 0).all() == (b + ties <= 1)  # exactly zero, not by a tolerance
+        assert not np.signbit(found).any() and (ties or n > 3 or not found.any())
+    assert figures.floor_excess(np.array([0.5]), 1 / 12) == pytest.approx(1 / 4 - 1 / 12)
+
+
+def test_nothing_is_below_the_floor_in_expectation_with_three_votes():
+    """Over all outcomes of n votes: E (q - p)^2 - E floor is (q - truth)^2 for n of 2 and 3, so the
+    truth itself has 0; with four votes it is below."""
+    for n, truth, q in itertools.product([2, 3, 4], SHARES, SHARES):
+        chance, p = binom.pmf(np.arange(n + 1), n, truth), np.arange(n + 1) / n
+        least = chance @ ((q - p) ** 2 - figures.floor_single(p))
+        assert least == pytest.approx((q - truth) ** 2, abs=1e-12) or n == 4
+        assert n < 4 or truth in (0, 1) or q != truth or least < -1e-4
 
 
 # ---- what changes no number

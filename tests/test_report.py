@@ -142,7 +142,13 @@ def test_verdict_names_what_is_known(written):
         last["true_error"] is not None
     )
     assert ("There is no single soft model" in page.text) == (test["soft_single"] is None)
-    assert "it is wide and rough" in page.text and "with k = 1 it is" in page.text or last["k"] == 1
+    assert "with k = 1 it is" in page.text or last["k"] == 1
+    assert test["prompts"] < 20 and f"Only {test['prompts']} test prompts" in page.text
+    room = "" if test["floor_excess"] is None else figures.num(test["floor_excess"])
+    assert (f"Floor − Ĉ is {room}, 95 % interval [" in page.text) == bool(room)
+    worse = last["brier"] > test["coin_flip"]
+    for text in (page.text, " ".join(report.table(metrics).split())):
+        assert ("The ensemble is worse than a coin flip" in text) == worse
     for line in report.comparisons(test):
         brier, value, (low, high) = last["brier"], line["value"], last["brier_ci"]
         assert line["side"] == ("below" if brier < value else "above")
@@ -274,6 +280,51 @@ def test_members_that_mostly_tie_are_named(tmp_path, unsaved, capsys):
     assert f"E{words.format('test')[1:]} (100.0%)." in page
     assert weights.tied_words([0.5, 0.2], "pairs") == ""
     assert weights.tied_words([0.51, 0.5, 0.999], "pairs").endswith("1 (51.0%), 3 (99.9%)")
+
+
+def test_members_that_are_mostly_wrong_are_named(tmp_path, unsaved, capsys):
+    """Of the first member's rewards turned round, Phi is 1 - Phi: one of the two is contrary."""
+    run = make(tmp_path / "run", valid=0.0, continuations=False, k=2)
+    for path in (run / "rewards").glob("01_*.npy"):
+        np.save(path.with_name(path.name.replace("01", "02")), -np.load(path))
+    fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
+    evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "50"]))
+    printed, page = " ".join(capsys.readouterr().out.split()), page_of(run).text
+    splits = json.loads((run / "metrics.json").read_text())["splits"]
+    for kind in ("train", "test"):
+        phis = [member["disagreement"] for member in splits[kind]["members"]]
+        assert sum(phis) == pytest.approx(1) and phis[0] != phis[1]
+        j = phis.index(max(phis))
+        words = f"ides with fewer than half of the annotators of {kind} pairs: member {j + 1} (Phi "
+        assert f"s{words}{phis[j]:.3f})" in printed
+    assert f"S{words}{phis[j]:.3f}). One that was trained on what" in page
+    assert "--target mixture" in printed and "extras/prune.py removes" in page
+    assert weights.contrary_words([0.5, 0.5 + 1e-12, 0.4], "pairs") == ""
+
+
+def test_nothing_below_the_floor_is_said_in_words(tmp_path, unsaved, capsys):
+    """Three votes a pair leave no room; a split of the data's own has another advice."""
+    run = make(tmp_path / "run", valid=0.0, continuations=False, single=True)
+    for path in (run / "data").glob("*.parquet"):
+        table = pq.read_table(path)
+        rows = table.to_pylist()
+        for number, pair in enumerate(pair for row in rows for pair in row["pairs"]):
+            pair |= {"votes_a": float(number % 4), "votes_b": 3.0 - number % 4}
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    capsys.readouterr()
+    evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "50"]))
+    metrics = json.loads((run / "metrics.json").read_text())
+    printed, page = " ".join(capsys.readouterr().out.split()), page_of(run).text
+    for split in metrics["splits"].values():
+        assert split["floor_excess"] == 0 < split["floor_single"]
+        assert split["floor_single"] == pytest.approx(split["irreducible"], abs=1e-15)
+    assert "Nothing can be expected below the floor, not even the true" in printed
+    assert "Nothing can be expected below the floor, not even the true" in page
+    own = (
+        f"Only {metrics['splits']['test']['prompts']} test prompts, which tell little about others"
+    )
+    own += "; they are the data's own split, and without one a larger --test-share of data"
+    assert own in printed and own in page
 
 
 def test_few_prompts_have_no_interval(tmp_path, unsaved, capsys):

@@ -221,7 +221,10 @@ def test_pairs_without_two_votes_are_dropped_and_counted(tmp_path, capsys):
         stats["dropped"] == {"fewer than two votes": 2, "identical responses": 1}
         and len(by_texts(splits)) == 2 * 6
     )
-    assert "2 dropped: fewer than two votes" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 dropped: fewer than two votes" in printed
+    few = "warning: only 3 test prompts, which tell little about others; they are the data's own "
+    assert stats["own_split"] is True and few in printed and "a larger --test-share" in printed
     assert "one" not in {
         text for members in splits.values() for r in members for text in r["responses"]
     }

@@ -309,6 +309,7 @@ def prepare(
     rng = np.random.default_rng([args.seed, 1])
     splits, dropped = divide(args, name, comparisons(), rng, args.ties)
     stats = settings | {"dropped": dict(sorted(dropped.items()))}
+    stats["own_split"] = splits["test"][0].split is not None
     stats["splits"] = {split: tables.describe(splits[split]) for split in splits}
     stats |= tables.added_up(tables.in_all(splits))
     majority = tables.majority_share(tables.in_all(splits))

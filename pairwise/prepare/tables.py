@@ -4,6 +4,8 @@ Prompts and their pairs are those of pairwise/prepare/prompts.py. ties: its IN_N
 paper in which a tie counts in n; any other value changes nothing here.
 """
 
+from pairwise import data
+
 import numpy as np
 
 PAPER = "tables 1 and 2 of the paper"
@@ -82,8 +84,8 @@ def print_counts(stats):
         )
     for reason, count in stats["dropped"].items():
         print(f"data: {count:,} dropped: {reason}")
-    if (count := stats["splits"]["test"]["prompts"]) < 20:
-        print(f"data: warning: only {count} test prompts, so the intervals will be wide")
+    if few := data.few_prompts(stats["splits"]["test"]["prompts"], stats["own_split"]):
+        print(f"data: warning: {few}")
     if "paper" in stats:
         print(comparison_with_paper(stats))
 
