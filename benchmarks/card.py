@@ -90,6 +90,14 @@ def enter(path, part, entry):
     files.write_json(path, whole, hashed=False)
 
 
+class Stopped(BaseException):
+    """Time is up: a part still enters what it has measured, and --ended then says why it ended."""
+
+
+def stop(*_):
+    raise Stopped
+
+
 def run(args, part, keep):
     """Run a part; return its state, as of the entry."""
     try:
@@ -125,8 +133,7 @@ def main(args):
         enter(path, part, entry)
 
     keep()
-    # One that is stopped for time still says what it has measured.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("out of time"))
+    signal.signal(signal.SIGTERM, stop)
     state = run(args, part, keep)
     keep(**state, seconds=time.time() - started)
     print(f"{part}: {': '.join(state.values())}, {time.time() - started:.0f} s; {path}", flush=True)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -115,6 +116,21 @@ def test_without_trl(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     found = measure("d", tmp_path)
     assert found["state"] == "skipped" and found["reason"].startswith("trl is missing; pip install")
+
+
+def test_time_runs_out(work, monkeypatch):
+    """As test_memory_runs_out; the next call says why the part ended."""
+    from pairwise import training
+
+    monkeypatch.setattr(training, "backward", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(card.Stopped):
+        measure("a1", work)
+    signal.signal(signal.SIGTERM, before)
+    words = ["a1", "--work", str(work), "--out", str(work), "--device", "cpu"]
+    card.main(card.parse_args([*words, "--ended", "failed", "out of time"]))
+    found = entry_of(work, "a1")
+    assert found["reason"] == "out of time" and [*found["phases"]] == ["load_base", "offload"]
 
 
 def test_our_side_of_the_race():
