@@ -19,7 +19,7 @@ from typing import NamedTuple
 from pairwise import cli, data, files, run_dir, weights
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq
 from scipy.special import expit
 
 # {key in metrics.json: that of the same against the true fractions}
@@ -72,19 +72,26 @@ def fit_scale_and_lapses(differences, w, p):
         return 1.0, 0.0
     unit = np.median(distances)
 
-    def fit(x):  # Of one tau the best a is known: the error is a square in it.
+    def fit(x):
+        """The error, its slope in x, tau and a: for one tau the error is a square in a."""
         tau = np.exp(x) / unit
-        soft = w @ expit(tau * differences)
-        slope = 1 - 2 * soft
-        a = np.clip(slope @ (p - soft) / (slope @ slope or 1), 0, 0.49)
-        return np.mean((soft + a * slope - p) ** 2), float(tau), float(a)
+        votes = expit(tau * differences)
+        soft = w @ votes
+        lapse = 1 - 2 * soft
+        a = np.clip(lapse @ (p - soft) / (lapse @ lapse or 1), 0, 0.49)
+        off = soft + a * lapse - p
+        slope = np.mean(off * (w @ (tau * differences * votes * (1 - votes))))
+        return np.mean(off**2), slope, float(tau), float(a)
 
-    # There may be several minima: the best of a grid, then that between its neighbours.
+    # There may be several minima: the first of a grid, but for rounding, and that beside it.
     grid = np.linspace(-5, 5, 41)
-    best = min(grid, key=fit)
-    bounds = max(best - 0.25, -5), min(best + 0.25, 5)
-    found = minimize_scalar(lambda x: fit(x)[0], bounds=bounds, method="bounded")
-    return min(fit(best), fit(found.x))[1:]
+    errors = np.array([fit(x)[0] for x in grid])
+    best = grid[np.argmax(errors <= errors.min() + 1e-12)]
+    low, high = max(best - 0.25, -5), min(best + 0.25, 5)
+    found = [fit(best)]
+    if fit(low)[1] < 0 and fit(high)[1] > 1e-12:
+        found.append(fit(brentq(lambda x: fit(x)[1], low, high, xtol=1e-14)))
+    return min(found)[2:]
 
 
 # ---- the reference lines of a run
