@@ -276,7 +276,7 @@ def draw_errors(axes, result):
             axes.axhline(value, zorder=2, label=label, **style)
     step = -(-largest // 10)
     ticks = list(range(step, largest + 1, step))
-    soft = "single\nsoft", "scaled"
+    soft = "single\nsoft", "\n\nscaled"  # They have little room.
     axes.set_xticks([*ticks, largest + 1, largest + 2], [*ticks, *soft])
     axes.set(xlabel="ensemble size k", ylabel="calibration error (Brier score)")
     axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))

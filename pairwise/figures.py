@@ -43,7 +43,7 @@ INK, BLUE, ORANGE, GREEN, GREY = "black", "#0072B2", "#D55E00", "#00795a", "#777
 BAR = "#6f8fae"
 
 FLOOR = "floor of any single deterministic reward"
-SCALED, HARDENED = "single soft model, scale fitted", "soft model that was hardened"
+SCALED, HARDENED = "single soft model scaled", "soft model that was hardened"
 # What the ensemble is compared with: name, key in metrics["splits"]["test"], key of the same
 # against the true fractions, how it is computed.
 REFERENCES = [

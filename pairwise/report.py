@@ -51,8 +51,8 @@ def references(split):
     rows = []
     for name, key, true_key, how in figures.REFERENCES:
         if key == "soft_scaled" and (fit := split.get("soft_fit")):
-            name = f"{name} on {fit['split']}"
-            how += f", tau {fit['tau']:.3g} and a {fit['a']:.2g} fitted on {fit['split']} prompts"
+            name = f"{name} on {fit['split']} prompts"
+            how += f" of the least error there: tau {fit['tau']:.3g}, a {fit['a']:.2g}"
         if key != "soft_hardened" or split.get(key) is not None:
             rows.append((name, split.get(key), split.get(f"{key}_ci"), split.get(true_key), how))
     k, c = split["ensemble"][-1]["k"], split["irreducible"]

@@ -369,7 +369,7 @@ def test_soft_lines_of_the_source(full_run, tmp_path, no_figures, capsys):
         assert before[name]["soft_hardened"] is None
     assert after["valid"]["soft_scaled"] <= after["valid"]["soft_single"]
     said = capsys.readouterr().out
-    assert said.count("single soft model, scale fitted on valid") == 2
+    assert said.count("single soft model scaled on valid prompts") == 2
     assert said.count("soft model that was hardened") == 1
     path = out / "rewards" / "source_test.npy"
     np.save(path, np.load(path)[:, 1:])
