@@ -11,7 +11,18 @@ has the mathematics; extras/compare.py compares runs.
 import itertools
 from typing import NamedTuple
 
-from pairwise import cli, data, diversity, files, metrics, ranking, report, run_dir, weights
+from pairwise import (
+    cli,
+    data,
+    diversity,
+    files,
+    metrics,
+    ranking,
+    report,
+    run_dir,
+    soft_model,
+    weights,
+)
 
 import numpy as np
 
@@ -30,6 +41,7 @@ CODE = (
     "pairwise/figures.py",
     "pairwise/report.py",
     "pairwise/report.html.jinja",
+    "pairwise/soft_model.py",
     "pairwise/theory.py",
     "pairwise/weights.py",
     "csrc/*.[ch]pp",
@@ -81,6 +93,7 @@ def hash_inputs(run, stored):
     for j in range(1, len(stored.rewards["test"]) + 1):
         names = *stored.splits, "continuations"
         paths += [run_dir.reward_path(run, j, name) for name in names]
+    paths += [soft_model.source_path(run, name) for name in stored.splits]
     paths += sorted((run / "logs").glob("[!.]*.jsonl"))
     hashes = {str(x.relative_to(run)): files.hash_file(x) for x in paths if x.exists()}
     code = [path for pattern in CODE for path in sorted(cli.REPOSITORY.glob(pattern))]
@@ -146,13 +159,14 @@ def compute(run, stored, args):
         patterns = stored.stats.get("attributes", ranking.ATTRIBUTES)
         ranked = stored.scores, stored.texts, alpha, patterns
         result["diversity"] = diversity.measure(*ranked, *resampling)
-    common = stored.prefixes, stored.stats, metrics.trained_on_p(run), *resampling
+    soft = soft_model.read_lines(run, stored.splits)
     counted = {name: data.counted_pairs(split) for name, split in stored.splits.items()}
     forms = {}
     for name, split in counted.items():
         if split is not None:
-            entry = metrics.split_metrics(split, stored.rewards[name], *common)
-            result["splits"][name], forms[name] = entry
+            common = stored.prefixes, stored.stats, soft.predict(name, split), *resampling
+            entry, forms[name] = metrics.split_metrics(split, stored.rewards[name], *common)
+            result["splits"][name] = entry | {"soft_fit": soft.fit}
     if "valid" in result["splits"]:
         result["k_valid"] = best_size(result["splits"]["valid"]["ensemble"])
     if args.refit:

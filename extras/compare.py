@@ -13,13 +13,14 @@ import itertools
 import os
 from pathlib import Path
 
-from pairwise import cli, data, figures, files, metrics, report, run_dir
+from pairwise import cli, data, figures, files, metrics, report, run_dir, soft_model
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 # All settings share the other reference lines.
-LINES = [line for line in figures.REFERENCES if line[1] != "soft_single"]
+LINES = [line for line in figures.REFERENCES if not line[1].startswith("soft_")]
+SOFT = "soft_single", "soft_scaled"
 COLOURS = figures.INK, figures.BLUE, "#CC79A7", "#8a6d00", "#56B4E9", "#5e3c99", figures.GREY
 MARKERS = "os^Dvp*X"
 DASHES = "-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2))
@@ -88,13 +89,16 @@ def test_errors(run):
     """Return the sums over each test prompt's pairs: pairs (P,), {k: {name of metrics.ERRORS:
     squared errors (P,)}}, {reference line: (P,) or None}. Raises InputError where none counts."""
     stats = data.read_stats(run)
-    split = data.counted_pairs(data.read_split(run, "test"))
+    tuned = soft_model.tuning_split(x.stem for x in (run / "data").glob("*.parquet"))
+    splits = {name: data.read_split(run, name) for name in (tuned, "test")}
+    split = data.counted_pairs(splits["test"])
     if split is None:
         raise cli.InputError(f"{run / 'data' / 'test.parquet'}: no pair of at least two votes")
     prefixes = metrics.read_prefixes(run)
     shape = (int(split.response_start[-1]),)
     rewards = run_dir.read_rewards(run, "test", run_dir.count_members(run), shape)
-    sums, _, forms, lines = metrics.measure(split, rewards, stats, metrics.trained_on_p(run))
+    predicted = soft_model.read_lines(run, splits).predict("test", split)
+    sums, _, forms, lines = metrics.measure(split, rewards, stats, predicted)
     errors, pairs = {}, sums["pairs"].astype(np.float64)
     for prefix in prefixes:
         alpha = np.array(prefix["alpha"])
@@ -116,7 +120,7 @@ def setting_errors(measured):
     _, errors_of_runs, lines_of_runs = zip(*measured)
     whole = [errors[max(errors)] for errors in errors_of_runs]
     by_name = {name: mean([errors.get(name) for errors in whole]) for name in metrics.ERRORS}
-    by_name["soft_single"] = mean([lines["soft_single"] for lines in lines_of_runs])
+    by_name |= {name: mean([lines[name] for lines in lines_of_runs]) for name in SOFT}
     sizes = sorted(set.intersection(*map(set, errors_of_runs)))
     return by_name, {k: mean([errors[k]["brier"] for errors in errors_of_runs]) for k in sizes}
 
@@ -188,10 +192,20 @@ def table(result):
     counts = f"{result['prompts']} prompts, {result['pairs']} pairs"
     lines = [f"{result['dataset']}, test split: {counts}. All errors: lower is better.", ""]
     width = max(7, *(len(setting["name"]) for setting in result["settings"]))
-    form = "{:<{}}  {:>4}  {:>5}  {:>6}  {:>14}  {:>6}  {:>6}  {:>9}  {:>11}"
-    head = "runs", "k", "Brier", "95 % interval", "soft", "excess", "true err.", "single soft"
+    form = "{:<{}}  {:>4}  {:>5}  {:>6}  {:>14}  {:>6}  {:>6}  {:>9}  {:>11}  {:>6}"
+    head = (
+        "runs",
+        "k",
+        "Brier",
+        "95 % interval",
+        "soft",
+        "excess",
+        "true err.",
+        "single soft",
+        "scaled",
+    )
     lines.append(form.format("setting", width, *head))
-    keys = "brier", "brier_ci", "brier_soft", "excess", "true_error", "soft_single"
+    keys = "brier", "brier_ci", "brier_soft", "excess", "true_error", *SOFT
     for setting in result["settings"]:
         texts = len(setting["runs"]), sizes(setting), *report.cells(setting, *keys, none="-")
         lines.append(form.format(setting["name"], width, *texts))
@@ -233,8 +247,8 @@ def draw(result):
 
 
 def draw_errors(axes, result):
-    """Draw the Brier score of every setting against k, and right of it, as an open mark, that of
-    its single soft model."""
+    """Draw the Brier score of every setting against k, and right of it, as open marks, that of
+    its single soft model, as trained and with its scale fitted."""
     settings = result["settings"]
     largest = max(k for setting in settings for k in setting["k"])
     for i, setting in enumerate(settings):
@@ -249,9 +263,9 @@ def draw_errors(axes, result):
             axes.plot([x, x], limits, color=colour, lw=0.7, zorder=3)
         brier, dash = [entry["brier"] for entry in entries], DASHES[i % len(DASHES)]
         axes.plot(at, brier, ls=dash, lw=1.2, ms=3.5, label="setting", **look)
-        if setting["soft_single"] is not None:
-            open_mark = look | {"mfc": "white", "ms": 4, "mew": 0.9, "ls": "none"}
-            axes.plot(largest + 1 + shift, setting["soft_single"], **open_mark)
+        open_mark = look | {"mfc": "white", "ms": 4, "mew": 0.9, "ls": "none"}
+        for x, name in enumerate(SOFT, largest + 1):  # None is not drawn.
+            axes.plot([x + shift], np.array([setting[name]], float), **open_mark)
     for name, key, _, _ in LINES:
         value = result["lines"][key]
         if value is not None:
@@ -262,7 +276,8 @@ def draw_errors(axes, result):
             axes.axhline(value, zorder=2, label=label, **style)
     step = -(-largest // 10)
     ticks = list(range(step, largest + 1, step))
-    axes.set_xticks([*ticks, largest + 1], [*ticks, "single\nsoft"])
+    soft = "single\nsoft", "\n\nscaled"  # They have little room.
+    axes.set_xticks([*ticks, largest + 1, largest + 2], [*ticks, *soft])
     axes.set(xlabel="ensemble size k", ylabel="calibration error (Brier score)")
     axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
 

@@ -39,20 +39,6 @@ MOST_PAIRS = 10_000  # A layout is fitted to so many pairs; more change nothing 
 EQUAL_WIDTHS = np.geomspace(1, 12, 40)  # widths that the layout `equal` chooses from
 
 
-class SoftModel(NamedTuple):
-    """pairwise/soft_model.py's parameters; members: the numbers, from 1, of the rewards r_c."""
-
-    members: list
-    w: np.ndarray
-    tau: float
-    a: float
-
-    def predict(self, rewards, a, b):
-        """p_hat float64 (N,); rewards float32 (K, R)."""
-        differences = soft_model.reward_differences(rewards, a, b)[np.array(self.members) - 1]
-        return soft_model.predict(differences, self.w, self.tau, self.a)
-
-
 def member_votes(formulas, rewards, a, b):
     """V_j, float64 (k, N), of formulas over the trained members' rewards, float32 (K, R)."""
     # The evaluator takes 1,024 members at once.
@@ -257,7 +243,7 @@ class Hardened(NamedTuple):
     formulas: list
     alpha: np.ndarray
     layout: str
-    model: SoftModel
+    model: soft_model.SoftModel
     misfit: float
     brier: float
 
@@ -278,7 +264,7 @@ def harden(train, tuning, k, layout="auto", sizes=None):
         w = soft_model.fit_mixture(differences[:m], split.p)
         used = np.flatnonzero(w > 0)
         tau, a = soft_model.fit_scale_and_lapses(tuning_differences[used], w[used], tuning_split.p)
-        model = SoftModel((used + 1).tolist(), w[used], tau, a)
+        model = soft_model.SoftModel((used + 1).tolist(), w[used], tau, a)
         key = repr(model._replace(w=w[used].tolist()))
         if key in models:  # A larger mixture may give all weight to the same members.
             continue
@@ -338,6 +324,9 @@ def write_run(run, out, source, hardened, rewards, train):
         for name, trained_rewards in rewards.items():
             for j, values in enumerate(levels.hardened(hardened.formulas, trained_rewards), 1):
                 files.write_array(partial / run_dir.reward_path(out, j, name).name, values)
+            if name in data.SPLITS:  # The soft models that evaluate.py shows are of these.
+                path = soft_model.source_path(out, name)
+                files.write_array(partial / path.name, trained_rewards)
     files.write_json(out / "members.json", {"source": source, "members": hardened.formulas})
     p_hat = hardened.alpha @ member_votes(hardened.formulas, rewards["train"], train.a, train.b)
     entry = {"k": len(hardened.alpha), "alpha": hardened.alpha.tolist(), "fit": "fixed"}
@@ -355,11 +344,11 @@ def main(args):
     paths = [run_dir.reward_path(run, j, name) for j in range(1, trained + 1) for name in rewards]
     hashes = {str(path.relative_to(run)): files.hash_file(path) for path in paths}
     inputs = data.hashes(run) | hashes
-    outputs = [out / "weights.json", out / "members.json"]
+    outputs = [out / "weights.json", out / "members.json", soft_model.source_path(out, "test")]
     if run_dir.unchanged(out, "harden", settings, inputs, outputs):
         print(f"harden: {out} is up to date, skipped")
         return
-    tuned = "valid" if "valid" in splits else "train"
+    tuned = soft_model.tuning_split(splits)
     if tuned == "train":
         fitted = "scale, lapses and number of components are fitted on train prompts"
         print(f"harden: no validation prompts (--valid-share): {fitted}")
@@ -373,7 +362,7 @@ def main(args):
     model = hardened.model
     facts = {"layout": hardened.layout, "components": model.members, "tau": model.tau, "a": model.a}
     facts |= {"misfit": hardened.misfit, "brier": hardened.brier, "weights": model.w.tolist()}
-    facts["tuned_on"] = tuned
+    facts |= {"tuned_on": tuned, "trained_on_p": soft_model.trained_on_p(run)}
     run_dir.end_stage(out, "harden", settings, inputs, started, **facts)
     mixture = " ".join(f"{weight:.3f} r{j}" for weight, j in zip(model.w, model.members))
     print(

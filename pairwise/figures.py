@@ -43,18 +43,23 @@ INK, BLUE, ORANGE, GREEN, GREY = "black", "#0072B2", "#D55E00", "#00795a", "#777
 BAR = "#6f8fae"
 
 FLOOR = "floor of any single deterministic reward"
+SCALED, HARDENED = "single soft model scaled", "soft model that was hardened"
 # What the ensemble is compared with: name, key in metrics["splits"]["test"], key of the same
 # against the true fractions, how it is computed.
 REFERENCES = [
     (FLOOR, "floor_single", "floor_true", "mean min(p, 1-p)^2"),
     ("coin flip", "coin_flip", "coin_true", "p_hat = 1/2 for every pair"),
     ("single soft model", "soft_single", "soft_true", "sigmoid(r1(y1) - r1(y2)) of member 1"),
+    (SCALED, "soft_scaled", "soft_scaled_true", "a + (1-2a) sigmoid(tau (r1(y1) - r1(y2)))"),
+    (HARDENED, "soft_hardened", "soft_hardened_true", "what the members' steps follow"),
     ("irreducible error C_hat", "irreducible", None, "the true fractions' own score"),
 ]
 REFERENCE_STYLES = {  # by the first key
     "floor_single": {"color": ORANGE, "lw": 1.1},
     "coin_flip": {"color": GREEN, "lw": 1.1, "ls": (0, (6, 2))},
     "soft_single": {"color": BLUE, "lw": 1.1, "ls": (0, (4, 1.5, 1, 1.5))},
+    "soft_scaled": {"color": "#CC79A7", "lw": 1.1, "ls": (0, (7, 1.5, 1, 1.5, 1, 1.5))},
+    "soft_hardened": {"color": "#8a6d00", "lw": 1.1, "ls": (0, (2.5, 1.2))},
     "irreducible": {"color": INK, "lw": 1, "ls": (0, (1, 1.5))},
 }
 
@@ -133,7 +138,7 @@ def calibration(split, chosen):
     with the values of its reference lines, because labels beside nearly equal lines would collide.
     """
     simulated = split["ensemble"][-1]["true_error"] is not None
-    lines = sum(split[key] is not None for _, key, _, _ in REFERENCES)
+    lines = sum(split.get(key) is not None for _, key, _, _ in REFERENCES)
     legend_height = 0.13 * (3 + (chosen is not None) + lines)
     wide, tall = WIDE if simulated else NARROW, 2.65 + legend_height
     fig = Figure(figsize=(wide, tall))

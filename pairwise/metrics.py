@@ -13,7 +13,7 @@ import collections
 import itertools
 from typing import NamedTuple
 
-from pairwise import cli, run_dir, theory
+from pairwise import cli, run_dir, soft_model, theory
 
 import numpy as np
 from scipy.special import expit
@@ -212,42 +212,42 @@ def error_of(name, form, alpha, pairs):
     return np.clip(errors, -np.inf if name == "excess" else 0, pairs)
 
 
-def measure(split, rewards, stats, soft_single):
+def measure(split, rewards, stats, predicted):
     """Return what the figures of a split need: evaluator.pair_statistics, the soft votes float64
     (K, N), `squared_errors`, and {reference line: its terms (N,), or None}.
 
-    split: with the pairs that count; rewards float32 (K, R); stats: of stats.json; soft_single:
-    whether the sigmoid of member 1 is a soft model of p, as `trained_on_p` says.
+    split: with the pairs that count; rewards float32 (K, R); stats: of stats.json; predicted:
+    {key: p_hat (N,)} of the soft models that exist, by soft_model.Lines.predict.
     """
     sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
     p, truth, zero = split.p, split.p_true, np.zeros(len(split.p))
-    with np.errstate(over="ignore", invalid="ignore"):
-        margins = np.nan_to_num(rewards[:, split.a] - rewards[:, split.b])  # inf - inf: a tie
-    soft = expit(margins.astype(np.float64))
+    soft = expit(soft_model.reward_differences(rewards, split.a, split.b))
     sampled = theory.irreducible(p, split.n, split.ties if stats["ties"] == "half" else zero)
     c = {"sampled": sampled, "population": zero, "dependent": None}[stats["votes"]]
     lines = {
         "floor_single": floor_single(p),
         "coin_flip": coin_flip(p),
-        "soft_single": (soft[0] - p) ** 2 if soft_single else None,
         "irreducible": c,
         "floor_excess": None if c is None else floor_excess(p, c),
         "floor_true": None if truth is None else floor_single(truth),
         "coin_true": None if truth is None else coin_flip(truth),
-        "soft_true": (soft[0] - truth) ** 2 if soft_single and truth is not None else None,
     }
+    for name, true_name in soft_model.LINES.items():
+        p_hat = predicted.get(name)
+        lines[name] = None if p_hat is None else (p_hat - p) ** 2
+        lines[true_name] = None if p_hat is None or truth is None else (p_hat - truth) ** 2
     return sums, soft, squared_errors(split, sums, rewards, soft, c), lines
 
 
 # ---- one split
 
 
-def split_metrics(split, rewards, prefixes, stats, soft_single, resamples, seed):
+def split_metrics(split, rewards, prefixes, stats, predicted, resamples, seed):
     """Return the entry of metrics.json for one split, and its `squared_errors`.
 
-    rewards float32 (K, R); prefixes: of `read_prefixes`; stats, soft_single: as for `measure`.
+    rewards float32 (K, R); prefixes: of `read_prefixes`; stats, predicted: as for `measure`.
     """
-    sums, soft, forms, lines = measure(split, rewards, stats, soft_single)
+    sums, soft, forms, lines = measure(split, rewards, stats, predicted)
     votes = evaluator.votes(rewards, split.a, split.b) / 2
     pairs = sums["pairs"].astype(np.float64)
     terms = {"annotators_mean": split.n, "majority_mean": np.maximum(split.p, 1 - split.p)} | lines
@@ -388,6 +388,7 @@ def read_prefixes(run):
         sizes = f"weights for K = {largest} found, rewards of K = {k} members"
         raise cli.InputError(f"{run / 'weights.json'}: {sizes}; fit_weights.py fits them anew")
     return prefixes
+<<<<<<< HEAD
 
 
 def trained_on_p(run):
@@ -397,3 +398,5 @@ def trained_on_p(run):
         return False
     settings = run_dir.stages(run).get(run_dir.member_name(1), {}).get("settings", {})
     return settings.get("loss", "mse") in ("mse", "bce")
+=======
+>>>>>>> soft

@@ -67,10 +67,13 @@ def references(split):
 
     split: metrics["splits"]["test"]. Where the true fractions are known, the last is theorem 2.
     """
-    rows = [
-        (name, split[key], split[f"{key}_ci"], split.get(true_key), how)
-        for name, key, true_key, how in figures.REFERENCES
-    ]
+    rows = []
+    for name, key, true_key, how in figures.REFERENCES:
+        if key == "soft_scaled" and (fit := split.get("soft_fit")):
+            name = f"{name} on {fit['split']} prompts"
+            how += f" of the least error there: tau {fit['tau']:.3g}, a {fit['a']:.2g}"
+        if key != "soft_hardened" or split.get(key) is not None:
+            rows.append((name, split.get(key), split.get(f"{key}_ci"), split.get(true_key), how))
     k, c = split["ensemble"][-1]["k"], split["irreducible"]
     if split["floor_true"] is not None:
         bound, true_bound = None if c is None else theory.theorem2(k, c), theory.theorem2(k)
@@ -197,7 +200,8 @@ def comparisons(split):
     """
     brier, limits = split["ensemble"][-1]["brier"], split["ensemble"][-1]["brier_ci"]
     lines = []
-    for name, value, *_ in references(split)[:3]:
+    others = 1 + (split["floor_true"] is not None)  # the irreducible error, theorem 2
+    for name, value, *_ in references(split)[:-others]:
         if value is not None:
             side = "below" if brier < value else "above" if brier > value else "equal to"
             certain = None

@@ -140,7 +140,8 @@ def test_settings_agree_with_the_metrics_of_their_runs(runs, tmp_path):
         assert {name: s[name] for name in names} == {
             name: pytest.approx(test["ensemble"][-1][name], abs=1e-12) for name in names
         }
-        assert s["soft_single"] == test["soft_single"]
+        for name in ("soft_single", "soft_scaled"):
+            assert s[name] == test[name] and s[f"{name}_ci"] == test[f"{name}_ci"]
         assert found["lines"] == {
             name: pytest.approx(test[name], abs=1e-12) for name in found["lines"]
         }

@@ -16,7 +16,7 @@ from pathlib import Path
 import evaluate
 import fit_weights
 from pairwise import metrics as figures
-from pairwise import theory
+from pairwise import soft_model, theory
 from pairwise.cli import BUILD_COMMAND, InputError
 from pairwise.data import read_split, write_split
 from pairwise.files import hash_file
@@ -41,12 +41,12 @@ FIGURES = {
     "tie_rate",
     "floor_single",
     "coin_flip",
-    "soft_single",
+    *soft_model.LINES,
+    *soft_model.LINES.values(),
     "irreducible",
     "floor_excess",
     "floor_true",
     "coin_true",
-    "soft_true",
     "pairwise_disagreement",
 }
 ERRORS, OF_MEMBER = (
@@ -60,6 +60,7 @@ CI = {
 SPLIT = {
     "prompts",
     "pairs",
+    "soft_fit",
     "ensemble",
     "members",
     "agreement",
@@ -67,6 +68,7 @@ SPLIT = {
     *FIGURES,
     *(f"{name}_ci" for name in FIGURES),
 }
+SOFT_LINES = "soft_single", "soft_true", "soft_scaled", "soft_scaled_true"
 ENSEMBLE = {"k", "alpha", "fit", *ERRORS, *(f"{name}_ci" for name in ERRORS)}
 MEMBER = {"j", "outlier_below", *OF_MEMBER, *(f"{name}_ci" for name in OF_MEMBER)}
 DIVERSITY = {
@@ -369,8 +371,12 @@ def expected(run):
         "diversity": None,
         "plurality": None,
     }
+    tuned = "valid" if (run / "data" / "valid.parquet").exists() else "train"
+    _, first, second, p, *_ = read_pairs(run, tuned)
+    tau, a = soft_model.fit_scale_and_lapses((first - second).astype(float)[:1], np.ones(1), p)
     for path in (run / "data").glob("*.parquet"):
         prompt, first, second, p, n, ties, truth = read_pairs(run, path.stem)
+        scaled = a + (1 - 2 * a) / (1 + np.exp(-tau * (first - second).astype(float)[0]))
         known = not np.isnan(truth).any()
         mean_true = lambda values, known=known: np.mean(values) if known else None  # noqa: E731
         votes = np.where(first > second, 1, np.where(first < second, 0, 0.5))
@@ -440,6 +446,11 @@ def expected(run):
             "floor_true": mean_true(np.minimum(truth, 1 - truth) ** 2),
             "coin_true": mean_true((truth - 0.5) ** 2),
             "soft_true": mean_true((soft[0] - truth) ** 2),
+            "soft_scaled": np.mean((scaled - p) ** 2),
+            "soft_scaled_true": mean_true((scaled - truth) ** 2),
+            "soft_hardened": None,
+            "soft_hardened_true": None,
+            "soft_fit": {"split": tuned, "tau": tau, "a": a},
             "ensemble": ensemble,
             "members": members,
             "pairwise_disagreement": [[np.mean(np.abs(x - y)) for y in votes] for x in votes],
@@ -827,6 +838,8 @@ def test_every_interval_of_a_run_is_that_of_an_independent_bootstrap(
             1 / (1 + np.exp(-(first - second).astype(float))),
             p * (1 - p) / (n - 1),
         )
+        tau, a = s["soft_fit"]["tau"], s["soft_fit"]["a"]
+        scaled = a + (1 - 2 * a) * expit(tau * (first - second).astype(float)[0])
         terms = {
             "annotators_mean": n,
             "majority_mean": np.maximum(p, 1 - p),
@@ -839,6 +852,8 @@ def test_every_interval_of_a_run_is_that_of_an_independent_bootstrap(
             "floor_true": np.minimum(truth, 1 - truth) ** 2,
             "coin_true": (truth - 0.5) ** 2,
             "soft_true": (soft[0] - truth) ** 2,
+            "soft_scaled": (scaled - p) ** 2,
+            "soft_scaled_true": (scaled - truth) ** 2,
         }
         checks = [(s[f"{name}_ci"], term, 1.0) for name, term in terms.items()]
         for e in s["ensemble"]:
@@ -894,7 +909,7 @@ def test_every_interval_of_a_run_is_that_of_an_independent_bootstrap(
             (s["pairwise_disagreement_ci"][i][j], np.abs(votes[i] - votes[j]), 1.0)
             for i, j in ((0, 1), (2, 1))
         ]
-        assert len(checks) == len(FIGURES) - 1 + 3 * 6 + 4 * 2 + 3 * 4 + 2
+        assert len(checks) == len(FIGURES) - 3 + 3 * 6 + 4 * 2 + 3 * 4 + 2
         for number, (limits, term, counts) in enumerate(checks):
             drawn = resample(prompt, term, number, counts)
             drawn = drawn[~np.isnan(drawn)]  # a resample can lack all pairs of a level
@@ -1208,7 +1223,7 @@ def test_monotone_transforms_of_rewards_change_no_hard_number(run, no_figures):
     fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
     soft = {
         f"{name}{ci}"
-        for name in ("brier_soft", "l1_soft", "pearson_soft", "soft_single", "soft_true")
+        for name in ("brier_soft", "l1_soft", "pearson_soft", *SOFT_LINES)
         for ci in ("", "_ci")
     }
     after = evaluated(run)
@@ -1216,10 +1231,9 @@ def test_monotone_transforms_of_rewards_change_no_hard_number(run, no_figures):
         after["diversity"].pop("policy")["distance"]
         != before["diversity"].pop("policy")["distance"]
     )  # a policy knows how much better
-    compare(after, before, 0, skip=soft)
+    compare(after, before, 0, skip=soft | {"soft_fit"})
     assert all(
-        after["splits"]["test"][name] != before["splits"]["test"][name]
-        for name in ("soft_single", "soft_true")
+        after["splits"]["test"][name] != before["splits"]["test"][name] for name in SOFT_LINES
     )
 
 

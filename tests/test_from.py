@@ -160,6 +160,7 @@ def test_weights_metrics_and_report(ensemble, tmp_path):
     )
     test = metrics["splits"]["test"]
     assert test["soft_single"] is None and test["soft_true"] is None
+    assert 0 < test["soft_scaled"] < 0.5
     split, alpha = (
         read_split(run, "test"),
         np.array(json.loads((run / "weights.json").read_text())[2]["alpha"]),

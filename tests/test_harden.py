@@ -17,8 +17,9 @@ from pairwise.levels import formula, hardened, read_members
 import harden
 import numpy as np
 import pytest
-from conftest import FLAGS, REPOSITORY, leftovers
+from conftest import FLAGS, REPOSITORY, edited, leftovers, manifest
 from scipy.integrate import quad
+from scipy.optimize import minimize
 from scipy.special import expit
 
 LAYOUTS = {"quantile": harden.quantile_layout(4), "equal": harden.equal_layout(4, 2.5)}
@@ -194,12 +195,12 @@ def test_refitted_weights_are_those_of_simplex_weights():
 @pytest.mark.parametrize("k", [4, 8, 9])
 def test_fitted_layout_follows_the_soft_model_better(k):
     split, rewards = simulated(heads=2)
-    model = harden.SoftModel([1], np.ones(1), 1.0, 0.0)
+    model = soft_model.SoftModel([1], np.ones(1), 1.0, 0.0)
     found = harden.fit_layouts(model, rewards, split, k)
     assert set(found) == ({"fitted"} if k % 2 else {"fitted", "equal", "quantile"})
     for formulas, alpha, misfit in found.values():
         assert len(formulas) == len(alpha) == k and abs(alpha.sum() - 1) < 1e-9
-        soft = expit(rewards[0, split.a].astype(float) - rewards[0, split.b])
+        soft = expit((rewards[0, split.a] - rewards[0, split.b]).astype(float))
         assert misfit == pytest.approx(
             np.mean((p_hat(formulas, alpha, rewards, split.a, split.b) - soft) ** 2), rel=1e-9
         )
@@ -210,7 +211,7 @@ def test_fitted_layout_follows_the_soft_model_better(k):
 def test_many_components():
     """More formulas to pick from than the evaluator takes at once."""
     split, rewards = simulated(n=500, r=100, heads=8)
-    model = harden.SoftModel(list(range(1, 9)), np.full(8, 1 / 8), 1.0, 0.0)
+    model = soft_model.SoftModel(list(range(1, 9)), np.full(8, 1 / 8), 1.0, 0.0)
     found = harden.fit_layouts(model, rewards, split, 16, "fitted")
     assert found["fitted"][2] < 0.01
 
@@ -231,12 +232,75 @@ def test_several_components():
     assert [f["member"] for f in both.formulas].count(1) == 4 and len(both.alpha) == 8
 
 
-def test_scale_and_lapses_are_found():
-    split, rewards = simulated(n=30000)
-    du = soft_model.reward_differences(rewards, split.a, split.b)
-    p = 0.1 + 0.8 * expit(1.7 * du[0])
-    tau, a = soft_model.fit_scale_and_lapses(du, np.ones(1), p)
-    assert abs(tau - 1.7) < 1e-2 and abs(a - 0.1) < 1e-3
+# ---- the scale and the lapses
+
+
+def drawn(seed, n=300, m=2):
+    """(differences (m, n) of nearly any scale, weights (m,), vote fractions (n,) of 4 votes)."""
+    rng = np.random.default_rng(seed)
+    differences = rng.normal(size=(m, n)) * rng.choice([0, 0.3, 1, 3], size=(m, n))
+    w = rng.dirichlet(np.ones(m))
+    truth = 0.08 + 0.84 * (w @ expit(rng.uniform(0.3, 4) * differences))
+    return differences * 10.0 ** rng.uniform(-3, 3), w, rng.binomial(4, truth) / 4
+
+
+def error(differences, w, p, tau, a):
+    return np.mean((soft_model.predict(differences, w, tau, a) - p) ** 2)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_scale_and_lapses_are_those_of_another_method(seed):
+    differences, w, p = drawn(seed, m=1 + seed % 3)
+    tau, a = soft_model.fit_scale_and_lapses(differences, w, p)
+    unit = np.median(np.abs(differences[differences != 0]))
+    grid = [(x, y) for x in np.linspace(-5, 5, 60) for y in np.linspace(0, 0.49, 20)]
+    loss = lambda x: error(differences, w, p, np.exp(x[0]) / unit, x[1])  # noqa: E731
+    options = {"xatol": 1e-9, "fatol": 1e-15, "maxiter": 5000}
+    bounds = [(-5, 5), (0, 0.49)]
+    found = minimize(
+        loss, min(grid, key=loss), method="Nelder-Mead", bounds=bounds, options=options
+    )
+    assert error(differences, w, p, tau, a) <= found.fun + 1e-12
+    assert tau == pytest.approx(np.exp(found.x[0]) / unit, rel=1e-4)
+    assert a == pytest.approx(found.x[1], abs=1e-4)
+
+
+def test_scale_and_lapses_are_found_whatever_the_rewards_scale_and_the_pairs_order():
+    differences, w, _ = drawn(0, 3000)
+    unit = np.median(np.abs(differences[differences != 0]))
+    p = 0.1 + 0.8 * (w @ expit(1.7 * differences / unit))
+    tau, a = soft_model.fit_scale_and_lapses(differences, w, p)
+    assert tau * unit == pytest.approx(1.7, rel=1e-6) and a == pytest.approx(0.1, abs=1e-6)
+    differences, w, p = drawn(1)
+    tau, a = soft_model.fit_scale_and_lapses(differences, w, p)
+    swapped = np.random.default_rng(0).random(len(p)) < 0.5
+    signs = np.where(swapped, -1, 1)
+    for c, d, q in [(1e-9, 1, p), (1e12, 1, p), (1, signs, np.where(swapped, 1 - p, p))]:
+        other, b = soft_model.fit_scale_and_lapses(c * d * differences, w, q)
+        assert c * other == pytest.approx(tau, rel=1e-9) and b == pytest.approx(a, abs=1e-9)
+    shuffled = np.random.default_rng(1).permutation(len(p))
+    again = soft_model.fit_scale_and_lapses(differences[:, shuffled], w, p[shuffled])
+    assert again == pytest.approx((tau, a), rel=1e-9)
+
+
+def test_scale_and_lapses_at_their_bounds():
+    one = np.ones(1)
+    fit = soft_model.fit_scale_and_lapses
+    assert fit(np.zeros((1, 3)), one, np.array([0, 1, 0.5])) == (1, 0)  # constant rewards
+    d = np.array([[-3.0, -1.0, 1.0, 5.0]])
+    separable = (d[0] > 0).astype(float)
+    tau, a = fit(d, one, separable)
+    assert error(d, one, separable, tau, a) < 1e-10 and a < 1e-9
+    for p in (1 - separable, np.full(4, 0.5)):  # against the rewards; nothing to be learned
+        tau, a = fit(d, one, p)
+        assert np.abs(soft_model.predict(d, one, tau, a) - 0.5).max() < 0.03
+    for p in (0.0, 0.5, 0.75, 1.0):  # a single pair
+        tau, a = fit(d[:, 3:], one, np.array([p]))
+        assert error(d[:, 3:], one, p, tau, a) <= 1e-4 + max(0, 0.5 - p) ** 2
+    rewards = np.array([[np.inf, np.inf, -np.inf, 1, 2]], np.float32)
+    d = soft_model.reward_differences(rewards, np.array([0, 0, 3, 4]), np.array([1, 2, 4, 3]))
+    tau, a = fit(d, one, np.array([0.5, 1, 0, 1]))
+    assert error(d, one, np.array([0.5, 1, 0, 1]), tau, a) < 1e-6
 
 
 # ---- the run
@@ -265,10 +329,59 @@ def test_run_of_its_own(full_run, tmp_path, layout, capsys):
     assert test["ensemble"][0]["brier"] == pytest.approx(
         np.mean((by_hand - split.p) ** 2), abs=1e-9
     )
-    assert test["soft_single"] is None and metrics["diversity"] is not None and not leftovers(out)
+    assert metrics["diversity"] is not None and not leftovers(out)
     np.testing.assert_array_equal(
         np.load(out / "rewards" / "03_test.npy"), hardened(formulas, rewards)[2]
     )
+
+
+def metrics_of(run, out):
+    evaluate.main(evaluate.parse_args(["--run", str(run), "--out", str(out), "--resamples", "50"]))
+    return json.loads((out / "metrics.json").read_text())["splits"]
+
+
+def test_soft_lines_of_the_source(full_run, tmp_path, no_figures, capsys):
+    """A hardened run has them without its source, and that of the model it follows beside them."""
+    source = shutil.copytree(full_run, tmp_path / "source")
+    for split in ("train", "valid", "test"):  # Votes that take both members.
+        rewards = np.load(source / "rewards" / f"02_{split}.npy")
+        np.save(source / "rewards" / f"02_{split}.npy", -50 * rewards[::-1])
+    out = make(edited(source), tmp_path / "hard", "--k", "4", "--layout", "fitted")
+    before, facts = metrics_of(source, tmp_path / "1"), manifest(out)["harden"]
+    source.rename(tmp_path / "gone")
+    after = metrics_of(out, tmp_path / "2")
+    model = soft_model.SoftModel(*(facts[x] for x in ("components", "weights", "tau", "a")))
+    assert facts["tuned_on"] == "valid"
+    for name, entry in after.items():
+        assert entry["soft_fit"] == before[name]["soft_fit"]
+        for line in ("soft_single", "soft_scaled"):
+            for key in (line, f"{line}_ci", soft_model.LINES[line]):
+                assert entry[key] == before[name][key] and (entry[key] or "_ci" in key)
+        split, kept = read_split(out, name), np.load(out / "rewards" / f"source_{name}.npy")
+        soft = soft_model.predict(
+            (kept[:, split.a] - kept[:, split.b]).astype(float)[np.array(model.members) - 1],
+            np.array(model.w),
+            model.tau,
+            model.a,
+        )
+        assert entry["soft_hardened"] == pytest.approx(np.mean((soft - split.p) ** 2), abs=1e-9)
+        assert entry["soft_hardened_true"] == pytest.approx(np.mean((soft - split.p_true) ** 2))
+        assert before[name]["soft_hardened"] is None
+    assert after["valid"]["soft_scaled"] <= after["valid"]["soft_single"]
+    said = capsys.readouterr().out
+    assert said.count("single soft model scaled on valid prompts") == 2
+    assert said.count("soft model that was hardened") == 1
+    path = out / "rewards" / "source_test.npy"
+    np.save(path, np.load(path)[:, 1:])
+    with pytest.raises(InputError, match="edited or damaged"):
+        metrics_of(out, tmp_path / "3")
+    with pytest.raises(InputError, match=r"source_test.npy: shape \(2, \d+\) found, at least"):
+        metrics_of(edited(out), tmp_path / "3")
+    stages = manifest(out)  # A hardened run of an older version shows no such line.
+    del stages["harden"]["trained_on_p"]
+    (out / "manifest.json").write_text(json.dumps({"stages": stages}))
+    test = metrics_of(out, tmp_path / "4")["test"]
+    assert test["soft_single"] is test["soft_scaled"] is test["soft_fit"] is None
 
 
 def test_same_again_and_moved_together(full_run, tmp_path, capsys):
@@ -279,7 +392,7 @@ def test_same_again_and_moved_together(full_run, tmp_path, capsys):
     make(both / "source", both / "hard", "--k", "4")
     assert "skipped" in capsys.readouterr().out
     make(both / "source", both / "hard", "--k", "2")
-    assert len(list((both / "hard" / "rewards").glob("*_test.npy"))) == 2
+    assert len(list((both / "hard" / "rewards").glob("0*_test.npy"))) == 2
     make(both / "source", both / "hard", "--k", "4")
     assert first == {path.name: path.read_bytes() for path in (both / "hard").rglob("*.npy")}
     both.rename(tmp_path / "moved")

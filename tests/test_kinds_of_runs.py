@@ -86,9 +86,10 @@ def test_evaluated_and_scored(runs, base, tmp_path, kind):
         evaluate.parse_args(arguments("--run", run, "--out", tmp_path / "out", "--resamples", 100))
     )
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert (metrics["splits"]["test"]["soft_single"] is not None) == (
-        kind in ("full", "head", "pruned")
-    )
+    test = metrics["splits"]["test"]
+    assert (test["soft_single"] is not None) == (kind not in ("joint", "learned", "hardened joint"))
+    assert test["soft_scaled"] is not None and test["soft_scaled_true"] is not None
+    assert (test["soft_hardened"] is not None) == ("hardened" in kind)
     (tmp_path / "questions.jsonl").write_text(
         json.dumps(
             {"prompt": "how can i get fit ?", "responses": ["run .", "walk more .", "rest ."]}

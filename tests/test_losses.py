@@ -189,6 +189,9 @@ def test_a_baseline_from_training_to_metrics(judged, base, tmp_path, name, soft,
             (s["soft_true"] is not None),
             (s["soft_single_ci"] is not None),
         ) == (soft, soft, soft and s["prompts"] >= FEWEST)
+        assert s["soft_scaled"] is not None and s["soft_scaled_true"] is not None
+        assert (s["soft_scaled_ci"] is not None) == (s["prompts"] >= FEWEST)
+        assert s["soft_fit"]["split"] == ("valid" if "valid" in metrics else "train")
 
 
 def test_one_vote_a_pair_everywhere(head_run, tmp_path):

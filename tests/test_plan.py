@@ -308,7 +308,10 @@ def card(monkeypatch, total, others, fraction=1.0):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - others, total))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 15_009_873_920 + 8192)
-    return total - others
+    shares = []  # of the card that torch may take from now on
+    name = "set_per_process_memory_fraction"
+    monkeypatch.setattr(torch.cuda, name, lambda share, device: shares.append(share))
+    return total - others, shares
 
 
 def test_what_others_have_of_a_card_is_left_to_them(monkeypatch):
@@ -321,11 +324,14 @@ def test_what_others_have_of_a_card_is_left_to_them(monkeypatch):
     passing = max(budget.passing_bytes(model, groups, arguments()))
     found = []
     for others in (0, 2 * 10**9):
-        free = card(monkeypatch, 85 * 10**9, others)
+        free, shares = card(monkeypatch, 85 * 10**9, others)
         memory, room = budget.of_card(model, groups, arguments())
         held = offload.on_card(sizes, memory)
         used = held + gradients + max(passing, room.nbytes)
         assert 0.97 * free < used + budget.RESERVE <= free
+        # What torch may not take is a 25th, of the reserve.
+        left = 85e9 - others - 10**9 - shares[0] * 85e9
+        assert left == pytest.approx(85e9 / 25) and 2**30 < budget.RESERVE - left < budget.RESERVE
         found.append(held)
     assert 1e9 < found[0] - found[1] < 3e9
     # A share of the card that torch is held to counts as well.
