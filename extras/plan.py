@@ -85,7 +85,7 @@ def describe(args):
 
 def card_budget(model, groups, args):
     """Return (the optimizer's bytes of the card, those a layer keeps whole, layers that do)."""
-    free = args.gpu_gb * 1e9 - budget.weight_bytes(model)
+    free = args.gpu_gb * 1e9 - budget.weight_bytes(model) - budget.reserve(args.gpu_gb * 1e9)
     optimizer = budget.optimizer_budget(free, model, groups, args)
     room = budget.activation_room(free, optimizer, model, groups, args)
     return optimizer, room[1], budget.layers_kept(room, model, args)
@@ -101,7 +101,7 @@ def memory(model, groups, args):
         return {
             f"weights, {args.dtype}": (weights, 0),
             f"activations, {tokens:,} tokens, forward": (tokens * activations, 0),
-            "reserve": (budget.RESERVE, 0),
+            "reserve": (budget.reserve(args.gpu_gb * 1e9), 0),
         }
     parameters = budget.with_dims(groups, args.max_precondition_dim)
     tensors = [budget.optimizer_bytes(p, dim) for p, dim in parameters]
@@ -125,7 +125,7 @@ def memory(model, groups, args):
     else:
         layers = f"{whole} of {model.config.num_hidden_layers} layers whole"
         rows[f"activations, {tokens:,} tokens, {layers}"] = (activations, 0)
-    rows["reserve"] = (budget.RESERVE, 0)
+    rows["reserve"] = (budget.reserve(args.gpu_gb * 1e9), 0)
     return rows
 
 

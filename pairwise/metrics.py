@@ -388,15 +388,3 @@ def read_prefixes(run):
         sizes = f"weights for K = {largest} found, rewards of K = {k} members"
         raise cli.InputError(f"{run / 'weights.json'}: {sizes}; fit_weights.py fits them anew")
     return prefixes
-<<<<<<< HEAD
-
-
-def trained_on_p(run):
-    """Tell whether member 1 was trained on the vote fractions, by the manifest: then its sigmoid is
-    a soft model of them."""
-    if run_dir.kind_of(run, beneath=True) in ("joint", "hardened", "existing", "imported"):
-        return False
-    settings = run_dir.stages(run).get(run_dir.member_name(1), {}).get("settings", {})
-    return settings.get("loss", "mse") in ("mse", "bce")
-=======
->>>>>>> soft

@@ -12,11 +12,15 @@ from pairwise.scale.recompute import Room
 
 import torch
 
-# Bytes of the card that are set aside for what is not counted here: fragmentation, workspaces of
-# kernels, gradients on their way to float32, and LEFT.
-RESERVE = 6 * 2**30
 # The share of a card that torch may not take, as libraries allocate beside it: 3.2 GiB of 79.2.
 LEFT = 1 / 25
+
+
+def reserve(total):
+    """Return the bytes of a card of `total` that are set aside for what is not counted here.
+
+    That is LEFT, fragmentation, workspaces of kernels, gradients on their way to float32."""
+    return int(total / 16) + 2**30
 
 
 def weight_bytes(model):
@@ -119,8 +123,8 @@ def _pass_of(model, args):
 def optimizer_budget(free, model, groups, args):
     """Return the bytes of the card for masters, state and copy buffers.
 
-    They are --optimizer-memory-gb or, without it, what is left of the `free` bytes beside the
-    weights, where float32 gradients of all that is trained stay; negative where nothing is left.
+    They are --optimizer-memory-gb or, without it, what is left of the `free` bytes beside weights
+    and reserve, where float32 gradients of all that is trained stay; negative where none are left.
     """
     if args.optimizer_memory_gb is not None:
         return args.optimizer_memory_gb * 2**30
@@ -128,8 +132,8 @@ def optimizer_budget(free, model, groups, args):
 
 
 def _beside(free, groups):
-    """Return what float32 gradients and the reserve leave of `free` bytes."""
-    return free - 4 * sum(p.numel() for group in groups for p in group) - RESERVE
+    """Return what float32 gradients leave of `free` bytes."""
+    return free - 4 * sum(p.numel() for group in groups for p in group)
 
 
 def activation_room(free, memory, model, groups, args):
@@ -181,7 +185,7 @@ def leave_free(device):
 
 def of_card(model, groups, args):
     """Return, as training starts, the card's bytes for the optimizer, the Room for activations."""
-    free = free_bytes(model.device)
+    free = free_bytes(model.device) - reserve(torch.cuda.mem_get_info(model.device)[1])
     leave_free(model.device)
     memory = optimizer_budget(free, model, groups, args)
     room = activation_room(free, memory, model, groups, args)
