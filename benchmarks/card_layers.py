@@ -26,6 +26,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2}
 LAYERS, TOKENS, SMALL_TOKENS, LENGTH = (6, 2), (4096, 8192), (64,), 1024
 RANK = 16
+TIMES = 5  # A time is the median of so many.
 
 
 # ---- other ways to run parts of a layer
@@ -159,12 +160,12 @@ def train(model, ids):
 def issued(card, call):
     """Return the median seconds until a call returns, which waits for nothing."""
     meter, seconds = Meter(card.device), []
-    for _ in range(4):
+    for _ in range(TIMES):
         start = meter.now()
         call()
         seconds.append(time.perf_counter() - start)
         meter.now()
-    return sorted(seconds[1:])[1]
+    return sorted(seconds)[TIMES // 2]
 
 
 def kernels(card, call):
@@ -201,7 +202,7 @@ def per_layer(card, change, tokens, profiled=False):
 def measure(card, found, name, call, sign):
     share = sign / (LAYERS[0] - LAYERS[1])
     for key, seconds in {
-        name: seconds_of(card.device, call, 5),
+        name: seconds_of(card.device, call, TIMES),
         f"{name}, issued": issued(card, call),
     }.items():
         found[key] = found.get(key, 0) + share * seconds
@@ -238,7 +239,7 @@ def products(card, tokens, into, out):
         "+= A low": lambda: gx.addmm_(low, a),
         "sum of two": lambda: gx + x,
     }
-    return {name: seconds_of(card.device, call, 5) for name, call in calls.items()}
+    return {name: seconds_of(card.device, call, TIMES) for name, call in calls.items()}
 
 
 def layers(card):

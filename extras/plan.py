@@ -41,14 +41,18 @@ PAPER = {
 }
 SAMPLE = 1000  # So many responses are tokenized to count the tokens of all.
 # Measured on one H100 80GB (benchmarks/card-first.json); another card is taken to be like it but
-# for its --tflops, of which the optimizer's products, in TF32, reach this part.
-TFLOPS, TF32_RATE = 785, 393 / 785
+# for its --tflops, of which the optimizer's products in TF32, and those of new bases, in float32,
+# reach these parts.
+TFLOPS, TF32_RATE, FLOAT32_RATE = 785, 393 / 785, 52 / 785
 MEMORY = 2.7e12  # Bytes a second of the card's memory: 80 % of its data sheet's, not measured.
 LINK = 42e9  # Bytes a second go each way between card and host when both ways are busy,
 PINNING = 3.7e9  # and so many into pinned memory before the first step.
 # Seconds of float32 decompositions of matrices with sides of 1,024 and 4,096; those between and
 # beyond are taken to lie on the power law through both.
 QR, EIGH = (4.5e-3, 28.9e-3), (11e-3, 97e-3)
+# Seconds in which the host issues the kernels of a recomputed layer with adapters (card-h100-80gb,
+# part l), and the part of --micro-batch-tokens that passes hold, as prompts stay whole.
+ISSUING, FILLED = 19e-3, 0.7
 LIBRARIES = 2.6e9  # Bytes of the host beside what is paged.
 
 
@@ -182,14 +186,14 @@ def count_steps(args, counts):
 
 def flops(model, groups, args, counts, recomputed=1):
     """Return (FLOPs of a member, bytes that its adapters move in memory, both of training and
-    scoring; FLOPs of one optimizer step's products without new bases, of those with new ones).
+    scoring; FLOPs of one optimizer step's products, of those that new bases take beside them).
 
     A forward pass takes 2 FLOPs per weight and token besides the embedding's, and 2 T q a layer
     for causal attention over T tokens; backward takes twice that, or once where the weights are
     frozen; recomputation takes it once, for that share of the layers. An adapter reads its layer's
     input i and adds to the output o, i + 2 o; backward reads o twice and i once, writes the
     gradient of i and adds it to another. SOAP's step of an (a, b) matrix is four products of
-    2 a b d for each side d, and one of 2 d^3 for a new basis.
+    2 a b d for each side d, and three of 2 d^3 for a new basis.
     """
     adapters = sum(p.numel() for p in groups[0]) if args.train == "lora" else 0
     embedding = model.get_input_embeddings().weight.numel()
@@ -206,7 +210,7 @@ def flops(model, groups, args, counts, recomputed=1):
     forward = i + 2 * o
     moved = trained * ((1 + recomputed) * forward + 5 * i + 2 * o) + scored * forward
     products = sum(8 * p.numel() * d for p in groups[0] for d in sides_of(p, args))
-    bases = products + sum(2 * d**3 for p in groups[0] for d in sides_of(p, args))
+    bases = sum(6 * d**3 for p in groups[0] for d in sides_of(p, args))
     return training_flops + scoring_flops, moved, products, bases
 
 
@@ -232,10 +236,17 @@ def stepping(products, bases, groups, args, paged):
 
     products, bases: FLOPs, of `flops`; paged: bytes of the optimizer on the host, whose copies to
     and from the card overlap with the computation."""
-    rate, link = args.tflops * 1e12 * TF32_RATE, paged / LINK
-    refreshed = bases / rate + decomposing(groups, args, QR)
+    peak, link = args.tflops * 1e12, paged / LINK
+    plain = products / (peak * TF32_RATE)
+    refreshed = plain + bases / (peak * FLOAT32_RATE) + decomposing(groups, args, QR)
     first = decomposing(groups, args, EIGH) + paged / PINNING
-    return max(products / rate, link), max(refreshed, link), first
+    return max(plain, link), max(refreshed, link), first
+
+
+def issuing(model, args, tokens):
+    """Return the least seconds in which the host issues adapters' passes over so many tokens."""
+    passes = tokens / (FILLED * args.micro_batch_tokens)
+    return passes * model.config.num_hidden_layers * ISSUING * (args.train == "lora")
 
 
 def print_work(model, groups, args, paged):
@@ -248,7 +259,8 @@ def print_work(model, groups, args, paged):
     plain, refreshed, first = stepping(*of_step, groups, args, paged)
     seconds = plain + (refreshed - plain) / args.precondition_frequency
     repeats = args.members if trains else 1  # The frozen base is run once for all heads.
-    hours = repeats * passing(work, moved, args) / 3600
+    trained = counts["tokens"] * counts["train"] * args.epochs
+    hours = repeats * max(passing(work, moved, args), issuing(model, args, trained)) / 3600
     optimizing = repeats * (first + steps * seconds) / 3600 if trains else 0
     disk, checkpoints = disk_bytes(model, groups, args)
     sizes = f"{counts['pairs']:,} train pairs, {counts['train']:,} train responses"
@@ -266,7 +278,8 @@ def print_work(model, groups, args, paged):
         one = counts | {"train": 1 / args.epochs, "scored": 0}
         alone = flops(model, groups, args, one, recomputed)[:2]
         copies = f" ({paged / 1e9:,.0f} GB each way)" if paged else ""
-        rate = counts["tokens"] / passing(*alone, args)
+        one_response = issuing(model, args, counts["tokens"])
+        rate = counts["tokens"] / max(passing(*alone, args), one_response)
         print(
             f"training: {rate:,.0f} tokens/s; an optimizer step: "
             f"{plain:.1f} s{copies}, with new bases {refreshed:.1f} s; before the first: "
@@ -354,8 +367,8 @@ def parse_args(argv=None):
     # the card
     add("--gpu-gb", type=cli.positive, default=80, help="its memory in 10^9 bytes, as on its label")
     add("--tflops", type=cli.positive, default=TFLOPS, help="its BF16 rate in large products")
-    words = "share of --tflops that is reached, recomputation included (default 0.58)"
-    add("--utilisation", type=share, default=0.58, help=words)
+    words = "share of --tflops that is reached, recomputation included (default 0.65)"
+    add("--utilisation", type=share, default=0.65, help=words)
     training.add_flags(parser)
     args = parser.parse_args(argv)
     args.device = "cuda"  # A plan is for a card, wherever it is made.

@@ -112,6 +112,20 @@ def test_numbers_of_small_models(tmp_path):
     assert found["linear_algebra"]["seconds"]["qr"].keys() == {"32", "64"}
 
 
+def test_parts_of_a_layer(tmp_path, monkeypatch):
+    """Every way to run norms and adapters that a CPU has gives the same rewards, but for BF16."""
+    import card_layers
+
+    monkeypatch.setattr(card_layers, "FUSED", (card_layers.native,))
+    monkeypatch.setattr(card_layers, "LAYERS", (2, 1))
+    monkeypatch.setattr(card_layers, "TIMES", 1)
+    found = measure("l", tmp_path)
+    assert found["state"] == "done" and len(found["products"]) == 3, found
+    assert len(found["a_layer"]) == 6
+    for name, row in found["a_layer"].items():
+        assert row["rewards_from_the_first"] < 0.02, name
+
+
 def test_without_trl(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     found = measure("d", tmp_path)

@@ -250,7 +250,7 @@ def test_flops_by_hand():
     per_layer = 8 * (2 * 2 * 4096**3 + 2 * 1024 * 4096 * (1024 + 4096) + 3 * 14336 * 4096**2)
     cubes = 2 * 2 * 4096**3 + 2 * (1024**3 + 4096**3) + 3 * 4096**3
     assert products == pytest.approx(32 * per_layer)
-    assert bases == pytest.approx(32 * (per_layer + 2 * cubes))
+    assert bases == pytest.approx(32 * 6 * cubes)
     head = arguments("--train", "head")
     assert plan.flops(*plan.describe(head), head, counts)[0] < work / 4
 
@@ -272,7 +272,7 @@ def test_flops_of_adapters_by_hand():
     read, written = 32 * (6 * 4096 + 14336), 32 * (3 * 4096 + 2 * 1024 + 2 * 14336)
     each = 1000 * (7 * read + 6 * written) + 1100 * (read + 2 * written)
     assert moved == 500 * 2 * each
-    assert products == adapters * 8 * 16 < bases
+    assert products == adapters * 8 * 16 and bases == 6 * 16**3 * len(groups[0])
 
 
 def test_a_measured_run_is_planned_within_a_tenth(monkeypatch, capsys):
@@ -292,15 +292,30 @@ def test_a_measured_run_is_planned_within_a_tenth(monkeypatch, capsys):
     step, refreshed, first = plan.stepping(*of_step, groups, args, host)
     assert step == pytest.approx(seconds["step"][-1], rel=0.1)
     assert first == pytest.approx(seconds["first_bases"] + seconds["offload"], rel=0.1)
-    qr, layer = found["linear_algebra"]["seconds"]["qr"], {"4096": 9, "1024": 2}
-    refresh = 32 * sum(layer[side] * qr[side] for side in qr)
-    assert refreshed - step < refresh < refreshed
+    later = json.loads((REPOSITORY / "benchmarks" / "card-h100-80gb.json").read_text())["parts"]
+    assert refreshed == pytest.approx(later["a1"]["steps_with_new_bases"][0], rel=0.1)
     plan.main(args)
     rate = float(
         re.search("training: ([0-9,]+) tokens/s", capsys.readouterr().out)[1].replace(",", "")
     )
     measured = sum(full["distinct_tokens"]) / sum(seconds["forward_backward"])
     assert rate == pytest.approx(measured, rel=0.1)
+    # Later, norms were one kernel: two steps, less the optimizer's time in the same steps before.
+    ends, tokens = (
+        later["a1, later"][name] for name in ("seconds_at_the_end_of_steps", "distinct_tokens")
+    )
+    passing = ends[2] - ends[0] - sum(later["a1"]["steps_without"])
+    assert rate == pytest.approx(sum(tokens[1:3]) / passing, rel=0.1)
+
+
+def test_adapters_wait_for_the_host(capsys):
+    """Measured at 4,096 tokens a pass: 100,000 tokens in 20.8 seconds, with the optimizer's."""
+    later = json.loads((REPOSITORY / "benchmarks" / "card-h100-80gb.json").read_text())["parts"]
+    ends, tokens = later["b1"]["seconds_at_the_end_of_steps"], later["b1"]["distinct_tokens"]
+    flags = ("--train", "lora", "--gpu-gb", 24, "--micro-batch-tokens", 4096)
+    plan.main(arguments(*flags))
+    rate = int(re.search("training: ([0-9,]+) ", capsys.readouterr().out)[1].replace(",", ""))
+    assert rate == pytest.approx(sum(tokens[:2]) / ends[1], rel=0.1)
 
 
 def card(monkeypatch, total, others, fraction=1.0):
@@ -342,7 +357,7 @@ def test_what_others_have_of_a_card_is_left_to_them(monkeypatch):
 
 
 def test_how_many_layers_are_kept():
-    """None of 8B on 80 GB, where the optimizer has what is free; with adapters all, on 24 GB two.
+    """None of 8B on 80 GB, where the optimizer has what is free; with adapters all, on 24 GB none.
 
     Then two of three passes through the frozen weights are left."""
     kept = {}
@@ -356,7 +371,7 @@ def test_how_many_layers_are_kept():
         kept[flags[1:]] = plan.card_budget(model, groups, arguments(*flags))[-1]
         card, _ = plan.totals(plan.memory(model, groups, arguments(*flags)))
         assert card <= arguments(*flags).gpu_gb * 1e9
-    assert [*kept.values()] == [0, 9, 32, 2]
+    assert [*kept.values()] == [0, 8, 32, 0]
     counts = {"tokens": 1, "train": 1, "scored": 0, "pairs": 1}
     model, groups = plan.describe(arguments("--train", "lora"))
     work = [
@@ -383,10 +398,8 @@ def test_what_is_printed(capsys):
     assert "a card of 80 GB: full fits, with " in out
     assert "GB of host memory; lora fits; head fits" in out
     plan.main(arguments("--gpu-gb", 24))
-    assert (
-        "a card of 24 GB: full does not fit; lora fits, with 3 GB of host memory; head fits; "
-        "a smaller"
-    ) in capsys.readouterr().out
+    words = "a card of 24 GB: full does not fit; lora fits; head fits; a smaller"
+    assert words in capsys.readouterr().out
     plan.main(arguments("--gpu-gb", 24, "--train", "lora"))
     out = capsys.readouterr().out
     assert "a card of 24 GB: full does not fit; lora fits; head fits\n" in out
