@@ -20,7 +20,7 @@ def settle(args):
     torch.set_num_threads(args.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # That would fill every new tensor first, a third of all kernels; all are written before read.
+    # It would fill every new tensor first, in a kernel each; all are written before they are read.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
