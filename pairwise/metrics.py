@@ -21,6 +21,8 @@ from scipy.special import expit
 evaluator = cli.import_evaluator()
 
 ERRORS = "brier", "brier_soft", "excess", "true_error"  # These are squared errors of p_hat.
+# Reference lines whose error a mixture's is less than, or not: their difference has an interval.
+COMPARED = "floor_single", "coin_flip", *soft_model.LINES
 LABELS = 8  # So many labels of a category have their own row; others are counted together.
 # A figure of fewer prompts has no interval. Over P prompts of normal errors, percentiles hold the
 # truth in 50 % of the cases with P = 2, 84 % with 5 and 90 % with 10, the least P that reaches
@@ -257,7 +259,7 @@ def split_metrics(split, rewards, prefixes, stats, predicted, resamples, seed):
         figures[name] = Ratio(None if term is None else by_prompt(split, term), pairs)
     figures["ensemble"] = [
         {name: prefix[name] for name in ("k", "alpha", "fit")}
-        | mixture_figures(split, votes, soft, forms, np.array(prefix["alpha"]))
+        | mixture_figures(split, votes, soft, forms, np.array(prefix["alpha"]), lines)
         for prefix in prefixes
     ]
     figures["members"] = member_figures(split, sums, forms["brier"])
@@ -279,13 +281,18 @@ def agreement_terms(p_hat, p):
     return np.stack([np.minimum(np.abs(p_hat - p), 1), x * y, x * x, y * y])
 
 
-def mixture_figures(split, votes, soft, forms, alpha):
-    """Return the figures of the first k members' mixture; votes, soft (K, N), alpha (k,)."""
+def mixture_figures(split, votes, soft, forms, alpha, lines):
+    """Return the figures of the first k members' mixture; votes, soft (K, N), alpha (k,).
+
+    lines: of `measure`; `less` is the mixture's Brier score less theirs, on the same pairs."""
     pairs = np.diff(split.pair_start).astype(np.float64)
     errors = {name: error_of(name, form, alpha, pairs) for name, form in forms.items()}
     hard = by_prompt(split, agreement_terms(alpha @ votes[: len(alpha)], split.p)).T
     mixed = by_prompt(split, agreement_terms(alpha @ soft[: len(alpha)], split.p)).T
+    terms = {name: lines[name] for name in COMPARED if lines[name] is not None}
+    less = {name: errors["brier"] - by_prompt(split, term) for name, term in terms.items()}
     return {name: Ratio(errors.get(name), pairs) for name in ERRORS} | {
+        "less": {name: Ratio(less.get(name), pairs) for name in COMPARED},
         "l1": Ratio(hard[0], pairs),
         "l1_soft": Ratio(mixed[0], pairs),
         "pearson": Correlation(*hard[1:]),

@@ -7,6 +7,7 @@ are in report.html.jinja. Its figures are embedded, so the page can be moved or 
 import base64
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 from pairwise import data, figures, files, theory, weights
 from pairwise.metrics import FEWEST
@@ -62,23 +63,37 @@ def cells(entry, *keys, none="–"):
     return [text(entry[key]) for key in keys]
 
 
-def references(split):
-    """(name, Brier score, its interval, error against the truth, how) of each reference line.
+class Line(NamedTuple):
+    """A reference line: Brier score, error against the truth, how it is computed; and less, the
+    whole ensemble's Brier score less its own. Intervals are of resampled prompts."""
 
-    split: metrics["splits"]["test"]. Where the true fractions are known, the last is theorem 2.
+    name: str
+    brier: float | None
+    limits: list | None
+    true_error: float | None
+    how: str
+    less: float | None = None
+    less_limits: list | None = None
+
+
+def references(split):
+    """The Lines of metrics["splits"]["test"].
+
+    Where the true fractions are known, the last is theorem 2.
     """
-    rows = []
+    rows, less = [], split["ensemble"][-1].get("less", {})  # Older evaluations have none.
     for name, key, true_key, how in figures.REFERENCES:
         if key == "soft_scaled" and (fit := split.get("soft_fit")):
             name = f"{name} on {fit['split']} prompts"
             how += f" of the least error there: tau {fit['tau']:.3g}, a {fit['a']:.2g}"
         if key != "soft_hardened" or split.get(key) is not None:
-            rows.append((name, split.get(key), split.get(f"{key}_ci"), split.get(true_key), how))
+            known = split.get(key), split.get(f"{key}_ci"), split.get(true_key)
+            rows.append(Line(name, *known, how, less.get(key), less.get(f"{key}_ci")))
     k, c = split["ensemble"][-1]["k"], split["irreducible"]
     if split["floor_true"] is not None:
         bound, true_bound = None if c is None else theory.theorem2(k, c), theory.theorem2(k)
         how = "some k-ensemble reaches 1/(4k) + C_hat"
-        rows.append((f"Theorem 2 at k = {k}", bound, None, true_bound, how))
+        rows.append(Line(f"Theorem 2 at k = {k}", bound, None, true_bound, how))
     return rows
 
 
@@ -104,11 +119,14 @@ def table(metrics):
     if k := chosen_size(metrics):
         lines.append(f"on validation prompts the Brier score is least with k = {k}")
 
-    columns = "{:<42}{:>6}  {:>14}  {:>9}"
-    lines += ["", columns.format("reference lines", "Brier", "95 % interval", "true err.")]
-    for name, brier, limits, true_error, _ in references(split):
-        errors = figures.num(brier, "-"), interval(limits, "-"), figures.num(true_error, "-")
-        lines.append(columns.format(name, *errors))
+    columns = "{:<42}{:>6}  {:>14}  {:>9}  {:>22}"
+    k = split["ensemble"][-1]["k"]
+    head = ("reference lines", "Brier", "95 % interval", "true err.", f"k = {k} less it")
+    lines += ["", columns.format(*head)]
+    for x in references(split):
+        errors = figures.num(x.brier, "-"), interval(x.limits, "-"), figures.num(x.true_error, "-")
+        less = figures.num(x.less, "-"), interval(x.less_limits, "")
+        lines.append(columns.format(x.name, *errors, " ".join(less).strip()))
 
     columns = "{:>6}  {:>6}  {:>6}  {:>14}  {:>6}  {:>8}"
     head = ("member", "Brier", "Phi", "95 % interval", "regret", "accuracy")
@@ -195,19 +213,18 @@ def origin(stages):
 def comparisons(split):
     """The reference lines that the ensemble's score is compared with, as dicts.
 
-    certain: whether the whole interval lies on the same side; None where the two are equal, or
-    there is no interval.
+    less: the ensemble's score less theirs, on the same resampled prompts; certain: whether its
+    whole interval is on one side of 0, None where it is 0 or there is no interval.
     """
-    brier, limits = split["ensemble"][-1]["brier"], split["ensemble"][-1]["brier_ci"]
     lines = []
-    others = 1 + (split["floor_true"] is not None)  # the irreducible error, theorem 2
-    for name, value, *_ in references(split)[:-others]:
-        if value is not None:
-            side = "below" if brier < value else "above" if brier > value else "equal to"
+    for x in references(split):
+        if x.less is not None:
+            side = "below" if x.less < 0 else "above" if x.less > 0 else "equal to"
             certain = None
-            if limits and brier != value:
-                certain = limits[1] < value or limits[0] > value
-            lines.append({"name": name, "value": value, "side": side, "certain": certain})
+            if x.less_limits and x.less:
+                certain = x.less_limits[0] > 0 or x.less_limits[1] < 0
+            line = {"name": x.name, "value": x.brier, "side": side, "certain": certain}
+            lines.append(line | {"less": x.less, "less_ci": x.less_limits})
     return lines
 
 

@@ -69,7 +69,8 @@ SPLIT = {
     *(f"{name}_ci" for name in FIGURES),
 }
 SOFT_LINES = "soft_single", "soft_true", "soft_scaled", "soft_scaled_true"
-ENSEMBLE = {"k", "alpha", "fit", *ERRORS, *(f"{name}_ci" for name in ERRORS)}
+COMPARED = {"floor_single", "coin_flip", *soft_model.LINES}
+ENSEMBLE = {"k", "alpha", "fit", "less", *ERRORS, *(f"{name}_ci" for name in ERRORS)}
 MEMBER = {"j", "outlier_below", *OF_MEMBER, *(f"{name}_ci" for name in OF_MEMBER)}
 DIVERSITY = {
     "prompts",
@@ -405,6 +406,13 @@ def expected(run):
                     "l1_soft": np.mean(np.abs(p_soft - p)),
                     "pearson": both_orders(p_hat, p),
                     "pearson_soft": both_orders(p_soft, p),
+                    "less": {
+                        "floor_single": brier - np.mean(np.minimum(p, 1 - p) ** 2),
+                        "coin_flip": brier - np.mean((p - 0.5) ** 2),
+                        "soft_single": brier - np.mean((soft[0] - p) ** 2),
+                        "soft_scaled": brier - np.mean((scaled - p) ** 2),
+                        "soft_hardened": None,
+                    },
                 }
             )
         for j, vote in enumerate(votes):
@@ -821,6 +829,8 @@ def test_rounding_leaves_no_range(tmp_path, no_figures):
     for where, x in flat(metrics["splits"]):
         name = re.split(r"[.\[]", where)[-1] if "_ci" not in where else where.split(".")[-1]
         low = -1 if name.startswith(("pearson", "excess")) else 0
+        if ".less." in where:
+            low = -1
         if name.startswith(tuple(FIGURES | ERRORS | OF_MEMBER)) and "annotators" not in name:
             assert x is None or low <= x <= 1, (where, x)
 
@@ -866,6 +876,10 @@ def test_every_interval_of_a_run_is_that_of_an_independent_bootstrap(
                 (e["brier_soft_ci"], (mixed - p) ** 2, 1.0),
                 (e["excess_ci"], (hard - p) ** 2 - c, 1.0),
                 (e["true_error_ci"], (hard - truth) ** 2, 1.0),
+                *(
+                    (e["less"][f"{name}_ci"], (hard - p) ** 2 - terms[name], 1.0)
+                    for name in COMPARED - {"soft_hardened"}
+                ),
                 (e["l1_ci"], np.abs(hard - p), 1.0),
                 (e["l1_soft_ci"], np.abs(mixed - p), 1.0),
             ]
@@ -909,7 +923,7 @@ def test_every_interval_of_a_run_is_that_of_an_independent_bootstrap(
             (s["pairwise_disagreement_ci"][i][j], np.abs(votes[i] - votes[j]), 1.0)
             for i, j in ((0, 1), (2, 1))
         ]
-        assert len(checks) == len(FIGURES) - 3 + 3 * 6 + 4 * 2 + 3 * 4 + 2
+        assert len(checks) == len(FIGURES) - 3 + 3 * 10 + 4 * 2 + 3 * 4 + 2
         for number, (limits, term, counts) in enumerate(checks):
             drawn = resample(prompt, term, number, counts)
             drawn = drawn[~np.isnan(drawn)]  # a resample can lack all pairs of a level

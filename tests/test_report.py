@@ -150,10 +150,12 @@ def test_verdict_names_what_is_known(written):
     for text in (page.text, " ".join(report.table(metrics).split())):
         assert ("The ensemble is worse than a coin flip" in text) == worse
     for line in report.comparisons(test):
-        brier, value, (low, high) = last["brier"], line["value"], last["brier_ci"]
+        brier, value, (low, high) = last["brier"], line["value"], line["less_ci"]
+        assert line["less"] == pytest.approx(brier - value, abs=1e-12)
         assert line["side"] == ("below" if brier < value else "above")
-        assert line["certain"] == (not low <= value <= high)
-        doubt = ", the whole interval too" if line["certain"] else ", but the interval contains it"
+        assert line["certain"] == (not low <= 0 <= high)
+        less = f"{figures.num(line['less'])} {report.interval([low, high])}"
+        doubt = f"; {less}" + ", which contains 0" * (not line["certain"])
         assert f"{line['side']} the {line['name']} ({figures.num(value)}{doubt})" in page.text
 
 
