@@ -176,6 +176,10 @@ def test_table_is_the_reference_run():
         row = f"| {name} | {test[key]:.4f} | | {test[true]:.4f} | |"
         assert row in README, row
     assert f"| irreducible error (estimate) | {test['irreducible']:.4f} | | 0 | |" in README
+    less = test["ensemble"][-1]["less"]
+    low, high = less["floor_single_ci"]
+    words = f"{-less['floor_single']:.4f} below", f"-{-low:.4f} to {high:.4f}, contains zero"
+    assert all(text.replace("0.", ".") in README for text in words), words
 
 
 def test_ranges_are_those_of_the_ten_seeds():
