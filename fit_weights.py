@@ -107,10 +107,8 @@ def main(args):
         error, kkt = prefixes[-1]["train_mse"], prefixes[-1]["kkt"]
         alpha = " ".join(f"{weight:.3f}" for weight in prefixes[-1]["alpha"])
         print(f"weights: k={k}, train error {error:.4f}, alpha {alpha}, KKT residual {kkt:.0e}")
-        votes = evaluator.votes(rewards, split.a, split.b) / 2
-        phis = (votes + split.p - 2 * votes * split.p).mean(1)
-        tied = weights.tied_words((votes == 0.5).mean(1), "train pairs")
-        for words in filter(None, (tied, weights.contrary_words(phis, "train pairs"))):
+        ties = evaluator.votes(rewards, split.a, split.b) == 1
+        if words := weights.tied_words(ties.mean(1), "train pairs"):
             print(f"weights: {words}")
     if args.early_stop:
         early_stop(run, prefixes, args.early_stop)

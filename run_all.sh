@@ -82,8 +82,8 @@ while [ $# -gt 0 ]; do
         --continuations) PROMPTS=$2 ;;
         --prism-source) PRISM=(--source "$2") ;;
         --valid-share) VALID=$2 DATA+=("$1" "$2") ;;
-        --source | --revision | --ties | --min-votes | --test-share | --votes | --beaver | \
-            --annotators | --cnndm | --prompts | --responses | --texts) DATA+=("$1" "$2") ;;
+        --source | --revision | --ties | --min-votes | --test-share | --votes | --repeated | \
+            --beaver | --annotators | --cnndm | --prompts | --responses | --texts) DATA+=("$1" "$2") ;;
         --temperature | --top-p | --max-tokens) SAMPLING+=("$1" "$2") ;;
         --threads | --device | --chat-template | --date) MODEL+=("$1" "$2") ;;
         *) TRAIN+=("$1" "$2") ;;

@@ -304,13 +304,12 @@ def main(args):
         inputs = {"source": files.hash_file(args.source)}
     except OSError as error:
         raise cli.InputError(f"{args.source}: cannot be read ({cli.reason(error)})") from None
-    others, facts, last = set(), {}, args.repeated == "last"
-    settings = {"repeated": "last"} if last else {}  # Runs that were made before it stay complete.
-    given = functools.partial(comparisons, args.source, others, facts, last)
+    others, facts, settings = set(), {}, {"repeated": args.repeated}
+    given = functools.partial(comparisons, args.source, others, facts, args.repeated == "last")
     prompts.prepare(args, name, given, args.votes, inputs, settings, facts=facts)
     if facts:
-        words = "nothing can be trained or scored, extras/import_scores.py brings the rewards"
-        print(f"data: no prompts, of which prompt_id takes the place; {words}")
+        words = "nothing can be trained or scored; extras/import_scores.py brings the rewards"
+        print(f"data: no column prompt, prompt_id takes its place: {words}")
     rows.print_unused(args.source, others)
 
 

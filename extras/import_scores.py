@@ -96,7 +96,8 @@ def finite(where, row, column, others):
     """Return a reward, float. Raises InputError unless it is a number that float32 can hold."""
     value = row.get(column)
     if not rows.is_number(value) or not abs(value) <= LARGEST:  # NaN is not.
-        known = f" (other columns: {reprlib.repr(sorted(others))})" if value is None else ""
+        named = value is None and others and reprlib.repr(sorted(others))
+        known = f" (--reward names other columns, of {named})" if named else ""
         raise rows.wrong(where, column, value, f"a finite number that float32 holds{known}")
     return float(value)
 

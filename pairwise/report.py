@@ -27,21 +27,22 @@ LEGEND = (
 
 # The first two are proved in docs/method.md.
 NO_ROOM = (
-    "Nothing can be expected below the floor, not even the true fractions: on every pair all "
-    "annotators, or all but one, agree, and then floor - C_hat = 0 exactly. A score below it is "
+    "Floor - C_hat is 0 exactly, since on every pair all annotators, or all but one, agree: "
+    "nothing can be expected below the floor, not even the true fractions, and a score below it is "
     "chance. docs/method.md proves it, and says what it means for the paper's figure 2."
 )
 ROOM = (
-    "Floor - C_hat is {}{}: so far below the floor can a forecast be expected that knows the true "
-    "fractions, and none farther."
+    "Floor - C_hat is {}{}: a forecast that knows the true fractions can be expected so far below "
+    "the floor, and none farther."
 )
 CONTRARY = (
-    "One that was trained on what the members before it got wrong (FSAM) is right where they are "
-    "wrong, and often wrong where they are right: it serves in the mixture, not alone. --target "
-    "mixture has it contradict member 1 only where more than a quarter of the annotators do, "
-    "extras/train_joint.py trains all members on their mixture's error instead, and "
-    "extras/prune.py removes members far from the mixture, at a cost. Any other, the first too, "
-    "has learned nothing that holds for these votes, or has the wrong sign."
+    "Sides with fewer than half of the annotators of test pairs: member {}. FSAM makes such "
+    "members: trained on what those before it got wrong, one is right there and often wrong "
+    "elsewhere. It serves in the mixture, not alone. --target mixture has member 2 contradict "
+    "member 1 only where more than a quarter of the annotators do, extras/train_joint.py trains "
+    "all on the error of their mixture, and extras/prune.py removes those far from it, at a cost. "
+    "One that should be right alone, as a first or an imported one, has learned nothing that holds "
+    "for these votes, or has the wrong sign."
 )
 
 
@@ -133,23 +134,29 @@ def table(metrics):
     lines += ["", columns.format(*head)]
     keys = ("j", "brier", "disagreement", "disagreement_ci", "regret", "accuracy")
     lines += [columns.format(*cells(member, *keys, none="-")) for member in split["members"]]
-    for words in filter(None, [*notes(metrics), tied(split), contrary(split)]):
+    for words in filter(None, [*notes(metrics), tied(split), contrary(split), LEGEND]):
         lines += ["", *textwrap.wrap(words, 100)]
-    return "\n".join([*lines, "", *textwrap.wrap(LEGEND, 100)])
+    return "\n".join(lines)
+
+
+def sentence(words):
+    """Words as a sentence; "" stays."""
+    return words and f"{words[0].upper()}{words[1:]}."
 
 
 def tied(split):
-    """The words that name members whose test pairs mostly tie; "" where there are none."""
-    # Older evaluations have no rate.
-    return weights.tied_words([x.get("tie_rate") or 0 for x in split["members"]], "test pairs")
+    """The sentence that names members whose test pairs mostly tie; "" where there are none."""
+    rates = [x.get("tie_rate") or 0 for x in split["members"]]  # Older evaluations have none.
+    return sentence(weights.tied_words(rates, "test pairs"))
 
 
 def contrary(split):
-    """The words that name members that are mostly against the annotators, and say why there may be
-    such; "" where there are none."""
+    """What names members that are mostly against the annotators, and says why there may be such;
+    "" where there are none."""
     phis = [member["disagreement"] for member in split["members"]]
-    words = weights.contrary_words(phis, "test pairs")
-    return f"{words}. {CONTRARY}" if words else ""
+    # A Phi that is larger by rounding is a coin's.
+    named = [f"{j} (Phi {figures.num(phi)})" for j, phi in enumerate(phis, 1) if phi > 0.5 + 1e-9]
+    return CONTRARY.format(", ".join(named)) if named else ""
 
 
 def notes(metrics):
@@ -164,8 +171,8 @@ def notes(metrics):
         sentences.append(ROOM.format(figures.num(excess), between))
     if split["ensemble"][-1]["brier"] > split["coin_flip"]:
         sentences.append("The ensemble is worse than a coin flip, which says 1/2 for every pair.")
-    few = data.few_prompts(split["prompts"], metrics["own_split"])
-    return sentences + ([f"O{few[1:]}."] if few else [])  # it starts with "only"
+    few = sentence(data.few_prompts(split["prompts"], metrics["own_split"]))
+    return [*sentences, few] if few else sentences
 
 
 # ---- what report.html.jinja shows

@@ -5,6 +5,7 @@
     DIR/rewards/JJ_SPLIT.npy           float32, one per distinct response, in data order
     DIR/continuations.parquet          answers for the diversity measurement, n for each prompt
     DIR/rewards/JJ_continuations.npy   float32 (prompts, n)
+    DIR/rewards/source_SPLIT.npy       float32 (K, responses): what a hardened run was made from
     DIR/weights.json                   the mixture weights alpha of every prefix k
     DIR/metrics.json, report.html, figures/, logs/JJ.jsonl (a line a training step)
     DIR/manifest.json                  of every stage: settings, input hashes, versions, time
@@ -31,7 +32,8 @@ from pairwise import cli, files
 import numpy as np
 import pyarrow as pa
 
-LATER_SETTINGS = {"loss": "mse"}  # what a stage had before there was such a flag
+# what a stage had before there was such a flag
+LATER_SETTINGS = {"loss": "mse", "repeated": "error"}
 VERSIONS_OF = ("numpy", "scipy", "torch", "transformers", "peft", "pytorch_optimizer", "pyarrow")
 
 _locks = {}  # run directory -> descriptor of the file that locks it for this process

@@ -100,7 +100,7 @@ def fit_scale_and_lapses(differences, w, p):
 def trained_on_p(run):
     """Tell whether member 1 was trained on the vote fractions, by the manifest: then its sigmoid is
     a soft model of them."""
-    if run_dir.kind_of(run, beneath=True) in ("joint", "existing"):
+    if run_dir.kind_of(run, beneath=True) in ("joint", "existing", "imported"):
         return False
     settings = run_dir.stages(run).get(run_dir.member_name(1), {}).get("settings", {})
     return settings.get("loss", "mse") in ("mse", "bce")

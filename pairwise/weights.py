@@ -10,7 +10,6 @@ import numpy as np
 # Of a member that ties on more of the pairs, most votes are the coin flip's: its figures, and a
 # weight that may be optimal, are rather those of no opinion than of a reward.
 MOSTLY_TIED = 0.5
-CONTRARY = 0.5 + 1e-9  # A member whose Phi is larger (not by rounding) errs more than a coin.
 
 
 def tied_words(shares, pairs):
@@ -20,16 +19,6 @@ def tied_words(shares, pairs):
     tied = [f"{j} ({share:.1%})" for j, share in enumerate(shares, 1) if share > MOSTLY_TIED]
     words = f"exact ties on most {pairs}, which count as votes of 1/2, like a coin flip's: member "
     return words + ", ".join(tied) if tied else ""
-
-
-def contrary_words(phis, pairs):
-    """Return what names the members that side with fewer than half of the annotators; "" where
-    there are none.
-
-    phis (K,): Phi of each member, of pairs that are called so."""
-    contrary = [f"{j} (Phi {phi:.3f})" for j, phi in enumerate(phis, 1) if phi > CONTRARY]
-    words = f"sides with fewer than half of the annotators of {pairs}: member "
-    return words + ", ".join(contrary) if contrary else ""
 
 
 def error_matrix(vote_vote, vote_p, p_p):

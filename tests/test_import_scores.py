@@ -129,7 +129,7 @@ def test_other_responses_are_counted_and_equal_rewards_are_fine(data, tmp_path, 
         ({"reward": 1e39}, "line 2: reward: 1e.39 found, a finite number that float32 holds"),
         ({"reward": "high"}, "line 2: reward: 'high' found"),
         ({"reward": True}, "line 2: reward: True found"),
-        ({"reward": None, "Reward": 1}, "line 2: reward: nothing found, .* columns: .'Reward'"),
+        ({"reward": None, "Reward": 1}, "line 2: reward: nothing found, .* columns, of .'Reward'"),
         ({"prompt_id": None, "prompt": None}, "line 2: prompt_id: nothing found, prompt_id or"),
         ({"response": None}, "line 2: response: nothing found, response, or response_a and"),
         ({"prompt": "another ?"}, "line 2: prompt_id .* has another prompt than in the run"),
@@ -218,7 +218,7 @@ def judged(path, prompts=14):
 def test_a_run_of_scores_and_ids_alone(tmp_path, capsys, no_figures, ending):
     file, run = judged(tmp_path / f"judged.{ending}"), tmp_path / "run"
     call(script("votes"), "--run", run, "--source", file)
-    assert "data: no prompts, of which prompt_id takes the place" in capsys.readouterr().out
+    assert "data: no column prompt, prompt_id takes its place" in capsys.readouterr().out
     load(run, file, "--reward", "gpt4,llama")
     fit(run)
     call(evaluate, "--run", run, "--resamples", 50)

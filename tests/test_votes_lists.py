@@ -198,7 +198,7 @@ def test_the_last_of_an_annotators_votes_counts(tmp_path, capsys):
     assert stats["dropped"] == {"earlier vote of the same annotator": 2}
     assert stats["rows_a_pair"]["most"] == 2 and stats["repeated"] == "last"
     assert "twice" not in capsys.readouterr().out
-    with pytest.raises(cli.InputError, match="repeated was last, is None"):
+    with pytest.raises(cli.InputError, match="repeated was last, is error"):
         prepared(tmp_path, rows)
     with pytest.raises(cli.InputError, match="v.jsonl: no annotator found; with --repeated last"):
         prepared(tmp_path, numbered(3), "--repeated", "last", name="v.jsonl", run="none")
