@@ -55,7 +55,10 @@ ERRORS, OF_MEMBER = (
 )
 CI = {
     f"{name}_ci"
-    for name in FIGURES | ERRORS | OF_MEMBER | {"kendall_tau", "win", "tau", "distance"}
+    for name in FIGURES
+    | ERRORS
+    | OF_MEMBER
+    | {"brier_soft_1", "l1_soft_1", "pearson_soft_1", "kendall_tau", "win", "tau", "distance"}
 }  # every figure has an interval
 SPLIT = {
     "prompts",
@@ -915,7 +918,7 @@ def test_every_interval_of_a_run_is_that_of_an_independent_bootstrap(
             (s["pairwise_disagreement_ci"][i][j], np.abs(votes[i] - votes[j]), 1.0)
             for i, j in ((0, 1), (2, 1))
         ]
-        assert len(checks) == len(FIGURES) - 3 + 3 * 6 + 4 * 2 + 3 * 4 + 2
+        assert len(checks) == len(FIGURES) - 3 + 3 * 6 + 4 * 4 + 3 * 4 + 2
         for number, (limits, term, counts) in enumerate(checks):
             drawn = resample(prompt, term, number, counts)
             drawn = drawn[~np.isnan(drawn)]  # a resample can lack all pairs of a level
