@@ -43,7 +43,8 @@ def hh(start, chosen, rejected):
 def run_set(tmp_path, name, source, *flags, test=TEST):
     """{split: rows} and stats.json."""
     run, file = tmp_path / "run", save(tmp_path / "test.jsonl", test)
-    words = ["--run", run, "--set", *name.split(), "--test", file, "--source", source, *flags]
+    words = ["--run", run, "--set", *name.split(), "--test", file, *flags]
+    words += ["--source", source] if source else []
     binary.main(binary.parse_args([*map(str, words)]))
     splits = {path.stem: pq.read_table(path).to_pylist() for path in run.glob("data/*.parquet")}
     return splits, json.loads((run / "data" / "stats.json").read_text())
@@ -161,6 +162,31 @@ def test_several_sets_and_train_rows_of_the_test_file(tmp_path):
     }
     assert votes(splits["train"])["How?", "So.", "Or so."] == (1, 0)
     assert stats["dataset"] == "webgpt+gptj" and list(stats["source"]) == ["webgpt", "gptj"]
+
+
+def test_of_the_hub_every_commit_is_recorded(tmp_path, monkeypatch):
+    gptj = [{"prompt": "How?", "chosen": "So.", "rejected": "Or so."}]
+    paths = {
+        "webgpt": save(tmp_path / "0000.parquet", WEBGPT),
+        "gptj": save(tmp_path / "train-00000-of-00001-1e5d57b93c448e7a.parquet", gptj),
+    }
+    asked = []
+
+    def hub_files(dataset, revision, flag):
+        asked.append((dataset.hub, dataset.options.get("revision"), revision))
+        return {"train": [paths[dataset.name]]}, f"commit of {dataset.name}"
+
+    monkeypatch.setattr(binary.published, "hub_files", hub_files)
+    _, stats = run_set(tmp_path, "webgpt gptj", None)
+    assert [stats["source"][name]["commit"] for name in paths] == [f"commit of {x}" for x in paths]
+    assert asked == [
+        ("openai/webgpt_comparisons", "refs/convert/parquet", None),
+        ("Dahoas/synthetic-instruct-gptj-pairwise", None, None),
+    ]
+    run_set(tmp_path, "webgpt gptj", None)
+    assert len(asked) == 2  # It is there, skipped.
+    with pytest.raises(cli.InputError, match="test"):  # another test file, another run
+        run_set(tmp_path, "webgpt gptj", None, test=TEST[:6])
 
 
 @pytest.mark.parametrize(
