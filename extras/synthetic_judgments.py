@@ -1,13 +1,16 @@
 """Synthetic judgments of pairs, where a data set has one vote a pair (Beyond the Binary, 3.3).
 
     python extras/synthetic_judgments.py --run runs/mine --base NAME_OR_DIR
+    python extras/synthetic_judgments.py .. --prompt FILE --orders one          (as the paper's are)
 
 They are for `train_rm.py --loss margin --margin-from judgments`. A causal language model is asked
 --count times which of the two responses is better: half of the times with each of them first, so
-that a liking for the first or for "A" cancels. An answer that names not exactly one choice counts
-for neither side. Writes RUN/judgments.jsonl (a line a train prompt: every raw answer) and adds the
-column `judgments`, counts {a, b} per pair, to RUN/data/train.parquet, where they never replace a
-vote. It is to be run right after the data.
+that a liking for the first or for "A" cancels, or with --orders one as the pair stands. FILE is a
+prompt in the place of ours that has {prompt}, {answer_0} and {answer_1} where the texts belong;
+{prompt} is the text of a prompt of one turn, and of others "role: text" for each turn. An answer
+that names not exactly one choice counts for neither side. Writes RUN/judgments.jsonl (a line a
+train prompt: every raw answer) and adds the column `judgments`, counts {a, b} per pair, to
+RUN/data/train.parquet, where they never replace a vote. It is to be run right after the data.
 """
 
 import hashlib
@@ -28,16 +31,36 @@ Conversation:
 {conversation}
 
 Answer A:
-{first}
+{answer_0}
 
 Answer B:
-{second}"""
+{answer_1}"""
+PLACEHOLDERS = (
+    "{prompt}",
+    "{answer_0}",
+    "{answer_1}",
+)  # of --prompt; {conversation} has roles always
 
 
-def question(messages, first, second):
+def read_prompt(path):
+    """Return the text of a --prompt FILE. Raises InputError unless it has all PLACEHOLDERS."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise cli.InputError(f"--prompt {path}: {error}") from None
+    if missing := [name for name in PLACEHOLDERS if name not in text]:
+        expected = f"{', '.join(PLACEHOLDERS)} expected"
+        raise cli.InputError(f"--prompt {path}: no {' and no '.join(missing)} found, {expected}")
+    return text
+
+
+def question(template, messages, first, second):
     """Return the chat that asks for a choice between two answers, `first` being called A."""
     conversation = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    text = QUESTION.format(conversation=conversation, first=first, second=second)
+    prompt = messages[0]["content"] if len(messages) == 1 else conversation
+    texts = dict(zip(PLACEHOLDERS, (prompt, first, second))) | {"{conversation}": conversation}
+    # In one pass, as the texts may have such words too; no other brace means anything.
+    text = re.sub("|".join(map(re.escape, texts)), lambda found: texts[found[0]], template)
     return [{"role": "user", "content": text}]
 
 
@@ -51,10 +74,11 @@ def choice(answer):
 def count(answers):
     """Return {a, b}, the choices for each response of a pair.
 
-    answers: {"a first": raw answers, "b first": raw answers}, by the response that is called A.
+    answers: {"a first": raw answers, "b first": raw answers}, by the response that is called A;
+    with --orders one the first alone.
     """
     a_first = [choice(answer) for answer in answers["a first"]]
-    b_first = [choice(answer) for answer in answers["b first"]]
+    b_first = [choice(answer) for answer in answers.get("b first", ())]
     return {
         "a": a_first.count("A") + b_first.count("B"),
         "b": a_first.count("B") + b_first.count("A"),
@@ -70,14 +94,15 @@ def ask(model, tokenizer, chat, times, args):
     return texts
 
 
-def judge(model, tokenizer, row, args):
+def judge(model, tokenizer, template, row, args):
     """Return every raw answer about the pairs of a prompt row, for judgments.jsonl."""
-    messages, half, answers = row["messages"], args.count // 2, []
+    answers = []
     for pair in row["pairs"]:
         a, b = row["responses"][pair["a"]], row["responses"][pair["b"]]
-        a_first = ask(model, tokenizer, question(messages, a, b), half, args)
-        b_first = ask(model, tokenizer, question(messages, b, a), half, args)
-        answers.append({"a first": a_first, "b first": b_first})
+        orders = {"a first": (a, b)} | ({"b first": (b, a)} if args.orders == "both" else {})
+        times = args.count // len(orders)
+        asked = {name: question(template, row["messages"], *two) for name, two in orders.items()}
+        answers.append({x: ask(model, tokenizer, chat, times, args) for x, chat in asked.items()})
     return {"prompt_id": row["prompt_id"], "pairs": answers}
 
 
@@ -101,6 +126,7 @@ def write_judgments(path, table, counts):
 
 def main(args):
     run, path = args.run, args.run / "data" / "train.parquet"
+    template = read_prompt(args.prompt) if args.prompt else QUESTION
     data.read_split(run, "train")  # It says what is wrong with the file.
     table, out = files.read_parquet(path), run / "judgments.jsonl"
     rows = table.to_pylist()
@@ -108,8 +134,10 @@ def main(args):
     tokenizer = provenance.open_base(args)
     settings = {flag: getattr(args, flag) for flag in flags}
     settings |= {"date": args.date} if args.date else {}
+    settings |= {"orders": "one"} if args.orders == "one" else {}  # Older runs stay complete.
     inputs = {"texts of data/train.parquet": hash_texts(rows)}
     inputs |= provenance.base_hashes(args.base, args.chat_template)
+    inputs |= {"prompt": files.hash_file(args.prompt)} if args.prompt else {}
     done = run_dir.stage_done(run, "judgments", settings, inputs, [out])
     if done and "judgments" in table.column_names:
         print(f"judgments: {out} is there, skipped")
@@ -124,7 +152,7 @@ def main(args):
     def answers(number):
         """Judge a prompt with a seed of its own: where a killed run went on does not matter."""
         torch.manual_seed(int(np.random.SeedSequence([args.seed, number]).generate_state(1)[0]))
-        return judge(model, tokenizer, rows[number], args)
+        return judge(model, tokenizer, template, rows[number], args)
 
     key = settings | inputs
     judged = sampling.remembered_rows(out, key, len(rows), answers, "judgments")
@@ -154,10 +182,14 @@ def parse_args(argv=None):
         "--count",
         type=cli.natural,
         default=10,
-        help="judgments of each pair, half of them in each order: an even number (the paper: 10)",
+        help="judgments of each pair (the paper: 10); with --orders both an even number",
     )
+    words = "each response first half of the times, or always as the pair stands"
+    add("--orders", choices=("both", "one"), default="both", help=words)
+    words = f"a prompt of your own, with {', '.join(PLACEHOLDERS)}"
+    add("--prompt", type=cli.path, metavar="FILE", help=words)
     args = parser.parse_args(argv)
-    if args.count % 2:
+    if args.count % 2 and args.orders == "both":
         parser.error(f"--count {args.count}: an even number expected, half of it for each order")
     return args
 

@@ -263,7 +263,7 @@ def split_metrics(split, rewards, prefixes, stats, predicted, resamples, seed):
         for prefix in prefixes
     ]
     figures["members"] = member_figures(split, sums, forms["brier"])
-    figures |= group_figures(split, np.array(prefixes[-1]["alpha"]) @ votes)
+    figures |= group_figures(split, np.array(prefixes[-1]["alpha"]) @ votes, soft[0])
     figures["pairwise_disagreement"] = Ratio(sums["disagreement"], pairs)
     entry = estimate(figures, resamples, seed)
     entry["members"] = member_rows(entry)
@@ -336,21 +336,26 @@ def member_rows(entry):
     return rows
 
 
-def group_figures(split, p_hat):
-    """Return the figures by how far annotators agree, and by the user's own categories."""
+def group_figures(split, p_hat, first):
+    """Return the figures by how far annotators agree, and by the user's own categories.
+
+    p_hat (N,): of the whole ensemble; first (N,): the soft votes of member 1, whose figures are
+    those that Beyond the Binary reports of one reward."""
     p = split.p
-    error = np.minimum((p_hat - p) ** 2, 1)
-    terms = np.stack([np.ones(len(p)), error, *agreement_terms(p_hat, p)])
+
+    def terms_of(forecast):
+        return np.minimum((forecast - p) ** 2, 1), *agreement_terms(forecast, p)
+
+    terms = np.stack([np.ones(len(p)), *terms_of(p_hat), *terms_of(first)])
 
     def figures(counted):
-        count, error, l1, *correlation = by_prompt(split, terms * counted).T
-        return {
-            "prompts": int((count > 0).sum()),
-            "pairs": int(count.sum()),
-            "brier": Ratio(error, count),
-            "l1": Ratio(l1, count),
-            "pearson": Correlation(*correlation),
-        }
+        count, *sums = by_prompt(split, terms * counted).T
+        figures = {"prompts": int((count > 0).sum()), "pairs": int(count.sum())}
+        for suffix, (error, l1, *correlation) in (("", sums[:5]), ("_soft_1", sums[5:])):
+            figures[f"brier{suffix}"] = Ratio(error, count)
+            figures[f"l1{suffix}"] = Ratio(l1, count)
+            figures[f"pearson{suffix}"] = Correlation(*correlation)
+        return figures
 
     majority = np.round(np.maximum(p, 1 - p), 9)
     level_of_pair = np.digitize(majority, [0.5 + 1e-10, 0.75, 1])

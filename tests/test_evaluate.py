@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import without_hashes
 from scipy.special import expit
-from scipy.stats import binom, kendalltau, multinomial
+from scipy.stats import binom, kendalltau, multinomial, pearsonr
 from scipy.stats import t as student
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -55,7 +55,10 @@ ERRORS, OF_MEMBER = (
 )
 CI = {
     f"{name}_ci"
-    for name in FIGURES | ERRORS | OF_MEMBER | {"kendall_tau", "win", "tau", "distance"}
+    for name in FIGURES
+    | ERRORS
+    | OF_MEMBER
+    | {"brier_soft_1", "l1_soft_1", "pearson_soft_1", "kendall_tau", "win", "tau", "distance"}
 }  # every figure has an interval
 SPLIT = {
     "prompts",
@@ -310,21 +313,23 @@ def read_pairs(run, split):
 def both_orders(p_hat, p):
     """Pearson's correlation over both orders of every pair; None where one side does not vary."""
     x, y = np.concatenate([p_hat, 1 - p_hat]), np.concatenate([p, 1 - p])
-    return None if np.ptp(x) < 1e-9 or np.ptp(y) < 1e-9 else np.corrcoef(x, y)[0, 1]
+    return None if np.ptp(x) < 1e-9 or np.ptp(y) < 1e-9 else pearsonr(x, y).statistic
 
 
-def part(prompt, p_hat, p, here):
-    """A row of agreement and categories without its head."""
-    return {
-        "prompts": len(set(prompt[here])),
-        "pairs": int(here.sum()),
-        "brier": np.mean((p_hat - p)[here] ** 2),
-        "l1": np.mean(np.abs(p_hat - p)[here]),
-        "pearson": both_orders(p_hat[here], p[here]),
-    }
+def part(prompt, forecasts, p, here):
+    """A row of agreement and categories without its head; forecasts: of the ensemble, and soft."""
+    row = {"prompts": len(set(prompt[here])), "pairs": int(here.sum())}
+    for p_hat, suffix in zip(forecasts, ("", "_soft_1")):
+        row |= {
+            f"brier{suffix}": np.mean((p_hat - p)[here] ** 2),
+            f"l1{suffix}": np.mean(np.abs(p_hat - p)[here]),
+            f"pearson{suffix}": both_orders(p_hat[here], p[here]),
+        }
+    return row
 
 
 def expected_groups(run, split, prompt, p_hat, p):
+    """p_hat: of the ensemble, and the sigmoid of member 1."""
     level = np.select(
         [np.abs(2 * p - 1) > 1 - 1e-9, np.abs(p - 0.5) >= 0.25 - 1e-9, np.abs(p - 0.5) > 1e-9],
         ["unanimous", "at least 3/4", "above 1/2"],
@@ -440,7 +445,9 @@ def expected(run):
             )
         if path.stem == "valid":
             result["k_valid"] = weights[int(np.argmin([e["brier"] for e in ensemble]))]["k"]
-        result["splits"][path.stem] = expected_groups(run, path.stem, prompt, p_hat, p) | {
+        result["splits"][path.stem] = expected_groups(
+            run, path.stem, prompt, (p_hat, soft[0]), p
+        ) | {
             "prompts": len(set(prompt)),
             "pairs": len(p),
             "annotators_mean": n.mean(),
@@ -907,6 +914,8 @@ def test_every_interval_of_a_run_is_that_of_an_independent_bootstrap(
             checks += [
                 (row["brier_ci"], np.where(here, (hard - p) ** 2, 0), here),
                 (row["l1_ci"], np.where(here, np.abs(hard - p), 0), here),
+                (row["brier_soft_1_ci"], np.where(here, (soft[0] - p) ** 2, 0), here),
+                (row["l1_soft_1_ci"], np.where(here, np.abs(soft[0] - p), 0), here),
             ]
         for m, v in zip(s["members"], votes):
             phi, majority = (
@@ -923,7 +932,7 @@ def test_every_interval_of_a_run_is_that_of_an_independent_bootstrap(
             (s["pairwise_disagreement_ci"][i][j], np.abs(votes[i] - votes[j]), 1.0)
             for i, j in ((0, 1), (2, 1))
         ]
-        assert len(checks) == len(FIGURES) - 3 + 3 * 10 + 4 * 2 + 3 * 4 + 2
+        assert len(checks) == len(FIGURES) - 3 + 3 * 10 + 4 * 4 + 3 * 4 + 2
         for number, (limits, term, counts) in enumerate(checks):
             drawn = resample(prompt, term, number, counts)
             drawn = drawn[~np.isnan(drawn)]  # a resample can lack all pairs of a level
@@ -1237,7 +1246,8 @@ def test_monotone_transforms_of_rewards_change_no_hard_number(run, no_figures):
     fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
     soft = {
         f"{name}{ci}"
-        for name in ("brier_soft", "l1_soft", "pearson_soft", *SOFT_LINES)
+        for figure in ("brier", "l1", "pearson")
+        for name in (f"{figure}_soft", f"{figure}_soft_1", *SOFT_LINES)
         for ci in ("", "_ci")
     }
     after = evaluated(run)

@@ -46,7 +46,8 @@ def test_a_liking_for_the_first_or_for_a_letter_cancels():
 def judge(run, base, *flags):
     judgments.main(
         judgments.parse_args(
-            ["--run", str(run), "--base", str(base), "--device", "cpu", "--threads", "1", *flags]
+            ["--run", str(run), "--base", str(base), "--device", "cpu", "--threads", "1"]
+            + [str(flag) for flag in flags]
         )
     )
 
@@ -91,6 +92,65 @@ def test_counts_are_beside_the_votes(data, base, tmp_path, monkeypatch, capsys):
     judge(run, base)
     assert "skipped" in capsys.readouterr().out and len(asked) == 2 * len(split.a)
     assert all(message["content"] in asked[0] for message in split.messages[0])
+
+
+# with braces that are no placeholders, and one twice
+PROMPT = (
+    'As {"choice": "A"}: {prompt}|{answer_0} {}\nAnswer A:\n{answer_0}\n\nAnswer B:\n{answer_1}'
+)
+
+
+def test_a_prompt_of_ones_own_in_one_order(data, base, tmp_path, monkeypatch):
+    run, asked, file = fresh(data, tmp_path), [], tmp_path / "prompt.txt"
+    file.write_text(PROMPT, encoding="utf-8")
+    monkeypatch.setattr(judgments, "ask", by_length(asked))
+    flags = "--prompt", str(file), "--orders", "one"
+    judge(run, base, *flags, "--count", "3")
+    split = read_split(run, "train")
+    texts = [text for responses in split.responses for text in responses]
+    prompt = np.repeat(np.arange(len(split.messages)), np.diff(split.pair_start))
+    assert len(asked) == len(split.a)
+    for question, i, a, b, found in zip(asked, prompt, split.a, split.b, split.judgments):
+        turns = split.messages[i]
+        said = turns[0]["content"]
+        if len(turns) > 1:
+            said = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        expected = PROMPT.replace("{prompt}", said).replace("{answer_0}", texts[a])
+        assert question == expected.replace("{answer_1}", texts[b])
+        assert found.tolist() == ([2, 0] if len(texts[a]) >= len(texts[b]) else [0, 2])
+    raw = json.loads((run / "judgments.jsonl").read_text().splitlines()[0])
+    assert [len(pair["a first"]) for pair in raw["pairs"]] == [3] * len(raw["pairs"])
+    assert "b first" not in raw["pairs"][0]
+    judge(run, base, *flags, "--count", "3")
+    assert len(asked) == len(split.a)
+    file.write_text(PROMPT + " ", encoding="utf-8")
+    with pytest.raises(InputError, match="prompt"):  # another prompt, another run
+        judge(run, base, *flags, "--count", "3")
+
+
+def test_texts_with_placeholders_are_left_alone():
+    user = [{"role": "user", "content": "What is {answer_0}?"}]
+    [chat] = judgments.question("{prompt} {answer_0} {answer_1}", user, "{answer_1}", "{prompt}")
+    assert chat["content"] == "What is {answer_0}? {answer_1} {prompt}"
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"{prompt} {answer_0}", "no {answer_1} found, {prompt}, {answer_0}, {answer_1} expected"),
+        (b"Answer A: {answer_0}", "no {prompt} and no {answer_1} found, "),
+        (b"\xff", "can't decode byte 0xff"),
+        (None, "No such file"),
+    ],
+)
+def test_bad_prompt_is_one_line(data, base, content, said, tmp_path):
+    file = tmp_path / "prompt.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        judge(data, base, "--prompt", file)
+    assert str(error.value).startswith(f"--prompt {file}: ") and said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_kill_loses_at_most_one_prompt(data, base, tmp_path, monkeypatch):

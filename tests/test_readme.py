@@ -37,6 +37,8 @@ NEEDS_MORE = (  # a hub, a GPU, more than a minute, or packages of benchmarks/re
     "benchmarks/",
     "setup.py",
     "--run runs/margin --base",
+    "data_prep/binary.py",
+    "runs/regularized",
     "--refit",
 )
 

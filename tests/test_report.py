@@ -128,6 +128,10 @@ def test_every_row_of_a_table_has_all_columns(written):
     ]
     labels = [row[0] for table in page.tables for row in table if table[0][0] == "agreement"]
     assert labels == ["agreement", *(group["level"] for group in test["agreement"])]
+    soft = next(table for table in page.tables if table[0][0] == "agreement: member 1, soft")
+    assert [row[7] for row in soft[1:]] == [
+        figures.num(group["pearson_soft_1"]) for group in test["agreement"]
+    ]
 
 
 def test_verdict_names_what_is_known(written):
