@@ -217,7 +217,7 @@ def test_theorem_4_by_all_samples_of_one_comparison(n, truth, pairs, delta):
     likely = multinomial.pmf(counts, pairs, chance)
     assert likely.sum() == pytest.approx(1)
     for k in (1, 2):
-        assert likely[gap > theorems.theorem4(pairs, k, 1, delta)].sum() <= delta
+        assert likely[gap > theory.theorem4(pairs, k, 1, delta)].sum() <= delta
     simple = np.sqrt(
         np.log(2 * 2 / delta) / (2 * pairs)
     )  # Hoeffding for two ensembles: the test could fail
@@ -226,17 +226,17 @@ def test_theorem_4_by_all_samples_of_one_comparison(n, truth, pairs, delta):
 
 def test_theorem_4_by_hand_and_its_limits():
     dimension = 20 * 4 * 2 * math.log(16)  # k = 2, d = 3
-    assert theorems.theorem4(10**6, 2, 3, 0.05) == pytest.approx(
+    assert theory.theorem4(10**6, 2, 3, 0.05) == pytest.approx(
         math.sqrt(2 * dimension * (1 + math.log(10**6) - math.log(dimension)) / 10**6)
         + math.sqrt(math.log(20) / (2 * 10**6)),
         rel=1e-12,
     )
-    bounds = [theorems.theorem4(n, 4, 10, 0.05) for n in (1, 10, 10**4, 10**5, 10**7, 10**10)]
+    bounds = [theory.theorem4(n, 4, 10, 0.05) for n in (1, 10, 10**4, 10**5, 10**7, 10**10)]
     assert bounds[:2] == [1, 1] and bounds == sorted(bounds, reverse=True) and bounds[-1] < 0.01
     assert (
-        theorems.theorem4(10**6, 4, 10, 0.05)
-        < theorems.theorem4(10**6, 8, 10, 0.05)
-        < theorems.theorem4(10**6, 8, 20, 0.05)
+        theory.theorem4(10**6, 4, 10, 0.05)
+        < theory.theorem4(10**6, 8, 10, 0.05)
+        < theory.theorem4(10**6, 8, 20, 0.05)
     )
 
 
