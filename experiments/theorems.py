@@ -120,7 +120,10 @@ def compared(m, seed, target):
 def main(args):
     populations = [(m, seed) for m in range(2, 6) for seed in range(args.populations)]
     rows = [compared(*each, target) for each in populations for target in TARGETS]
-    with files.replacing(args.out) as partial, open(partial, "w", encoding="utf-8", newline="") as f:
+    with (
+        files.replacing(args.out) as partial,
+        open(partial, "w", encoding="utf-8", newline="") as f,
+    ):
         writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -6,7 +6,6 @@ Theorem 3's ensemble is extras/prune.py's; experiments/theorems.py has theorem 1
 
 from math import e, log, sqrt
 
-
 # ---- Lemma 1 and theorem 2: what n sampled annotators leave unknown
 
 
