@@ -93,7 +93,7 @@ def copy_run(run, partial, out):
     """Copy `run` without its weights and their evaluation to `partial`, which will be `out`."""
     partial.mkdir()
     for path in sorted(run.iterdir()):
-        if path.name in ("data", "rewards", "logs"):
+        if path.name in ("data", "rewards", "logs", "logprob"):
             shutil.copytree(path, partial / path.name)
         elif path.name == "continuations.parquet":
             shutil.copy(path, partial)

@@ -102,7 +102,7 @@ def both_losses(metrics):
         rows.append(("the base, no member (β = ∞)", *base, None))
         sampled = (metrics["diversity"] or {}).get("policy") or {}
         for i, beta in enumerate(policy["beta"]):
-            own = [policy[name] and policy[name][i] for name in names]
+            own = [policy[name][i] for name in names]
             rows.append(
                 (f"policies, β = {beta:.2g}", *own, sampled["distance"][i] if sampled else None)
             )
