@@ -32,6 +32,7 @@ ERROR = {"single": files.NUMBER, "mixture": files.NUMBER, "gain": files.NUMBER}
 # of extras/plurality.py; the limits are null where there are few prompts
 PLURALITY = ERROR | {"components": int, "ci": [(*files.NUMBER, type(None))]}
 FIGURES = "calibration", "votes", "reliability", "weights"  # Every run has these.
+RESULTS = "weights.json", "continuations.parquet", "plurality.json", "logprob/test.npy"
 # These files hold the numbers and show them: a change of one makes the stage run again.
 CODE = (
     "evaluate.py",
@@ -72,6 +73,7 @@ class Stored(NamedTuple):
     rewards: dict  # {split: float32 (K, R)}
     scores: np.ndarray | None  # Rewards of the continuations, float32 (K, P, n).
     texts: dict | None  # The continuations, of run_dir.read_continuations.
+    logprob: np.ndarray | None  # log pi_0 of the test responses, of diversity.read_logprob.
 
 
 def read_stored(run):
@@ -84,12 +86,13 @@ def read_stored(run):
         for name, split in splits.items()
     }
     scores, texts = run_dir.read_continuation_rewards(run, k), run_dir.read_continuations(run)
-    return Stored(splits, stats, prefixes, rewards, scores, texts)
+    logprob = diversity.read_logprob(run, int(splits["test"].response_start[-1]))
+    return Stored(splits, stats, prefixes, rewards, scores, texts, logprob)
 
 
 def hash_inputs(run, stored):
     """Return {name: SHA-256} of every file that the results depend on, the code included."""
-    paths = [run / name for name in ("weights.json", "continuations.parquet", "plurality.json")]
+    paths = [run / name for name in RESULTS]
     for j in range(1, len(stored.rewards["test"]) + 1):
         names = *stored.splits, "continuations"
         paths += [run_dir.reward_path(run, j, name) for name in names]
@@ -152,6 +155,7 @@ def compute(run, stored, args):
         "own_split": stored.stats.get("own_split"),  # not in older data
         "splits": {},
         "diversity": None,
+        "policy": None,
         "plurality": files.read_json(run / "plurality.json", PLURALITY, {}) or None,
     }
     if stored.scores is not None:
@@ -161,6 +165,10 @@ def compute(run, stored, args):
         result["diversity"] = diversity.measure(*ranked, *resampling)
     soft = soft_model.read_lines(run, stored.splits)
     counted = {name: data.counted_pairs(split) for name, split in stored.splits.items()}
+    if stored.logprob is not None and (test := counted["test"]):
+        rewards, alpha = stored.rewards["test"], np.array(stored.prefixes[-1]["alpha"])
+        figures = diversity.policy_calibration(test, rewards, stored.logprob, alpha)
+        result["policy"] = metrics.estimate(figures, *resampling)
     forms = {}
     for name, split in counted.items():
         if split is not None:

@@ -5,7 +5,8 @@
 The members farthest from p_hat, by E |V_j - p_hat|, are removed, of weight at most 1/(BETA-1)
 together. RUN stays as it is: OUT gets its data, rewards and logs, links to its models, and
 weights.json with the one entry k = K, fit "fixed", in which the removed members have weight 0.
-Distances and errors are those of the train pairs with at least two votes.
+Distances, errors and the theorem's guarantee are those of the train pairs with at least two votes:
+of others it says nothing, so the Brier score on test pairs is printed beside it.
 """
 
 import os
@@ -76,11 +77,23 @@ def prune(split, rewards, alpha, beta, stats):
     return pruned, pruned_mse, facts
 
 
+def test_words(run, k, weights):
+    """What the console says of test pairs; weights: the pruned ones float64 (k,), those before."""
+    test = data.read_split(run, "test")
+    rewards = run_dir.read_rewards(run, "test", k, (int(test.response_start[-1]),))
+    if (test := data.counted_pairs(test)) is None:
+        return "no test pair of two votes, so nothing is known beyond train pairs"
+    member_votes = evaluator.votes(rewards, test.a, test.b) / 2
+    now, before = (np.mean((alpha @ member_votes - test.p) ** 2) for alpha in weights)
+    words = f"the Brier score is {now:.4f}, and was {before:.4f}"
+    return f"on test pairs, for which the theorem guarantees nothing, {words}"
+
+
 def copy_run(run, partial, out):
     """Copy `run` without its weights and their evaluation to `partial`, which will be `out`."""
     partial.mkdir()
     for path in sorted(run.iterdir()):
-        if path.name in ("data", "rewards", "logs"):
+        if path.name in ("data", "rewards", "logs", "logprob"):
             shutil.copytree(path, partial / path.name)
         elif path.name == "continuations.parquet":
             shutil.copy(path, partial)
@@ -124,6 +137,7 @@ def main(args):
             "by which members are compared"
         )
     pruned, mse, facts = prune(split, rewards, alpha, args.beta, stats)
+    on_test = test_words(run, k, (pruned, alpha))
     entry = {"k": k, "alpha": pruned.tolist(), "fit": "fixed", "train_mse": mse, "kkt": None}
     with files.replacing(out) as partial:  # The run appears whole, so it is not entered as begun.
         must_be_new(out)  # Another call may have made it since.
@@ -136,7 +150,7 @@ def main(args):
     limit = 1 / (args.beta - 1)
     weight = f"weight {facts['weight_removed']:.4f} of at most 1/(beta-1) = {limit:.4f}"
     print(f"prune: {names} of {k} removed, {weight}")
-    print(f"prune: {facts['guarantee']}\nprune: {out}")
+    print(f"prune: on train pairs {facts['guarantee']}\nprune: {on_test}\nprune: {out}")
 
 
 # Of two or less theorem 3 leaves nothing.

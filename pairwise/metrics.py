@@ -50,6 +50,13 @@ def coin_flip(p):
     return (p - 0.5) ** 2
 
 
+def cross_entropy(q, p):
+    """Return -(p log q + (1-p) log (1-q)), float64 (N,): appendix E's other proper loss, of soft
+    forecasts q. What rounding has made 0 or 1 is 2^-53 away from it."""
+    q = np.clip(q, 2.0**-53, 1 - 2.0**-53)
+    return -p * np.log(q) - (1 - p) * np.log1p(-q)
+
+
 # ---- figures and their intervals
 
 
@@ -257,6 +264,11 @@ def split_metrics(split, rewards, prefixes, stats, predicted, resamples, seed):
     figures["tie_rate"] = Ratio(sums["ties"].sum(1) / len(rewards), pairs)
     for name, term in terms.items():
         figures[name] = Ratio(None if term is None else by_prompt(split, term), pairs)
+    soft_lines = {name: predicted.get(name) for name in soft_model.LINES}
+    figures["cross_entropy"] = {
+        name: Ratio(None if q is None else by_prompt(split, cross_entropy(q, split.p)), pairs)
+        for name, q in (soft_lines | {"least": split.p}).items()
+    }
     figures["ensemble"] = [
         {name: prefix[name] for name in ("k", "alpha", "fit")}
         | mixture_figures(split, votes, soft, forms, np.array(prefix["alpha"]), lines)
@@ -288,11 +300,13 @@ def mixture_figures(split, votes, soft, forms, alpha, lines):
     pairs = np.diff(split.pair_start).astype(np.float64)
     errors = {name: error_of(name, form, alpha, pairs) for name, form in forms.items()}
     hard = by_prompt(split, agreement_terms(alpha @ votes[: len(alpha)], split.p)).T
-    mixed = by_prompt(split, agreement_terms(alpha @ soft[: len(alpha)], split.p)).T
+    p_soft = alpha @ soft[: len(alpha)]
+    mixed = by_prompt(split, agreement_terms(p_soft, split.p)).T
     terms = {name: lines[name] for name in COMPARED if lines[name] is not None}
     less = {name: errors["brier"] - by_prompt(split, term) for name, term in terms.items()}
     return {name: Ratio(errors.get(name), pairs) for name in ERRORS} | {
         "less": {name: Ratio(less.get(name), pairs) for name in COMPARED},
+        "cross_entropy_soft": Ratio(by_prompt(split, cross_entropy(p_soft, split.p)), pairs),
         "l1": Ratio(hard[0], pairs),
         "l1_soft": Ratio(mixed[0], pairs),
         "pearson": Correlation(*hard[1:]),

@@ -6,7 +6,7 @@ Higher rewards are better. They may be infinite, and none is NaN.
 import re
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import expit, logsumexp
 from scipy.stats import rankdata
 
 # A pattern is matched in capitals or not. A data set with attributes of its own has them in
@@ -61,6 +61,13 @@ def reward_mixture(scores, alpha):
     """Return p_hat, the limit of `policy_mixture` as beta tends to 0; scores (K, n), alpha (K,)."""
     a, b = np.triu_indices(scores.shape[1], 1)
     return alpha @ ((scores[:, a] > scores[:, b]) * 0.5 + (scores[:, a] >= scores[:, b]) * 0.5)
+
+
+def log_policies(margins, alpha):
+    """Return log p_bar and log (1 - p_bar) of p_bar = sum_j alpha_j sigmoid(margins_j), float64
+    (2, N), however near to 0 or 1 it is; margins (K, N), alpha (K,)."""
+    logs = [-np.logaddexp(0, sign * margins) for sign in (-1, 1)]
+    return np.array([logsumexp(log, axis=0, b=alpha[:, None]) for log in logs]).clip(max=0)
 
 
 def policy_mixture(scores, logprob, alpha, beta):

@@ -98,6 +98,33 @@ def references(split):
     return rows
 
 
+def both_losses(metrics):
+    """(forecast, squared error, its interval, cross-entropy, its interval, |p_bar - p_hat|, the
+    same of continuations) of test pairs, of every soft forecast (appendix E) and of the policies
+    that the members stand for (appendix A)."""
+    split, policy = metrics["splits"]["test"], metrics["policy"]
+    losses, whole = split["cross_entropy"], split["ensemble"][-1]
+    rows = [
+        (name, split[key], split[f"{key}_ci"], losses[key], losses[f"{key}_ci"], None, None)
+        for name, key, *_ in figures.REFERENCES
+        if losses.get(key) is not None
+    ]
+    names = [f"{name}{ci}" for name in ("brier", "cross_entropy") for ci in ("", "_ci")]
+    soft = [whole[name.replace("_ci", "") + "_soft" + "_ci" * ("_ci" in name)] for name in names]
+    rows.append((f"soft votes of the {whole['k']} members", *soft, None, None))
+    if policy:
+        names.append("distance")
+        base = [policy["base"][name] for name in names]
+        rows.append(("the base, no member (β = ∞)", *base, None))
+        sampled = (metrics["diversity"] or {}).get("policy") or {}
+        for i, beta in enumerate(policy["beta"]):
+            own = [policy[name][i] for name in names]
+            rows.append(
+                (f"policies, β = {beta:.2g}", *own, sampled["distance"][i] if sampled else None)
+            )
+    return rows
+
+
 def chosen_size(metrics):
     """The k that validation prompts choose, or None; weights from elsewhere leave no choice."""
     return metrics["k_valid"] if len(metrics["splits"]["test"]["ensemble"]) > 1 else None
@@ -257,6 +284,7 @@ def page_values(metrics, prefixes, stages):
         "chosen": chosen_size(metrics),
         "comparisons": comparisons(split),
         "references": references(split),
+        "losses": both_losses(metrics),
         "member_names": [f"member {member['j']}" for member in split["members"]],
         "outliers_known": all(None not in limits for limits in outlier_limits),
         "favourites": favourites(diversity.get("favourites") or ()),

@@ -6,6 +6,7 @@
     DIR/continuations.parquet          answers for the diversity measurement, n for each prompt
     DIR/rewards/JJ_continuations.npy   float32 (prompts, n)
     DIR/rewards/source_SPLIT.npy       float32 (K, responses): what a hardened run was made from
+    DIR/logprob/test.npy               float32, log pi_0 of each test response, in data order
     DIR/weights.json                   the mixture weights alpha of every prefix k
     DIR/metrics.json, report.html, figures/, logs/JJ.jsonl (a line a training step)
     DIR/manifest.json                  of every stage: settings, input hashes, versions, time
@@ -256,7 +257,7 @@ def check_own_run(run):
 # ---- outputs that a user names
 
 CONTRACT = re.compile(
-    r"data|base|joint|rewards|features|logs|figures|(member|checkpoint)_\d\d|report\.html|\.lock|"
+    r"data|base|joint|rewards|logprob|features|logs|figures|(member|checkpoint)_\d\d|report\.html|\.lock|"
     r"(prompts|continuations)\.parquet|(manifest|weights|metrics|members|plurality)\.json|"
     r"judgments\.jsonl"
 )

@@ -1,9 +1,10 @@
-"""Section 3 of the paper, as far as evaluation needs it: Lemma 1, theorem 2 and outliers. No torch.
+"""Section 3 of the paper: Lemma 1, theorems 2 and 4, and outliers. Never imports torch.
 
 p is the fraction of the annotators that prefer the first response, p* that of the population.
-Theorem 3's ensemble is extras/prune.py's; experiments/theorems.py has theorems 1 and 4.
+Theorem 3's ensemble is extras/prune.py's; experiments/theorems.py has theorem 1.
 """
 
+from math import e, log, sqrt
 
 # ---- Lemma 1 and theorem 2: what n sampled annotators leave unknown
 
@@ -34,3 +35,20 @@ def outlier_below(phi, phi_min, epsilon):
     """
     scale = phi_min + epsilon**0.5
     return (phi - epsilon**0.5) / scale if scale else None
+
+
+# ---- theorem 4: from the sample to the population
+
+
+def theorem4(pairs, k, d, delta):
+    """Bound, with probability 1 - delta, of |expected - empirical Brier score| for all k-ensembles,
+    from this many independent pairs; d: the VC dimension of the comparisons 1{r(y1) >= r(y2)} (of
+    linear rewards on l features at most l).
+
+    Both scores are in [0, 1]: the bound is at most 1, which is what fewer than d' pairs give.
+    """
+    dimension = 20 * (d + 1) * k * log(2 * (d + 1) * k)  # d', it bounds the pseudo-dimension
+    if pairs < dimension:
+        return 1.0
+    complexity = sqrt(2 * dimension * log(e * pairs / dimension) / pairs)
+    return min(1.0, complexity + sqrt(log(1 / delta) / (2 * pairs)))

@@ -29,12 +29,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import without_hashes
-from scipy.special import expit
+from scipy.special import expit, xlogy
 from scipy.stats import binom, kendalltau, multinomial, pearsonr
 from scipy.stats import t as student
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TOP = {"dataset", "k", "k_valid", "votes", "own_split", "splits", "diversity", "plurality"}
+TOP = {"dataset", "k", "k_valid", "votes", "own_split", "splits", "diversity", "plurality"} | {
+    "policy"
+}
 FIGURES = {
     "annotators_mean",
     "majority_mean",
@@ -50,7 +52,8 @@ FIGURES = {
     "pairwise_disagreement",
 }
 ERRORS, OF_MEMBER = (
-    {"brier", "brier_soft", "excess", "true_error", "l1", "l1_soft", "pearson", "pearson_soft"},
+    {"brier", "brier_soft", "excess", "true_error", "l1", "l1_soft", "pearson", "pearson_soft"}
+    | {"cross_entropy_soft"},
     {"brier", "disagreement", "regret", "accuracy", "tie_rate"},
 )
 CI = {
@@ -58,7 +61,16 @@ CI = {
     for name in FIGURES
     | ERRORS
     | OF_MEMBER
-    | {"brier_soft_1", "l1_soft_1", "pearson_soft_1", "kendall_tau", "win", "tau", "distance"}
+    | {
+        "brier_soft_1",
+        "l1_soft_1",
+        "pearson_soft_1",
+        "kendall_tau",
+        "win",
+        "tau",
+        "distance",
+        "least",
+    }
 }  # every figure has an interval
 SPLIT = {
     "prompts",
@@ -68,6 +80,7 @@ SPLIT = {
     "members",
     "agreement",
     "categories",
+    "cross_entropy",
     *FIGURES,
     *(f"{name}_ci" for name in FIGURES),
 }
@@ -316,6 +329,11 @@ def both_orders(p_hat, p):
     return None if np.ptp(x) < 1e-9 or np.ptp(y) < 1e-9 else pearsonr(x, y).statistic
 
 
+def entropy(p, q):
+    """The mean cross-entropy of forecasts q that are neither 0 nor 1, where p is not q."""
+    return np.mean(-xlogy(p, q) - xlogy(1 - p, 1 - q))
+
+
 def part(prompt, forecasts, p, here):
     """A row of agreement and categories without its head; forecasts: of the ensemble, and soft."""
     row = {"prompts": len(set(prompt[here])), "pairs": int(here.sum())}
@@ -375,6 +393,7 @@ def expected(run):
         "own_split": stats["own_split"],
         "splits": {},
         "diversity": None,
+        "policy": None,  # tests/test_policies.py has it
         "plurality": None,
     }
     tuned = "valid" if (run / "data" / "valid.parquet").exists() else "train"
@@ -405,6 +424,7 @@ def expected(run):
                     "fit": entry["fit"],
                     "brier": brier,
                     "brier_soft": np.mean((p_soft - p) ** 2),
+                    "cross_entropy_soft": entropy(p, p_soft),
                     "excess": None if c is None else brier - c,
                     "true_error": mean_true((p_hat - truth) ** 2),
                     "l1": np.mean(np.abs(p_hat - p)),
@@ -466,6 +486,12 @@ def expected(run):
             "soft_hardened": None,
             "soft_hardened_true": None,
             "soft_fit": {"split": tuned, "tau": tau, "a": a},
+            "cross_entropy": {
+                "soft_single": entropy(p, soft[0]),
+                "soft_scaled": entropy(p, scaled),
+                "soft_hardened": None,
+                "least": entropy(p, np.clip(p, 1e-17, 1)),
+            },
             "ensemble": ensemble,
             "members": members,
             "pairwise_disagreement": [[np.mean(np.abs(x - y)) for y in votes] for x in votes],
@@ -838,7 +864,9 @@ def test_rounding_leaves_no_range(tmp_path, no_figures):
         low = -1 if name.startswith(("pearson", "excess")) else 0
         if ".less." in where:
             low = -1
-        if name.startswith(tuple(FIGURES | ERRORS | OF_MEMBER)) and "annotators" not in name:
+        if "cross_entropy" in where:  # It has no upper end.
+            assert x is None or x >= 0, (where, x)
+        elif name.startswith(tuple(FIGURES | ERRORS | OF_MEMBER)) and "annotators" not in name:
             assert x is None or low <= x <= 1, (where, x)
 
 
@@ -1247,7 +1275,7 @@ def test_monotone_transforms_of_rewards_change_no_hard_number(run, no_figures):
     soft = {
         f"{name}{ci}"
         for figure in ("brier", "l1", "pearson")
-        for name in (f"{figure}_soft", f"{figure}_soft_1", *SOFT_LINES)
+        for name in (f"{figure}_soft", f"{figure}_soft_1", "cross_entropy_soft", *SOFT_LINES)
         for ci in ("", "_ci")
     }
     after = evaluated(run)
@@ -1255,7 +1283,7 @@ def test_monotone_transforms_of_rewards_change_no_hard_number(run, no_figures):
         after["diversity"].pop("policy")["distance"]
         != before["diversity"].pop("policy")["distance"]
     )  # a policy knows how much better
-    compare(after, before, 0, skip=soft | {"soft_fit"})
+    compare(after, before, 0, skip=soft | {"soft_fit", "cross_entropy"})
     assert all(
         after["splits"]["test"][name] != before["splits"]["test"][name] for name in SOFT_LINES
     )

@@ -1,19 +1,25 @@
-"""A member's preference pairs for DPO: what is chosen, and the form that TRL reads; and that no
-script writes over the files of a run."""
+"""A member's preference pairs for DPO: what is chosen, and the form that TRL reads; log pi_0 of the
+test responses, and appendix A's condition; and that no script writes over the files of a run."""
 
 import argparse
 import importlib.util
 import json
+import math
 import sys
+from decimal import Decimal
 
+from pairwise import chats, diversity, sampling
+from pairwise import data as prepared
 from pairwise.cli import InputError
 from pairwise.run_dir import output, read_continuations
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, fresh, rewards, script
+import torch
+from conftest import REPOSITORY, edited, fresh, manifest, rewards, script
 
 export_pairs, policy_pairs = script("export_pairs"), script("policy_pairs")
+policy_logprob, prune = script("policy_logprob"), script("prune")
 
 
 def module_at(path):
@@ -75,6 +81,177 @@ def test_bad_input_of_policy_pairs(full_run, data, tmp_path):
     with pytest.raises(InputError, match="continuations.parquet: no such file"):
         export(fresh(data, tmp_path), "--member", 1, "--out", tmp_path / "x.jsonl")
     assert not (tmp_path / "x.jsonl").exists()
+
+
+# ---- log pi_0 of the test responses, and appendix A's condition
+
+
+@pytest.fixture(scope="module")
+def with_logprob(full_run, base, tmp_path_factory):
+    """A copy of the full run with log pi_0 of its test responses; read only."""
+    run = fresh(full_run, tmp_path_factory.mktemp("logprob"))
+    measure(run, base)
+    return run
+
+
+def measure(run, base):
+    words = ["--run", str(run), "--base", str(base), "--threads", "1", "--device", "cpu"]
+    policy_logprob.main(policy_logprob.parse_args(words))
+
+
+@torch.no_grad()
+def token_by_token(model, prompt, answer):
+    """log pi_0 of an answer, every token by a forward pass of what is before it alone."""
+    total, ids = 0.0, list(prompt)
+    for token in answer:
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
+        total += (logits[token] - logits.logsumexp(0)).item()
+        ids.append(token)
+    return total
+
+
+def test_log_probability_is_the_sum_over_tokens(base, tokenizer, data, with_logprob):
+    """Alone, in batches and in the run's file: each is the product of one token after another."""
+    test = prepared.read_split(data, "test")
+    stored = np.load(with_logprob / "logprob" / "test.npy")
+    model = sampling.load_language_model(str(base), "cpu")
+    encoded = policy_logprob.encode(tokenizer, test)
+    assert stored.dtype == np.float32 and stored.shape == (len(encoded),)
+    some = list(range(0, len(encoded), 3))
+    wanted = [token_by_token(model, *encoded[i]) for i in some]
+    np.testing.assert_allclose(stored[some], wanted, rtol=1e-5)
+    for tokens in (1, 150):
+        found = policy_logprob.log_probabilities(
+            model, tokenizer.pad_token_id, [encoded[i] for i in some], tokens
+        )
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_the_logprob_of_sampled_answers_is_the_same(base, tokenizer):
+    """data_prep/continuations.py's numbers, of answers of one token, which are encoded alike."""
+    model = sampling.load_language_model(str(base), "cpu")
+    torch.manual_seed(0)
+    prompt = chats.encode(tokenizer, [{"role": "user", "content": "how can i get fit again ?"}])
+    texts, logprob = sampling.sample(model, tokenizer, prompt, 40, 1.0, 1.0, 1)
+    encoded = [(prompt, tokenizer(text).input_ids) for text in texts]
+    whole = [i for i, (_, answer) in enumerate(encoded) if len(answer) == 1]
+    found = policy_logprob.log_probabilities(
+        model, tokenizer.pad_token_id, [encoded[i] for i in whole], 500
+    )
+    assert len(whole) > 10
+    np.testing.assert_allclose(found, [logprob[i] for i in whole], rtol=1e-5)
+
+
+def test_where_an_answer_begins_and_ends(tokenizer):
+    chat = [{"role": "user", "content": "how are you ?"}]
+    eos, prompt = tokenizer.eos_token_id, chats.encode(tokenizer, chat)
+    written = tokenizer.chat_template
+
+    def parts(template, response="i am well ."):
+        tokenizer.chat_template = template
+        try:
+            return policy_logprob.parts(tokenizer, chat, response)
+        finally:
+            tokenizer.chat_template = written
+
+    found, answer = parts(written)
+    assert found == prompt and answer[-1] == eos and eos not in answer[:-1]
+    assert tokenizer.decode(answer[:-1]).strip() == "i am well ."
+    blank, none = (written.replace("{{ eos_token }}", x) for x in ("{{ eos_token + '\\n' }}", ""))
+    for template in (blank, none):  # It ends with a line; it has no end, and the model ends so.
+        assert parts(template) == (prompt, answer)
+    # A token that reaches across the border: the base continues its first letter.
+    words = filter(str.isalpha, tokenizer.get_vocab())
+    word = next(x for x in sorted(words, key=len)[::-1] if len(tokenizer(x).input_ids) == 1)
+    begun = written.replace("'<|assistant|>' }}", f"'<|assistant|>{word[0]}' }}}}")
+    name, content = "m['role']", "'|>' + m['content']"
+    first = f"'|>' + ('{word[0]}' if {name} == 'assistant' else '') + m['content']"
+    begun = begun.replace(content, first)
+    whole, (found, answer) = chats.encode(tokenizer, chat, word), parts(begun, word[1:])
+    assert whole[: len(found)] != found and (
+        tokenizer.decode(answer) == word[1:] + tokenizer.eos_token
+    )
+    with pytest.raises(InputError, match="writes another prompt where it is answered"):
+        parts("{{ messages | length }}" + written)
+
+
+def test_policies_on_annotated_pairs_by_brute_force(with_logprob, tmp_path, no_figures):
+    """p_bar of every pair by the definition: probabilities in proportion to pi_0 exp(r / beta)."""
+    import evaluate
+
+    run = fresh(with_logprob, tmp_path)
+    evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "20"]))
+    found = json.loads((run / "metrics.json").read_text())["policy"]
+    test = prepared.read_split(run, "test")
+    alpha = json.loads((run / "weights.json").read_text())[-1]["alpha"]
+    logprob = np.load(run / "logprob" / "test.npy").astype(float).tolist()
+    r = [rewards(run, j).astype(float).tolist() for j in (1, 2)]
+    assert found["beta"] == diversity.BETAS.tolist() and found["brier_ci"][0] == [None, None]
+    for beta in (*found["beta"], math.inf):
+        terms = []
+        for a, b, p in zip(test.a.tolist(), test.b.tolist(), test.p.tolist()):
+            first = second = Decimal(0)  # As floats they would be 0 and 1.
+            p_hat = 0.0
+            for weight, own in zip(alpha, r):
+                exponents = [Decimal(logprob[y]) + Decimal(own[y] / beta) for y in (a, b)]
+                odds = (exponents[1] - exponents[0]).exp()
+                first += Decimal(weight) / (1 + odds)
+                second += Decimal(weight) / (1 + 1 / odds)
+                p_hat += weight * ((own[a] > own[b]) + (own[a] == own[b]) / 2)
+            entropy = -Decimal(p) * first.ln() - Decimal(1 - p) * second.ln()
+            terms.append((abs(float(first) - p_hat), (float(first) - p) ** 2, float(entropy)))
+        i = found["beta"].index(beta) if beta < math.inf else None
+        own = found["base"] if i is None else {name: found[name][i] for name in found["base"]}
+        for name, wanted in zip(("distance", "brier", "cross_entropy"), np.mean(terms, 0)):
+            assert own[name] == pytest.approx(wanted, rel=1e-5), (beta, name)
+    assert max(found["cross_entropy"]) > 40  # where float64 has no 1 - p_bar left
+
+
+def test_the_page_shows_the_demo_s_policies():
+    """Computed from the committed run, as evaluate.py does."""
+    run, page = REPOSITORY / "results" / "demo", REPOSITORY / "docs" / "method.md"
+    test, count = prepared.read_split(run, "test"), len(rewards(run))
+    logprob, scores = diversity.read_logprob(run, count), [rewards(run, j) for j in range(1, 5)]
+    alpha = np.array(json.loads((run / "weights.json").read_text())[-1]["alpha"])
+    found = diversity.policy_calibration(test, np.array(scores), logprob, alpha)
+    sampled = json.loads((run / "metrics.json").read_text())["diversity"]["policy"]["distance"]
+    names = "brier", "cross_entropy", "distance"
+    means = {name: found[name].top.sum(0) / found[name].bottom.sum() for name in names}
+    for i in range(0, 11, 2):
+        cells = [*(means[name][i] for name in names), sampled[i]]
+        row = f"| {found['beta'][i]:g} | {' | '.join(f'{x:.4f}'.lstrip('0') for x in cells)} |"
+        assert row in page.read_text(encoding="utf-8"), row
+    base = [found["base"][name].top.sum() / found["base"][name].bottom.sum() for name in names]
+    row = f"| ∞: the base alone | {' | '.join(f'{x:.4f}'.lstrip('0') for x in base)} | |"
+    assert row in page.read_text(encoding="utf-8"), row
+
+
+def test_the_stage_of_log_probabilities(with_logprob, base, tmp_path, capsys):
+    run = fresh(with_logprob, tmp_path)
+    path = run / "logprob" / "test.npy"
+    before = path.read_bytes()
+    measure(run, base)
+    assert "is there, skipped" in capsys.readouterr().out
+    assert manifest(run)["logprob"]["outputs"].keys() == {"logprob/test.npy"}
+    words = ["--run", str(run), "--beta", "3", "--out", str(tmp_path / "pruned")]
+    prune.main(prune.parse_args(words))
+    assert (tmp_path / "pruned" / "logprob" / "test.npy").read_bytes() == before
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("prune: on train pairs no member is left")
+    assert lines[2].startswith(
+        "prune: on test pairs, for which the theorem guarantees nothing, the B"
+    )
+    count = len(np.load(path))
+    np.save(path, np.full(count, np.nan, np.float32))
+    with pytest.raises(InputError, match="edited or damaged since it was written"):
+        diversity.read_logprob(run, count)
+    edited(run)
+    for wrong in (count, count + 1):
+        with pytest.raises(InputError, match="all of it finite"):
+            diversity.read_logprob(run, wrong)
+    path.unlink()
+    with pytest.raises(InputError, match="no such file; .* names it"):
+        diversity.read_logprob(run, count)
 
 
 def test_no_output_is_a_file_of_a_run(data, tmp_path, monkeypatch):

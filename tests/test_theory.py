@@ -1,6 +1,7 @@
 """Lemma 1 and theorems 2 to 4 where everything is known and each statement can be computed exactly;
-the ranking solver against the known facets."""
+the ranking solver against the known facets; and what docs/method.md says of them."""
 
+import csv
 import itertools
 import math
 import sys
@@ -217,7 +218,7 @@ def test_theorem_4_by_all_samples_of_one_comparison(n, truth, pairs, delta):
     likely = multinomial.pmf(counts, pairs, chance)
     assert likely.sum() == pytest.approx(1)
     for k in (1, 2):
-        assert likely[gap > theorems.theorem4(pairs, k, 1, delta)].sum() <= delta
+        assert likely[gap > theory.theorem4(pairs, k, 1, delta)].sum() <= delta
     simple = np.sqrt(
         np.log(2 * 2 / delta) / (2 * pairs)
     )  # Hoeffding for two ensembles: the test could fail
@@ -226,17 +227,17 @@ def test_theorem_4_by_all_samples_of_one_comparison(n, truth, pairs, delta):
 
 def test_theorem_4_by_hand_and_its_limits():
     dimension = 20 * 4 * 2 * math.log(16)  # k = 2, d = 3
-    assert theorems.theorem4(10**6, 2, 3, 0.05) == pytest.approx(
+    assert theory.theorem4(10**6, 2, 3, 0.05) == pytest.approx(
         math.sqrt(2 * dimension * (1 + math.log(10**6) - math.log(dimension)) / 10**6)
         + math.sqrt(math.log(20) / (2 * 10**6)),
         rel=1e-12,
     )
-    bounds = [theorems.theorem4(n, 4, 10, 0.05) for n in (1, 10, 10**4, 10**5, 10**7, 10**10)]
+    bounds = [theory.theorem4(n, 4, 10, 0.05) for n in (1, 10, 10**4, 10**5, 10**7, 10**10)]
     assert bounds[:2] == [1, 1] and bounds == sorted(bounds, reverse=True) and bounds[-1] < 0.01
     assert (
-        theorems.theorem4(10**6, 4, 10, 0.05)
-        < theorems.theorem4(10**6, 8, 10, 0.05)
-        < theorems.theorem4(10**6, 8, 20, 0.05)
+        theory.theorem4(10**6, 4, 10, 0.05)
+        < theory.theorem4(10**6, 8, 10, 0.05)
+        < theory.theorem4(10**6, 8, 20, 0.05)
     )
 
 
@@ -349,3 +350,57 @@ def test_condorcet_cycle():
 def test_what_is_no_preference_matrix_is_refused(p):
     with pytest.raises(ValueError, match="p: "):
         theorems.calibrated_ensemble(p)
+
+
+# ---- docs/method.md
+
+
+def table_rows():
+    with open(REPOSITORY / "results" / "theorem1.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("target", theorems.TARGETS)
+def test_rows_of_theorem_1_are_made_again(target):
+    rows = table_rows()
+    for m, seed in ((2, 0), (3, 1), (4, 2), (5, 3)):
+        wanted = theorems.compared(m, seed, target)
+        (row,) = [
+            row
+            for row in rows
+            if (row["m"], row["seed"], row["target"]) == (str(m), str(seed), target)
+        ]
+        assert row.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert name == "target" or float(row[name]) == pytest.approx(value, abs=2e-6), name
+
+
+def test_fsam_by_hand():
+    """Two responses, p = .6: member 1 votes for the first; centered, member 2 for the other."""
+    p, rng = matrix([0.6], 2), np.random.default_rng(0)
+    votes, prefixes = theorems.fsam(p, 2, "centered", rng)
+    assert votes.tolist() == [[1.0], [0.0]] and prefixes[0].tolist() == [1.0]
+    assert prefixes[1] == pytest.approx([0.6, 0.4])
+    votes, prefixes = theorems.fsam(p, 2, "residual", rng)  # t = -.4: the opposite too
+    assert votes.tolist() == [[1.0], [0.0]]
+    votes, _ = theorems.fsam(1 - p, 2, "residual", rng)  # 0, then t = .4, below one half: 0 again
+    assert votes.tolist() == [[0.0], [0.0]]
+
+
+def test_the_page_shows_the_table_and_the_bound():
+    page, rows = (REPOSITORY / "docs" / "method.md").read_text(encoding="utf-8"), table_rows()
+    assert max(float(row["exact"]) for row in rows) < 1e-9
+    for m in "2345":
+        own = [row for row in rows if row["m"] == m]
+        cells = [m, f"{np.mean([int(row['rankings']) for row in own]):.1f}", "0"]
+        for target in theorems.TARGETS:
+            errors = [float(row["brier_8"]) for row in own if row["target"] == target]
+            exact = sum(error < 1e-6 for error in errors)
+            cells.append(f"{np.mean(errors):.4f}, {exact} of {len(errors)}".replace("0.", "."))
+        assert f"| {' | '.join(cells)} |" in page, cells
+    assert theory.theorem4(9413, 8, 4096, 0.05) == theory.theorem4(263256, 8, 4096, 0.05) == 1.0
+    assert "N = 9,413, k = 8, d = 4,096 it is 1.0" in page
+    assert theory.theorem4(38_900_000, 8, 4096, 0.05) == 1 > theory.theorem4(39e6, 8, 4096, 0.05)
+    assert "39 million" in page and "268 million" in page
+    assert theory.theorem4(268e6, 8, 4096, 0.05) == pytest.approx(0.5, abs=1e-3)
+    assert f"d = 1 {theory.theorem4(9413, 1, 1, 0.05):.2f}".replace("0.", ".") in page
