@@ -168,11 +168,10 @@ def first_sizes(curve, floor):
 
 def missing(runs):
     """Return sentences that say what is not shown of which run."""
-    words = {
-        "figure_3": "no rewards of continuations, so no panel in figure 3",
-        "appendix_g": "no favourite continuations, so no table of appendix G",
-    }
-    return [f"{x['name']}: {text}." for x in runs for key, text in words.items() if not x[key]]
+    why = "of a prompt's continuations no two have rewards"
+    places = {"figure_3": "figure 3", "appendix_g": "appendix G"}
+    lacks = [(x["name"], [place for key, place in places.items() if not x[key]]) for x in runs]
+    return [f"{name} is not in {' and '.join(of)}: {why}." for name, of in lacks if of]
 
 
 # ---- the tables, as rows of texts
@@ -248,7 +247,8 @@ def titled(axes, run):
 
 def draw_figure_2(runs):
     """Draw the error against k with intervals, above the shaded floor, the other lines faint."""
-    fig, panels = figures.grid(len(runs), 1.75, 0.6)
+    columns, legend_height = (3, 0.6) if len(runs) > 2 else (1, 1.1)
+    fig, panels = figures.grid(len(runs), 1.75, legend_height)
     for axes, run in zip(panels.flat, runs):
         shown = run["figure_2"]
         lines = {key: shown[key] for key in LINES[:4] if shown[key] is not None}
@@ -273,7 +273,6 @@ def draw_figure_2(runs):
     handles = {}
     for axes in panels.flat[: len(runs)]:  # A line that one run lacks another may have.
         handles |= dict(zip(*axes.get_legend_handles_labels()[::-1]))
-    columns = 1 if fig.get_size_inches()[0] < figures.WIDE else 3
     fig.legend(handles.values(), handles, loc="outside lower left", ncols=columns)
     return fig
 
