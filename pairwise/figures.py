@@ -23,10 +23,7 @@ CJK = (
     *("PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS"),
 )
 STYLE = {
-    "font.family": [
-        "DejaVu Sans",
-        *[name for name in CJK if name in font_manager.get_font_names()][:1],
-    ],
+    "font.family": ["DejaVu Sans", *[x for x in CJK if x in font_manager.get_font_names()][:1]],
     **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 8),
     **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 7),
     **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
@@ -82,18 +79,16 @@ def pretty(text):
     return text.replace("p_hat", "p̂").replace("C_hat", "Ĉ").replace("^2", "²").replace(" - ", " − ")
 
 
-def drawable(name):
+def drawable(name, most=30):
     """Shorten a name of the user's for a figure; characters that none can show are escapes.
 
     Where it is drawn, parse_math=False keeps its dollars."""
-    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in name]
-    name = "".join(shown)
-    return name if len(name) <= 30 else f"{name[:29]}…"
+    name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def style():
-    """Return a context in which matplotlib draws by its own defaults and STYLE, whatever the user's
-    matplotlibrc says."""
+    """Return a context with matplotlib's defaults and STYLE, whatever the user's rc file says."""
     return matplotlib.style.context(["default", STYLE])
 
 
@@ -101,25 +96,33 @@ def save(fig, stem):
     """Write stem.png and stem.pdf; returns the figure as SVG, bytes. `style` must be in force."""
     with warnings.catch_warnings():  # A character that no font has is drawn as a box.
         warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")
-        return _save(fig, stem)
-
-
-def _save(fig, stem):
-    fig.draw_without_rendering()  # All three formats have the layout that is found here.
-    fig.set_layout_engine("none")
-    undated = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    for kind, metadata in undated.items():
-        buffer = io.BytesIO()
-        fig.savefig(buffer, format=kind, dpi=300, metadata=metadata)
-        if kind != "svg":
-            with files.replacing(stem.with_name(f"{stem.name}.{kind}")) as partial:
-                partial.write_bytes(buffer.getvalue())
-    return buffer.getvalue()
+        fig.draw_without_rendering()  # All three formats have the layout that is found here.
+        fig.set_layout_engine("none")
+        undated = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+        for kind, metadata in undated.items():
+            buffer = io.BytesIO()
+            fig.savefig(buffer, format=kind, dpi=300, metadata=metadata)
+            if kind != "svg":
+                with files.replacing(stem.with_name(f"{stem.name}.{kind}")) as partial:
+                    partial.write_bytes(buffer.getvalue())
+        return buffer.getvalue()
 
 
 def subplots(width, height, *shape, **options):
     fig = Figure(figsize=(width, height), layout="constrained")
     return fig, fig.subplots(*shape, **options)
+
+
+def grid(count, height, rest, **options):
+    """Return a figure and its axes, at most four in a row, of which `count` are shown; rows are
+    `height` inches tall and leave `rest` for a legend."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    shape = NARROW if columns < 3 else WIDE, rest + height * rows, rows, columns
+    fig, panels = subplots(*shape, squeeze=False, **options)
+    for axes in panels.flat[count:]:
+        axes.set_visible(False)
+    return fig, panels
 
 
 def axes_at(fig, left, bottom, width, height):
@@ -228,9 +231,8 @@ def wins(diversity):
     """How high the favourite of one member (row) stands with another (column)."""
     if not diversity or diversity["win"][0][0] is None:
         return None
-    rows = range(1, len(diversity["win"]) + 1)
     labels = "share of the others ranked below", "favourite of member"
-    return matrix(diversity["win"], 0.0, 1.0, *labels, rows)
+    return matrix(diversity["win"], 0.0, 1.0, *labels, range(1, len(diversity["win"]) + 1))
 
 
 def mixture_weights(weights):
@@ -257,27 +259,35 @@ def matrix(values, low, high, title, ylabel, rows):
     tall, left = n * height + 0.75, 0.5 + (wide - 1.15 - m * width) / 2
     fig = Figure(figsize=(wide, tall))
     axes = axes_at(fig, left, 0.45, m * width, n * height)
+    mesh = cells(axes, values, low, high, rows, 6 if width < 0.35 else 7)
+    axes.set(xlabel="member", ylabel=ylabel)
+    fig.text(0.5, 1 - 0.08 / tall, title, va="top", ha="center")
+    side = axes_at(fig, left + m * width + 0.08, 0.45, 0.09, n * height)
+    ticks = [low, high] if n < 3 else [low, (low + high) / 2, high]
+    bar = fig.colorbar(mesh, cax=side, ticks=ticks, format=lambda x, _: short(x))
+    bar.outline.set_linewidth(0.4)
+    return fig
+
+
+def cells(axes, values, low, high, rows, fontsize):
+    """Draw the cells of `matrix` on axes; returns what a colour bar is made of."""
+    n, m = values.shape
     edges = np.arange(m + 1) + 0.5, np.arange(n + 1) + 0.5
     options = {"cmap": "Blues", "vmin": low, "vmax": high, "edgecolors": "white", "lw": 0.8}
     mesh = axes.pcolormesh(*edges, np.ma.masked_invalid(values), **options)
-    axes.set(ylim=(n + 0.5, 0.5), xlabel="member", ylabel=ylabel)
-    fig.text(0.5, 1 - 0.08 / tall, title, va="top", ha="center")
+    axes.set(ylim=(n + 0.5, 0.5))
     step = -(-max(m, n) // 24)
     axes.set_xticks(range(1, m + 1, step))
     axes.set_yticks(range(1, n + 1, step), list(rows)[::step])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if step == 1:  # Beyond 24 members the numbers would be too small to read.
-        text = {"ha": "center", "va": "center_baseline", "fontsize": 6 if width < 0.35 else 7}
+        text = {"ha": "center", "va": "center_baseline", "fontsize": fontsize}
         for (i, j), x in np.ndenumerate(values):
             if not np.isnan(x):
                 color = "white" if x - low > 0.55 * (high - low) else INK
                 axes.text(j + 1, i + 1, short(x), color=color, **text)
-    side = axes_at(fig, left + m * width + 0.08, 0.45, 0.09, n * height)
-    ticks = [low, high] if n < 3 else [low, (low + high) / 2, high]
-    bar = fig.colorbar(mesh, cax=side, ticks=ticks, format=lambda x, _: short(x))
-    bar.outline.set_linewidth(0.4)
-    return fig
+    return mesh
 
 
 # ---- votes and predictions
@@ -294,18 +304,28 @@ def majority_bins(majority):
 
 
 def majority_shares(p):
-    """Percentage of pairs by majority share max(p, 1 - p); p (pairs,): shares of annotators.
+    """Percentage of pairs by majority share max(p, 1 - p); p (pairs,): shares of annotators."""
+    fig, axes = subplots(NARROW, 2.2)
+    share_bars(axes, *majority_bars(p))
+    axes.set(xlabel="majority share max(p, 1 − p)", ylabel="pairs (%)")
+    axes.set_title(f"{len(p)} pairs, mean {num(float(np.maximum(p, 1 - p).mean()))}")
+    return fig
 
-    Where annotators are few the majority share takes a few values only, and each has its own bar.
-    """
+
+def majority_bars(p):
+    """Return places, heights (percent of the pairs) and width of the bars of majority shares, which
+    take a few values only where annotators are few: each has its own bar."""
     majority = np.round(np.maximum(p, 1 - p), 9)
     values, counts = np.unique(majority, return_counts=True)
     width = min(0.8 * np.diff(values).min(initial=1), 0.04)
     if len(values) > 12:
         counts, edges = majority_bins(majority)
         values, width = edges[:-1] + 0.025, 0.05
-    height = 100 * counts / len(p)
-    fig, axes = subplots(NARROW, 2.2)
+    return values, 100 * counts / len(p), width
+
+
+def share_bars(axes, values, height, width):
+    """Draw the bars of `majority_bars`."""
     axes.bar(values, height, width, color=BAR, edgecolor=INK, lw=0.5)
     if np.diff(values).min(initial=1) > 0.045:  # There is room for numbers over bars.
         for x, y in zip(values, height):
@@ -313,9 +333,6 @@ def majority_shares(p):
             above = y + 0.015 * height.max()
             axes.text(x, above, text, ha="center", va="bottom", fontsize=7)
     axes.set(xlim=(0.465, 1.035), ylim=(0, 1.12 * height.max()), xticks=np.arange(5, 11) / 10)
-    axes.set(xlabel="majority share max(p, 1 − p)", ylabel="pairs (%)")
-    axes.set_title(f"{len(p)} pairs, mean {num(float(np.maximum(p, 1 - p).mean()))}")
-    return fig
 
 
 def write_votes(p, stem):
@@ -352,9 +369,8 @@ def reliability(p, p_hat):
     below.bar(centre, percent, max(width, 0.006), color=BAR, edgecolor=INK, lw=0.4)
     below.set(xlabel=r"ensemble's share $\hat{p}$", ylabel="pairs (%)")
     below.yaxis.set_major_locator(MaxNLocator(3))
-    fig.legend(
-        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, columnspacing=1.2
-    )
+    handles, look = axes.get_legend_handles_labels(), {"ncols": 3, "columnspacing": 1.2}
+    fig.legend(*handles, loc="outside lower center", **look)
     return fig
 
 
@@ -370,8 +386,7 @@ def policies(diversity):
     fig, axes = subplots(NARROW, 2.3)
     if None not in limits:
         axes.fill_between(beta, *limits.T, color=BLUE, alpha=0.2, lw=0, label="95 % interval")
-    label = r"mean $|\bar{p} - \hat{p}|$"
-    axes.plot(beta, distance, "o-", color=INK, ms=3, lw=1.2, label=label)
+    axes.plot(beta, distance, "o-", color=INK, ms=3, lw=1.2, label=r"mean $|\bar{p} - \hat{p}|$")
     axes.set(xscale="log", xlim=(beta.max() * 1.5, beta.min() / 1.5), ylim=(0, None))
     axes.set(xlabel=r"$\beta$, from soft to hard", ylabel="distance from the votes")
     axes.legend(loc="lower left")
@@ -386,10 +401,7 @@ def training(logs):
     logs = {title: lines for title, lines in logs.items() if lines}
     if not logs:
         return None
-    columns = min(4, len(logs))
-    rows = -(-len(logs) // columns)
-    shape = NARROW if columns < 3 else WIDE, 0.5 + 1.25 * rows, rows, columns
-    fig, panels = subplots(*shape, sharex=True, sharey=True, squeeze=False)
+    fig, panels = grid(len(logs), 1.25, 0.5, sharex=True, sharey=True)
     for axes, (title, lines) in zip(panels.flat, logs.items()):
         loss = np.array([line["loss"] for line in lines])
         pairs = np.cumsum([line["pairs"] for line in lines])
@@ -402,8 +414,6 @@ def training(logs):
         axes.plot(pairs[drawn], smooth[drawn], color=INK, lw=1.2)
         axes.set_title(title)
         axes.xaxis.set_major_locator(MaxNLocator(3))
-    for axes in panels.flat[len(logs) :]:
-        axes.set_visible(False)
     panels[0, 0].set_ylim(bottom=0)
     fig.supxlabel("pairs seen", fontsize=8)
     fig.supylabel("training loss", fontsize=8)
