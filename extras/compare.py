@@ -193,18 +193,8 @@ def table(result):
     lines = [f"{result['dataset']}, test split: {counts}. All errors: lower is better.", ""]
     width = max(7, *(len(setting["name"]) for setting in result["settings"]))
     form = "{:<{}}  {:>4}  {:>5}  {:>6}  {:>14}  {:>6}  {:>6}  {:>9}  {:>11}  {:>6}"
-    head = (
-        "runs",
-        "k",
-        "Brier",
-        "95 % interval",
-        "soft",
-        "excess",
-        "true err.",
-        "single soft",
-        "scaled",
-    )
-    lines.append(form.format("setting", width, *head))
+    head = "runs", "k", "Brier", "95 % interval", "soft", "excess", "true err.", "single soft"
+    lines.append(form.format("setting", width, *head, "scaled"))
     keys = "brier", "brier_ci", "brier_soft", "excess", "true_error", *SOFT
     for setting in result["settings"]:
         texts = len(setting["runs"]), sizes(setting), *report.cells(setting, *keys, none="-")

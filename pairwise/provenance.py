@@ -54,9 +54,8 @@ def open_base(args, named="--base"):
     where it writes none. Raises InputError where --date is another day than that, and where the
     run's data have no texts."""
     run, given = args.run, args.date
-    if "no_prompts" in files.read_json(
-        run / "data" / "stats.json", dict, {}
-    ):  # of data_prep/votes.py
+    stats = files.read_json(run / "data" / "stats.json", dict, {})
+    if "no_prompts" in stats:  # of data_prep/votes.py
         words = "its data have ids in the place of prompts, on which no model is put"
         raise cli.InputError(f"{run}: {words}; data with prompts and responses expected")
     args.base, date = parallel.of_first(

@@ -161,7 +161,7 @@ def table(metrics):
     lines += ["", columns.format(*head)]
     keys = ("j", "brier", "disagreement", "disagreement_ci", "regret", "accuracy")
     lines += [columns.format(*cells(member, *keys, none="-")) for member in split["members"]]
-    for words in filter(None, [*notes(metrics), tied(split), contrary(split), LEGEND]):
+    for words in filter(None, (notes(metrics), tied(split), contrary(split), LEGEND)):
         lines += ["", *textwrap.wrap(words, 100)]
     return "\n".join(lines)
 
@@ -198,8 +198,8 @@ def notes(metrics):
         sentences.append(ROOM.format(figures.num(excess), between))
     if split["ensemble"][-1]["brier"] > split["coin_flip"]:
         sentences.append("The ensemble is worse than a coin flip, which says 1/2 for every pair.")
-    few = sentence(data.few_prompts(split["prompts"], metrics["own_split"]))
-    return [*sentences, few] if few else sentences
+    sentences.append(sentence(data.few_prompts(split["prompts"], metrics["own_split"])))
+    return " ".join(filter(None, sentences))
 
 
 # ---- what report.html.jinja shows

@@ -234,15 +234,16 @@ def kind_of(run, beneath=False, j=1):
 
 def imported(run):
     """Return the numbers of the members of `run` that are rewards alone, without a model."""
-    names, entries = {member_name(j): j for j in range(1, 100)}, stages(run).items()
-    return [names[x] for x, e in entries if x in names and e["settings"].get("train") == "import"]
+    trained = {name: entry["settings"].get("train") for name, entry in stages(run).items()}
+    return [j for j in range(1, 100) if trained.get(member_name(j)) == "import"]
 
 
 def first_with_model(run, j):
     """Return the first member before j that is not imported, done or not; None: all are, or j = 1.
 
     It decides of what kind a run's other members with a model are."""
-    return next((i for i in range(1, j) if i not in imported(run)), None)
+    alone = imported(run)
+    return next((i for i in range(1, j) if i not in alone), None)
 
 
 def check_own_run(run):

@@ -95,6 +95,14 @@ def test_flags_of_run_all_exist():
             assert {w.split("=")[0] for w in words if w.startswith("--")} <= known, words
 
 
+def test_run_all_takes_every_flag_of_the_data():
+    text = (ROOT / "run_all.sh").read_text(encoding="utf-8")
+    for path in ROOT.glob("data_prep/*.py"):
+        if path.stem not in ("prism", "continuations"):
+            own = flags_of(f"data_prep/{path.name}") - {"--help", "--run", "--seed"}
+            assert not {flag for flag in own if not re.search(rf"{flag}( |\))", text)}, path
+
+
 def votes_row(i):
     """A row of somebody's votes."""
     pair = {"response_a": "An apple.", "response_b": "It depends on you."}
