@@ -432,15 +432,13 @@ void taus_by(const MakeCount &make_count, const T *scores, Index models, Index p
         const Index total = n * (n - 1) / 2;
         for (Index prompt; queue.take(prompt);) {
             double *out = taus + prompt * models * models;
-            std::fill(out, out + models * models, std::numeric_limits<double>::quiet_NaN());
             for (auto *sums : {&counts.tied, &counts.tied_in_both, &counts.discordant}) std::fill(sums->begin(), sums->end(), 0);
             count(scores, prompt, counts);
+            // A root is 0 where a model is constant or n < 2, and then 0 / 0 is the NaN that says undefined.
             for (Index i = 0; i < models; ++i) {
                 roots[i] = std::sqrt(total - counts.tied[i]);
-                if (counts.tied[i] == total) continue;  // constant, or n < 2: undefined
-                out[i * models + i] = 1;
+                out[i * models + i] = roots[i] / roots[i];
                 for (Index j = 0; j < i; ++j) {
-                    if (counts.tied[j] == total) continue;
                     const Index pair = i * models + j;
                     const double difference = total - counts.tied[i] - counts.tied[j] + counts.tied_in_both[pair] -
                                               2 * counts.discordant[pair];
