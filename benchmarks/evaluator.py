@@ -1,4 +1,4 @@
-"""The C++ evaluator beside scipy, pandas, hyper-corr, numba and numpy.
+"""The C++ evaluator beside scipy, pandas, polars-ds, hyper-corr, numba and numpy.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/evaluator.py --json benchmarks/evaluator.json       (1 to 2 minutes)
@@ -14,6 +14,7 @@ import os
 # These are read when numpy is imported. evaluate.py is run in the environment as it was.
 ENVIRONMENT = dict(os.environ)
 os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "MKL", "OMP")}
+os.environ["POLARS_MAX_THREADS"] = "1"
 
 import contextlib
 import gc
@@ -39,6 +40,8 @@ from scipy.stats import kendalltau
 MISSING = None
 try:
     import pandas as pd
+    import polars as pl
+    import polars_ds as pds
     from hyper_corr import kendalltau_noties, kendalltau_ties
     from numba import njit
 except ImportError as error:  # --help does without.
@@ -164,6 +167,16 @@ def pandas_corr(scores):
     return np.stack([pd.DataFrame(frame).corr(method="kendall").to_numpy() for frame in frames])
 
 
+def polars_corr(scores):
+    """Ask polars-ds for all pairs of models at once, prompt by prompt of one table."""
+    k, count, n = scores.shape
+    columns = {str(j): scores[j].ravel() for j in range(k)}
+    table = pl.DataFrame({"prompt": np.repeat(np.arange(count), n)} | columns)
+    pairs = [pds.kendall_tau(str(i), str(j)).alias(f"{i} {j}") for i, j in zip(*LOWER)]
+    taus = table.group_by("prompt", maintain_order=True).agg(pairs).drop("prompt")
+    return both_triangles(taus.to_numpy().T)
+
+
 def numpy_signs(scores):
     """Take the signs of all differences as a row for each model, so that a matrix product counts.
 
@@ -259,6 +272,7 @@ def hyper_corr(scores):
 PACKAGES = {
     "scipy, a call a pair": scipy_loop,
     "pandas, DataFrame.corr": pandas_corr,
+    "polars-ds": polars_corr,
     "hyper-corr in numba": hyper_corr,
 }
 OTHERS = {
@@ -496,7 +510,7 @@ def main(args):
     if MISSING:
         words = f"{MISSING} is missing; pip install -r benchmarks/requirements.txt"
         raise cli.InputError(words)
-    packages = ("numpy", "scipy", "pandas", "numba", "hyper-corr")
+    packages = ("numpy", "scipy", "pandas", "polars-ds", "polars", "numba", "hyper-corr")
     versions = {"python": platform.python_version()}
     versions |= {package: metadata.version(package) for package in packages}
     date, facts, parts = time.strftime("%Y-%m-%d"), machine(), {}

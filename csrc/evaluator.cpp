@@ -329,7 +329,7 @@ Kendall's tau-b of every two models' rankings of the continuations, prompt by pr
 scores   float32 or float64 (k, prompts, n), C-contiguous; k from 1 to 1024, n below 2^31, inf allowed, no NaN
 path     "portable" sorts, O(k^2 n log n) a prompt; "avx2" (n^2 / 16 bytes) and "avx512", where the CPU has them, compare all
          pairs, O(k^2 n^2), but many at a time; "auto" takes what costs least: to compare up to n = 300 or so for k = 2, 500
-         for k = 8. The result is the same to the last bit
+         for k = 8 with AVX2, and twice that with AVX-512. The result is the same to the last bit
 threads  0 to 1024; 0 is as many as pay. The result is the same for any number
 
 Equal scores, inf and inf, and -0.0 and 0.0 are ties. [i, j] with i != j equals scipy.stats.kendalltau(scores[i, prompt],

@@ -316,75 +316,107 @@ private:
     }
 };
 
-// The same with AVX-512, whose comparisons give bits at once. Row i has the pairs (i, j), j > i, as masks of 16 or 8 bits; a
-// bit beyond its end is set in no model, so it is no difference and no tie.
-AVX512 inline void compare_row(float x, const float *y, __mmask16 valid, __mmask16 &less, __mmask16 &tie) {
-    const __m512 all_x = _mm512_set1_ps(x), all_y = _mm512_maskz_loadu_ps(valid, y);
-    less = _mm512_mask_cmp_ps_mask(valid, all_x, all_y, _CMP_LT_OQ);
-    tie = _mm512_mask_cmp_ps_mask(valid, all_x, all_y, _CMP_EQ_OQ);
+// The same with AVX-512: a block of 16 or 8 continuations is compared with one, or with itself turned, which gives a mask.
+// Whether y is less is the sign of y - x, which comes from another port of the CPU than comparisons do; where the two are tied
+// it is not looked at. Loads across two cache lines, as unaligned ones are, would take half as long again.
+AVX512 inline __m512 columns_at(const float *scores, Index count) {  // NaN, which is neither tied nor untied, beyond the end
+    const auto valid = static_cast<__mmask16>(count < 16 ? (1 << count) - 1 : -1);
+    return _mm512_mask_loadu_ps(_mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()), valid, scores);
 }
-AVX512 inline void compare_row(double x, const double *y, __mmask8 valid, __mmask8 &less, __mmask8 &tie) {
-    const __m512d all_x = _mm512_set1_pd(x), all_y = _mm512_maskz_loadu_pd(valid, y);
-    less = _mm512_mask_cmp_pd_mask(valid, all_x, all_y, _CMP_LT_OQ);
-    tie = _mm512_mask_cmp_pd_mask(valid, all_x, all_y, _CMP_EQ_OQ);
+AVX512 inline __m512d columns_at(const double *scores, Index count) {
+    const auto valid = static_cast<__mmask8>(count < 8 ? (1 << count) - 1 : -1);
+    return _mm512_mask_loadu_pd(_mm512_set1_pd(std::numeric_limits<double>::quiet_NaN()), valid, scores);
 }
+AVX512 inline __m512 all_columns(float score) { return _mm512_set1_ps(score); }
+AVX512 inline __m512d all_columns(double score) { return _mm512_set1_pd(score); }
+AVX512 inline __m512 turned(const __m512 &y) {
+    return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(y), _mm512_castps_si512(y), 1));
+}
+AVX512 inline __m512d turned(const __m512d &y) {
+    return _mm512_castsi512_pd(_mm512_alignr_epi64(_mm512_castpd_si512(y), _mm512_castpd_si512(y), 1));
+}
+AVX512 inline __mmask16 is_less(const __m512 &y, const __m512 &x) {
+    return _mm512_movepi32_mask(_mm512_castps_si512(_mm512_sub_ps(y, x)));
+}
+AVX512 inline __mmask8 is_less(const __m512d &y, const __m512d &x) {
+    return _mm512_movepi64_mask(_mm512_castpd_si512(_mm512_sub_pd(y, x)));
+}
+AVX512 inline __mmask16 is_untied(const __m512 &y, const __m512 &x) { return _mm512_cmp_ps_mask(y, x, _CMP_NEQ_OQ); }
+AVX512 inline __mmask8 is_untied(const __m512d &y, const __m512d &x) { return _mm512_cmp_pd_mask(y, x, _CMP_NEQ_OQ); }
 
-template <class T> class CountRows {
+template <class T> class CountMasks {
     using Mask = std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8>;
-    static constexpr Index lanes = 64 / sizeof(T);
+    static constexpr Index lanes = 64 / sizeof(T), masks_of_word = 64 / sizeof(Mask);
+    struct alignas(64) Word { Mask masks[masks_of_word]; };
     const Index models, prompts, n;
-    const Index room;                         // masks of some rows, so that those of a few models stay in the first-level cache
-    std::vector<Mask> less, tie;              // (models, room)
-    std::vector<unsigned char> has_ties;      // (models,), in these rows
-
-    static Index masks_of(Index length) { return (length + lanes - 1) / lanes; }
+    const Index tile;                // columns at a time, so that the masks of a few models stay in the first-level cache
+    const Index room;                // words for their masks
+    std::vector<Word> less, untied;  // (models, room)
 
 public:
-    CountRows(Index models, Index prompts, Index n)
-        : models(models), prompts(prompts), n(n), room((std::max<Index>(4096 / sizeof(Mask), masks_of(n)) + 63) / 64 * 64),
-          less(models * room), tie(models * room), has_ties(models) {}
+    CountMasks(Index models, Index prompts, Index n)
+        : models(models), prompts(prompts), n(n), tile(std::clamp<Index>(2048 / (n + 1), 1, n / lanes + 1) * lanes),
+          room(tile / lanes * n / masks_of_word + 1), less(models * room), untied(models * room) {}
 
     AVX512 void operator()(const T *scores, Index prompt, Counts &counts) {
-        for (Index begin = 0, end; begin + 1 < n; begin = end) {
-            Index masks = masks_of(n - 1 - begin);
-            for (end = begin + 1; end + 1 < n && masks + masks_of(n - 1 - end) <= room; ++end) masks += masks_of(n - 1 - end);
+        for (Index begin = 0; begin + 1 < n; begin += tile) {
+            const Index end = std::min(begin + tile, n - 1);
+            Index words = 0;
             for (Index j = 0; j < models; ++j)
-                has_ties[j] = pack(scores + (j * prompts + prompt) * n, begin, end, &less[j * room], &tie[j * room]);
+                words = pack(scores + (j * prompts + prompt) * n, begin, end, less[j * room].masks, untied[j * room].masks);
             for (Index i = 0; i < models; ++i)
-                for (Index j = 0; j <= i; ++j) count_pair(i, j, masks, counts);
+                for (Index j = 0; j <= i; ++j) count_pair(i, j, words, counts);
+        }
+        for (Index i = 0; i < models; ++i) {  // from untied in both to tied in both; with itself a model has all in common
+            const Index *untied = counts.tied_in_both.data();
+            counts.tied[i] = n * (n - 1) / 2 - untied[i * models + i];
+            for (Index j = 0; j < i; ++j) counts.tied_in_both[i * models + j] += counts.tied[i] - untied[j * models + j];
         }
     }
 
 private:
-    AVX512 bool pack(const T *scores, Index begin, Index end, Mask *less_out, Mask *tie_out) const {
-        Mask any_tie = 0;
+    // Fills the words and returns how many.
+    AVX512 Index pack(const T *row, Index begin, Index end, Mask *less, Mask *untied) const {
         Index masks = 0;
-        for (Index i = begin; i < end; ++i)
-            for (Index j = i + 1; j < n; j += lanes, ++masks) {
-                const auto valid = static_cast<Mask>(n - j >= lanes ? ~0u : (1u << (n - j)) - 1);
-                compare_row(scores[i], scores + j, valid, less_out[masks], tie_out[masks]);
-                any_tie |= tie_out[masks];
+        for (Index column = begin; column < end; column += lanes) {
+            const auto y = columns_at(row + column, n - column);
+            auto x = y;  // the pairs within the block
+            for (Index shift = 1; shift <= lanes / 2; ++shift, ++masks) {
+                x = turned(x);
+                less[masks] = is_less(y, x);
+                untied[masks] = is_untied(y, x);
             }
-        for (; masks % (64 / sizeof(Mask)) != 0; ++masks) less_out[masks] = tie_out[masks] = 0;
-        return any_tie != 0;
+            untied[masks - 1] &= (1 << lanes / 2) - 1;  // half a turn has its pairs twice
+            Index i = column + lanes;
+            for (; i + 1 < n; i += 2, masks += 2) {  // two stores after each other are faster when they are close
+                const auto first = all_columns(row[i]), second = all_columns(row[i + 1]);
+                less[masks] = is_less(y, first), less[masks + 1] = is_less(y, second);
+                untied[masks] = is_untied(y, first), untied[masks + 1] = is_untied(y, second);
+            }
+            if (i < n) {
+                less[masks] = is_less(y, all_columns(row[i]));
+                untied[masks++] = is_untied(y, all_columns(row[i]));
+            }
+        }
+        for (; masks % masks_of_word != 0; ++masks) less[masks] = untied[masks] = 0;
+        return masks / masks_of_word;
     }
 
-    AVX512 void count_pair(Index i, Index j, Index masks, Counts &counts) const {
-        const auto *less_i = &less[i * room], *less_j = &less[j * room], *tie_i = &tie[i * room], *tie_j = &tie[j * room];
-        __m512i discordant = _mm512_setzero_si512(), tied = discordant;
-        const bool ties = has_ties[i] | has_ties[j];
-        if (i == j && !ties) return;
-        for (Index m = 0; m < masks; m += 64 / sizeof(Mask)) {
-            __m512i differ = _mm512_xor_si512(_mm512_loadu_si512(less_i + m), _mm512_loadu_si512(less_j + m));
-            if (ties) {
-                const __m512i in_i = _mm512_loadu_si512(tie_i + m), in_j = _mm512_loadu_si512(tie_j + m);
-                differ = _mm512_andnot_si512(_mm512_or_si512(in_i, in_j), differ);
-                tied = _mm512_add_epi64(tied, _mm512_popcnt_epi64(_mm512_and_si512(in_i, in_j)));
-            }
-            discordant = _mm512_add_epi64(discordant, _mm512_popcnt_epi64(differ));
+    // Adds to tied_in_both what is untied in both.
+    AVX512 void count_pair(Index i, Index j, Index words, Counts &counts) const {
+        const Word *less_i = &less[i * room], *less_j = &less[j * room];
+        const Word *untied_i = &untied[i * room], *untied_j = &untied[j * room];
+        __m512i discordant = _mm512_setzero_si512(), in_both = discordant;
+        for (Index w = 0; w < words; ++w) {
+            const __m512i both = _mm512_and_si512(_mm512_load_si512(untied_i + w), _mm512_load_si512(untied_j + w));
+            const __m512i less_in_one = _mm512_xor_si512(_mm512_load_si512(less_i + w), _mm512_load_si512(less_j + w));
+            in_both = _mm512_add_epi64(in_both, _mm512_popcnt_epi64(both));
+            discordant = _mm512_add_epi64(discordant, _mm512_popcnt_epi64(_mm512_and_si512(less_in_one, both)));
         }
-        counts.discordant[i * models + j] += _mm512_reduce_add_epi64(discordant);
-        (i == j ? counts.tied[i] : counts.tied_in_both[i * models + j]) += _mm512_reduce_add_epi64(tied);
+        // Both sums at once: a tile has fewer than 2^32 pairs, or the n^2 would take years.
+        const Index sums = _mm512_reduce_add_epi64(_mm512_or_si512(discordant, _mm512_slli_epi64(in_both, 32)));
+        counts.discordant[i * models + j] += sums & 0xffffffff;
+        counts.tied_in_both[i * models + j] += sums >> 32;
     }
 };
 
@@ -400,15 +432,13 @@ void taus_by(const MakeCount &make_count, const T *scores, Index models, Index p
         const Index total = n * (n - 1) / 2;
         for (Index prompt; queue.take(prompt);) {
             double *out = taus + prompt * models * models;
-            std::fill(out, out + models * models, std::numeric_limits<double>::quiet_NaN());
             for (auto *sums : {&counts.tied, &counts.tied_in_both, &counts.discordant}) std::fill(sums->begin(), sums->end(), 0);
             count(scores, prompt, counts);
+            // A root is 0 where a model is constant or n < 2, and then 0 / 0 is the NaN that says undefined.
             for (Index i = 0; i < models; ++i) {
                 roots[i] = std::sqrt(total - counts.tied[i]);
-                if (counts.tied[i] == total) continue;  // constant, or n < 2: undefined
-                out[i * models + i] = 1;
+                out[i * models + i] = roots[i] / roots[i];
                 for (Index j = 0; j < i; ++j) {
-                    if (counts.tied[j] == total) continue;
                     const Index pair = i * models + j;
                     const double difference = total - counts.tied[i] - counts.tied[j] + counts.tied_in_both[pair] -
                                               2 * counts.discordant[pair];
@@ -426,15 +456,16 @@ void taus_by(const MakeCount &make_count, const T *scores, Index models, Index p
 
 template <class T>
 void all_taus(const T *scores, Index models, Index prompts, Index n, Path path, Index threads, double *taus) {
-    // Nanoseconds on a Zen 4 core, from 2 to 32 models. Their ratio decides, and changes less from CPU to CPU.
+    // Nanoseconds on a Zen 4 core, from 2 to 32 models; AVX-512 on a Xeon. Their ratio decides, and changes less from CPU to CPU.
     const double pairs = models * (models - 1) / 2, bytes = sizeof(T), size = n;
     const double sorting = models * bytes * (100 + 1.2 * size) + pairs * size * (1.4 + 0.9 * std::log2(size / 32 + 2));
-    const double comparing = models * (50 + 0.006 * bytes * size * size) + pairs * (10 + 0.005 * size * size);
+    const double with_avx2 = models * (50 + 0.006 * bytes * size * size) + pairs * (10 + 0.005 * size * size);
+    const double comparing = with_avx2 * (fastest_path() == Path::avx512 ? 0.5 : 1);
     if (path == Path::automatic) path = comparing < sorting ? fastest_path() : Path::portable;
     const auto threads_for = [&](double nanoseconds) { return count_threads(threads, prompts * nanoseconds); };
     const auto run = [=](const auto &make_count, Index crew) { taus_by(make_count, scores, models, prompts, n, crew, taus); };
 #if HAS_X86_CODE
-    if (path == Path::avx512) return run([=] { return CountRows<T>(models, prompts, n); }, threads_for(comparing));
+    if (path == Path::avx512) return run([=] { return CountMasks<T>(models, prompts, n); }, threads_for(comparing));
     if (path == Path::avx2) return run([=] { return CountAllPairs<T>(models, prompts, n); }, threads_for(comparing));
 #endif
     const Index all = threads_for(sorting), outer = all <= prompts ? all : 1;  // few long rankings: threads within a prompt

@@ -47,6 +47,7 @@ COMMANDS = {
     "pairs": (export_pairs, "--run RUN --out OUT.jsonl"),
     "pairs parquet": (export_pairs, "--run RUN --out OUT.parquet"),
     "policy": (policy_pairs, "--run RUN --member 1 --out OUT.jsonl"),
+    "logprob": (script("policy_logprob"), "--run RUN --base BASE " + " ".join(FLAGS)),
     "prune": (prune, "--run RUN --beta 3 --out OUT"),
     "harden": (harden, "--run RUN --out OUT --k 3"),
     "plurality": (plurality, "--run RUN"),
