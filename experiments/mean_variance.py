@@ -9,19 +9,18 @@ fractions, in "Variance-aware Reward Modeling with Anchor Guidance" (arXiv 2605.
 anchors). mu and log s are linear in the features that all variants have; log s has no intercept,
 as the scale of mu takes its place.
 
-Members are deterministic rewards. Those that the model suggests are its quantiles,
-r_z = mu + z s: with z ~ N(0, 1) they vote for y1 with the probability
+Members are deterministic rewards. Three ensembles of k follow p_hat; none reads a vote:
 
-    P(mu(y1) - mu(y2) + z (s(y1) - s(y2)) > 0) = Phi((mu(y1) - mu(y2)) / |s(y1) - s(y2)|)
-
-As |s1 - s2| <= sqrt(s1^2 + s2^2), this is never nearer to 1/2 than p_hat, and it is 0 or 1 where
-the two deviations are equal: one z for all responses is one voter's mood, and p_hat has a mood for
-each response. No number of quantiles changes that, so two ensembles are tried:
-
-    quantile    k of 65 quantiles and their weights, picked to follow p_hat
-    levels      k of the levels (harden.py, layout `fitted`) of five quantiles, likewise
-
-Neither reads a vote.
+    quantile    of 65 quantiles r_z = mu + z s, k and their weights picked. With z ~ N(0, 1) they
+                vote for y1 with the probability Phi((mu(y1) - mu(y2)) / |s(y1) - s(y2)|). As
+                |s1 - s2| <= sqrt(s1^2 + s2^2), that is never nearer to 1/2 than p_hat, and 0 or 1
+                where the deviations are equal, whatever k: one z for all responses is one mood of
+                a voter, where p_hat has a mood for each response
+    moods       of 512 rewards r_w = mu + s w'x/|x| with w ~ N(0, I) and mu itself, likewise. They
+                vote with the probability Phi((mu(y1) - mu(y2)) / |s(y1) x1/|x1| - s(y2) x2/|x2||),
+                which is p_hat where x1 and x2 are orthogonal; but the mean of k of them is off by
+                the variance p_hat (1 - p_hat) / k
+    levels      of the levels (harden.py, layout `fitted`) of five quantiles, likewise
 """
 
 from pairwise import levels, soft_model
@@ -32,6 +31,7 @@ import plurality
 import torch
 from scipy.special import log_ndtr, logit
 
+LAYOUTS = "quantile", "moods", "levels"
 SPREADS = 0.0, 0.3, 1.0  # of log s; at 0 all deviations are equal
 QUANTILES = np.linspace(-4, 4, 65)
 LEVELLED = np.linspace(-1, 1, 5)
@@ -92,12 +92,16 @@ def soft(splits, seed):
     )
 
 
-def quantiles(weights, splits, z):
-    """{split: rewards mu + z s, float32 (Z, R)} for weights (2, d) and z (Z,)."""
-    return {
-        name: (mu + z[:, None] * np.exp(log_s)).astype(np.float32)
-        for name, (mu, log_s) in plurality.rewards_of(weights, splits).items()
-    }
+def candidates(weights, features, layout):
+    """Deterministic rewards mu + s t, float32 (P, R), for weights (2, d) and features (R, d)."""
+    mu, log_s = plurality.rewards_of(weights, {"": plurality.Featured(None, features)})[""]
+    if layout == "moods":
+        w = np.random.default_rng(0).normal(size=(512, features.shape[1]))
+        w[0] = 0
+        t = w @ (features / np.linalg.norm(features, axis=1, keepdims=True)).T
+    else:
+        t = (QUANTILES if layout == "quantile" else LEVELLED)[:, None]
+    return (mu + t * np.exp(log_s)).astype(np.float32)
 
 
 def ensemble(fitted, splits, k, layout):
@@ -106,19 +110,18 @@ def ensemble(fitted, splits, k, layout):
     last = len(p_hat) - 1
     some = np.unique(np.linspace(0, last, min(last + 1, harden.MOST_PAIRS)).astype(int))
     a, b, p_hat = split.a[some], split.b[some], p_hat[some]
-    rewards = quantiles(fitted.weights, splits, QUANTILES if layout == "quantile" else LEVELLED)
+    rewards = {name: candidates(fitted.weights, x.features, layout) for name, x in splits.items()}
     train = rewards["train"]
-    if layout == "quantile":
-        formulas = [levels.formula(member, 1.0) for member in range(1, len(train) + 1)]
-        votes = harden.member_votes(formulas, train, a, b)
-        chosen, alpha = harden.pick((votes - p_hat) @ (votes - p_hat).T / len(p_hat), k)
-        formulas = [formulas[i] for i in chosen]
-    else:  # The grid's widths are in log-odds.
-        odds, middle = logit(p_hat), train[len(train) // 2].astype(np.float64)
-        distance = middle[a] - middle[b]
-        scale = float(odds @ distance / (distance @ distance))
+    if layout == "levels":  # The grid's widths are in log-odds.
+        odds, middle = np.clip(logit(p_hat), -10, 10), train[len(train) // 2]
+        scale = float(np.abs(odds).mean() / np.abs(middle[a] - middle[b]).mean())
         model = soft_model.SoftModel(range(1, len(train) + 1), None, scale, 0.0)
         formulas, alpha = harden.ensemble_of_levels(model, train, a, b, p_hat, k)
+    else:
+        formulas = [levels.formula(member, 1.0) for member in range(1, len(train) + 1)]
+        off = harden.member_votes(formulas, train, a, b) - p_hat
+        chosen, alpha = harden.pick(off @ off.T / len(p_hat), k)
+        formulas = [formulas[i] for i in chosen]
     return {
         name: harden.member_votes(formulas, rewards[name], x.split.a, x.split.b)
         for name, x in splits.items()

@@ -42,8 +42,7 @@ HARD = (
     "hardened",
     "hardened_taste",
     "hardened_joint",
-    "mean_variance_quantile",
-    "mean_variance_levels",
+    *(f"mean_variance_{layout}" for layout in mean_variance.LAYOUTS),
 )
 
 
@@ -228,8 +227,7 @@ def variants(splits, k, seed, names):
         "hardened": lambda: hardened(single.weights, splits, k),
         "hardened_taste": lambda: hardened_with_taste(single.weights, splits, k, seed),
         "hardened_joint": lambda: hardened_joint(mixtures, splits, k),
-        "mean_variance_quantile": lambda: of_mean_variance("quantile"),
-        "mean_variance_levels": lambda: of_mean_variance("levels"),
+        **{f"mean_variance_{x}": lambda x=x: of_mean_variance(x) for x in mean_variance.LAYOUTS},
     }
     for name in names:
         if name != "hardened_taste" or k % 2 == 0:
@@ -293,7 +291,7 @@ def collect(args, k):
                 if errors.valid is not None:
                     test = brier(prediction.p_hat["test"], split)
                     print(
-                        f"{run} seed {seed} k {k}: {name:15} valid {errors.valid:.4f} "
+                        f"{run} seed {seed} k {k}: {name:22} valid {errors.valid:.4f} "
                         f"test {test:.4f}  {errors.chosen}  {errors.seconds:.0f} s",
                         file=sys.stderr,
                     )
@@ -348,7 +346,7 @@ def print_row(row):
         over_soft = f"  over soft {row['over_soft']:+.4f} [{low:+.4f}, {high:+.4f}]"
     true_error = "" if row["true_error"] is None else f"  true {row['true_error']:.4f}"
     print(
-        f"k {row['k']:2} {row['variant']:15} Brier {row['brier']:.4f}{over_soft}{true_error}"
+        f"k {row['k']:2} {row['variant']:22} Brier {row['brier']:.4f}{over_soft}{true_error}"
         f"  {row.get('chosen', '')[:100]}",
         flush=True,
     )
