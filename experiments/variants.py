@@ -10,10 +10,9 @@ test prompt once.
 RUN has data/ and features/SPLIT.npy (train_rm.py --train head makes them, populations.py too). The
 losses are those of train_rm.py, extras/train_joint.py and mean_variance.py, of heads on
 standardised features, with an L2 penalty in place of weight decay, minimised to convergence by
-L-BFGS. Every hyper-parameter,
-and the recommendation, is chosen on validation prompts, of hard variants by the Brier score of
-their hard votes at k; where a run has none, on a fifth of its train prompts. Test prompts are
-reported only.
+L-BFGS. Every hyper-parameter, and the recommendation, is chosen on validation prompts, of hard
+variants by the Brier score of their hard votes at k; where a run has none, on a fifth of its train
+prompts. Test prompts are reported only.
 """
 
 import csv
