@@ -25,21 +25,35 @@ import numpy as np
 PROMPTS = {"train": 300, "valid": 60, "test": 150}
 
 
-def directions(name, d, voters, rng):
-    """The voters' directions, float64 (voters, d)."""
+def random_of(name, seed):
+    """The generator that a population is drawn from: its viewpoints first."""
+    return np.random.default_rng([seed, sum(name.encode())])
+
+
+def viewpoints(name, d, rng):
+    """(directions (V, d), shares of the voters (V,), distance of the voters from them)."""
 
     def unit(*shape):
-        x = rng.normal(size=(*shape, d))
-        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+        return unit_vectors(rng, *shape, d)
 
-    group = np.arange(voters) / voters
     if name == "clusters":
-        return unit(3)[np.digitize(group, [0.4, 0.7])] + 0.1 * unit(voters)
-    if name == "continuum":
-        return unit() + unit(voters)
+        return unit(3), np.array([0.4, 0.3, 0.3]), 0.1
     if name == "camps":
-        return 0.5 * unit() + np.where(group < 0.6, 1, -1)[:, None] * unit() + 0.5 * unit(voters)
-    return np.repeat(unit(1), voters, 0)
+        return 0.5 * unit(1) + [[1], [-1]] * unit(1), np.array([0.6, 0.4]), 0.5
+    return unit(1), np.ones(1), float(name == "continuum")
+
+
+def unit_vectors(rng, *shape):
+    """Random directions, float64."""
+    x = rng.normal(size=shape)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def directions(name, d, voters, rng):
+    """The voters' directions, float64 (voters, d)."""
+    centres, shares, distance = viewpoints(name, d, rng)
+    group = np.digitize(np.arange(voters) / voters, np.cumsum(shares)[:-1])
+    return centres[group] + (distance * unit_vectors(rng, voters, d) if distance else 0)
 
 
 def prompt_row(prompt_id, x, p, a, b, votes_a, votes):
@@ -59,7 +73,7 @@ def prompt_row(prompt_id, x, p, a, b, votes_a, votes):
 
 def population(name, seed, d, responses, votes, voters):
     """{split: (prompt rows, features float32 (R, d))} of one population."""
-    rng = np.random.default_rng([seed, sum(name.encode())])
+    rng = random_of(name, seed)
     w, splits = directions(name, d, voters, rng), {}
     first, second = np.triu_indices(responses, 1)
     for split, prompts in PROMPTS.items():

@@ -8,11 +8,11 @@ The first takes from half a minute to a few minutes on one thread; in the second
 test prompt once.
 
 RUN has data/ and features/SPLIT.npy (train_rm.py --train head makes them, populations.py too). The
-losses are those of train_rm.py and extras/train_joint.py, of heads on standardised features, with
-an L2 penalty in place of weight decay, minimised to convergence by L-BFGS. Every hyper-parameter,
-and the recommendation, is chosen on validation prompts, of hard variants by the Brier score of
-their hard votes at k; where a run has none, on a fifth of its train prompts. Test prompts are
-reported only.
+losses are those of train_rm.py, extras/train_joint.py and mean_variance.py, of heads on
+standardised features, with an L2 penalty in place of weight decay, minimised to convergence by
+L-BFGS. Every hyper-parameter, and the recommendation, is chosen on validation prompts, of hard
+variants by the Brier score of their hard votes at k; where a run has none, on a fifth of its train
+prompts. Test prompts are reported only.
 """
 
 import csv
@@ -29,6 +29,7 @@ import train_rm
 from pairwise import cli, data, files, metrics, run_dir, theory, weights
 
 import harden
+import mean_variance
 import numpy as np
 import plurality
 import torch
@@ -36,22 +37,23 @@ import train_joint
 from plurality import L2_PENALTIES, brier
 
 HARD = (
-    "fsam_p",
-    "fsam_residual",
-    "fsam_centered",
-    "fsam_mixture",
+    *(f"fsam_{target}" for target in train_rm.TARGETS),
     "joint",
     "hardened",
     "hardened_taste",
     "hardened_joint",
+    *(f"mean_variance_{layout}" for layout in mean_variance.LAYOUTS),
 )
 
 
 class Prediction(NamedTuple):
-    """What was chosen, in words; {split: p_hat (N,)}; seconds that it took."""
+    """What was chosen, in words; {split: p_hat (N,)}; of an ensemble the mixture weights (k,) and
+    {split: votes (k, N)}; seconds that it took."""
 
     chosen: str
     p_hat: dict
+    alpha: np.ndarray | None = None
+    votes: dict | None = None
     seconds: float = 0.0
 
 
@@ -120,12 +122,17 @@ def fitted_alpha(rewards, split):
     return weights.simplex_weights(q)
 
 
+def prediction_of(chosen, votes, alpha):
+    """The Prediction of an ensemble; votes {split: (k, N)}, alpha (k,)."""
+    return Prediction(chosen, {name: alpha @ x for name, x in votes.items()}, alpha, votes)
+
+
 def hard_prediction(chosen, heads, splits):
     """The Prediction of the hard votes of members with weights `heads` (K, d), alpha fitted."""
     rewards = plurality.rewards_of(heads, splits)
     alpha = fitted_alpha(rewards["train"], splits["train"].split)
-    p_hat = {name: alpha @ member_votes(rewards[name], x.split) for name, x in splits.items()}
-    return Prediction(chosen, p_hat)
+    votes = {name: member_votes(rewards[name], x.split) for name, x in splits.items()}
+    return prediction_of(chosen, votes, alpha)
 
 
 def fsam(target, splits, k, seed):
@@ -167,11 +174,11 @@ def hardened(heads, splits, k, layout="auto", label=""):
     train, valid = ((splits[name].split, rewards[name]) for name in ("train", "valid"))
     size = len(heads) if layout == "auto" else 1
     ensemble = harden.harden(train, valid, k, layout, [size])
-    p_hat = {}
-    for name, (split, _) in splits.items():
-        votes = harden.member_votes(ensemble.formulas, rewards[name], split.a, split.b)
-        p_hat[name] = ensemble.alpha @ votes
-    return Prediction(label + ensemble.layout, p_hat)
+    votes = {
+        name: harden.member_votes(ensemble.formulas, rewards[name], x.split.a, x.split.b)
+        for name, x in splits.items()
+    }
+    return prediction_of(label + ensemble.layout, votes, ensemble.alpha)
 
 
 def hardened_with_taste(head, splits, k, seed):
@@ -188,23 +195,39 @@ def hardened_joint(mixtures, splits, k):
     return best(predictions, splits)
 
 
+def soft_bce(splits, seed):
+    """The plurality.SoftFit of the best single reward trained on the likelihood of the votes."""
+    train = splits["train"]
+    p = torch.from_numpy(train.split.p)
+
+    def loss(rewards_a, rewards_b, _):
+        return train_rm.bce(rewards_a[:, 0] - rewards_b[:, 0], p, None).sum()
+
+    return plurality.best_penalty(lambda l2: plurality.fit(train, loss, 1, l2, seed)[0], splits)
+
+
 def variants(splits, k, seed, names):
     """{name: Prediction} of the named variants, the recommended one and the soft references."""
-    single = plurality.soft_single(splits, seed)
-    predictions, mixtures = {"soft_single": Prediction(single.chosen, single.p_hat)}, {}
+    soft, mixtures = {"single": (single := plurality.soft_single(splits, seed))}, {}
     if "hardened_joint" in names:
         mixtures = plurality.soft_mixtures(splits, seed)
-        mixture = plurality.best_on_valid(mixtures.values(), splits)
-        predictions["soft_mixture"] = Prediction(mixture.chosen, mixture.p_hat)
+        soft["mixture"] = plurality.best_on_valid(mixtures.values(), splits)
+    if any(name.startswith("mean_variance") for name in names):
+        soft["bce"] = soft_bce(splits, seed)
+        soft["mean_variance"] = mean_variance.soft(splits, seed)
+    predictions = {f"soft_{name}": Prediction(x.chosen, x.p_hat) for name, x in soft.items()}
+
+    def of_mean_variance(layout):
+        fit = soft["mean_variance"]
+        return prediction_of(fit.chosen, *mean_variance.ensemble(fit, splits, k, layout))
+
     makers = {
-        "fsam_p": lambda: fsam("p", splits, k, seed),
-        "fsam_residual": lambda: fsam("residual", splits, k, seed),
-        "fsam_centered": lambda: fsam("centered", splits, k, seed),
-        "fsam_mixture": lambda: fsam("mixture", splits, k, seed),
+        **{f"fsam_{x}": lambda x=x: fsam(x, splits, k, seed) for x in train_rm.TARGETS},
         "joint": lambda: joint(splits, k, seed),
         "hardened": lambda: hardened(single.weights, splits, k),
         "hardened_taste": lambda: hardened_with_taste(single.weights, splits, k, seed),
         "hardened_joint": lambda: hardened_joint(mixtures, splits, k),
+        **{f"mean_variance_{x}": lambda x=x: of_mean_variance(x) for x in mean_variance.LAYOUTS},
     }
     for name in names:
         if name != "hardened_taste" or k % 2 == 0:
@@ -268,7 +291,7 @@ def collect(args, k):
                 if errors.valid is not None:
                     test = brier(prediction.p_hat["test"], split)
                     print(
-                        f"{run} seed {seed} k {k}: {name:15} valid {errors.valid:.4f} "
+                        f"{run} seed {seed} k {k}: {name:22} valid {errors.valid:.4f} "
                         f"test {test:.4f}  {errors.chosen}  {errors.seconds:.0f} s",
                         file=sys.stderr,
                     )
@@ -323,7 +346,7 @@ def print_row(row):
         over_soft = f"  over soft {row['over_soft']:+.4f} [{low:+.4f}, {high:+.4f}]"
     true_error = "" if row["true_error"] is None else f"  true {row['true_error']:.4f}"
     print(
-        f"k {row['k']:2} {row['variant']:15} Brier {row['brier']:.4f}{over_soft}{true_error}"
+        f"k {row['k']:2} {row['variant']:22} Brier {row['brier']:.4f}{over_soft}{true_error}"
         f"  {row.get('chosen', '')[:100]}",
         flush=True,
     )

@@ -1,0 +1,188 @@
+"""experiments/viewpoints.py and mean_variance.py, and that the tables of experiments/README.md are
+those of committed files."""
+
+import csv
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "experiments"))
+from pairwise import cli
+
+import harden
+import mean_variance
+import plurality
+import populations
+import viewpoints
+from scipy.special import expit
+from scipy.stats import norm
+
+README = (REPOSITORY / "experiments/README.md").read_text(encoding="utf-8")
+COLUMNS = {"clusters": "true_error", "continuum": "true_error", "camps": "true_error"}
+COLUMNS |= {"single": "true_error", "ukpconvarg1": "brier", "writing": "brier"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two populations of clusters and one of one viewpoint, of 8 dimensions."""
+    made = []
+    for name, seed in (("clusters", 0), ("clusters", 1), ("single", 0)):
+        made.append(tmp_path_factory.mktemp("population") / "run")
+        words = ["--run", made[-1], "--population", name, "--seed", seed, "--dimension", 8]
+        populations.main(populations.parse_args([str(word) for word in words]))
+    return made
+
+
+# ---- the tables
+
+
+def committed(name):
+    with open(REPOSITORY / "results" / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def short(number, digits):
+    return f"{float(number):.{digits}f}".removeprefix("0")
+
+
+def test_table_of_variants_is_the_committed_files():
+    tables = {
+        name: {row["variant"]: row for row in committed(f"variants_{name}.csv") if row["k"] == "8"}
+        for name in COLUMNS
+    }
+    for variant in tables["clusters"]:
+        cells = []
+        for name, column in COLUMNS.items():
+            row = tables[name].get(variant)
+            cells.append(short(row[column], 4) if row else "")
+        assert f"| {variant} | {' | '.join(cells)} |" in README, (variant, cells)
+
+
+def test_table_of_viewpoints_is_the_committed_file():
+    table = viewpoints.summary(committed("viewpoints.csv"))
+    for variant in dict.fromkeys(variant for _, variant in table):
+        cells = []
+        for name in viewpoints.POPULATIONS:
+            x = table[name, variant]
+            cells += [short(x["nearest"], 3), short(x["found"], 3)]
+            limits = f"[{short(x['low'], 3)}, {short(x['high'], 3)}]"
+            cells.append(f"{short(x['variation'], 3)} {limits}")
+        if variant != "viewpoints":
+            assert f"| {variant} | {' | '.join(cells)} |" in README, (variant, cells)
+
+
+# ---- viewpoints
+
+
+def test_agreement_and_variation_by_hand():
+    own = np.array([[1.0, 1, 0, 0], [0, 0, 1, 0]])
+    agrees = viewpoints.agreement(np.array([[1, 1, 0, 1], [0, 0.5, 1, 0], [0, 0, 1, 0]]), own)
+    np.testing.assert_array_equal(agrees, [[0.75, 0], [0.375, 0.875], [0.25, 1]])
+    found = viewpoints.measures(np.array([0.5, 0.5, 0]), agrees, np.array([0.6, 0.4]))
+    # The last member has no weight, so nobody finds the second viewpoint by more than .875.
+    assert found == pytest.approx((0.8125, 0.8125, 0.1))
+
+
+def test_voters_are_around_their_viewpoints():
+    for name in ("clusters", "camps", "continuum", "single"):
+        centres, shares, distance = populations.viewpoints(name, 8, populations.random_of(name, 3))
+        voters = populations.directions(name, 8, 200, populations.random_of(name, 3))
+        far = np.linalg.norm(voters[:, None] - centres, axis=-1)
+        nearest = np.bincount(np.abs(far - distance).argmin(1), minlength=len(shares)) / 200
+        np.testing.assert_allclose(nearest, shares)
+
+
+def test_rows_and_summary(runs, tmp_path, capsys):
+    out, k = tmp_path / "viewpoints.csv", 4
+    words = ["--run", *map(str, runs[:2]), "--k", str(k), "--out", str(out)]
+    viewpoints.main(viewpoints.parse_args([*words, "--variants", "fsam_p", "hardened"]))
+    with open(out, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (3 + 3 * k)
+    table = viewpoints.summary(rows)
+    for x in table.values():
+        assert x["runs"] == 2 and x["low"] <= x["variation"] <= x["high"]
+    # All members of --target p are one reward: its nearest viewpoint has all the weight.
+    literal = table["clusters", "fsam_p"]
+    assert literal["found"] < 0.9 and 0.6 <= literal["variation"] <= 0.7
+    exact = table["clusters", "viewpoints"]
+    assert exact["nearest"] == exact["found"] == 1 and exact["variation"] == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_runs_without_viewpoints_are_one_line(runs, data):
+    for run, words in ((runs[2], "population single found"), (data, "no population")):
+        with pytest.raises(cli.InputError, match=words) as error:
+            viewpoints.read_viewpoints(run)
+        assert "\n" not in str(error.value)
+
+
+# ---- mean and variance
+
+
+def of_known_deviations(runs):
+    """The first run with vote fractions that are those of known weights, and these (2, d)."""
+    splits = plurality.read_run(runs[0], 0)
+    weights = np.random.default_rng(5).normal(size=(2, 8)) * [[1], [0.5]]
+    for name, x in splits.items():
+        odds = mean_variance.log_odds(
+            plurality.rewards_of(weights, splits)[name], x.split.a, x.split.b
+        )
+        p = expit(odds[0])
+        split = dataclasses.replace(x.split, votes_a=p, votes_b=1 - p, p_true=p)
+        splits[name] = plurality.Featured(split, x.features)
+    return splits, weights
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_known_deviations_are_found(runs, loss):
+    splits, weights = of_known_deviations(runs)
+    test, x = splits["test"].split, splits["test"].features
+    mu, s = (x @ weights.T).T
+    s = np.exp(s)
+    expected = norm.cdf((mu[test.a] - mu[test.b]) / np.hypot(s[test.a], s[test.b]))
+    np.testing.assert_allclose(test.p, expected, atol=1e-6)
+    found = mean_variance.fit(splits["train"], 1e-7, 1.0, loss, 0)
+    np.testing.assert_allclose(found, weights, atol=0.02)
+    fit = mean_variance.soft_fit("", found, splits)
+    assert plurality.brier(fit.p_hat["test"], test) < 1e-5
+    assert plurality.brier(plurality.soft_single(splits, 0).p_hat["test"], test) > 1e-3
+
+
+def test_layouts_follow_what_the_docstring_says(runs):
+    splits, weights = of_known_deviations(runs)
+    split, x = splits["test"].split, splits["test"].features
+    a, b = split.a, split.b
+    mu, s = (x @ weights.T).T
+    s, unit = np.exp(s)[:, None], x / np.linalg.norm(x, axis=1, keepdims=True)
+    votes = {
+        layout: harden.evaluator.votes(mean_variance.candidates(weights, x, layout), a, b) / 2
+        for layout in mean_variance.LAYOUTS
+    }
+    z, distance = mean_variance.QUANTILES, mu[a] - mu[b]
+    density = norm.pdf(z) / norm.pdf(z).sum()
+    comonotone = norm.cdf(distance / np.abs(s[a] - s[b])[:, 0])
+    assert np.abs(density @ votes["quantile"] - comonotone).mean() < 0.02
+    assert (np.abs(comonotone - 0.5) >= np.abs(split.p - 0.5) - 1e-6).all()
+    apart = np.linalg.norm(s[a] * unit[a] - s[b] * unit[b], axis=1)
+    assert np.abs(votes["moods"][1:].mean(0) - norm.cdf(distance / apart)).max() < 0.1
+
+
+def test_ensembles_read_no_vote(runs):
+    splits, weights = of_known_deviations(runs)
+    fit = mean_variance.soft_fit("", weights, splits)
+    silent = {
+        name: x._replace(split=dataclasses.replace(x.split, votes_a=x.split.votes_b))
+        for name, x in splits.items()
+    }
+    for layout in mean_variance.LAYOUTS:
+        votes, alpha = mean_variance.ensemble(fit, splits, 6, layout)
+        again, same = mean_variance.ensemble(fit, silent, 6, layout)
+        np.testing.assert_array_equal(votes["test"], again["test"])
+        np.testing.assert_array_equal(alpha, same)
+        assert votes["test"].shape[0] == 6 and alpha.min() >= 0 and abs(alpha.sum() - 1) < 1e-12
+        off = np.mean((alpha @ votes["test"] - fit.p_hat["test"]) ** 2)
+        assert off < fit.p_hat["test"].var() / 5, layout
