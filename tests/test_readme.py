@@ -206,7 +206,7 @@ def test_benchmark_table_is_the_stored_run():
     page = (ROOT / "docs/evaluator.md").read_text()
     parts = json.loads((ROOT / "benchmarks/evaluator.json").read_text())["parts"]
     ours, one = "this repository", "this repository, one thread"
-    columns = [ours, one, "hyper-corr in numba", "pandas, DataFrame.corr"]
+    columns = [ours, one, "numba signs and BLAS", "hyper-corr in numba", "pandas, DataFrame.corr"]
     columns += ["scipy, a call a pair", "numba brute force", "numpy"]
 
     def cell(name, row):
