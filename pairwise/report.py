@@ -86,7 +86,7 @@ def references(split):
     for name, key, true_key, how in figures.REFERENCES:
         if key == "soft_scaled" and (fit := split.get("soft_fit")):
             name = f"{name} on {fit['split']} prompts"
-            how += f" of the least error there: tau {fit['tau']:.3g}, a {fit['a']:.2g}"
+            how += f": tau {fit['tau']:.3g}, a {fit['a']:.2g}"
         if key != "soft_hardened" or split.get(key) is not None:
             known = split.get(key), split.get(f"{key}_ci"), split.get(true_key)
             rows.append(Line(name, *known, how, less.get(key), less.get(f"{key}_ci")))
