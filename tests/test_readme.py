@@ -207,7 +207,7 @@ def test_benchmark_table_is_the_stored_run():
     parts = json.loads((ROOT / "benchmarks/evaluator.json").read_text())["parts"]
     ours, one = "this repository", "this repository, one thread"
     columns = [ours, one, "numba signs and BLAS", "hyper-corr in numba", "pandas, DataFrame.corr"]
-    columns += ["scipy, a call a pair", "numba brute force", "numpy"]
+    columns += ["polars-ds", "scipy, a call a pair", "numba brute force", "numpy"]
 
     def cell(name, row):
         if not row:
