@@ -20,7 +20,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The scripts are found wherever pytest is started.
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "extras"), str(REPOSITORY / "data_prep")]
+sys.path[:0] = [str(REPOSITORY / name) for name in ("", "extras", "data_prep", "experiments")]
 os.environ.pop("PAIRWISE_COMMAND", None)
 os.environ["PAIRWISE_CACHE"] = ""  # off, in what the tests start too
 TINY = {

@@ -5,24 +5,20 @@ import csv
 import dataclasses
 import json
 import shutil
-import sys
 
-import numpy as np
-import pytest
-import torch
-from conftest import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "experiments"))
 from pairwise import run_dir
 from pairwise.cli import InputError
 from pairwise.data import SPLITS, read_split
 
 import harden
+import numpy as np
 import plurality
 import policy_pairs
 import populations
 import prune
+import pytest
 import steerable
+import torch
 import variants
 
 

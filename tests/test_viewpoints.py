@@ -3,20 +3,17 @@ those of committed files."""
 
 import csv
 import dataclasses
-import sys
 
-import numpy as np
-import pytest
-from conftest import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "experiments"))
 from pairwise import cli
 
 import harden
 import mean_variance
+import numpy as np
 import plurality
 import populations
+import pytest
 import viewpoints
+from conftest import REPOSITORY
 from scipy.special import expit
 from scipy.stats import norm
 
