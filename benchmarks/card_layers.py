@@ -11,12 +11,12 @@ import importlib
 import time
 
 from pairwise import reward_model as rm
-from pairwise.scale import adapter
+from pairwise.scale import adapter, norms
 from pairwise.scale.recompute import recompute_activations
 
 import plan
 import torch
-from card_meter import Meter, kernel_seconds, seconds_of
+from card_meter import Meter, as_transformers, kernel_seconds, seconds_of
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForSequenceClassification, LlamaConfig
@@ -62,10 +62,6 @@ def adapted(layer, x):
     return out.view(*x.shape[:-1], -1)
 
 
-def native_norm(norm, x):
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
-
-
 def product_of(gate, up):
     return F.silu(gate) * up
 
@@ -85,8 +81,8 @@ def eager(model):
 
 
 def native(model):
-    """torch's own kernel of the norm."""
-    set_forward(model, modeling_llama.LlamaRMSNorm, native_norm)
+    """torch's own kernel of the norm, as on a card."""
+    norms.use_kernels(model)
 
 
 def compiled(model):
@@ -136,7 +132,9 @@ def build(card, layers):
         model = AutoModelForSequenceClassification.from_config(
             config, dtype=torch.bfloat16, trust_remote_code=False
         )
-    return rm.ready(model, card.device)
+    ready = rm.ready(model, card.device)
+    as_transformers(ready.model)  # What is compared puts its own in place.
+    return ready
 
 
 def ids_of(tokens):

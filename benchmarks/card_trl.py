@@ -15,7 +15,7 @@ from pairwise.scale.recompute import recompute_activations
 
 import torch
 import training as bench
-from card_meter import Meter
+from card_meter import Meter, as_transformers
 
 LLAMA = {
     "hidden_size": 2048,
@@ -49,7 +49,7 @@ def ours(card, data, tokens, recompute):
 
 def trl(card, data, pairs, recompute, directory):
     """Return (the call that trains, what empties it)."""
-    model, cuda = make_model(card).model, card.device == "cuda"
+    model, cuda = as_transformers(make_model(card).model), card.device == "cuda"
     model.config._attn_implementation = "sdpa"
     options = {"gradient_checkpointing": recompute, "bf16": cuda, "use_cpu": not cuda}
     trainer, clock = bench.trl_trainer(model, data, pairs, False, directory, **options)
