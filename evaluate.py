@@ -196,9 +196,8 @@ def main(args):
     run = args.run
     in_place = args.out is None or args.out.resolve() == run.resolve()
     out = run if in_place else args.out
-    if not in_place and run_dir.is_run(out):
-        other = f"--out {out}: another run directory found"
-        raise cli.InputError(f"{other}; its own results stay as they are")
+    if not in_place:
+        run_dir.check_no_run(out)
     stored = read_stored(run)
     settings = {"resamples": args.resamples, "seed": args.seed, "refit": args.refit}
     inputs = hash_inputs(run, stored)

@@ -312,9 +312,7 @@ def write(out, result):
 
 
 def main(args):
-    if run_dir.is_run(args.out):
-        other = f"--out {args.out}: another run directory found"
-        raise cli.InputError(f"{other}; its own results stay as they are")
+    run_dir.check_no_run(args.out)
     settings = named_settings(args.runs)
     if len(settings) < 2:
         hint = "a comma joins the seeds of one setting, a space settings"

@@ -391,9 +391,7 @@ def write(out, runs):
 
 
 def main(args):
-    if run_dir.is_run(args.out):
-        other = f"--out {args.out}: another run directory found"
-        raise cli.InputError(f"{other}; its own results stay as they are")
+    run_dir.check_no_run(args.out)
     runs = [read(run, name) for run, name in zip(args.runs, names_of(args.runs))]
     files.write_json(args.out / "paper.json", {"printed": PRINTED | FIGURES, "runs": runs})
     page = write(args.out, runs)

@@ -278,6 +278,13 @@ def output(text):
     return path
 
 
+def check_no_run(out):
+    """Raise InputError where the directory of --out is a run."""
+    if is_run(out):
+        words = "another run directory found; its own results stay as they are"
+        raise cli.InputError(f"--out {out}: {words}")
+
+
 def is_run(directory):
     """Tell whether a directory is a run: by its manifest, or by what an evaluation needs."""
     if (directory / "rewards").is_dir() and (directory / "data").is_dir():
