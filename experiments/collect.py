@@ -1,0 +1,115 @@
+"""The test figures of many finished runs as one table, from which docs/results.md quotes.
+
+    python experiments/collect.py --runs runs/demo_? runs/demo-hard_? --out results/demo.csv
+
+A row of the file is a run and a number of members k, with the settings by which its members were
+made. Printed are the mean and the range of the Brier score over the runs that differ in nothing but
+their seeds. The ids of each run's validation and test prompts go into OUT's neighbour
+OUT_splits.jsonl, a line for all the runs of one split.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
+from pairwise import cli, data, files, run_dir
+
+import numpy as np
+import paper
+
+MADE_BY = ("joint", "harden", "member_02", "member_01")  # The target is nothing to a first member.
+SEEDS = ("data_seed", "seed")
+SETTINGS = (
+    *("train", "target", "loss", "margin_from", "lr", "epochs", "pairs_per_step"),
+    *("precondition_frequency", "layout", "sharpen", "weights"),
+)
+FIGURES = ("brier", "l1", "pearson", "brier_soft", "l1_soft", "pearson_soft", "true_error")
+REFERENCES = (
+    *("floor_single", "floor_excess", "coin_flip", "soft_single", "soft_scaled", "irreducible"),
+    *("floor_true", "coin_true", "soft_true"),
+)
+SOFT = ("brier_soft_1", "l1_soft_1", "pearson_soft_1")  # of member 1, by agreement of the votes
+
+
+def rows_of(run):
+    """The rows of one run, {column: value}. Raises InputError where it is not evaluated."""
+    stages, test = run_dir.stages(run), paper.read_evaluation(run)["splits"]["test"]
+    made_by = next((name for name in MADE_BY if name in stages), None)
+    if made_by is None:
+        raise cli.InputError(f"{run}: no trained members found, a finished run expected")
+    if missing := {*REFERENCES} - {*test}:
+        again = f"python evaluate.py --run {run} makes it anew"
+        raise cli.InputError(f"{run / 'metrics.json'}: no {min(missing)!r} found; {again}")
+    settings = stages[made_by]["settings"]
+    row = {"run": run.name, "made_by": made_by.split("_")[0]}
+    row |= {"data_seed": data.read_stats(run).get("seed"), "seed": settings.get("seed")}
+    row |= {name: settings.get(name) for name in SETTINGS}
+    references = {name: test[name] for name in REFERENCES}
+    for level in test["agreement"]:
+        references |= {f"{name} {level['level']}": level[name] for name in SOFT}
+    return [
+        row
+        | {"k": entry["k"]}
+        | {name: entry[name] for name in FIGURES}
+        | dict(zip(("brier_low", "brier_high"), entry["brier_ci"]))
+        | references
+        for entry in test["ensemble"]
+    ]
+
+
+def splits_of(runs):
+    """[{runs: names, valid: ids, test: ids}], an entry for each distinct split."""
+    found = {}
+    for run in runs:
+        ids = (data.read_split(run, name).prompt_id for name in ("valid", "test"))
+        found.setdefault(tuple(tuple(map(str, each)) for each in ids), []).append(run.name)
+    return [{"runs": names, "valid": ids[0], "test": ids[1]} for ids, names in found.items()]
+
+
+def summary(rows, figure="brier"):
+    """{(made_by, settings .., k): values of the figure, float64 (runs,)}, the runs in their order.
+
+    rows are those of the file, or of rows_of."""
+    groups = {}
+    for row in rows:
+        settings = tuple(str("" if row[name] is None else row[name]) for name in SETTINGS)
+        key = (row["made_by"], *settings, int(row["k"]))
+        groups.setdefault(key, []).append(float(row[figure]))
+    return {key: np.array(values) for key, values in groups.items()}
+
+
+def main(args):
+    rows = [row for run in args.runs for row in rows_of(run)]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    with (
+        files.replacing(args.out) as partial,
+        open(partial, "w", newline="", encoding="utf-8") as file,
+    ):
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        for row in rows:
+            table.writerow(
+                {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
+            )
+    with files.replacing(args.out.with_name(f"{args.out.stem}_splits.jsonl")) as partial:
+        files.write_lines(partial, splits_of(args.runs))
+    for key, brier in summary(rows).items():
+        words = " ".join(word for word in map(str, key[:-1]) if word)
+        print(
+            f"{words}, k {key[-1]}: {len(brier)} runs, Brier score {brier.mean():.4f}, "
+            f"{brier.min():.4f} to {brier.max():.4f}"
+        )
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--runs", required=True, nargs="+", type=cli.path, help="evaluated runs")
+    add("--out", required=True, type=run_dir.output, help="FILE.csv")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run_main(main, parse_args())
