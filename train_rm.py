@@ -244,6 +244,8 @@ def main(args):
     outputs += [run_dir.reward_path(run, j, split) for split in splits]
     texts = run_dir.read_continuations(run)
     checkpoints = Checkpoints(run, j, settings, inputs, args.checkpoint_minutes)
+    args.threads = checkpoints.threads(args.threads)
+    torch.set_num_threads(args.threads)
     if parallel.of_first(lambda: run_dir.stage_done(*stage, outputs)):
         print(f"member {j}: {run / name} is there, skipped")
     else:

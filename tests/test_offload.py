@@ -488,6 +488,10 @@ class Killed(BaseException):
     pass
 
 
+def killed(*args):
+    raise Killed
+
+
 def killed_after(run, base, monkeypatch, steps, *flags):
     """train_rm.py with a checkpoint a step, ended by an exception after so many steps."""
     count, step = [0], Offload.step
@@ -512,11 +516,7 @@ def test_killed_while_scoring_does_not_train_again(data, base, tmp_path, monkeyp
     """
     whole, broken = fresh(data, tmp_path, "whole"), fresh(data, tmp_path, "broken")
     train(whole, base, *FULL, *kind)
-
-    def killed(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train_rm.rm, "score_sequences", killed)
         train(broken, base, *FULL, *kind)
     assert [path.name for path in (broken / "checkpoint_01").iterdir()] == [
@@ -526,7 +526,7 @@ def test_killed_while_scoring_does_not_train_again(data, base, tmp_path, monkeyp
         other = fresh(broken, tmp_path, change)
         if change == "member":
             shutil.rmtree(other / "member_01")
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(training, "train", killed)
             train(other, base, *FULL, *kind, *(["--seed", "7"] if change == "arguments" else []))
     with monkeypatch.context() as patch:
@@ -548,6 +548,29 @@ def test_killed_while_scoring_does_not_train_again(data, base, tmp_path, monkeyp
     assert [json.loads(line)["loss"] for line in open(broken / names[0])] == [
         json.loads(line)["loss"] for line in open(whole / names[0])
     ]
+
+
+def test_a_member_goes_on_with_the_threads_it_was_begun_with(
+    data, base, tmp_path, monkeypatch, capsys
+):
+    """From a checkpoint, and where only its rewards are missing; the manifest says so too."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    threads, trained = [], fresh(data, tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    killed_after(trained, base, monkeypatch, 2, "--threads", "2")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_rm.rm, "score_sequences", killed)
+        train(trained, base, *FULL, "--threads", "1")
+    assert f"{trained / 'checkpoint_01/000002'}: begun with --threads 2" in capsys.readouterr().out
+    train(trained, base, *FULL, "--threads", "1")
+    assert threads == [2, 2, 1, 2, 1, 2]  # as asked for, then as begun
+    assert f"{trained / 'checkpoint_01'}: begun with --threads 2" in capsys.readouterr().out
+    assert manifest(trained)["member_01"]["threads"] == 2
+    other = fresh(data, tmp_path, "other")
+    killed_after(other, base, monkeypatch, 2, "--threads", "2")
+    train(other, base, *FULL, "--threads", "1", "--lr", "1e-4")  # another member
+    assert threads[-1] == manifest(other)["member_01"]["threads"] == 1
 
 
 def test_a_checkpoint_of_other_arguments_is_not_used(data, base, tmp_path, monkeypatch, capsys):

@@ -2,8 +2,9 @@
 
 Each is written aside and renamed, then the one before it is removed. When the member itself is
 written and its rewards are not, RUN/checkpoint_0J/trained.json says so instead. A checkpoint holds
-masters and optimizer state (Offload.save), the log so far, torch's random state, and the settings
-and inputs that it belongs to. The seed decides the steps, so their number says where data stand.
+masters and optimizer state (Offload.save), the log so far, torch's random state, its threads, and
+the settings and inputs that it belongs to. The seed decides the steps, so their number says where
+data stand.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ from pairwise.scale import parallel
 import torch
 from safetensors.torch import load_file, save_file
 
-STATE = {"settings": dict, "inputs": dict, "log": list, "optimizer": (dict, list)}
+KEY = {"settings": dict, "inputs": dict, "threads?": int}
+STATE = KEY | {"log": list, "optimizer": (dict, list)}
 
 
 class Checkpoints:
@@ -44,7 +46,8 @@ class Checkpoints:
                 partial.mkdir()
                 save_file(_random_state(), partial / "random.safetensors")
             partial = parallel.gathered(partial)[0]
-            state = self.key | {"log": log, "optimizer": optimizer.save(partial)}
+            state = self.key | {"threads": torch.get_num_threads(), "log": log}
+            state["optimizer"] = optimizer.save(partial)
             parallel.gathered(None)  # By now all is written.
             if first:
                 text = json.dumps(state, allow_nan=False)
@@ -54,6 +57,19 @@ class Checkpoints:
                         os.fsync(opened.fileno())
         self._remove_all_but(path)
         self.last = time.time()
+
+    def threads(self, given):
+        """Return the threads that the member was begun with, as its last bits depend on them, on as
+        many cores as there are; `given` for a new one, or where several processes train it."""
+        paths = [*self.directory.glob("[0-9]*/state.json"), *self.directory.glob("trained.json")]
+        if not paths or parallel.count() > 1:
+            return given
+        state = files.read_json(max(paths), KEY)
+        begun = min(state.get("threads", given), os.cpu_count())
+        if {name: state[name] for name in self.key} != self.key or begun == given:
+            return given
+        print(f"{max(paths).parent}: begun with --threads {begun}, which go on", flush=True)
+        return begun
 
     def resume(self, optimizer):
         """Put the newest checkpoint into the optimizer; return its log lines, [] without one."""
@@ -76,8 +92,9 @@ class Checkpoints:
 
     def finish(self):
         """Keep the member, which is written, in place of checkpoints until its rewards are too."""
-        outputs = {"outputs": files.hashes_beneath(self.run, keep=True)}
-        files.write_json(self.directory / "trained.json", self.key | outputs, hashed=False)
+        state = self.key | {"threads": torch.get_num_threads()}
+        state["outputs"] = files.hashes_beneath(self.run, keep=True)
+        files.write_json(self.directory / "trained.json", state, hashed=False)
         self._remove_all_but(self.directory / "trained.json")
 
     def finished(self):
@@ -85,6 +102,7 @@ class Checkpoints:
         there; then it counts as written by this process."""
         kept = files.read_json(self.directory / "trained.json", dict, {})
         outputs = kept.pop("outputs", {})
+        kept.pop("threads", None)
         if kept != self.key or not outputs:
             return False
         for name, value in outputs.items():
