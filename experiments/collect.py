@@ -47,13 +47,13 @@ def rows_of(run):
     row |= {"data_seed": data.read_stats(run).get("seed"), "seed": settings.get("seed")}
     row |= {name: settings.get(name) for name in SETTINGS}
     references = {name: test[name] for name in REFERENCES}
-    for level in test["agreement"]:
+    for level in test["agreement"] or []:
         references |= {f"{name} {level['level']}": level[name] for name in SOFT}
     return [
         row
         | {"k": entry["k"]}
         | {name: entry[name] for name in FIGURES}
-        | dict(zip(("brier_low", "brier_high"), entry["brier_ci"]))
+        | dict(zip(("brier_low", "brier_high"), entry["brier_ci"] or ("", "")))
         | references
         for entry in test["ensemble"]
     ]

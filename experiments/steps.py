@@ -1,15 +1,22 @@
-"""Steps made of whole prompts beside steps of shuffled pairs: what the fast kind costs in
-calibration.
+"""Steps of other kinds beside each other: what the fast ones cost in calibration.
 
     python experiments/steps.py --run runs/demo --out results/steps_demo.csv --lr 3e-3
     python experiments/steps.py --run runs/mine --out mine.csv --base NAME_OR_DIR --train head
+    python experiments/steps.py --run runs/demo --out results/optimizer_demo.csv --lr 3e-3 --k 2 \
+        --kinds prompts frequency_10 tf32
 
 The first takes an hour on one thread. RUN is a finished run directory (of a head run with
-features/), of which the data and the base are taken, or --base. All else is the same for both
-kinds of steps: pairs, head, optimizer, at most 64 pairs a step (whole prompts fill it less well: in
-the demo 90 steps of 60 pairs beside 85). Other flags are train_rm.py's.
+features/), of which the data and the base are taken, or --base. All else is the same for all kinds
+of steps: pairs, head, optimizer, at most 64 pairs a step (whole prompts fill it less well: in the
+demo 90 steps of 60 pairs beside 85). Other flags are train_rm.py's.
+
+    prompts         whole prompts, as train_rm.py makes them
+    pairs           shuffled pairs
+    frequency_10    whole prompts, new bases every 10 steps instead of 5
+    tf32            whole prompts, the optimizer's products as a GPU's: 11 bits of every factor
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -25,8 +32,11 @@ import train_rm
 from pairwise import cli, data, files, run_dir, training
 
 import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 WHOLE, SHUFFLED = training.steps_of_prompts, training.steps_of_pairs
+KINDS = "prompts", "pairs", "frequency_10", "tf32"
 COLUMNS = ("seed", "steps", "k", "brier", "brier_soft", "true_error", "tokens", "seconds")
 
 
@@ -46,6 +56,19 @@ def whole(pair_start):
     return steps
 
 
+class TensorCores(TorchDispatchMode):
+    """A GPU's products, on a CPU: where TF32 is allowed, 11 bits of every factor count."""
+
+    rounded = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function == torch.ops.aten.mm.default and torch.backends.cuda.matmul.allow_tf32:
+            self.rounded += 1
+            bits = ((x.view(torch.int32) + 0x1000) & ~0x1FFF for x in args)
+            args = [x.view(torch.float32) for x in bits]
+        return function(*args, **(kwargs or {}))
+
+
 def begin_run(source, run):
     """Make `run` of the data, and the features where there are any, of `source`."""
     for name in ("data", "features"):
@@ -56,12 +79,13 @@ def begin_run(source, run):
     files.write_json(run / "manifest.json", {"stages": stages})
 
 
-def train_and_evaluate(args, run, base, seed):
-    """Train and weigh --k members in `run`, and evaluate them; return (tokens, seconds)."""
+def train_and_evaluate(args, run, base, seed, more):
+    """Train and weigh --k members in `run`, with more flags, and evaluate them; return (tokens,
+    seconds)."""
     started = time.time()
     flags = ["--run", run, "--base", base, "--seed", seed, "--threads", args.threads]
     for j in range(1, args.k + 1):
-        words = [*map(str, flags), "--device", "cpu", "--iteration", str(j), *args.training]
+        words = [*map(str, flags), "--device", "cpu", "--iteration", str(j), *args.training, *more]
         train_rm.main(train_rm.parse_args(words))
         fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
     seconds = time.time() - started
@@ -74,17 +98,19 @@ def train_and_evaluate(args, run, base, seed):
 
 def main(args):
     base, pair_start = args.base or args.run / "base", data.read_split(args.run, "train").pair_start
-    kinds = {"prompts": (WHOLE, whole(pair_start)), "pairs": (shuffled, SHUFFLED)}
+    functions = {False: (WHOLE, whole(pair_start)), True: (shuffled, SHUFFLED)}
     with open(args.out, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(COLUMNS)
         for seed in args.seeds:
-            for name, functions in kinds.items():
-                training.steps_of_prompts, training.steps_of_pairs = functions
-                with tempfile.TemporaryDirectory() as directory:
+            for name in args.kinds:
+                training.steps_of_prompts, training.steps_of_pairs = functions[name == "pairs"]
+                more = ["--precondition-frequency", "10"] * (name == "frequency_10")
+                cores = TensorCores() if name == "tf32" else contextlib.nullcontext()
+                with tempfile.TemporaryDirectory() as directory, cores:
                     run = Path(directory)
                     begin_run(args.run, run)
-                    tokens, seconds = train_and_evaluate(args, run, base, seed)
+                    tokens, seconds = train_and_evaluate(args, run, base, seed, more)
                     test = run_dir.read_metrics(run)["splits"]["test"]
                 for entry in test["ensemble"]:
                     errors = [entry[name] for name in ("brier", "brier_soft", "true_error")]
@@ -100,6 +126,7 @@ def parse_args(argv=None):
     add("--base", help="base model (default: RUN/base)")
     add("--k", type=cli.member_number, default=4, help="members")
     add("--out", type=run_dir.output, required=True, help="FILE.csv")
+    add("--kinds", nargs="+", choices=KINDS, default=KINDS[:2], help="of steps (prompts pairs)")
     add("--threads", type=cli.threads, default=os.cpu_count(), help="CPU threads (default: all)")
     add(
         "--seeds",

@@ -29,10 +29,10 @@ from pairwise.scale.recompute import Room, recompute_activations
 
 import numpy as np
 import pytest
+import steps
 import torch
 from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, manifest, train
 from pytorch_optimizer import SOAP
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, LlamaConfig, OPTConfig
 
 
@@ -683,19 +683,6 @@ def test_the_cpu_runs_out_of_memory_for_real(data, base, tmp_path, monkeypatch):
 # ---- precision on a GPU
 
 
-class TensorCores(TorchDispatchMode):
-    """A GPU's products, on a CPU: where TF32 is allowed, 11 bits of every factor count."""
-
-    rounded = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function == torch.ops.aten.mm.default and torch.backends.cuda.matmul.allow_tf32:
-            self.rounded += 1
-            bits = ((x.view(torch.int32) + 0x1000) & ~0x1FFF for x in args)
-            args = [x.view(torch.float32) for x in bits]
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("made", [SOAP, offload.SOAP])
 def test_new_bases_are_ordered_in_float32_and_all_else_is_projected_in_tf32(made):
     """A spectrum of six decades, whose order a basis in TF32 loses: the library's own does."""
@@ -715,7 +702,7 @@ def test_new_bases_are_ordered_in_float32_and_all_else_is_projected_in_tf32(made
     state["Q"][0] = basis[:, mixed].float()
     state["exp_avg_sq"] = mixed[:, None].expand(d, 8).float()
     p.grad = torch.zeros(d, 8)
-    with TensorCores() as cores:
+    with steps.TensorCores() as cores:
         optimizer.step(0.1)
     order = state["exp_avg_sq"][:, 0] / state["exp_avg_sq"].max() * (d - 1)
     found = torch.allclose(order, torch.arange(d).float(), atol=1e-3)

@@ -1,0 +1,64 @@
+"""experiments/collect.py and steps.py, and that tables of docs/ are those of committed files."""
+
+import csv
+import json
+import shutil
+
+import evaluate
+from pairwise import run_dir, training
+
+import collect
+import numpy as np
+import pytest
+import steps
+from conftest import FULL, REPOSITORY
+
+
+def committed(name):
+    with open(REPOSITORY / "results" / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- the scripts
+
+
+def test_a_row_is_a_run_and_a_number_of_members(full_run, tmp_path, no_figures, capsys):
+    runs = [shutil.copytree(full_run, tmp_path / name, symlinks=True) for name in ("a_0", "a_1")]
+    for run in runs:
+        evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "10"]))
+    out = tmp_path / "out.csv"
+    capsys.readouterr()
+    collect.main(collect.parse_args(["--runs", *map(str, runs), "--out", str(out)]))
+    with open(out, encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["k"]) for row in rows] == [
+        (name, k) for name in ("a_0", "a_1") for k in ("1", "2")
+    ]
+    test = run_dir.read_metrics(runs[0])["splits"]["test"]
+    for row, entry in zip(rows, test["ensemble"]):
+        assert row["made_by"] == "member" and row["train"] == "full" and row["layout"] == ""
+        for name in ("brier", "l1_soft", "pearson"):
+            assert float(row[name]) == pytest.approx(entry[name], rel=1e-5), name
+        assert row["brier_high"] == ""  # Three test prompts have no interval.
+        for name in collect.REFERENCES:
+            expected = np.nan if test[name] is None else test[name]
+            assert float(row[name] or "nan") == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    # Both runs differ in no setting: one line of two runs.
+    assert capsys.readouterr().out.count(": 2 runs, Brier score") == 2
+    lines = (tmp_path / "out_splits.jsonl").read_text().splitlines()
+    assert [json.loads(line)["runs"] for line in lines] == [["a_0", "a_1"]]
+    ids = json.loads(lines[0])["test"]
+    assert len(ids) == test["prompts"] and len(set(ids)) == len(ids)
+
+
+def test_steps_of_all_kinds(full_run, base, tmp_path, no_figures, monkeypatch):
+    """The same training but for the kind: so many rows, and the kinds differ."""
+    for name in ("steps_of_prompts", "steps_of_pairs"):  # put back afterwards
+        monkeypatch.setattr(training, name, getattr(training, name))
+    words = ["--run", str(full_run), "--base", str(base), "--out", str(tmp_path / "out.csv"), *FULL]
+    words += ["--k", "1", "--seeds", "0", "--threads", "1", "--kinds", *steps.KINDS]
+    steps.main(steps.parse_args(words))
+    with open(tmp_path / "out.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["steps"] for row in rows] == [*steps.KINDS]
+    assert len({row["brier_soft"] for row in rows}) == len(steps.KINDS), rows
