@@ -3,9 +3,10 @@
     python experiments/collect.py --runs runs/demo_? runs/demo-hard_? --out results/demo.csv
 
 A row of the file is a run and a number of members k, with the settings by which its members were
-made. Printed are the mean and the range of the Brier score over the runs that differ in nothing but
-their seeds. The ids of each run's validation and test prompts go into OUT's neighbour
-OUT_splits.jsonl, a line for all the runs of one split.
+made. Figures are of test prompts, but those that end in _valid, by which settings may be chosen.
+Printed are the mean and the range of the Brier score over the runs that differ in nothing but their
+seeds. The ids of each run's validation and test prompts go into OUT's neighbour OUT_splits.jsonl, a
+line for all the runs of one split.
 """
 
 import csv
@@ -35,7 +36,8 @@ SOFT = ("brier_soft_1", "l1_soft_1", "pearson_soft_1")  # of member 1, by agreem
 
 def rows_of(run):
     """The rows of one run, {column: value}. Raises InputError where it is not evaluated."""
-    stages, test = run_dir.stages(run), paper.read_evaluation(run)["splits"]["test"]
+    stages, evaluation = run_dir.stages(run), paper.read_evaluation(run)
+    test, plurality = evaluation["splits"]["test"], evaluation.get("plurality")
     made_by = next((name for name in MADE_BY if name in stages), None)
     if made_by is None:
         raise cli.InputError(f"{run}: no trained members found, a finished run expected")
@@ -49,9 +51,15 @@ def rows_of(run):
     references = {name: test[name] for name in REFERENCES}
     for level in test["agreement"] or []:
         references |= {f"{name} {level['level']}": level[name] for name in SOFT}
+    if plurality:
+        references["gain"] = plurality["gain"]
+        references |= dict(zip(("gain_low", "gain_high"), plurality["ci"]))
+    valid = evaluation["splits"].get("valid", {"soft_single": None, "ensemble": []})
+    references["soft_single_valid"] = valid["soft_single"]
+    brier_valid = {entry["k"]: entry["brier"] for entry in valid["ensemble"]}
     return [
         row
-        | {"k": entry["k"]}
+        | {"k": entry["k"], "brier_valid": brier_valid.get(entry["k"])}
         | {name: entry[name] for name in FIGURES}
         | dict(zip(("brier_low", "brier_high"), entry["brier_ci"] or ("", "")))
         | references
