@@ -62,3 +62,30 @@ def test_steps_of_all_kinds(full_run, base, tmp_path, no_figures, monkeypatch):
         rows = list(csv.DictReader(file))
     assert [row["steps"] for row in rows] == [*steps.KINDS]
     assert len({row["brier_soft"] for row in rows}) == len(steps.KINDS), rows
+
+
+# ---- the tables
+
+
+def short(number, digits=4, sign=""):
+    return f"{number:{sign}.{digits}f}".replace("0.", ".")
+
+
+def column(rows, name, **where):
+    """The column of the rows that have these values, float64."""
+    chosen = [row for row in rows if all(row[key] == value for key, value in where.items())]
+    return np.array([float(row[name]) for row in chosen])
+
+
+@pytest.mark.parametrize("name", ["steps_demo", "steps_ukpconvarg1"])
+def test_table_of_steps(name):
+    page, rows = (
+        (REPOSITORY / "docs/results.md").read_text(encoding="utf-8"),
+        committed(f"{name}.csv"),
+    )
+    for k in ("1", "2") if name == "steps_demo" else ("1", "2", "4"):
+        whole, pairs = (column(rows, "brier", k=k, steps=kind) for kind in ("prompts", "pairs"))
+        less = whole - pairs
+        error = short(less.std(ddof=1) / len(less) ** 0.5)
+        cells = f"{short(whole.mean())} | {short(pairs.mean())} | {short(less.mean(), sign='+')}"
+        assert f"k = {k} | {cells} ± {error} |" in page, (k, cells, error)
