@@ -19,8 +19,7 @@ method() {
     for ((j = 1; j <= K && !JOINT; j++)); do
         "${TRAINER[@]}" "$ROOT/train_rm.py" --run "$RUN" --iteration $j --base "$BASE" "${TRAIN[@]}"
         stage fit_weights.py $STOP && STATUS=0 || STATUS=$?
-        # 3 says that --early-stop wants no member after those that are there. The loop still goes
-        # through these, as one of them may have been killed while it scored continuations.
+        # 3: --early-stop wants none after those there, which are gone through: one may be unfinished
         [[ $STATUS = [03] ]] || exit $STATUS
         [ $STATUS = 0 ] || is_trained $((j + 1)) || break
     done
@@ -46,12 +45,14 @@ helpsteer2  OpenRLHF/Llama-3-8b-sft-mixture 50 100 prism
 helpsteer3  OpenRLHF/Llama-3-8b-sft-mixture 50 100 prism
 tldr        OpenRLHF/Llama-3-8b-rlhf-100k   50 100 test
 ukpconvarg1 --base                          0  100 test
+binary      --base                          0  100 test  --loss bt
 votes       --base                          0  100 test'
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 stage() { "$PYTHON" "$ROOT/$1" --run "$RUN" "${@:2}"; }
 is_trained() { [ -e "$RUN/rewards/$(printf %02d "$1")_test.npy" ]; }
 fail() { echo "run_all.sh: error: $*" >&2; exit 2; }
+needs() { [[ -n $BASE && " ${DATA[*]} " = *" $1 "* ]] || fail "$DATASET needs $1, $2, and --base, a model"; }
 expect() { [[ $1 =~ ^($2)$ ]] || fail "$3 found, $4 expected"; }
 
 # ---- arguments: of the data, the sampling, all that runs a model; any other is the training's
@@ -82,7 +83,7 @@ while [ $# -gt 0 ]; do
         --continuations) PROMPTS=$2 ;;
         --prism-source) PRISM=(--source "$2") ;;
         --valid-share) VALID=$2 DATA+=("$1" "$2") ;;
-        --source | --revision | --ties | --min-votes | --test-share | --votes | --repeated | \
+        --source | --revision | --ties | --min-votes | --test | --test-share | --votes | --repeated | \
             --beaver | --annotators | --cnndm | --prompts | --responses | --texts) DATA+=("$1" "$2") ;;
         --temperature | --top-p | --max-tokens) SAMPLING+=("$1" "$2") ;;
         --threads | --device | --chat-template | --date) MODEL+=("$1" "$2") ;;
@@ -107,24 +108,23 @@ case $DATASET in
         MODEL=(--threads "${THREADS:-1}" "${MODEL[@]}") VALID=${VALID:-0.1}
         SAMPLING=(--top-p 0.9 "${SAMPLING[@]}") TRAIN=(--dtype float32 "${TRAIN[@]}") ;;
     multipref | personalllm | helpsteer2 | helpsteer3 | tldr) ;;
-    ukpconvarg1)
-        [[ -n $BASE && " ${DATA[*]} " = *" --source "* ]] ||
-            fail "$DATASET needs --source, a clone of its repository, and --base, the model to start from" ;;
+    ukpconvarg1) needs --source "a clone of its repository" ;;
+    webgpt | hh | summarize | gptj) needs --test "a file of pairs with several votes"
+        SCRIPT=binary DATA=(--set "$DATASET" "${DATA[@]}") K=${WORDS[1]:-1} ;; # bt has no residual
     */* | *.jsonl | *.json | *.csv | *.parquet | *.gz)
         SCRIPT=votes NAME=$(basename -- "$DATASET" .gz) NAME=${NAME%.*}
         [[ $NAME = *[!.]* ]] || fail "'$DATASET' found, a file with a name before its ending expected"
         [[ " ${DATA[*]} " != *" --source "* ]] || fail "--source is for published data, not $DATASET"
         [ -n "$BASE" ] || fail "$DATASET: a file of your own needs --base, the model to start from"
         DATA=(--source "$DATASET" "${DATA[@]}") ;;
-    *) fail "unknown data set '$DATASET'; demo, multipref, personalllm, helpsteer2, helpsteer3, tldr," \
-        "ukpconvarg1, or a file ending in .jsonl, .json, .csv or .parquet (also .gz) expected" ;;
+    *) fail "unknown data set '$DATASET'; demo, multipref, personalllm, helpsteer2, helpsteer3, tldr, webgpt, hh," \
+        "summarize, gptj, ukpconvarg1, or a file ending in .jsonl, .json, .csv or .parquet (also .gz) expected" ;;
 esac
 read -r _ BASE_HERE PROMPTS_HERE TEXTS FROM FLAGS <<<"$(grep "^$SCRIPT " <<<"$DEFAULTS")"
 RUN=${RUN:-runs/$NAME} BASE=${BASE:-${BASE_HERE/#RUN/$RUN}} PROMPTS=${PROMPTS:-$PROMPTS_HERE}
-case $SCRIPT$JOINT$HEAD in demo11 | personalllm?1) FLAGS='' ;; esac # as these are not for heads
+case $SCRIPT$JOINT$HEAD in demo11 | personalllm?1 | binary1?) FLAGS='' ;; esac # of others
 TRAIN=("${MODEL[@]}" $FLAGS "${TRAIN[@]}")
-[[ ${#PRISM[@]} = 0 || $FROM = prism && $PROMPTS != 0 ]] ||
-    fail "--prism-source is given, but no PRISM prompts are needed"
+[[ ${#PRISM[@]} = 0 || $FROM = prism && $PROMPTS != 0 ]] || fail "--prism-source: no PRISM prompt is needed"
 [[ -z $STOP || $VALID = *[1-9]* ]] || fail "$STOP needs validation prompts: --valid-share 0.1, say"
 
 # ---- the environment, then the training's flags: a wrong one fails before anything runs

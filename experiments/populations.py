@@ -1,5 +1,5 @@
 """Simulate a population with features and known truth: a run directory that variants.py and
-extras/plurality.py read, without a base model.
+extras/plurality.py read, without a base model; make_members.py gives it members.
 
     python experiments/populations.py --run runs/camps --population camps --seed 0      (a second)
 

@@ -48,12 +48,13 @@ HARD = (
 
 class Prediction(NamedTuple):
     """What was chosen, in words; {split: p_hat (N,)}; of an ensemble the mixture weights (k,) and
-    {split: votes (k, N)}; seconds that it took."""
+    {split: votes (k, N)}, and of one of linear rewards these (k, d); seconds that it took."""
 
     chosen: str
     p_hat: dict
     alpha: np.ndarray | None = None
     votes: dict | None = None
+    heads: np.ndarray | None = None
     seconds: float = 0.0
 
 
@@ -132,7 +133,7 @@ def hard_prediction(chosen, heads, splits):
     rewards = plurality.rewards_of(heads, splits)
     alpha = fitted_alpha(rewards["train"], splits["train"].split)
     votes = {name: member_votes(rewards[name], x.split) for name, x in splits.items()}
-    return prediction_of(chosen, votes, alpha)
+    return prediction_of(chosen, votes, alpha)._replace(heads=heads)
 
 
 def fsam(target, splits, k, seed):

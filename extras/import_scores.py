@@ -156,14 +156,16 @@ def by_split(rewards, splits):
     return dict(zip(splits, np.split(rewards, ends[:-1])))
 
 
-def write_member(args, j, name, rewards, splits):
-    """Write the rewards float64 (R,) as member j's, unless that is done; say what float32 loses."""
+def write_member(run, source, j, name, rewards, splits):
+    """Write the rewards (R,) as member j's, unless that is done; say what float32 loses.
+
+    source: where they are from, in words."""
     scores = by_split(rewards.astype(np.float32), splits)
     digest = hashlib.sha256(b"".join(scores[split].tobytes() for split in scores)).hexdigest()
-    inputs = data.hashes(args.run) | {"set of rewards": digest}
+    inputs = data.hashes(run) | {"set of rewards": digest}
     settings = {"train": "import"} | ({"reward": name} if name else {})
-    stage = (args.run, run_dir.member_name(j), settings, inputs)
-    paths = {split: run_dir.reward_path(args.run, j, split) for split in splits}
+    stage = (run, run_dir.member_name(j), settings, inputs)
+    paths = {split: run_dir.reward_path(run, j, split) for split in splits}
     if run_dir.stage_done(*stage, list(paths.values())):
         print(f"member {j}: its rewards are there, skipped")
         return
@@ -174,10 +176,10 @@ def write_member(args, j, name, rewards, splits):
     for split, x in splits.items():
         differ, stored = (each[split][x.a] != each[split][x.b] for each in (exact, scores))
         lost += int((differ & ~stored).sum())
-    run_dir.end_stage(*stage, started, source=args.file.name, pairs_equal_in_float32=lost)
+    run_dir.end_stage(*stage, started, source=source, pairs_equal_in_float32=lost)
     words = "pairs tie in float32 though their rewards differ; nearer to 0 it has more digits"
     words = f"; {lost:,} {words}" if lost else ""
-    print(f"member {j}: {name or 'rewards'} of {args.file}{words}")
+    print(f"member {j}: {name or 'rewards'} of {source}{words}")
 
 
 def main(args):
@@ -189,7 +191,7 @@ def main(args):
         raise cli.InputError(f"--iteration {j}: {run} has {k} members, {k + 1} at most expected")
     rewards, left_out = read_scores(args.file, args.reward, splits, others)
     for number, (name, values) in enumerate(zip(args.reward, rewards), j):
-        write_member(args, number, name, values, splits)
+        write_member(run, args.file.name, number, name, values, splits)
     if left_out:
         print(f"{args.file.name}: {left_out}")
     if (run / "continuations.parquet").exists():

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What is written here is read elsewhere, and the oldest versions that are supported work too.
-#     bash tests/elsewhere.sh [RUN]        (default runs/demo; 20 minutes and 9 GB the first time)
+#     bash tests/elsewhere.sh [RUN [OUT]]        (20 minutes and 9 GB the first time)
+#     (default: runs/demo, and results/rewardbench.json for what RewardBench finds)
 # RewardBench, once with transformers 4.51 and once with 4.57, finds the stored rewards in the
 # exported test pairs: of the run's members (of head and LoRA runs the exported ones), and of one
 # whose base has special tokens like Qwen's and a template that writes the date. Then training of
@@ -10,6 +11,7 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 RUN=$(realpath "${1:-$ROOT/runs/demo}")
+OUT=$(realpath "${2:-$ROOT/results/rewardbench.json}")
 source "$ROOT/pairwise/environment.sh"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -28,7 +30,8 @@ environment() {
     touch "$ROOT/.venv-$1/installed"
 }
 
-# compare RUN: RewardBench in SECOND finds the stored rewards of all plain members
+# compare RUN: RewardBench in SECOND finds the stored rewards of all plain members; a row each in
+# scratch/found.json
 compare() {
     local member name
     cd "$(mktemp -d -p "$scratch")"
@@ -40,6 +43,9 @@ compare() {
         flags=(--dataset pairs.jsonl --load_json --not_quantized --torch_dtype float32)
         env -u PYTHONPATH "$SECOND" - --model "$name" "${flags[@]}" --batch_size 16 \
             --output_dir out/ >log 2>&1 <<'END' || { tail -n 20 log; exit 1; }
+import json
+from importlib.metadata import version
+
 import torch
 import transformers
 from transformers.models.llama import modeling_llama
@@ -51,8 +57,10 @@ from rewardbench.rewardbench import main
 if not torch.cuda.is_available():  # it sends every batch to "cuda"
     transformers.BatchEncoding.to = lambda self, device: self
 main()
+versions = {package: version(package) for package in ("rewardbench", "transformers", "torch")}
+json.dump(versions, open("versions.json", "w"))
 END
-        "$PYTHON" - "$ROOT" "$1" "$name" <<'END'
+        "$PYTHON" - "$ROOT" "$1" "$name" "$scratch/found.json" <<'END'
 import json
 import sys
 from pathlib import Path
@@ -62,7 +70,7 @@ import numpy as np
 sys.path.insert(0, sys.argv[1])
 from pairwise import data, run_dir
 
-run, name = Path(sys.argv[2]), sys.argv[3]
+run, name, found = Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 split = data.read_split(run, "test")
 stored = np.load(run_dir.reward_path(run, int(name[-2:]), "test"))
 starts = dict(zip(split.prompt_id, split.response_start))
@@ -78,6 +86,11 @@ print(
     f"{name}: {len(expected):,} pairs, rewards from {expected.min():.2f} to {expected.max():.2f}, "
     f"largest difference {error:.1e} of the largest"
 )
+row = json.load(open("versions.json")) | {"run": run.name, "member": name, "pairs": len(expected)}
+row |= {"lowest": float(expected.min()), "highest": float(expected.max())}
+row["largest_difference"] = float(error)  # as a share of the largest reward
+rows = json.loads(found.read_text()) if found.exists() else []
+found.write_text(json.dumps([*rows, row], indent=1) + "\n")
 sys.exit(not error < 1e-4)
 END
     done
@@ -112,6 +125,7 @@ for version in 4.51.0 4.57.6; do
     compare "$RUN"
     compare "$scratch/qwen"
 done
+cp "$scratch/found.json" "$OUT"
 
 # These bring their own.
 newest='/^torch=/d; /^transformers=/d; /^huggingface_hub=/d; /^setuptools=/d'

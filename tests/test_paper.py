@@ -10,7 +10,7 @@ from pairwise import cli, figures
 import numpy as np
 import paper
 import pytest
-from conftest import edited, script
+from conftest import REPOSITORY, edited, script
 from test_evaluate import files_of, make
 from test_report import Page, save_nothing
 
@@ -198,3 +198,16 @@ def test_a_run_twice_or_as_out_is_refused(runs, tmp_path):
         shown(tmp_path / "out", runs / "first", runs / "second" / ".." / "first")
     with pytest.raises(cli.InputError, match="another run directory"):
         shown(runs / "second", runs / "first")
+
+
+def test_what_the_page_says_of_figure_2_is_the_committed_file():
+    """results/paper/paper.json was written with the figure that docs/results.md shows."""
+    entries = json.loads((REPOSITORY / "results/paper/paper.json").read_text(encoding="utf-8"))
+    by_name = {entry["name"]: entry for entry in entries["runs"]}
+    below = {name: entry["figure_2"]["first_below"] for name, entry in by_name.items()}
+    assert below == {"demo": 4, "camps": 2, "ukpconvarg1": None, "writing": None}
+    assert by_name["writing"]["figure_2"]["floor_excess"] == pytest.approx(0, abs=1e-9)
+    page = " ".join((REPOSITORY / "docs/results.md").read_text(encoding="utf-8").split())
+    assert "the two simulated populations are, camps with two, the demo with four" in page
+    for name, words in (("ukpconvarg1", "twelve arguments of each prompt"), ("writing", "three")):
+        assert f"{by_name[name]['test_prompts']} test prompts" in page.split(words)[1][:80]

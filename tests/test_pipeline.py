@@ -183,6 +183,29 @@ def test_which_members_are_trained(words, trained, expected, more, tmp_path):
     assert ("holds more than K = " in done.stdout) == more
 
 
+@pytest.mark.parametrize(
+    "words, members, training",
+    [
+        ([], 1, "--loss bt"),
+        (["2", "--target", "p"], 2, "--loss bt --target p"),
+        (["1", "--loss", "margin"], 1, "--loss bt --loss margin"),
+    ],
+)
+def test_a_set_of_one_vote_a_pair(words, members, training, tmp_path):
+    python, run = tmp_path / "python", tmp_path / "run"
+    python.write_text(TELLING)
+    python.chmod(0o755)
+    (run / "rewards").mkdir(parents=True)
+    given = ["--test", "rated.jsonl", "--source", "w.parquet", "--base", "base"]
+    done = run_all("webgpt", *words, *given, "--run", run, python=python)
+    assert done.returncode == 0, done.stderr
+    called = [line for line in done.stdout.splitlines() if ".py " in line]
+    of_data = "--set webgpt --test rated.jsonl --source w.parquet"
+    assert called[0] == f"binary.py --seed 0 {of_data}" and called[-1].startswith("evaluate.py")
+    flags = [line.split(" ", 5)[-1] for line in called if line.startswith("train_rm.py")]
+    assert flags == [training] * members
+
+
 def test_other_arguments_are_refused_with_a_command_that_works(copied_run):
     run = copied_run
     before = contents(run)
@@ -209,6 +232,9 @@ def test_other_arguments_are_refused_with_a_command_that_works(copied_run):
         (["votes.csv", "2"], "needs --base"),
         (["missing.csv", "2", "--base", "x"], "missing.csv"),
         (["ukpconvarg1", "2", "--base", "x"], "needs --source"),
+        (["webgpt", "--base", "x"], "needs --test"),
+        (["hh", "--test", "rated.jsonl"], "and --base"),
+        (["gptj", "2", "--base", "x", "--test", "rated.jsonl"], "no residual"),
         (["demo", "--prompts", "0"], "--prompts"),
         (["demo", "--iteration", "3"], "--iteration"),
         (["demo", "2", "--loss", "bt"], "no residual"),

@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import re
 import shlex
 import shutil
@@ -98,7 +99,7 @@ def test_flags_of_run_all_exist():
 def test_run_all_takes_every_flag_of_the_data():
     text = (ROOT / "run_all.sh").read_text(encoding="utf-8")
     for path in ROOT.glob("data_prep/*.py"):
-        if path.stem not in ("prism", "continuations", "binary"):  # The last is run by hand.
+        if path.stem not in ("prism", "continuations"):
             own = flags_of(f"data_prep/{path.name}") - {"--help", "--run", "--seed"}
             assert not {flag for flag in own if not re.search(rf"{flag}( |\))", text)}, path
 
@@ -265,3 +266,17 @@ def test_reference_run_is_small_and_without_weights():
     files = [path for path in (ROOT / "results/demo").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 3_000_000
     assert not [path for path in files if path.suffix == ".safetensors"]
+
+
+def test_rewardbench_finds_what_the_page_says():
+    """results/rewardbench.json is what tests/elsewhere.sh found."""
+    rows = json.loads((ROOT / "results/rewardbench.json").read_text(encoding="utf-8"))
+    page = " ".join((ROOT / "docs/using.md").read_text(encoding="utf-8").split())
+    worst = max(row["largest_difference"] for row in rows)
+    large = [row for row in rows if max(-row["lowest"], row["highest"]) > 0.1]
+    worst_of_large = max(row["largest_difference"] for row in large)
+    words = f"rewards to {math.ceil(1e7 * worst) / 10}e-6 of a member's largest, which is below .1"
+    assert words in page and f"to {math.ceil(1e7 * worst_of_large)}e-7 (" in page
+    [rewardbench] = {row["rewardbench"] for row in rows}
+    versions = sorted({row["transformers"].rsplit(".", 1)[0] for row in rows})
+    assert f"RewardBench {rewardbench} with transformers {' and '.join(versions)} on" in page

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import shutil
 
+import evaluate
 from pairwise import run_dir
 from pairwise.cli import InputError
 from pairwise.data import SPLITS, read_split
 
 import harden
+import make_members
 import numpy as np
 import plurality
 import policy_pairs
@@ -20,6 +22,7 @@ import pytest
 import steerable
 import torch
 import variants
+from conftest import fit
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,28 @@ def test_recommended_on_clusters_and_continuum(runs, tmp_path):
         assert (
             rows["irreducible"]["brier"] < chosen["brier"] and rows["soft_single"]["over_soft"] == 0
         )
+
+
+def test_made_members_have_the_errors_of_the_table(runs, tmp_path, no_figures, capsys):
+    """After fit_weights.py and evaluate.py; a second call finds them there."""
+    run = shutil.copytree(runs["camps"], tmp_path / "camps")
+    row = table(run, tmp_path, "--k", "3", "--variants", "fsam_centered")["fsam_centered"]
+    words = ["--run", str(run), "--variant", "fsam_centered", "--k", "3"]
+    make_members.main(make_members.parse_args(words))
+    assert run_dir.kind_of(run) == "imported"
+    fit(run)
+    evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "50"]))
+    ensemble = json.loads((run / "metrics.json").read_text())["splits"]["test"]["ensemble"]
+    for name in ("brier", "true_error"):
+        assert ensemble[-1][name] == pytest.approx(row[name], abs=1e-9)
+    make_members.main(make_members.parse_args(words))
+    assert "member 3: its rewards are there, skipped" in capsys.readouterr().out
+    with pytest.raises(InputError, match="set of rewards"):
+        make_members.main(make_members.parse_args([*words, "--seed", "1"]))
+    (run / "data" / "valid.parquet").unlink()
+    (run / "manifest.json").unlink()
+    with pytest.raises(InputError, match="no validation prompts found"):
+        make_members.main(make_members.parse_args(words))
 
 
 def test_folds_hold_every_prompt_once(runs):

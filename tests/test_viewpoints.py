@@ -3,6 +3,7 @@ those of committed files."""
 
 import csv
 import dataclasses
+import json
 
 from pairwise import cli
 
@@ -66,6 +67,31 @@ def test_table_of_variants_is_the_committed_files():
         if variant in RESULTS:  # without single and writing
             row = f"| {RESULTS[variant]} | {' | '.join(cells[:3])} | {cells[4]} |"
             assert row in (REPOSITORY / "docs/results.md").read_text(encoding="utf-8"), row
+
+
+def gains(name, seeds):
+    """plurality.json of the runs of some seeds of a population."""
+    paths = [REPOSITORY / f"results/plurality/{name}_{seed}.json" for seed in seeds]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def test_sentences_on_populations_are_the_committed_files():
+    text = " ".join(README.split())
+    for table in ("variants_{}.csv", "variants_late_{}.csv"):
+        shares = []
+        for name in ("clusters", "continuum", "camps"):
+            error = {x["variant"]: float(x["true_error"]) for x in committed(table.format(name))}
+            assert error["recommended"] < min(error["floor_single"], error["coin_flip"])
+            shares.append(short(error["recommended"] / error["fsam_residual"], 2))
+        assert f"has {', '.join(shares)} of" in text
+    for seeds, words in ((range(5), "seeds 0 to 4"), (range(20, 23), "seeds 20 to 22")):
+        assert words in text
+        for name in ("clusters", "camps"):
+            found = gains(name, seeds)
+            low, high = (short(f([x["gain"] for x in found]), 3) for f in (min, max))
+            assert f"+{low} to +{high}" in text and all(x["ci"][0] > 0 for x in found)
+        for name in ("continuum", "single"):
+            assert all(x["gain"] == 0 for x in gains(name, seeds))
 
 
 def test_table_of_viewpoints_is_the_committed_file():
