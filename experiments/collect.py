@@ -71,7 +71,8 @@ def splits_of(runs):
     """[{runs: names, valid: ids, test: ids}], an entry for each distinct split."""
     found = {}
     for run in runs:
-        ids = (data.read_split(run, name).prompt_id for name in ("valid", "test"))
+        splits, _ = data.read_splits(run)
+        ids = (splits[name].prompt_id if name in splits else () for name in ("valid", "test"))
         found.setdefault(tuple(tuple(map(str, each)) for each in ids), []).append(run.name)
     return [{"runs": names, "valid": ids[0], "test": ids[1]} for ids, names in found.items()]
 
