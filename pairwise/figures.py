@@ -113,7 +113,7 @@ def save(fig, stem):
         warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")
         if fig.get_layout_engine():  # All three formats have the layout that is found here.
             fig.draw_without_rendering()
-            fig.set_layout_engine("none")
+            fig.set_layout_engine(None)
         for kind, metadata in undated.items():
             buffer = io.BytesIO()
             fig.savefig(buffer, format=kind, dpi=300, metadata=metadata)
