@@ -15,6 +15,7 @@ from pairwise import (
     cli,
     data,
     diversity,
+    drawing,
     files,
     metrics,
     ranking,
@@ -40,6 +41,7 @@ CODE = (
     "pairwise/diversity.py",
     "pairwise/ranking.py",
     "pairwise/figures.py",
+    "pairwise/drawing.py",
     "pairwise/report.py",
     "pairwise/report.html.jinja",
     "pairwise/soft_model.py",
@@ -210,14 +212,14 @@ def main(args):
     else:
         if in_place:
             started = run_dir.begin_stage(run, "evaluate", settings, inputs)
-        result = compute(run, stored, args)
-        files.write_json(out / "metrics.json", result)
         test, alpha = stored.splits["test"], np.array(stored.prefixes[-1]["alpha"])
         votes = evaluator.votes(stored.rewards["test"], test.a, test.b) / 2
-        p_hat = weights.p_hat_of(alpha, votes)
-        manifest = {"stages": run_dir.stages(run)}
-        logs = read_logs(run, result["k"])
-        report.write(out, result, stored.prefixes, manifest, logs, test.p, p_hat)
+        logs = read_logs(run, len(votes))
+        shown = stored.prefixes, logs, test.p, weights.p_hat_of(alpha, votes)
+        with drawing.elsewhere(report.draw_inputs, *shown) as drawn:
+            result = compute(run, stored, args)
+            files.write_json(out / "metrics.json", result)
+            report.write(out, result, stored.prefixes, {"stages": run_dir.stages(run)}, drawn)
         if in_place:
             run_dir.end_stage(run, "evaluate", settings, inputs, started)
     print(report.table(result))

@@ -316,16 +316,16 @@ private:
     }
 };
 
-// The same with AVX-512: a block of 16 or 8 continuations is compared with one, or with itself turned, which gives a mask.
-// Whether y is less is the sign of y - x, which comes from another port of the CPU than comparisons do; where the two are tied
-// it is not looked at. Loads across two cache lines, as unaligned ones are, would take half as long again.
-AVX512 inline __m512 columns_at(const float *scores, Index count) {  // NaN, which is neither tied nor untied, beyond the end
-    const auto valid = static_cast<__mmask16>(count < 16 ? (1 << count) - 1 : -1);
-    return _mm512_mask_loadu_ps(_mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()), valid, scores);
+// The same with AVX-512: a block y of 16 or 8 continuations is compared with four others or one, or with itself turned, which
+// gives two masks: is y less, and is it untied? Unaligned loads, each across two cache lines, would take half as long again.
+template <class Mask> struct Compared { Mask less, untied; };
+
+AVX512 inline __m512 columns_at(const float *scores, Index count) {
+    const __m512 found = count < 16 ? _mm512_maskz_loadu_ps((1 << count) - 1, scores) : _mm512_loadu_ps(scores);
+    return _mm512_add_ps(found, _mm512_setzero_ps());  // -0.0, which equals 0.0, becomes 0.0
 }
 AVX512 inline __m512d columns_at(const double *scores, Index count) {
-    const auto valid = static_cast<__mmask8>(count < 8 ? (1 << count) - 1 : -1);
-    return _mm512_mask_loadu_pd(_mm512_set1_pd(std::numeric_limits<double>::quiet_NaN()), valid, scores);
+    return count < 8 ? _mm512_maskz_loadu_pd((1 << count) - 1, scores) : _mm512_loadu_pd(scores);
 }
 AVX512 inline __m512 all_columns(float score) { return _mm512_set1_ps(score); }
 AVX512 inline __m512d all_columns(double score) { return _mm512_set1_pd(score); }
@@ -335,37 +335,63 @@ AVX512 inline __m512 turned(const __m512 &y) {
 AVX512 inline __m512d turned(const __m512d &y) {
     return _mm512_castsi512_pd(_mm512_alignr_epi64(_mm512_castpd_si512(y), _mm512_castpd_si512(y), 1));
 }
-AVX512 inline __mmask16 is_less(const __m512 &y, const __m512 &x) {
-    return _mm512_movepi32_mask(_mm512_castps_si512(_mm512_sub_ps(y, x)));
+// Of finite scores: the sign of y - x says whether y is less, and its bits, whether it is untied. Both stay when four differences
+// are made 8 bits each, since these saturate: so the two ports of the CPU that take such instructions have the fewest.
+AVX512 inline Compared<uint64_t> compare(const __m512 &y, const __m512 *x) {
+    __m512i bits[4];
+    for (int step = 0; step < 4; ++step) bits[step] = _mm512_castps_si512(_mm512_sub_ps(y, x[step]));
+    const __m512i all = _mm512_packs_epi16(_mm512_packs_epi32(bits[0], bits[1]), _mm512_packs_epi32(bits[2], bits[3]));
+    return {_mm512_movepi8_mask(all), _mm512_test_epi8_mask(all, all)};
 }
-AVX512 inline __mmask8 is_less(const __m512d &y, const __m512d &x) {
-    return _mm512_movepi64_mask(_mm512_castpd_si512(_mm512_sub_pd(y, x)));
+AVX512 inline Compared<uint8_t> compare(const __m512d &y, const __m512d *x) {
+    return {_mm512_cmp_pd_mask(y, *x, _CMP_LT_OQ), _mm512_cmp_pd_mask(y, *x, _CMP_NEQ_OQ)};
 }
-AVX512 inline __mmask16 is_untied(const __m512 &y, const __m512 &x) { return _mm512_cmp_ps_mask(y, x, _CMP_NEQ_OQ); }
-AVX512 inline __mmask8 is_untied(const __m512d &y, const __m512d &x) { return _mm512_cmp_pd_mask(y, x, _CMP_NEQ_OQ); }
+AVX512 inline __mmask16 incomparable(const __m512 &y) { return _mm512_fpclass_ps_mask(y, 0x18); }  // infinite ones
+AVX512 inline __mmask16 incomparable(const __m512d &) { return 0; }
 
 template <class T> class CountMasks {
-    using Mask = std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8>;
-    static constexpr Index lanes = 64 / sizeof(T), masks_of_word = 64 / sizeof(Mask);
+    using Mask = std::conditional_t<sizeof(T) == 4, uint64_t, uint8_t>;
+    static constexpr Index lanes = 64 / sizeof(T), steps = 8 * sizeof(Mask) / lanes, masks_of_word = 64 / sizeof(Mask);
     struct alignas(64) Word { Mask masks[masks_of_word]; };
     const Index models, prompts, n;
     const Index tile;                // columns at a time, so that the masks of a few models stay in the first-level cache
     const Index room;                // words for their masks
     std::vector<Word> less, untied;  // (models, room)
+    std::vector<Index> own;          // (models,), untied pairs of a tile
+    Mask whole[lanes / 2 / steps] = {}, partial[lanes / 2 / steps] = {};  // pairs in a block, each once, and in the last, partial one
 
 public:
     CountMasks(Index models, Index prompts, Index n)
         : models(models), prompts(prompts), n(n), tile(std::clamp<Index>(2048 / (n + 1), 1, n / lanes + 1) * lanes),
-          room(tile / lanes * n / masks_of_word + 1), less(models * room), untied(models * room) {}
+          room(tile / lanes * n / steps / masks_of_word + 1), less(models * room), untied(models * room), own(models) {
+        for (Index shift = 0; shift < lanes / 2; ++shift)
+            for (Index lane = 0; lane < lanes; ++lane) {
+                const Index other = (lane + shift + 1) % lanes, bit = lane / 4 * 4 * steps + shift % steps * 4 + lane % 4;
+                const Mask pair = other == lane + lanes / 2 || shift < lanes / 2 - 1 ? Mask{1} << bit : 0;
+                whole[shift / steps] |= pair;
+                if (std::max(lane, other) < n % lanes) partial[shift / steps] |= pair;
+            }
+    }
 
     AVX512 void operator()(const T *scores, Index prompt, Counts &counts) {
         for (Index begin = 0; begin + 1 < n; begin += tile) {
             const Index end = std::min(begin + tile, n - 1);
             Index words = 0;
-            for (Index j = 0; j < models; ++j)
+            for (Index j = 0; j < models; ++j) {
                 words = pack(scores + (j * prompts + prompt) * n, begin, end, less[j * room].masks, untied[j * room].masks);
-            for (Index i = 0; i < models; ++i)
-                for (Index j = 0; j <= i; ++j) count_pair(i, j, words, counts);
+                if (words == 0) {
+                    counts = Counts(models);
+                    return CountAllPairs<T>(models, prompts, n)(scores, prompt, counts);
+                }
+            }
+            const Index last = std::min(begin + tile, n), pairs = (last - begin) * (2 * n - 1 - begin - last) / 2;
+            for (Index i = 0; i < models; ++i) {
+                own[i] = count_untied(i, words);
+                counts.tied_in_both[i * models + i] += own[i];
+                for (Index j = 0; j < i; ++j)
+                    if (own[i] < pairs && own[j] < pairs) count_pair(i, j, words, counts);
+                    else count_pair_without_ties(i, j, own[i] < pairs ? i : j, words, counts);
+            }
         }
         for (Index i = 0; i < models; ++i) {  // from untied in both to tied in both; with itself a model has all in common
             const Index *untied = counts.tied_in_both.data();
@@ -375,31 +401,50 @@ public:
     }
 
 private:
-    // Fills the words and returns how many.
+    // Fills the words and returns how many; 0 where scores are infinite, which `compare` cannot do.
     AVX512 Index pack(const T *row, Index begin, Index end, Mask *less, Mask *untied) const {
         Index masks = 0;
+        __mmask16 infinite = 0;
         for (Index column = begin; column < end; column += lanes) {
             const auto y = columns_at(row + column, n - column);
+            infinite |= incomparable(y);
             auto x = y;  // the pairs within the block
-            for (Index shift = 1; shift <= lanes / 2; ++shift, ++masks) {
-                x = turned(x);
-                less[masks] = is_less(y, x);
-                untied[masks] = is_untied(y, x);
+            decltype(x) others[steps];
+            const Mask *valid = column + lanes <= n ? whole : partial;
+            for (Index group = 0; group < lanes / 2 / steps; ++group, ++masks) {
+                for (auto &other : others) other = x = turned(x);
+                const auto found = compare(y, others);
+                less[masks] = found.less & valid[group];
+                untied[masks] = found.untied & valid[group];
             }
-            untied[masks - 1] &= (1 << lanes / 2) - 1;  // half a turn has its pairs twice
-            Index i = column + lanes;
-            for (; i + 1 < n; i += 2, masks += 2) {  // two stores after each other are faster when they are close
-                const auto first = all_columns(row[i]), second = all_columns(row[i + 1]);
-                less[masks] = is_less(y, first), less[masks + 1] = is_less(y, second);
-                untied[masks] = is_untied(y, first), untied[masks + 1] = is_untied(y, second);
-            }
-            if (i < n) {
-                less[masks] = is_less(y, all_columns(row[i]));
-                untied[masks++] = is_untied(y, all_columns(row[i]));
+            for (Index i = column + lanes; i < n; i += steps, ++masks) {
+                for (Index step = 0; step < steps; ++step) others[step] = i + step < n ? all_columns(row[i + step]) : y;
+                const auto found = compare(y, others);
+                less[masks] = found.less;
+                untied[masks] = found.untied;
             }
         }
         for (; masks % masks_of_word != 0; ++masks) less[masks] = untied[masks] = 0;
-        return masks / masks_of_word;
+        return infinite ? 0 : masks / masks_of_word;
+    }
+
+    AVX512 Index count_untied(Index i, Index words) const {
+        __m512i sum = _mm512_setzero_si512();
+        for (Index w = 0; w < words; ++w) sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(_mm512_load_si512(&untied[i * room + w])));
+        return _mm512_reduce_add_epi64(sum);
+    }
+
+    // Where all is untied in one of two, `tied` is the other.
+    AVX512 void count_pair_without_ties(Index i, Index j, Index tied, Index words, Counts &counts) const {
+        const Word *less_i = &less[i * room], *less_j = &less[j * room], *both = &untied[tied * room];
+        __m512i discordant = _mm512_setzero_si512();
+        for (Index w = 0; w < words; ++w) {
+            const __m512i less_in_one = _mm512_xor_si512(_mm512_load_si512(less_i + w), _mm512_load_si512(less_j + w));
+            discordant = _mm512_add_epi64(discordant,
+                                          _mm512_popcnt_epi64(_mm512_and_si512(less_in_one, _mm512_load_si512(both + w))));
+        }
+        counts.discordant[i * models + j] += _mm512_reduce_add_epi64(discordant);
+        counts.tied_in_both[i * models + j] += own[tied];
     }
 
     // Adds to tied_in_both what is untied in both.
@@ -421,6 +466,8 @@ private:
 };
 
 #endif
+
+typedef double Two __attribute__((vector_size(16)));  // two divisions at once
 
 template <class T, class MakeCount>
 void taus_by(const MakeCount &make_count, const T *scores, Index models, Index prompts, Index n, Index threads,
@@ -444,8 +491,10 @@ void taus_by(const MakeCount &make_count, const T *scores, Index models, Index p
                                               2 * counts.discordant[pair];
                     // Two divisions, first by x's root, then clipped: as scipy does it, to the last bit. That bit can
                     // depend on which of the two is x.
-                    out[i * models + j] = std::clamp(difference / roots[i] / roots[j], -1.0, 1.0);
-                    out[j * models + i] = std::clamp(difference / roots[j] / roots[i], -1.0, 1.0);
+                    const Two first = {roots[i], roots[j]}, second = {roots[j], roots[i]};
+                    const Two tau = Two{difference, difference} / first / second;
+                    out[i * models + j] = std::clamp(tau[0], -1.0, 1.0);
+                    out[j * models + i] = std::clamp(tau[1], -1.0, 1.0);
                 }
             }
         }

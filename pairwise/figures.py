@@ -1,45 +1,19 @@
-"""The matplotlib figures of a run, in one style.
+"""The matplotlib figures of a run, in the style of pairwise/drawing.py.
 
 A function draws one figure and returns it, or None where there is nothing to draw. The numbers come
 from metrics.json as evaluate.py wrote it: nothing is computed here but bins and a running mean.
 """
 
-import contextlib
-import gc
-import io
 import itertools
-import warnings
 
-from pairwise import files, theory
+from pairwise import theory
+from pairwise.drawing import save, style
 
-import fontTools.subset
-import matplotlib.style
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 NARROW, WIDE = 3.4, 7.0  # One and two columns of a paper, in inches.
-# Of these fonts the first that is installed draws what matplotlib's own one lacks.
-CJK = (
-    *("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Droid Sans Fallback"),
-    *("PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS"),
-)
-STYLE = {
-    "font.family": ["DejaVu Sans", *[x for x in CJK if x in font_manager.get_font_names()][:1]],
-    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 8),
-    **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 7),
-    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    "axes.titlelocation": "left",
-    "axes.formatter.useoffset": False,
-    "axes.formatter.limits": (-3, 7),
-    "legend.handlelength": 2.8,
-    "pdf.fonttype": 42,
-    "svg.hashsalt": "pairwise",  # It makes the ids in an SVG the same in every run.
-}
-# The text in a PDF is laid out: its fonts need no tables for that, which double the time.
-getattr(fontTools.subset.Options, "_drop_tables_default", []).extend(["GDEF", "GPOS", "GSUB"])
 # Colour-blind readers can tell these apart, and line styles differ too.
 INK, BLUE, ORANGE, GREEN, GREY = "black", "#0072B2", "#D55E00", "#00795a", "#777777"
 BAR = "#6f8fae"
@@ -90,37 +64,6 @@ def drawable(name, most=30):
     Where it is drawn, parse_math=False keeps its dollars."""
     name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
     return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
-@contextlib.contextmanager
-def style():
-    """A context in which matplotlib draws by its own defaults and STYLE, whatever the user's
-    matplotlibrc says. The garbage collector, a sixth of the time, waits until it ends."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with matplotlib.style.context(["default", STYLE]):
-            yield
-    finally:
-        if collects:
-            gc.enable()
-
-
-def save(fig, stem):
-    """Write stem.png and stem.pdf; returns the figure as SVG, bytes. `style` must be in force."""
-    undated = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    with warnings.catch_warnings():  # A character that no font has is drawn as a box.
-        warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")
-        if fig.get_layout_engine():  # All three formats have the layout that is found here.
-            fig.draw_without_rendering()
-            fig.set_layout_engine("none")
-        for kind, metadata in undated.items():
-            buffer = io.BytesIO()
-            fig.savefig(buffer, format=kind, dpi=300, metadata=metadata)
-            if kind != "svg":
-                with files.replacing(stem.with_name(f"{stem.name}.{kind}")) as partial:
-                    partial.write_bytes(buffer.getvalue())
-    return buffer.getvalue()
 
 
 def subplots(width, height, *shape, **options):

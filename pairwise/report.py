@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-from pairwise import data, figures, files, theory, weights
+from pairwise import data, drawing, figures, files, theory, weights
 from pairwise.metrics import FEWEST
 
 import jinja2
@@ -329,33 +329,53 @@ def render(template, **values):
     return page.encode("utf-8", "backslashreplace").decode()
 
 
-def write(out, metrics, prefixes, manifest, logs, p, p_hat):
+def draw(calls):
+    """Return {name: (drawing.formats, embed) of a figure} of {name: (function, *its arguments)};
+    None instead where there is nothing to draw."""
+    pictures = dict.fromkeys(calls)
+    with drawing.style():
+        for name, (function, *args) in calls.items():
+            if fig := function(*args):
+                formats = drawing.formats(fig)
+                pictures[name] = formats, embed(fig, formats["svg"])
+    return pictures
+
+
+def draw_inputs(prefixes, logs, p, p_hat):
+    """`draw` the figures that need no metrics. prefixes: what weights.json holds; logs: {title:
+    list of steps}; p, p_hat (pairs,): the test split's vote fractions and what all members say."""
+    calls = {
+        "reliability": (figures.reliability, p, p_hat),
+        "votes": (figures.majority_shares, p),
+        "weights": (figures.mixture_weights, prefixes),
+        "training": (figures.training, logs),
+    }
+    return draw(calls)
+
+
+def write(out, metrics, prefixes, manifest, drawn):
     """Write out/figures/*.png, *.pdf and out/report.html; returns the report's path.
 
     metrics, prefixes, manifest: what metrics.json, weights.json and the manifest hold, whose keys
-    may be missing. logs: {title: list of steps}; p, p_hat (pairs,): the test split's vote fractions
-    and the full ensemble's predictions.
+    may be missing; drawn: called for the value of `draw_inputs`, once the others are drawn.
     """
     out = Path(out)
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    diversity, images = metrics["diversity"], {}
-    with figures.style():
-        drawn = {
-            "calibration": figures.calibration(metrics["splits"]["test"], chosen_size(metrics)),
-            "votes": figures.majority_shares(p),
-            "reliability": figures.reliability(p, p_hat),
-            "kendall": figures.kendall(diversity),
-            "wins": figures.wins(diversity),
-            "policies": figures.policies(diversity),
-            "weights": figures.mixture_weights(prefixes),
-            "training": figures.training(logs),
-        }
-        for name, fig in drawn.items():
-            if fig is not None:
-                images[name] = embed(fig, figures.save(fig, out / "figures" / name))
-    for name in drawn.keys() - images.keys():  # An earlier evaluation may have drawn them.
-        for kind in ("png", "pdf"):
-            (out / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
+    test, diversity, images = metrics["splits"]["test"], metrics["diversity"], {}
+    matrices = {"kendall": (figures.kendall, diversity), "wins": (figures.wins, diversity)}
+    curves = {
+        "calibration": (figures.calibration, test, chosen_size(metrics)),
+        "policies": (figures.policies, diversity),
+    }
+    with drawing.elsewhere(draw, matrices) as others:
+        pictures = draw(curves) | others() | drawn()
+    for name, picture in pictures.items():
+        if picture:
+            formats, images[name] = picture
+            drawing.keep(formats, out / "figures" / name)
+        else:  # An earlier evaluation may have drawn it.
+            for kind in ("png", "pdf"):
+                (out / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
     shown = page_values(metrics, prefixes, manifest.get("stages") or {})
     page = render(Path(__file__).with_name("report.html.jinja"), images=images, **shown)
     with files.replacing(out / "report.html") as partial:

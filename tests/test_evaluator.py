@@ -354,6 +354,15 @@ def test_kendall_equals_scipy_at_the_borders_of_blocks(dtype):
         check_taus(draw_rankings(n, 1, dtype)[[0, 2]], threads=(1,))  # no ties
 
 
+def test_infinite_scores_beyond_the_first_block():
+    """Their difference is no zero where they are equal: they are found wherever they are."""
+    for n, places in ((17, [16]), (300, [3, 250, 299]), (300, [290, 291])):
+        for value in (np.inf, -np.inf):
+            scores = draw_rankings(n, 2, np.float32)
+            scores[1, 1, places] = scores[2, 0, places[:1]] = value
+            check_taus(scores, threads=(1,))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_kendall_equals_scipy_on_long_rankings(dtype):
     check_taus(draw_rankings(5000, 1, dtype), threads=(0, 1, 2, 5))

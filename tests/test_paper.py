@@ -5,14 +5,14 @@ import shutil
 from pathlib import Path
 
 import evaluate
-from pairwise import cli, figures
+from pairwise import cli, drawing, figures
 
 import numpy as np
 import paper
 import pytest
 from conftest import REPOSITORY, edited, script
 from test_evaluate import files_of, make
-from test_report import Page, save_nothing
+from test_report import Page, no_formats
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def unsaved(monkeypatch):
-    monkeypatch.setattr(figures, "save", save_nothing)
+    monkeypatch.setattr(drawing, "formats", no_formats)
     monkeypatch.setattr(paper, "draw_table", lambda *_: figures.Figure())  # the slowest
 
 
@@ -116,9 +116,11 @@ def test_what_a_run_lacks_is_said_and_an_older_picture_goes(runs, tmp_path, unsa
 def test_the_page_names_no_network_and_two_calls_write_the_same(runs, tmp_path, monkeypatch):
     """All is drawn, and two pictures are saved: saving takes longest."""
     saved, save = {"table_1", "figure_3"}, figures.save
-    monkeypatch.setattr(
-        figures, "save", lambda *to: (save if to[1].name in saved else save_nothing)(*to)
-    )
+
+    def some(fig, stem):
+        return save(fig, stem) if stem.name in saved else drawing.keep(no_formats(fig), stem)
+
+    monkeypatch.setattr(figures, "save", some)
     for name in ("a", "b"):
         _, page = shown(tmp_path / name, runs / "second", runs / "first")
     assert (tmp_path / "a/figures/table_1.pdf").stat().st_size > 5000

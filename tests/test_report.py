@@ -1,17 +1,21 @@
 """report.py and figures.py: what page, table and figures show, whatever a run has or lacks."""
 
+import functools
 import itertools
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from importlib.metadata import packages_distributions
 
 import evaluate
 import fit_weights
-from pairwise import figures, report, weights
+from pairwise import cli, drawing, figures, report, weights
 
 import compare as compare_runs
 import matplotlib
@@ -79,17 +83,14 @@ def page_of(run):
     return Page((run / "report.html").read_text(encoding="utf-8"))
 
 
-def save_nothing(fig, stem):
-    """Stand in for figures.save, which takes longer than all the rest."""
-    stem.parent.mkdir(exist_ok=True)
-    for kind in ("png", "pdf"):
-        stem.with_name(f"{stem.name}.{kind}").touch()
-    return b"<svg/>"
+def no_formats(fig):
+    """Stand in for drawing.formats, which takes longer than all the rest."""
+    return {"png": b"", "pdf": b"", "svg": b"<svg/>"}
 
 
 @pytest.fixture
 def unsaved(monkeypatch):
-    monkeypatch.setattr(figures, "save", save_nothing)
+    monkeypatch.setattr(drawing, "formats", no_formats)
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -98,7 +99,7 @@ def written(request, tmp_path_factory):
     options, more = RUNS[request.param]
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "everything":
-            patch.setattr(figures, "save", save_nothing)
+            patch.setattr(drawing, "formats", no_formats)
         run, metrics = evaluated(tmp_path_factory.mktemp("written"), **options)
     return run, metrics, page_of(run), ALWAYS | more
 
@@ -187,7 +188,8 @@ def test_text_of_the_data_is_escaped(tmp_path, unsaved):
     manifest = {"stages": {"member_01": stage}}
     weights = json.loads((run / "weights.json").read_text())
     p = np.array([0.25, 1.0])
-    report.write(tmp_path / "out", metrics, weights, manifest, {}, p, p)
+    inputs = functools.partial(report.draw_inputs, weights, {}, p, p)
+    report.write(tmp_path / "out", metrics, weights, manifest, inputs)
     page = page_of(tmp_path / "out")
     cells = [text for table in page.tables for row in table for text in row]
     assert {"<i>a & b</i>", "<script>alert(1)</script>", "a < b", "</td>", " x "} <= {*cells}
@@ -211,7 +213,8 @@ def test_manifest_tells_how_the_run_came_about(tmp_path, unsaved):
     }
     weights = json.loads((run / "weights.json").read_text())
     p = np.array([0.5, 1.0])
-    report.write(run, metrics, weights, {"stages": stages}, {}, p, p)
+    inputs = functools.partial(report.draw_inputs, weights, {}, p, p)
+    report.write(run, metrics, weights, {"stages": stages}, inputs)
     page = page_of(run)
     facts = dict(page.tables[0])
     formula = (
@@ -434,6 +437,49 @@ def test_reliability_counts_each_pair_in_both_orders():
     axes = figures.reliability(np.array([0.2, 0.6]), np.array([0.25, 0.25])).axes[0]
     x, y = axes.lines[1].get_data()
     assert np.allclose(x, [0.25, 0.75]) and np.allclose(y, [0.4, 0.6])
+
+
+# ---- a second process
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_what_another_process_draws_is_the_same(cores, monkeypatch):
+    monkeypatch.setattr(cli, "usable_cores", lambda: cores)
+    calls = {"weights": (figures.mixture_weights, [{"k": 1, "alpha": [1.0]}])}
+    with drawing.elsewhere(os.getpid) as pid, drawing.elsewhere(report.draw, calls) as drawn:
+        assert (pid() == os.getpid()) == (cores == 1 or sys.platform != "linux")
+        assert drawn() == report.draw(calls)
+
+
+def test_what_another_process_fails_at_is_done_here(monkeypatch, capfd):
+    monkeypatch.setattr(cli, "usable_cores", lambda: 2)
+    here = os.getpid()
+    with drawing.elsewhere(lambda: os.getpid() == here or os.kill(os.getpid(), 9)) as value:
+        assert value() is True
+    with drawing.elsewhere(lambda: 1 / 0) as value, pytest.raises(ZeroDivisionError):
+        value()
+    assert not any(capfd.readouterr())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no second process")
+@pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_is_left(word, monkeypatch):
+    """Of a process that is stopped with one beside it: both have let go of a pipe."""
+    monkeypatch.setattr(cli, "usable_cores", lambda: 2)
+    receive, send = os.pipe()
+    process = os.fork()
+    if not process:
+        try:
+            with drawing.elsewhere(lambda: os.write(send, b"begun") and time.sleep(60)):
+                time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(send)
+    with open(receive, "rb", buffering=0) as pipe:
+        assert pipe.read(5) == b"begun"
+        os.kill(process, word)
+        os.waitpid(process, 0)
+        assert select.select([pipe], [], [], 10)[0] and pipe.read(1) == b""
 
 
 # ---- as a program
