@@ -266,10 +266,11 @@ def read_parquet(path):
     try:
         str(path).encode()
     except UnicodeEncodeError:  # pyarrow opens no such path.
-        return pq.read_table(pa.BufferReader(path.read_bytes()))
+        path = pa.BufferReader(path.read_bytes())
     # Not a file of Python's: a thread of pyarrow may let go of it when the interpreter has ended,
-    # which aborts the process.
-    return pq.read_table(path)
+    # which aborts the process. And not pq.read_table, which imports pandas where it is installed.
+    with pq.ParquetFile(path) as file:
+        return file.read()
 
 
 def read_array(path):
