@@ -6,10 +6,12 @@
 minimise  mean over train pairs of (sum_j alpha_j sigmoid(s (r_j(y1) - r_j(y2))) - p)^2
 
 over a backbone that all share, K heads on it and alpha on the simplex; s rises from 1 to --sharpen,
-so that soft votes become hard ones. With --train head the K heads are on features of the frozen
-base. The error comes near the irreducible one where there are viewpoints; where there are none it
-can overfit, so choose --k and --weight-decay on validation prompts, as experiments/variants.py does
-on features. Run fit_weights.py and evaluate.py afterwards.
+so that soft votes become hard ones. It has to rise early and far: as long as votes are soft, one
+reward says as much as K, the heads stay alike, and their hard votes differ by noise. With --train
+head the K heads are on features of the frozen base. The error comes near the irreducible one where
+there are viewpoints; where there are none it can overfit, so choose --k, --sharpen and
+--weight-decay on validation prompts, as experiments/variants.py does on features. Run
+fit_weights.py and evaluate.py afterwards.
 
 It writes RUN/joint (a num_labels=K model; of --train head the heads alone), RUN/logs/joint.jsonl
 and RUN/rewards/0j_SPLIT.npy. The members are in the order of their learned weight, so that prefixes
@@ -175,8 +177,8 @@ def parse_args(argv=None):
     add("--k", type=cli.member_number, default=8, help="reward models, at least 2 (default 8)")
     words = "all parameters, or K heads on features of the frozen base"
     add("--train", choices=("full", "head"), default="full", help=words)
-    words = "the steepness of the votes at the last step (default 4); 1: soft throughout"
-    add("--sharpen", type=cli.positive, default=4.0, metavar="S", help=words)
+    words = "the steepness of the votes at the last step (4096; head: 4); 1: soft throughout"
+    add("--sharpen", type=cli.positive, metavar="S", help=words)
     words = "those that fit_weights.py gives the hard votes, or those learned with the rewards"
     add("--weights", choices=("qp", "learned"), default="qp", help=words)
     training.add_flags(parser)
@@ -186,6 +188,7 @@ def parse_args(argv=None):
     head = args.train == "head"
     training.fill_in(
         args,
+        sharpen=4.0 if head else 4096.0,
         lr=3e-2 if head else 2e-5,
         epochs=20 if head else 1,
         weight_decay=0.1,  # of heads too: one that suits a single reward keeps K of them alike

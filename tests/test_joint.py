@@ -230,7 +230,7 @@ def test_same_again_skipped_and_refused(runs, data, base, tmp_path, capsys, full
         np.testing.assert_array_equal(rewards(again, j), rewards(runs["full"], j))
     train_all(again, base, "--k", "3", *KINDS["full"])
     assert "skipped" in capsys.readouterr().out
-    with pytest.raises(InputError, match="sharpen was 4.0, is 2.0"):
+    with pytest.raises(InputError, match="sharpen was 4096.0, is 2.0"):
         train_all(again, base, "--k", "3", *KINDS["full"], "--sharpen", "2")
     other = train_all(
         fresh(data, tmp_path, "other"), base, "--k", "3", *KINDS["full"], "--seed", "1"
