@@ -71,6 +71,10 @@ def short(number, digits=4, sign=""):
     return f"{number:{sign}.{digits}f}".replace("0.", ".")
 
 
+def span(values):
+    return f"{short(values.min())} to {short(values.max())}"
+
+
 def column(rows, name, **where):
     """The column of the rows that have these values, float64."""
     chosen = [row for row in rows if all(row[key] == value for key, value in where.items())]
@@ -89,3 +93,58 @@ def test_table_of_steps(name):
         error = short(less.std(ddof=1) / len(less) ** 0.5)
         cells = f"{short(whole.mean())} | {short(pairs.mean())} | {short(less.mean(), sign='+')}"
         assert f"k = {k} | {cells} ± {error} |" in page, (k, cells, error)
+
+
+def test_tables_of_the_demo():
+    page, front = (
+        (REPOSITORY / name).read_text(encoding="utf-8") for name in ("docs/results.md", "README.md")
+    )
+    rows = committed("demo_seeds.csv")
+    fsam = [row for row in rows if row["run"].rstrip("0123456789") == "fsam_"]
+    sizes = ("1", "2", "3", "4", "8")
+    brier = [column(fsam, "brier", k=k) for k in sizes]
+    references = {
+        name: column(fsam, name, k="1") for name in ("coin_flip", "floor_single", "soft_single")
+    }
+    coin, floor, soft = references.values()
+    below = {
+        f"below the coin flip (mean {short(coin.mean())})": coin,
+        f"below the floor of any single deterministic reward (mean {short(floor.mean())})": floor,
+        f"below the single soft model (mean {short(soft.mean())})": soft,
+    }
+    lines = {
+        "Brier score, mean": [short(x.mean()) for x in brier],
+        "its range": [span(x) for x in brier],
+        "error against the truth, mean": [
+            short(column(fsam, "true_error", k=k).mean()) for k in sizes
+        ],
+    }
+    lines |= {
+        name: [f"{(x < reference).sum()} of {len(x)}" for x in brier]
+        for name, reference in below.items()
+    }
+    for name, cells in lines.items():
+        assert f"| {name} | {' | '.join(cells)} |" in page, (name, cells)
+    assert all(f" | {span(x)} |" in front for x in brier[:4])
+    for name, kind in [
+        ("FSAM", "fsam"),
+        ("joint", "joint"),
+        ("joint, `--sharpen 4`", "joint4"),
+        ("FSAM, hardened", "fsam_hard"),
+        ("joint, `--sharpen 4`, hardened", "joint4_hard"),
+    ]:
+        of_kind = [row for row in rows if row["run"].rstrip("0123456789") == f"{kind}_"]
+        x, true = (column(of_kind, figure, k="8") for figure in ("brier", "true_error"))
+        assert len(x) == 10
+        cells = f"{short(x.mean())} | {span(x)} | {short(true.mean())}"
+        assert f"| {name} | {cells} |" in page, (name, cells)
+
+
+def test_what_is_said_of_the_optimizer():
+    rows = committed("optimizer_demo.csv")
+    page = " ".join((REPOSITORY / "docs/training.md").read_text(encoding="utf-8").split())
+    five, ten, tf32 = (
+        ", ".join(short(x) for x in column(rows, "brier", k="2", steps=kind))
+        for kind in ("prompts", "frequency_10", "tf32")
+    )
+    assert f"k = 2 of {ten} with 10, {five} with 5" in page and f"gave {tf32}, so" in page
