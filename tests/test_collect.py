@@ -148,3 +148,13 @@ def test_what_is_said_of_the_optimizer():
         for kind in ("prompts", "frequency_10", "tf32")
     )
     assert f"k = 2 of {ten} with 10, {five} with 5" in page and f"gave {tf32}, so" in page
+
+
+def test_table_of_sharpness():
+    page = (REPOSITORY / "experiments/README.md").read_text(encoding="utf-8")
+    rows = [row for row in committed("joint_sharpen.csv") if row["k"] == "8"]
+    for s in ("4", "16", "64", "256", "1024", "4096"):
+        figures = ("brier_valid", "brier", "brier_soft")
+        found = [column(rows, name, sharpen=f"{float(s):g}") for name in figures]
+        assert len(found[0]) == 3
+        assert f"| {s} | {' | '.join(short(x.mean()) for x in found)} |" in page
