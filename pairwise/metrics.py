@@ -174,9 +174,7 @@ def drawn_sums(arrays, resamples, seed):
 
 def resampled(sums, resamples, seed):
     """Sum the sums (P, m) of prompts over resampled prompts: float64 (resamples, m)."""
-    counts = evaluator.bootstrap_counts(len(sums), resamples, seed)
-    blocks = np.array_split(counts, max(1, counts.size // (5 * 10**6)))  # 40 to 80 MB each
-    return np.concatenate([block.astype(np.float64) @ sums for block in blocks])
+    return evaluator.bootstrap_sums(np.ascontiguousarray(sums, np.float64), resamples, seed)
 
 
 def by_prompt(split, terms):
