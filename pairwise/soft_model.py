@@ -19,7 +19,6 @@ from typing import NamedTuple
 from pairwise import cli, data, files, run_dir, weights
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import expit
 
 # {key in metrics.json: that of the same against the true fractions}
@@ -67,6 +66,8 @@ def fit_scale_and_lapses(differences, w, p):
     """(tau, a) with the least mean (p_hat - p)^2, where a is at most .49, and tau times the median
     |difference| from e^-5, nearly a coin flip, to e^5, nearly hard votes: rewards of any scale have
     the same predictions. (1, 0) where all rewards are equal."""
+    from scipy.optimize import brentq  # .2 seconds, while evaluate.py's second process draws
+
     distances = np.abs(differences[differences != 0])
     if not len(distances):
         return 1.0, 0.0
