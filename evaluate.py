@@ -145,8 +145,18 @@ def refitted_intervals(forms, pairs, prompts, alphas, resamples, seed):
     return limits
 
 
-def compute(run, stored, args):
-    """Return metrics.json as a dictionary."""
+def rank(stored, args):
+    """Return "diversity" of metrics.json, None where there are no continuations."""
+    if stored.scores is None:
+        return None
+    alpha = np.array(stored.prefixes[-1]["alpha"])
+    patterns = stored.stats.get("attributes", ranking.ATTRIBUTES)
+    ranked = stored.scores, stored.texts, alpha, patterns
+    return diversity.measure(*ranked, args.resamples, args.seed)
+
+
+def compute(run, stored, ranked, args):
+    """Return metrics.json as a dictionary; ranked: of `rank`."""
     resampling = args.resamples, args.seed
     run_dir.check(run, run / "plurality.json")
     result = {
@@ -156,15 +166,10 @@ def compute(run, stored, args):
         "votes": stored.stats["votes"],
         "own_split": stored.stats.get("own_split"),  # not in older data
         "splits": {},
-        "diversity": None,
+        "diversity": ranked,
         "policy": None,
         "plurality": files.read_json(run / "plurality.json", PLURALITY, {}) or None,
     }
-    if stored.scores is not None:
-        alpha = np.array(stored.prefixes[-1]["alpha"])
-        patterns = stored.stats.get("attributes", ranking.ATTRIBUTES)
-        ranked = stored.scores, stored.texts, alpha, patterns
-        result["diversity"] = diversity.measure(*ranked, *resampling)
     soft = soft_model.read_lines(run, stored.splits)
     counted = {name: data.counted_pairs(split) for name, split in stored.splits.items()}
     if stored.logprob is not None and (test := counted["test"]):
@@ -214,10 +219,10 @@ def main(args):
             started = run_dir.begin_stage(run, "evaluate", settings, inputs)
         test, alpha = stored.splits["test"], np.array(stored.prefixes[-1]["alpha"])
         votes = evaluator.votes(stored.rewards["test"], test.a, test.b) / 2
-        logs = read_logs(run, len(votes))
-        shown = stored.prefixes, logs, test.p, weights.p_hat_of(alpha, votes)
+        logs, ranked = read_logs(run, len(votes)), rank(stored, args)
+        shown = stored.prefixes, logs, test.p, weights.p_hat_of(alpha, votes), ranked
         with drawing.elsewhere(report.draw_inputs, *shown) as drawn:
-            result = compute(run, stored, args)
+            result = compute(run, stored, ranked, args)
             files.write_json(out / "metrics.json", result)
             report.write(out, result, stored.prefixes, {"stages": run_dir.stages(run)}, drawn)
         if in_place:

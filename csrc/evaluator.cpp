@@ -1,4 +1,4 @@
-// The counting behind evaluate.py: votes and their sums per prompt, Kendall's tau-b, bootstrap counts.
+// The counting behind evaluate.py: votes and their sums per prompt, Kendall's tau-b, bootstrap sums.
 //
 // Arguments are taken as they lie in memory, without a copy or a cast, and checked by hand: pybind11's own conversion
 // would copy in silence, and its errors don't say which argument was wrong. Nothing is returned before every check has been
@@ -244,16 +244,21 @@ py::array_t<double> kendall_tau(const py::object &argument, const py::object &pa
 
 // ---- bootstrap ----
 
-py::array_t<std::int32_t> bootstrap_counts(const py::object &prompts_argument, const py::object &resamples_argument,
-                                           const py::object &seed_argument, const py::object &threads_argument) {
-    const Index prompts = checked_integer(prompts_argument, "prompts", largest_int32);
+py::array_t<double> bootstrap_sums(const py::object &sums_argument, const py::object &resamples_argument,
+                                   const py::object &seed_argument, const py::object &path_argument,
+                                   const py::object &threads_argument) {
+    const auto array = checked_array<double, double>(sums_argument, "sums", 2, "(prompts, columns)");
+    const Index prompts = array.shape(0), columns = array.shape(1);
+    if (prompts > static_cast<Index>(largest_int32))
+        throw py::value_error("sums must hold fewer than 2^31 prompts, not shape " + shape_of(array));
     const Index resamples = checked_integer(resamples_argument, "resamples", largest_int32);
     const std::uint64_t seed = checked_integer(seed_argument, "seed", ~std::uint64_t{0});
+    const Path path = checked_path(path_argument);
     const Index threads = checked_threads(threads_argument);
-    py::array_t<std::int32_t> result({resamples, prompts});
-    std::int32_t *counts = result.mutable_data();
+    py::array_t<double> result({resamples, columns});
+    double *totals = result.mutable_data();
     py::gil_scoped_release release;
-    count_draws(prompts, resamples, seed, threads, counts);
+    bootstrap(data_of<double>(array), prompts, columns, resamples, seed, path, threads, totals);
     return result;
 }
 
@@ -267,7 +272,7 @@ PYBIND11_MODULE(evaluator, module) {
     py::options options;
     options.disable_function_signatures();
 
-    module.doc() = "Exact, seeded counting for evaluation: votes, sums per prompt, Kendall's tau-b, bootstrap counts.";
+    module.doc() = "Exact, seeded counting for evaluation: votes, sums per prompt, Kendall's tau-b, bootstrap sums.";
 
     module.def("pair_statistics", &pair_statistics, py::arg("rewards"), py::arg("a"), py::arg("b"), py::arg("p"),
                py::arg("prompt_start"), py::arg("path") = "auto", py::arg("threads") = 0,
@@ -339,20 +344,25 @@ scores all n alike, and n < 2, have nan in their row and column.
 Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, a view that is not C-contiguous, and NaN, with
 its model (counted from 1), prompt and index.)");
 
-    module.def("bootstrap_counts", &bootstrap_counts, py::arg("prompts"), py::arg("resamples"), py::arg("seed"),
-               py::arg("threads") = 0, R"(bootstrap_counts(prompts, resamples, seed, threads=0)
+    module.def("bootstrap_sums", &bootstrap_sums, py::arg("sums"), py::arg("resamples"), py::arg("seed"),
+               py::arg("path") = "auto", py::arg("threads") = 0,
+               R"(bootstrap_sums(sums, resamples, seed, path="auto", threads=0)
 --
 
-How often each prompt occurs when `prompts` prompts are drawn with replacement: int32 (resamples, prompts), each row with
-the sum `prompts`.
+Sums over as many prompts as there are, drawn with replacement: float64 (resamples, columns). Of the identity matrix they are
+how often each prompt is drawn, which no other call needs: counts are never stored.
 
-prompts, resamples  integers from 0 to 2^31 - 1
-seed                integer from 0 to 2^64 - 1
-threads             0 to 1024; 0 is as many as pay. The result is the same for any number
+sums       float64 (prompts, columns), C-contiguous, fewer than 2^31 prompts: of each prompt. A value that is not finite makes
+           its column's sums nan, or infinite, also where its prompt is not drawn
+resamples  integer from 0 to 2^31 - 1
+seed       integer from 0 to 2^64 - 1
+path       "auto", "portable" or, where the CPU has it, "avx2" or "avx512": the same result to the last bit
+threads    0 to 1024; 0 is as many as pay. The result is the same for any number
 
-The counts are the same on every machine, and resample i is the same however many are asked for: it is drawn by
-splitmix64 with the state mix(mix(seed) + i), mix being its output function; a prompt is drawn from the upper 32 bits of
-an output by Lemire's unbiased method.
+The draws are the same on every machine, and resample i is the same however many are asked for: it is drawn by splitmix64
+with the state mix(mix(seed) + i), mix being its output function; a prompt is drawn from the upper 32 bits of an output by
+Lemire's unbiased method. How often a prompt is drawn times its value is added prompt by prompt, in pieces of 128.
 
-Raises TypeError for an argument that is not an integer, ValueError for one out of range.)");
+Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, a view that is not C-contiguous, and an integer out
+of range.)");
 }

@@ -47,5 +47,7 @@ bool sum_pairs(const Comparisons<T> &comparisons, const double *p, const Index *
 template <class T>
 void all_taus(const T *scores, Index models, Index prompts, Index n, Path path, Index threads, double *taus);
 
-// How often each prompt is drawn, with replacement: counts (resamples, prompts), the same on every machine.
-void count_draws(Index prompts, Index resamples, std::uint64_t seed, Index threads, std::int32_t *counts);
+// Sums over prompts drawn with replacement, the same ones on every machine: sums (prompts, columns), prompts < 2^31 -> totals
+// (resamples, columns). The path must be one this CPU has.
+void bootstrap(const double *sums, Index prompts, Index columns, Index resamples, std::uint64_t seed, Path path, Index threads,
+               double *totals);

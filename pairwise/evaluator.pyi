@@ -40,9 +40,10 @@ def kendall_tau(
     path: Path = "auto",
     threads: SupportsIndex = 0,
 ) -> NDArray[np.float64]: ...  # (prompts, k, k)
-def bootstrap_counts(
-    prompts: SupportsIndex,
+def bootstrap_sums(
+    sums: NDArray[np.float64],  # (prompts, columns)
     resamples: SupportsIndex,
     seed: SupportsIndex,
+    path: Path = "auto",
     threads: SupportsIndex = 0,
-) -> NDArray[np.int32]: ...  # (resamples, prompts)
+) -> NDArray[np.float64]: ...  # (resamples, columns)

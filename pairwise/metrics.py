@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pairwise import cli, run_dir, soft_model, theory
 
 import numpy as np
-from scipy.special import expit
+import scipy  # Not scipy.special: see soft_model.
 
 evaluator = cli.import_evaluator()
 
@@ -174,9 +174,7 @@ def drawn_sums(arrays, resamples, seed):
 
 def resampled(sums, resamples, seed):
     """Sum the sums (P, m) of prompts over resampled prompts: float64 (resamples, m)."""
-    counts = evaluator.bootstrap_counts(len(sums), resamples, seed)
-    blocks = np.array_split(counts, max(1, counts.size // (5 * 10**6)))  # 40 to 80 MB each
-    return np.concatenate([block.astype(np.float64) @ sums for block in blocks])
+    return evaluator.bootstrap_sums(np.ascontiguousarray(sums, np.float64), resamples, seed)
 
 
 def by_prompt(split, terms):
@@ -230,7 +228,7 @@ def measure(split, rewards, stats, predicted):
     """
     sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
     p, truth, zero = split.p, split.p_true, np.zeros(len(split.p))
-    soft = expit(soft_model.reward_differences(rewards, split.a, split.b))
+    soft = scipy.special.expit(soft_model.reward_differences(rewards, split.a, split.b))
     sampled = theory.irreducible(p, split.n, split.ties if stats["ties"] == "half" else zero)
     c = {"sampled": sampled, "population": zero, "dependent": None}[stats["votes"]]
     lines = {

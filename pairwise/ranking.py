@@ -6,7 +6,7 @@ Higher rewards are better. They may be infinite, and none is NaN.
 import re
 
 import numpy as np
-from scipy.special import expit, logsumexp
+import scipy  # Not scipy.special: see soft_model.
 
 # A pattern is matched in capitals or not. A data set with attributes of its own has them in
 # stats.json.
@@ -70,7 +70,9 @@ def log_policies(margins, alpha):
     """Return log p_bar and log (1 - p_bar) of p_bar = sum_j alpha_j sigmoid(margins_j), float64
     (2, N), however near to 0 or 1 it is; margins (K, N), alpha (K,)."""
     logs = [-np.logaddexp(0, sign * margins) for sign in (-1, 1)]
-    return np.array([logsumexp(log, axis=0, b=alpha[:, None]) for log in logs]).clip(max=0)
+    return np.array([scipy.special.logsumexp(log, axis=0, b=alpha[:, None]) for log in logs]).clip(
+        max=0
+    )
 
 
 def policy_mixture(scores, logprob, alpha, beta):
@@ -86,4 +88,4 @@ def policy_mixture(scores, logprob, alpha, beta):
     scores = np.asarray(scores, np.float64)
     with np.errstate(invalid="ignore"):
         margin = np.nan_to_num(scores[:, a] - scores[:, b])  # Equal infinite rewards differ by 0.
-    return alpha @ expit(margin / beta + (logprob[a] - logprob[b]))
+    return alpha @ scipy.special.expit(margin / beta + (logprob[a] - logprob[b]))

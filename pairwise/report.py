@@ -341,14 +341,18 @@ def draw(calls):
     return pictures
 
 
-def draw_inputs(prefixes, logs, p, p_hat):
-    """`draw` the figures that need no metrics. prefixes: what weights.json holds; logs: {title:
-    list of steps}; p, p_hat (pairs,): the test split's vote fractions and what all members say."""
+def draw_inputs(prefixes, logs, p, p_hat, diversity):
+    """`draw` the figures that need no metrics of pairs. prefixes: what weights.json holds; logs:
+    {title: list of steps}; p, p_hat (pairs,): the test split's vote fractions and what all members
+    say; diversity: metrics["diversity"]."""
     calls = {
         "reliability": (figures.reliability, p, p_hat),
         "votes": (figures.majority_shares, p),
         "weights": (figures.mixture_weights, prefixes),
         "training": (figures.training, logs),
+        "kendall": (figures.kendall, diversity),
+        "wins": (figures.wins, diversity),
+        "policies": (figures.policies, diversity),
     }
     return draw(calls)
 
@@ -357,18 +361,12 @@ def write(out, metrics, prefixes, manifest, drawn):
     """Write out/figures/*.png, *.pdf and out/report.html; returns the report's path.
 
     metrics, prefixes, manifest: what metrics.json, weights.json and the manifest hold, whose keys
-    may be missing; drawn: called for the value of `draw_inputs`, once the others are drawn.
+    may be missing; drawn: called for the value of `draw_inputs`, once the other figure is drawn.
     """
-    out = Path(out)
+    out, images = Path(out), {}
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    test, diversity, images = metrics["splits"]["test"], metrics["diversity"], {}
-    matrices = {"kendall": (figures.kendall, diversity), "wins": (figures.wins, diversity)}
-    curves = {
-        "calibration": (figures.calibration, test, chosen_size(metrics)),
-        "policies": (figures.policies, diversity),
-    }
-    with drawing.elsewhere(draw, matrices) as others:
-        pictures = draw(curves) | others() | drawn()
+    curve = figures.calibration, metrics["splits"]["test"], chosen_size(metrics)
+    pictures = draw({"calibration": curve}) | drawn()
     for name, picture in pictures.items():
         if picture:
             formats, images[name] = picture

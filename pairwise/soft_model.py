@@ -19,8 +19,7 @@ from typing import NamedTuple
 from pairwise import cli, data, files, run_dir, weights
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import expit
+import scipy  # Its modules are imported when they are first used, beside evaluate.py's drawing.
 
 # {key in metrics.json: that of the same against the true fractions}
 LINES = {
@@ -39,7 +38,7 @@ def reward_differences(rewards, a, b):
 
 def predict(differences, w, tau=1.0, a=0.0):
     """p_hat float64 (N,); differences float64 (M, N), w float64 (M,)."""
-    return a + (1 - 2 * a) * (w @ expit(tau * differences))
+    return a + (1 - 2 * a) * (w @ scipy.special.expit(tau * differences))
 
 
 class SoftModel(NamedTuple):
@@ -58,7 +57,7 @@ class SoftModel(NamedTuple):
 
 def fit_mixture(differences, p):
     """The weights w (M,) with the least mean (p_hat - p)^2 where tau = 1 and a = 0."""
-    soft, pairs = expit(differences), len(p)
+    soft, pairs = scipy.special.expit(differences), len(p)
     q = weights.error_matrix(soft @ soft.T / pairs, soft @ p / pairs, p @ p / pairs)
     return weights.simplex_weights(q)
 
@@ -75,7 +74,7 @@ def fit_scale_and_lapses(differences, w, p):
     def fit(x):
         """The error, its slope in x, tau and a: for one tau the error is a square in a."""
         tau = np.exp(x) / unit
-        votes = expit(tau * differences)
+        votes = scipy.special.expit(tau * differences)
         soft = w @ votes
         lapse = 1 - 2 * soft
         a = np.clip(lapse @ (p - soft) / (lapse @ lapse or 1), 0, 0.49)
@@ -90,7 +89,7 @@ def fit_scale_and_lapses(differences, w, p):
     low, high = max(best - 0.25, -5), min(best + 0.25, 5)
     found = [fit(best)]
     if fit(low)[1] < 0 and fit(high)[1] > 1e-12:
-        found.append(fit(brentq(lambda x: fit(x)[1], low, high, xtol=1e-14)))
+        found.append(fit(scipy.optimize.brentq(lambda x: fit(x)[1], low, high, xtol=1e-14)))
     return min(found)[2:]
 
 

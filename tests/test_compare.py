@@ -84,9 +84,8 @@ def test_every_number_and_interval_from_the_files(runs, tmp_path):
     )
     seeds = {k: (one[k] + two[k]) / 2 for k in one}
     terms = {"first": first, "seed": seeds, "fixed": fixed}
-    counts = metrics.evaluator.bootstrap_counts(prompt.max() + 1, RESAMPLES, 0)[
-        :, prompt
-    ]  # the same resampled prompts for all
+    each = np.eye(prompt.max() + 1).take(prompt, 1)  # the same resampled prompts for all
+    counts = metrics.evaluator.bootstrap_sums(each, RESAMPLES, 0)
 
     def check(entry, errors):
         assert entry["brier"] == pytest.approx(errors.mean(), abs=1e-12)

@@ -769,6 +769,11 @@ def agrees(limits, resampled):
     )
 
 
+def drawn_counts(prompts, resamples, seed):
+    """How often each prompt is drawn, (resamples, prompts)."""
+    return figures.evaluator.bootstrap_sums(np.eye(prompts), resamples, seed)
+
+
 def test_estimate_is_that_of_an_independent_bootstrap_over_prompts():
     prompt, errors = clustered()
     sums, pairs = np.bincount(prompt, errors), np.bincount(prompt).astype(float)
@@ -785,10 +790,10 @@ def test_estimate_is_that_of_an_independent_bootstrap_over_prompts():
     assert not agrees(limits[0], mean_of_prompts) and not agrees(
         np.quantile(resample(prompt, errors, 2), [0.05, 0.95]), resample(prompt, errors, 1)
     )
-    many = figures.evaluator.bootstrap_counts(2100, 10_000, 5)  # more than are multiplied at once
     x, y = np.random.default_rng(0).random((2, 2100)) + 0.5
     value, limits = figures.estimate({"x": figures.Ratio(x, y)}, 10_000, 5).values()
     assert value == pytest.approx(x.sum() / y.sum(), rel=1e-14)
+    many = drawn_counts(2100, 10_000, 5)
     np.testing.assert_allclose(
         limits, np.percentile(many @ x / (many @ y), [2.5, 97.5]), rtol=1e-12
     )
@@ -1027,10 +1032,7 @@ def test_refitted_intervals_are_those_of_weights_fitted_to_each_resample(tmp_pat
     )
     votes, test_votes = (np.sign(first - second) + 1) / 2, (np.sign(one - two) + 1) / 2
     soft, c = 1 / (1 + np.exp(-(one - two).astype(float))), q * (1 - q) / (n - 1)
-    counts = [
-        figures.evaluator.bootstrap_counts(int(x.max()) + 1, 60, seed)[:, x]
-        for x, seed in ((prompt, 1), (at, 0))
-    ]
+    counts = [drawn_counts(int(x.max()) + 1, 60, seed)[:, x] for x, seed in ((prompt, 1), (at, 0))]
     for e in metrics["splits"]["test"]["ensemble"]:
         size, drawn = e["k"], []
         for train, test in zip(*counts):
@@ -1065,8 +1067,8 @@ def test_refitted_weights_are_those_of_all_train_pairs(tmp_path, no_figures, mon
     run = make(tmp_path / "run", single=True, valid=0.0)
     monkeypatch.setattr(
         figures.evaluator,
-        "bootstrap_counts",
-        lambda prompts, resamples, seed: np.ones((resamples, prompts), np.int32),
+        "bootstrap_sums",
+        lambda sums, resamples, seed: np.tile(sums.sum(0), (resamples, 1)),
     )
     for e in evaluated(run, "--resamples", "3", "--refit")["splits"]["test"]["ensemble"]:
         assert e["brier_refit_ci"] == pytest.approx([e["brier"]] * 2, abs=1e-9)

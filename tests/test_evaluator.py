@@ -460,43 +460,69 @@ def reference_counts(prompts, resamples, seed):
     )
 
 
-def test_threads_share_resamples():
-    counts = evaluator.bootstrap_counts(300, 3001, 5, 1)
-    for threads in (0, 2, 3, 7):
-        assert np.array_equal(evaluator.bootstrap_counts(300, 3001, 5, threads), counts)
+def reference_sums(sums, resamples, seed):
+    """Counts times sums, added prompt by prompt in pieces of 128."""
+    counts, pieces = reference_counts(len(sums), resamples, seed), range(0, len(sums), 128)
+    products = [counts[:, i : i + 128, None] * sums[i : i + 128] for i in pieces]
+    return sum((x.cumsum(1)[:, -1] for x in products), np.zeros((resamples, sums.shape[1])))
+
+
+def counts_of(prompts, resamples, seed):
+    return evaluator.bootstrap_sums(np.eye(prompts), resamples, seed)
 
 
 @cases(50)
-@given(st.integers(0, 30), st.integers(0, 8), st.integers(0, 2**64 - 1))
-def test_counts_are_those_of_the_documented_generator(prompts, resamples, seed):
-    counts = evaluator.bootstrap_counts(prompts, resamples, seed)
-    assert counts.dtype == np.int32 and counts.shape == (resamples, prompts)
+@given(st.integers(0, 300), st.integers(0, 20), st.integers(0, 40), st.integers(0, 2**64 - 1))
+def test_bootstrap_is_that_of_the_documented_generator(prompts, columns, resamples, seed):
+    sums = np.random.default_rng(prompts).normal(size=(prompts, columns))
+    want = reference_sums(sums, resamples, seed)
+    for path in PATHS:
+        found = evaluator.bootstrap_sums(sums, resamples, seed, path)
+        assert found.dtype == np.float64 and found.shape == (resamples, columns)
+        assert np.array_equal(found, want), path
+    more = evaluator.bootstrap_sums(sums, resamples + 3, seed)
+    assert np.array_equal(more[:resamples], want)
+    counts = counts_of(prompts, resamples, seed)
     assert np.array_equal(counts, reference_counts(prompts, resamples, seed))
-    assert (counts.sum(1) == prompts).all()
-    assert np.array_equal(
-        evaluator.bootstrap_counts(prompts, resamples + 3, seed)[:resamples], counts
-    )
+    np.testing.assert_allclose(want, counts @ sums, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_threads_share_resamples(path):
+    sums = np.random.default_rng(0).normal(size=(300, 19))
+    expected = evaluator.bootstrap_sums(sums, 3001, 5, "portable", 1)
+    for threads in (0, 1, 2, 3, 7):
+        assert np.array_equal(evaluator.bootstrap_sums(sums, 3001, 5, path, threads), expected)
+
+
+def test_values_that_are_not_finite_stay_in_their_column():
+    sums = np.ones((200, 10))
+    sums[7, 2], sums[150, 9] = np.nan, np.inf
+    for path in PATHS:
+        found = evaluator.bootstrap_sums(sums, 40, 1, path)
+        assert np.isnan(found[:, 2]).all() and not np.isfinite(found[:, 9]).any()
+        assert (np.delete(found, (2, 9), axis=1) == 200).all()
 
 
 def test_outputs_that_would_bias_the_draw_are_rejected():
     prompts = 1_000_003  # 2^32 mod prompts is large, so that some 200 of a million outputs are
-    assert np.array_equal(
-        evaluator.bootstrap_counts(prompts, 1, 5), reference_counts(prompts, 1, 5)
-    )
+    numbers = np.arange(prompts, dtype=np.float64)
+    sums = np.stack([numbers, numbers**2 % 1009], 1)  # whole numbers, exact in any order
+    found = evaluator.bootstrap_sums(sums, 1, 5)
+    assert np.array_equal(found, reference_counts(prompts, 1, 5) @ sums)
 
 
 def test_seed_and_resample_matter():
-    counts = evaluator.bootstrap_counts(100, 50, 0)
+    counts = counts_of(100, 50, 0)
     assert len(np.unique(counts, axis=0)) == 50
     for seed in (1, 2**32, 2**63):
-        other = evaluator.bootstrap_counts(100, 50, seed)
-        assert not (counts[:, None] == other[None]).all(2).any()
+        assert not (counts[:, None] == counts_of(100, 50, seed)[None]).all(2).any()
 
 
 @pytest.mark.parametrize("prompts", [2, 3, 10, 37])
 def test_counts_are_multinomial(prompts):
     resamples = 40_000
-    counts = evaluator.bootstrap_counts(prompts, resamples, 7).astype(float)
+    counts = counts_of(prompts, resamples, 7)
     variance = 1 - 1 / prompts
     mean_error = (counts.mean(0) - 1) / np.sqrt(variance / resamples)
     assert np.abs(mean_error).max() < 5
@@ -530,7 +556,10 @@ def good():
             "scores": np.arange(12, dtype=np.float64).reshape(2, 2, 3),
             "path": "auto", "threads": 0,
         },
-        "bootstrap_counts": {"prompts": 3, "resamples": 2, "seed": 1, "threads": 0},
+        "bootstrap_sums": {
+            "sums": np.arange(6, dtype=np.float64).reshape(3, 2),
+            "resamples": 2, "seed": 1, "path": "auto", "threads": 0,
+        },
     }  # fmt: skip
 
 
@@ -555,10 +584,7 @@ ARRAYS = [
     (f, name) for f in good() for name in good()[f] if isinstance(good()[f][name], np.ndarray)
 ]
 INTEGERS = [
-    (f, name)
-    for f in good()
-    for name in good()[f]
-    if name in ("prompts", "resamples", "seed", "threads")
+    (f, name) for f in good() for name in good()[f] if name in ("resamples", "seed", "threads")
 ]
 R, P, S = (("pair_statistics", name) for name in ("rewards", "p", "prompt_start"))
 K = ("kendall_tau", "scores")
@@ -621,11 +647,13 @@ MALFORMED = [
         ("1", TypeError, "must be an integer, not str"))],
     *[(f, "path", lambda x, value=value: value, error,
        'must be one of "auto", "portable".* on this CPU, not ' + given)
-      for f in ("pair_statistics", "kendall_tau")
+      for f in ("pair_statistics", "kendall_tau", "bootstrap_sums")
       for value, error, given in (("sse", ValueError, '"sse"'), ("", ValueError, '""'),
                                   (None, TypeError, "NoneType"))],
     ("kendall_tau", "threads", lambda x: 1025, ValueError, "must be from 0 to 1024, not 1025"),
-    ("bootstrap_counts", "prompts", lambda x: 2**31, ValueError,
+    ("bootstrap_sums", "sums", lambda x: np.lib.stride_tricks.as_strided(x, (2**31, 1)), ValueError,
+     r"must hold fewer than 2\^31 prompts, not shape \(2147483648, 1\)"),
+    ("bootstrap_sums", "resamples", lambda x: 2**31, ValueError,
      "must be from 0 to 2147483647, not 2147483648"),
 ]  # fmt: skip
 
@@ -674,7 +702,6 @@ def test_random_malformed_calls_raise_or_return():
         {function: [name for f, name in ARRAYS if f == function] for function in good()},
         {},
     )
-    functions.pop("bootstrap_counts")
     for _ in range(calls):
         function = rng.choice(list(functions))
         arguments = good()[function]
@@ -694,6 +721,10 @@ def test_random_malformed_calls_raise_or_return():
             key = scores.shape, scores.tobytes()
             scipys[key] = scipys[key] if key in scipys else scipy_taus(scores)
             assert np.array_equal(result, scipys[key], equal_nan=True)
+        elif function == "bootstrap_sums":
+            with np.errstate(invalid="ignore"):
+                want = reference_sums(arguments["sums"], 2, 1)
+            assert np.array_equal(result, want, equal_nan=True)
         elif len(arguments["prompt_start"]) > 1:
             want = brute_statistics(**arguments)
             assert all(np.array_equal(result[name], want[name]) for name in want)

@@ -188,7 +188,7 @@ def test_text_of_the_data_is_escaped(tmp_path, unsaved):
     manifest = {"stages": {"member_01": stage}}
     weights = json.loads((run / "weights.json").read_text())
     p = np.array([0.25, 1.0])
-    inputs = functools.partial(report.draw_inputs, weights, {}, p, p)
+    inputs = functools.partial(report.draw_inputs, weights, {}, p, p, metrics["diversity"])
     report.write(tmp_path / "out", metrics, weights, manifest, inputs)
     page = page_of(tmp_path / "out")
     cells = [text for table in page.tables for row in table for text in row]
@@ -213,7 +213,7 @@ def test_manifest_tells_how_the_run_came_about(tmp_path, unsaved):
     }
     weights = json.loads((run / "weights.json").read_text())
     p = np.array([0.5, 1.0])
-    inputs = functools.partial(report.draw_inputs, weights, {}, p, p)
+    inputs = functools.partial(report.draw_inputs, weights, {}, p, p, metrics["diversity"])
     report.write(run, metrics, weights, {"stages": stages}, inputs)
     page = page_of(run)
     facts = dict(page.tables[0])
