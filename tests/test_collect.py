@@ -158,3 +158,42 @@ def test_table_of_sharpness():
         found = [column(rows, name, sharpen=f"{float(s):g}") for name in figures]
         assert len(found[0]) == 3
         assert f"| {s} | {' | '.join(short(x.mean()) for x in found)} |" in page
+
+
+def rows_on_real_votes(name):
+    """{row of the table: cell} of a file of runs with a frozen base."""
+    rows = committed(name)
+    losses = {
+        loss: [row for row in rows if row["made_by"] == "member" and row["loss"] == loss]
+        for loss in ("mse", "bce", "bt", "margin")
+    }
+    mse, hard = losses["mse"], [row for row in rows if row["made_by"] == "harden"]
+    cells = {f"ensemble, k = {k}": column(mse, "brier", k=k) for k in ("1", "2", "4")}
+    cells["hardened, k = 8"] = column(hard, "brier")
+    for loss, of_loss in losses.items():
+        cells[f"single soft model, `--loss {loss}`"] = column(of_loss, "brier_soft", k="1")
+        cells[f"`--loss {loss}`, scaled"] = column(of_loss, "soft_scaled", k="1")
+    first = [row for row in mse if row["k"] == "1"]
+    cells["coin flip"], floor = column(first, "coin_flip"), column(first, "floor_single")
+    cells["floor of any single deterministic reward"] = floor
+    cells["irreducible error (estimate)"] = column(first, "irreducible")
+    cells = {row: short(values.mean()) for row, values in cells.items()}
+    gain, low = column(first, "gain"), column(first, "gain_low")
+    cells["plurality gain"] = (
+        f"{short(gain.mean(), sign='+')}, above 0 in {(low > 0).sum()} of {len(low)}"
+    )
+    return cells
+
+
+def rows_by_agreement(name):
+    """{loss: cells}: soft Brier score, L1, r of all test pairs, and of those that agree most, less,
+    least."""
+    rows, cells = committed(name), {}
+    for loss in ("mse", "bce", "bt", "margin"):
+        of_loss = [row for row in rows if row["made_by"] == "member" and row["loss"] == loss]
+        of_loss = [row for row in of_loss if row["k"] == "1"]
+        whole = (column(of_loss, f"{figure}_soft") for figure in ("brier", "l1", "pearson"))
+        levels = [column for column in rows[0] if column.startswith("brier_soft_1 ")]
+        by_level = (column(of_loss, level) for level in levels)
+        cells[loss] = [short(values.mean()) for values in (*whole, *by_level)]
+    return cells
