@@ -67,14 +67,18 @@ def rows_of(run):
     ]
 
 
-def splits_of(runs):
-    """[{runs: names, valid: ids, test: ids}], an entry for each distinct split."""
+def write_splits(out, splits_of_runs):
+    """Write OUT_splits.jsonl, {runs: names, valid: ids, test: ids} of every distinct split;
+    splits_of_runs: (name of a run, {split: data.Split}), ..."""
     found = {}
-    for run in runs:
-        splits, _ = data.read_splits(run)
+    for run, splits in splits_of_runs:
         ids = (splits[name].prompt_id if name in splits else () for name in ("valid", "test"))
-        found.setdefault(tuple(tuple(map(str, each)) for each in ids), []).append(run.name)
-    return [{"runs": names, "valid": ids[0], "test": ids[1]} for ids, names in found.items()]
+        found.setdefault(tuple(tuple(map(str, each)) for each in ids), []).append(run)
+    with files.replacing(out.with_name(f"{out.stem}_splits.jsonl")) as partial:
+        files.write_lines(
+            partial,
+            [{"runs": runs, "valid": ids[0], "test": ids[1]} for ids, runs in found.items()],
+        )
 
 
 def summary(rows, figure="brier"):
@@ -102,8 +106,7 @@ def main(args):
             table.writerow(
                 {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
             )
-    with files.replacing(args.out.with_name(f"{args.out.stem}_splits.jsonl")) as partial:
-        files.write_lines(partial, splits_of(args.runs))
+    write_splits(args.out, ((run.name, data.read_splits(run)[0]) for run in args.runs))
     for key, brier in summary(rows).items():
         words = " ".join(word for word in map(str, key[:-1]) if word)
         print(

@@ -5,7 +5,7 @@ that validation prompts recommend.
     python experiments/variants.py --run runs/mine --folds 8 --k 8 32 --out variants.csv
 
 The first takes from half a minute to a few minutes on one thread; in the second every prompt is a
-test prompt once.
+test prompt once. Beside FILE.csv FILE_splits.jsonl has the prompts of each split.
 
 RUN has data/ and features/SPLIT.npy (train_rm.py --train head makes them, populations.py too). The
 losses are those of train_rm.py, extras/train_joint.py and mean_variance.py, of heads on
@@ -34,6 +34,7 @@ import numpy as np
 import plurality
 import torch
 import train_joint
+from collect import write_splits
 from plurality import L2_PENALTIES, brier
 
 HARD = (
@@ -340,6 +341,13 @@ def rows_of(args, k):
     return [{"k": k} | row for row in rows]
 
 
+def splits_of(args):
+    """Yield (name of a run, {split: data.Split}) of all that rows_of pools."""
+    for run, seed in itertools.product(args.run, args.seeds):
+        for splits in read_runs(run, seed, args.folds):
+            yield run.name, {name: featured.split for name, featured in splits.items()}
+
+
 def print_row(row):
     over_soft = ""
     if "over_soft" in row:
@@ -377,6 +385,7 @@ def main(args):
             print_row(row)
     if args.out and args.out.suffix == ".csv":
         write_csv(args.out, table)
+        write_splits(args.out, splits_of(args))
     elif args.out:
         files.write_json(args.out, table)
 

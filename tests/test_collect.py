@@ -5,7 +5,7 @@ import json
 import shutil
 
 import evaluate
-from pairwise import run_dir, training
+from pairwise import data, run_dir, training
 
 import collect
 import numpy as np
@@ -17,6 +17,11 @@ from conftest import FULL, REPOSITORY
 def committed(name):
     with open(REPOSITORY / "results" / name, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def committed_splits(name):
+    lines = (REPOSITORY / "results" / f"{name}_splits.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in lines.splitlines()]
 
 
 # ---- the scripts
@@ -197,3 +202,17 @@ def rows_by_agreement(name):
         by_level = (column(of_loss, level) for level in levels)
         cells[loss] = [short(values.mean()) for values in (*whole, *by_level)]
     return cells
+
+
+def test_prompts_of_the_splits():
+    """Of the reference run those of its seed; none is in two splits, and each is in one fold."""
+    split = data.read_split(REPOSITORY / "results/demo", "test")
+    seeds = committed_splits("demo_seeds")
+    assert seeds[0]["runs"][0] == "fsam_0" and seeds[0]["test"] == [*map(str, split.prompt_id)]
+    assert len(seeds) == 10 and all(len(line["runs"]) == 5 for line in seeds)
+    for path in (REPOSITORY / "results").glob("*_splits.jsonl"):
+        for line in committed_splits(path.name.removesuffix("_splits.jsonl")):
+            ids = line["valid"] + line["test"]
+            assert ids and len(set(ids)) == len(ids), path
+    folds = [set(line["test"]) for line in committed_splits("variants_ukpconvarg1")]
+    assert len(set.union(*folds)) == sum(map(len, folds)) == 32

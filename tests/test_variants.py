@@ -192,6 +192,8 @@ def test_without_validation_prompts_and_csv(runs, tmp_path, capsys):
         )
     )
     assert "no validation prompts" in capsys.readouterr().out
+    [line] = (tmp_path / "t_splits.jsonl").read_text().splitlines()
+    assert json.loads(line)["test"] == [*map(str, read_split(run, "test").prompt_id)]
     with open(tmp_path / "t.csv", newline="") as file:
         rows = {row["variant"]: row for row in csv.DictReader(file)}
     assert (
