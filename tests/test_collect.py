@@ -165,43 +165,71 @@ def test_table_of_sharpness():
         assert f"| {s} | {' | '.join(short(x.mean()) for x in found)} |" in page
 
 
+def trained(rows, loss):
+    """The rows of single members of a loss."""
+    rows = [row for row in rows if row["made_by"] == "member" and row["loss"] == loss]
+    return [row for row in rows if row["k"] == "1"]
+
+
 def rows_on_real_votes(name):
     """{row of the table: cell} of a file of runs with a frozen base."""
     rows = committed(name)
-    losses = {
-        loss: [row for row in rows if row["made_by"] == "member" and row["loss"] == loss]
-        for loss in ("mse", "bce", "bt", "margin")
+    first, hard = trained(rows, "mse"), [row for row in rows if row["made_by"] == "harden"]
+    cells = {f"ensemble, k = {k}": column(rows, "brier", k=k, loss="mse") for k in "124"}
+    cells |= {"hardened, k = 8": column(hard, "brier")}
+    cells |= {
+        words: column(first, figure)
+        for words, figure in [
+            ("single soft model", "soft_single"),
+            ("coin flip", "coin_flip"),
+            ("floor of any single deterministic reward", "floor_single"),
+            ("floor - C_hat", "floor_excess"),
+            ("irreducible error (estimate)", "irreducible"),
+        ]
     }
-    mse, hard = losses["mse"], [row for row in rows if row["made_by"] == "harden"]
-    cells = {f"ensemble, k = {k}": column(mse, "brier", k=k) for k in ("1", "2", "4")}
-    cells["hardened, k = 8"] = column(hard, "brier")
-    for loss, of_loss in losses.items():
-        cells[f"single soft model, `--loss {loss}`"] = column(of_loss, "brier_soft", k="1")
-        cells[f"`--loss {loss}`, scaled"] = column(of_loss, "soft_scaled", k="1")
-    first = [row for row in mse if row["k"] == "1"]
-    cells["coin flip"], floor = column(first, "coin_flip"), column(first, "floor_single")
-    cells["floor of any single deterministic reward"] = floor
-    cells["irreducible error (estimate)"] = column(first, "irreducible")
-    cells = {row: short(values.mean()) for row, values in cells.items()}
+    cells = {words: short(values.mean()) for words, values in cells.items()}
     gain, low = column(first, "gain"), column(first, "gain_low")
-    cells["plurality gain"] = (
-        f"{short(gain.mean(), sign='+')}, above 0 in {(low > 0).sum()} of {len(low)}"
-    )
-    return cells
+    above = f"above 0 in {(low > 0).sum()} of {len(low)}"
+    return cells | {"plurality gain": f"{short(gain.mean(), sign='+')}, {above}"}
 
 
-def rows_by_agreement(name):
-    """{loss: cells}: soft Brier score, L1, r of all test pairs, and of those that agree most, less,
-    least."""
+def rows_by_loss(name):
+    """{loss: cells}: Brier score, the same scaled, L1, r of all test pairs; then the Brier score by
+    agreement of the votes."""
     rows, cells = committed(name), {}
+    levels = ("unanimous", "at least 3/4", "above 1/2", "even")
+    figures = ["brier_soft", "soft_scaled", "l1_soft", "pearson_soft"]
+    figures += [f"brier_soft_1 {level}" for level in levels]
     for loss in ("mse", "bce", "bt", "margin"):
-        of_loss = [row for row in rows if row["made_by"] == "member" and row["loss"] == loss]
-        of_loss = [row for row in of_loss if row["k"] == "1"]
-        whole = (column(of_loss, f"{figure}_soft") for figure in ("brier", "l1", "pearson"))
-        levels = [column for column in rows[0] if column.startswith("brier_soft_1 ")]
-        by_level = (column(of_loss, level) for level in levels)
-        cells[loss] = [short(values.mean()) for values in (*whole, *by_level)]
+        members = trained(rows, loss)
+        cells[loss] = [
+            short(column(members, figure).mean()) if figure in rows[0] else "" for figure in figures
+        ]
     return cells
+
+
+@pytest.mark.parametrize("name", ["ukpconvarg1_head.csv", "writing_head.csv"])
+def test_table_of_real_votes(name):
+    page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
+    for words, cell in rows_on_real_votes(name).items():
+        [line] = [line for line in page.splitlines() if line.startswith(f"| {words} |")][-1:]
+        at = 2 if name.startswith("ukpconvarg1") else 3
+        assert line.split(" | ")[at - 1].removesuffix(" |") == cell, (line, cell)
+
+
+@pytest.mark.parametrize(
+    "name, title",
+    [
+        ("ukpconvarg1_head.csv", "UKPConvArg1"),
+        ("writing_head.csv", "writing"),
+        ("demo_losses.csv", "demo"),
+    ],
+)
+def test_table_of_losses(name, title):
+    page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
+    for loss, cells in rows_by_loss(name).items():
+        line = f"| {title}, `{loss}` | {' | '.join(cells)} |".replace("|  |", "| |")
+        assert line in page, line
 
 
 def test_prompts_of_the_splits():
