@@ -21,7 +21,6 @@ import numpy as np
 import paper
 
 MADE_BY = ("joint", "harden", "member_02", "member_01")  # The target is nothing to a first member.
-SEEDS = ("data_seed", "seed")
 SETTINGS = (
     *("train", "target", "loss", "margin_from", "lr", "epochs", "pairs_per_step"),
     *("precondition_frequency", "layout", "sharpen", "weights"),
