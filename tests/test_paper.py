@@ -211,5 +211,8 @@ def test_what_the_page_says_of_figure_2_is_the_committed_file():
     assert by_name["writing"]["figure_2"]["floor_excess"] == pytest.approx(0, abs=1e-9)
     page = " ".join((REPOSITORY / "docs/results.md").read_text(encoding="utf-8").split())
     assert "the two simulated populations are, camps with two, the demo with four" in page
-    for name, words in (("ukpconvarg1", "twelve arguments of each prompt"), ("writing", "three")):
+    for name, words in (
+        ("ukpconvarg1", "twelve arguments of each prompt"),
+        ("writing", "three writers'"),
+    ):
         assert f"{by_name[name]['test_prompts']} test prompts" in page.split(words)[1][:80]
