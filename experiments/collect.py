@@ -66,6 +66,20 @@ def rows_of(run):
     ]
 
 
+def write_csv(path, table, form=".6f"):
+    """Write rows {column: value}; a row that lacks a column leaves it empty. form: of floats."""
+    with (
+        files.replacing(path) as partial,
+        open(partial, "w", newline="", encoding="utf-8") as file,
+    ):
+        rows = csv.DictWriter(file, list(dict.fromkeys(name for row in table for name in row)))
+        rows.writeheader()
+        for row in table:
+            rows.writerow(
+                {name: f"{x:{form}}" if isinstance(x, float) else x for name, x in row.items()}
+            )
+
+
 def write_splits(out, splits_of_runs):
     """Write OUT_splits.jsonl, {runs: names, valid: ids, test: ids} of every distinct split;
     splits_of_runs: (name of a run, {split: data.Split}), ..."""
@@ -80,31 +94,20 @@ def write_splits(out, splits_of_runs):
         )
 
 
-def summary(rows, figure="brier"):
-    """{(made_by, settings .., k): values of the figure, float64 (runs,)}, the runs in their order.
-
-    rows are those of the file, or of rows_of."""
+def summary(rows):
+    """{(made_by, settings .., k): Brier scores, float64 (runs,), the runs in order} of rows of
+    rows_of."""
     groups = {}
     for row in rows:
-        settings = tuple(str("" if row[name] is None else row[name]) for name in SETTINGS)
-        key = (row["made_by"], *settings, int(row["k"]))
-        groups.setdefault(key, []).append(float(row[figure]))
+        settings = ("" if row[name] is None else row[name] for name in SETTINGS)
+        key = (row["made_by"], *settings, row["k"])
+        groups.setdefault(key, []).append(row["brier"])
     return {key: np.array(values) for key, values in groups.items()}
 
 
 def main(args):
     rows = [row for run in args.runs for row in rows_of(run)]
-    columns = dict.fromkeys(name for row in rows for name in row)
-    with (
-        files.replacing(args.out) as partial,
-        open(partial, "w", newline="", encoding="utf-8") as file,
-    ):
-        table = csv.DictWriter(file, columns)
-        table.writeheader()
-        for row in rows:
-            table.writerow(
-                {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
-            )
+    write_csv(args.out, rows, ".6g")
     write_splits(args.out, ((run.name, data.read_splits(run)[0]) for run in args.runs))
     for key, brier in summary(rows).items():
         words = " ".join(word for word in map(str, key[:-1]) if word)

@@ -15,7 +15,6 @@ variants by the Brier score of their hard votes at k; where a run has none, on a
 prompts. Test prompts are reported only.
 """
 
-import csv
 import dataclasses
 import itertools
 import sys
@@ -34,7 +33,7 @@ import numpy as np
 import plurality
 import torch
 import train_joint
-from collect import write_splits
+from collect import write_csv, write_splits
 from plurality import L2_PENALTIES, brier
 
 HARD = (
@@ -359,20 +358,6 @@ def print_row(row):
         f"  {row.get('chosen', '')[:100]}",
         flush=True,
     )
-
-
-def write_csv(path, table):
-    """Write the rows; a row that lacks a column leaves it empty."""
-    with (
-        files.replacing(path) as partial,
-        open(partial, "w", newline="", encoding="utf-8") as file,
-    ):
-        rows = csv.DictWriter(file, list(dict.fromkeys(name for row in table for name in row)))
-        rows.writeheader()
-        for row in table:
-            rows.writerow(
-                {name: f"{x:.6f}" if isinstance(x, float) else x for name, x in row.items()}
-            )
 
 
 def main(args):

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
 from pairwise import cli, data, run_dir
 
+import collect
 import numpy as np
 import plurality
 import populations
@@ -111,7 +112,7 @@ def main(args):
     torch.set_num_threads(args.threads)
     rows = [row for run in args.run for row in rows_of(run, args)]
     if args.out:
-        variants.write_csv(args.out, rows)
+        collect.write_csv(args.out, rows)
     for (name, variant), x in summary(rows).items():
         print(
             f"{name:8} {variant:14} runs {x['runs']:2}  nearest {x['nearest']:.3f}  found "
