@@ -19,7 +19,8 @@ method() {
     for ((j = 1; j <= K && !JOINT; j++)); do
         "${TRAINER[@]}" "$ROOT/train_rm.py" --run "$RUN" --iteration $j --base "$BASE" "${TRAIN[@]}"
         stage fit_weights.py $STOP && STATUS=0 || STATUS=$?
-        # 3: --early-stop wants none after those there, which are gone through: one may be unfinished
+        # 3 says that --early-stop wants no member after those that are there. The loop still goes
+        # through these, as one of them may have been killed while it scored continuations.
         [[ $STATUS = [03] ]] || exit $STATUS
         [ $STATUS = 0 ] || is_trained $((j + 1)) || break
     done

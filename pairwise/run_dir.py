@@ -258,9 +258,9 @@ def check_own_run(run):
 # ---- outputs that a user names
 
 CONTRACT = re.compile(
-    r"data|base|joint|rewards|logprob|features|logs|figures|(member|checkpoint)_\d\d|report\.html|\.lock|"
-    r"(prompts|continuations)\.parquet|(manifest|weights|metrics|members|plurality)\.json|"
-    r"judgments\.jsonl"
+    r"data|base|joint|rewards|logprob|features|logs|figures|(member|checkpoint)_\d\d|"
+    r"report\.html|\.lock|(prompts|continuations)\.parquet|"
+    r"(manifest|weights|metrics|members|plurality)\.json|judgments\.jsonl"
 )
 
 
