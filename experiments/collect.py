@@ -45,7 +45,9 @@ def rows_of(run):
         raise cli.InputError(f"{run / 'metrics.json'}: no {min(missing)!r} found; {again}")
     settings = stages[made_by]["settings"]
     row = {"run": run.name, "made_by": made_by.split("_")[0]}
-    row |= {"data_seed": data.read_stats(run).get("seed"), "seed": settings.get("seed")}
+    stats = data.read_stats(run)
+    row |= {"data_seed": stats.get("seed"), "train_share": stats.get("train_share")}
+    row |= {"seed": settings.get("seed")}
     row |= {name: settings.get(name) for name in SETTINGS}
     references = {name: test[name] for name in REFERENCES}
     for level in test["agreement"] or []:
@@ -95,12 +97,12 @@ def write_splits(out, splits_of_runs):
 
 
 def summary(rows):
-    """{(made_by, settings .., k): Brier scores, float64 (runs,), the runs in order} of rows of
-    rows_of."""
+    """{(made_by, train_share, settings .., k): Brier scores, float64 (runs,), the runs in order} of
+    rows of rows_of."""
     groups = {}
     for row in rows:
         settings = ("" if row[name] is None else row[name] for name in SETTINGS)
-        key = (row["made_by"], *settings, row["k"])
+        key = (row["made_by"], row["train_share"] or "", *settings, row["k"])
         groups.setdefault(key, []).append(row["brier"])
     return {key: np.array(values) for key, values in groups.items()}
 

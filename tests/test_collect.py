@@ -1,13 +1,15 @@
-"""experiments/collect.py and steps.py, and that tables of docs/ are those of committed files."""
+"""experiments/collect.py, fewer_prompts.py and steps.py, and that tables of docs/ are those of
+committed files."""
 
 import csv
 import json
 import shutil
 
 import evaluate
-from pairwise import data, run_dir, training
+from pairwise import cli, data, run_dir, training
 
 import collect
+import fewer_prompts
 import numpy as np
 import pytest
 import steps
@@ -54,6 +56,32 @@ def test_a_row_is_a_run_and_a_number_of_members(full_run, tmp_path, no_figures, 
     assert [json.loads(line)["runs"] for line in lines] == [["a_0", "a_1"]]
     ids = json.loads(lines[0])["test"]
     assert len(ids) == test["prompts"] and len(set(ids)) == len(ids)
+
+
+def test_fewer_prompts(full_run, tmp_path, no_figures):
+    """The same validation and test files, fewer train prompts, and those of a share in a larger."""
+    source, _ = data.read_splits(full_run)
+    kept = {}
+    for share in ("0.3", "0.6"):
+        words = ["--of", str(full_run), "--run", str(tmp_path / share), "--share", share]
+        fewer_prompts.main(fewer_prompts.parse_args(words))
+        splits, stats = data.read_splits(tmp_path / share)
+        assert stats["train_share"] == float(share)
+        kept[share] = splits["train"].prompt_id
+        assert len(kept[share]) == round(float(share) * len(source["train"].prompt_id))
+        for name in source:
+            made, given = (run / "data" / f"{name}.parquet" for run in (tmp_path / share, full_run))
+            assert (made.read_bytes() == given.read_bytes()) == (name != "train"), name
+        places = [source["train"].prompt_id.index(name) for name in splits["train"].prompt_id]
+        assert places == sorted(places)
+    assert set(kept["0.3"]) < set(kept["0.6"]) < set(source["train"].prompt_id)
+    with pytest.raises(cli.InputError, match="share was 0.6, is 0.3"):
+        words = ["--of", str(full_run), "--run", str(tmp_path / "0.6"), "--share", "0.3"]
+        fewer_prompts.main(fewer_prompts.parse_args(words))
+    assert fewer_prompts.drawn(18, 0.01, 0).shape == (1,)
+    for wrong in ("0", "1", "nan", "a quarter"):
+        with pytest.raises(SystemExit):
+            fewer_prompts.parse_args(["--of", "a", "--run", "b", "--share", wrong])
 
 
 def test_steps_of_all_kinds(full_run, base, tmp_path, no_figures, monkeypatch):
