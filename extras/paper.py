@@ -68,8 +68,9 @@ NAMES["floor_excess"] = "floor − Ĉ, so far below the floor can be expected"
 NULL, LIMITS = type(None), (list, type(None))
 MAYBE = (*files.NUMBER, NULL)
 ENTRY = {"k": int, "brier": files.NUMBER, "brier_ci": LIMITS}
+LESS = {"less?": {"floor_single_ci?": LIMITS}}  # of an entry too: its error less the floor
 TEST = {"prompts": int, "pairs": int, "floor_single": files.NUMBER, "floor_single_ci?": LIMITS}
-TEST |= {f"{name}?": MAYBE for name in LINES} | {"ensemble": [ENTRY]}
+TEST |= {f"{name}?": MAYBE for name in LINES} | {"ensemble": [ENTRY | LESS]}
 DIVERSITY = {"prompts": int, "continuations": int, "kendall_tau": [[MAYBE]]}
 DIVERSITY |= {"favourites": [{"prompt": str, "texts": [str]}]}
 
@@ -141,7 +142,7 @@ def read(run, name):
     entry = {"name": name, "run": str(run), **counts, "figure_3": None, "appendix_g": None}
     curve = [{key: x[key] for key in ENTRY} for x in test["ensemble"]]
     lines = {key: test.get(key) for key in ("floor_single", "floor_single_ci", *LINES)}
-    entry["figure_2"] = {"curve": curve, **lines, **first_sizes(curve, test["floor_single"])}
+    entry["figure_2"] = {"curve": curve, **lines, **first_sizes(test)}
     if diversity:
         tau = diversity["kendall_tau"]
         apart = [x for i, row in enumerate(tau) for x in row[i + 1 :] if x is not None]
@@ -154,14 +155,16 @@ def read(run, name):
     return entry
 
 
-def first_sizes(curve, floor):
-    """Return the first k whose error is below the floor, and whose whole interval is, or None;
-    and the k of the least error."""
-    below = [x for x in curve if x["brier"] < floor]
-    surely = [x for x in below if x["brier_ci"] and x["brier_ci"][1] < floor]
+def first_sizes(test):
+    """Return the first k whose error is below the floor, and the first at which the interval of
+    the difference is too, or None; and the k of the least error; test: of metrics.json."""
+    curve = test["ensemble"]
+    below = [x for x in curve if x["brier"] < test["floor_single"]]
+    limits = {x["k"]: x.get("less", {}).get("floor_single_ci") for x in below}
+    surely = [k for k, ci in limits.items() if ci and ci[1] < 0]
     return {
         "first_below": min((x["k"] for x in below), default=None),
-        "first_surely_below": min((x["k"] for x in surely), default=None),
+        "first_surely_below": min(surely, default=None),
         "least_at": min((round(x["brier"], 9), x["k"]) for x in curve)[1],
     }
 
@@ -220,7 +223,7 @@ def rows_of_figure_2(runs):
     below, least = FIGURES["first k below the floor"], FIGURES["gains taper off at k"]
     sizes = {
         "first_below": f"first k below the floor (the paper: {below})",
-        "first_surely_below": "first k whose whole interval is below the floor",
+        "first_surely_below": "first k below it by more than the interval of the difference",
         "least_at": f"k of the least error (the paper: gains taper off {least})",
     }
     for key, words in sizes.items():

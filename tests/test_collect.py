@@ -180,7 +180,7 @@ def test_what_is_said_of_the_optimizer():
         ", ".join(short(x) for x in column(rows, "brier", k="2", steps=kind))
         for kind in ("prompts", "frequency_10", "tf32")
     )
-    assert f"k = 2 of {ten} with 10, {five} with 5" in page and f"gave {tf32}, so" in page
+    assert f"k = 2 of {ten} with 10, {five} with 5" in page and f"gave {tf32}, no" in page
 
 
 def test_table_of_sharpness():
