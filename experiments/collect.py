@@ -108,7 +108,12 @@ def summary(rows):
 
 
 def main(args):
-    rows = [row for run in args.runs for row in rows_of(run)]
+    rows = []
+    for run in args.runs:
+        of_run = [row for row in rows_of(run) if args.k is None or row["k"] in args.k]
+        if not of_run:
+            raise cli.InputError(f"{run}: fewer members found than --k {min(args.k)}")
+        rows += of_run
     write_csv(args.out, rows, ".6g")
     write_splits(args.out, ((run.name, data.read_splits(run)[0]) for run in args.runs))
     for key, brier in summary(rows).items():
@@ -124,6 +129,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--runs", required=True, nargs="+", type=cli.path, help="evaluated runs")
     add("--out", required=True, type=run_dir.output, help="FILE.csv")
+    add("--k", nargs="+", type=cli.member_number, help="numbers of members (default: all)")
     return parser.parse_args(argv)
 
 

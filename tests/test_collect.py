@@ -54,6 +54,12 @@ def test_a_row_is_a_run_and_a_number_of_members(full_run, tmp_path, no_figures, 
     assert capsys.readouterr().out.count(": 2 runs, Brier score") == 2
     lines = (tmp_path / "out_splits.jsonl").read_text().splitlines()
     assert [json.loads(line)["runs"] for line in lines] == [["a_0", "a_1"]]
+    words = ["--runs", *map(str, runs), "--out", str(tmp_path / "some.csv"), "--k"]
+    collect.main(collect.parse_args([*words, "2", "8"]))
+    with open(tmp_path / "some.csv", encoding="utf-8") as file:
+        assert list(csv.DictReader(file)) == rows[1::2]
+    with pytest.raises(cli.InputError, match="a_0: fewer members found than --k 3"):
+        collect.main(collect.parse_args([*words, "3", "8"]))
     ids = json.loads(lines[0])["test"]
     assert len(ids) == test["prompts"] and len(set(ids)) == len(ids)
 
@@ -120,7 +126,7 @@ def test_table_of_steps(name):
         (REPOSITORY / "docs/results.md").read_text(encoding="utf-8"),
         committed(f"{name}.csv"),
     )
-    for k in ("1", "2") if name == "steps_demo" else ("1", "2", "4"):
+    for k in ("1", "2") if name == "steps_demo" else ("1", "2", "3", "4"):
         whole, pairs = (column(rows, "brier", k=k, steps=kind) for kind in ("prompts", "pairs"))
         less = whole - pairs
         error = short(less.std(ddof=1) / len(less) ** 0.5)
@@ -185,12 +191,19 @@ def test_what_is_said_of_the_optimizer():
 
 def test_table_of_sharpness():
     page = (REPOSITORY / "experiments/README.md").read_text(encoding="utf-8")
-    rows = [row for row in committed("joint_sharpen.csv") if row["k"] == "8"]
+    rows = committed("joint_sharpen.csv")
+    full = [row for row in rows if row["train"] == "full" and row["epochs"] == "1"]
     for s in ("4", "16", "64", "256", "1024", "4096"):
         figures = ("brier_valid", "brier", "brier_soft")
-        found = [column(rows, name, sharpen=f"{float(s):g}") for name in figures]
+        found = [column(full, name, sharpen=s) for name in figures]
         assert len(found[0]) == 3
         assert f"| {s} | {' | '.join(short(x.mean()) for x in found)} |" in page
+    twice = [column(rows, "brier", epochs="2", sharpen=s).item() for s in ("4", "16", "64")]
+    twice = [short(x, 3) for x in twice]
+    assert "seed 0: {} with 4, {} with 16, {} with 64".format(*twice) in page
+    on_heads = [column(rows, "brier_valid", train="head", sharpen=s) for s in ("64", "4", "4096")]
+    (a, b), (c, d) = ([short(x, 3) for x in values] for values in zip(*on_heads[:2]))
+    assert f"({a} for {b}, {c} for {d}; two seeds)" in page and (on_heads[2] > on_heads[0]).all()
 
 
 def trained(rows, loss):

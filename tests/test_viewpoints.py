@@ -21,7 +21,7 @@ RESULTS = {  # as docs/results.md names them
     "fsam_residual": "FSAM, `residual`",
     "fsam_centered": "FSAM, `centered`",
     "joint": "joint",
-    "recommended": "chosen on validation prompts: joint, hardened, or both",
+    "recommended": "the best of these and of other ways on validation prompts",
     "soft_single": "best single soft reward",
 }
 README = (REPOSITORY / "experiments/README.md").read_text(encoding="utf-8")
