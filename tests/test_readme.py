@@ -90,7 +90,7 @@ def test_flags_exist(script):
 
 def test_flags_of_run_all_exist():
     known = set(re.findall(r"--[a-z][a-z-]*", (ROOT / "run_all.sh").read_text(encoding="utf-8")))
-    known |= flags_of("train_rm.py")
+    known |= flags_of("train_rm.py") | flags_of("extras/train_joint.py")
     for words in COMMANDS:
         if words[1].endswith("run_all.sh"):
             assert {w.split("=")[0] for w in words if w.startswith("--")} <= known, words
