@@ -3,6 +3,7 @@ those of committed files."""
 
 import csv
 import dataclasses
+import json
 
 from pairwise import cli
 
@@ -66,6 +67,19 @@ def test_table_of_variants_is_the_committed_files():
         if variant in RESULTS:  # without single, demo and writing
             row = f"| {RESULTS[variant]} | {' | '.join(cells[:3])} | {cells[5]} |"
             assert row in (REPOSITORY / "docs/results.md").read_text(encoding="utf-8"), row
+
+
+def test_sentence_on_hardened_ukpconvarg1():
+    """What the hard votes lose to the soft model, at two K."""
+    text, shares = " ".join(README.split()), []
+    for name, k in (("ukpconvarg1", "8"), ("ukpconvarg1_32", "32")):
+        rows = {x["variant"]: x for x in committed(f"variants_{name}.csv") if x["k"] == k}
+        over, (low, high) = (json.loads(rows["hardened"][x]) for x in ("over_soft", "over_soft_ci"))
+        numbers = [f"{x:+.4f}".replace("0.", ".") for x in (over, low, high)]
+        assert f"{numbers[0]} [{numbers[1]}, {numbers[2]}]" in text
+        share = float(rows["hardened_taste"]["over_soft"]) / float(rows["soft_single"]["brier"])
+        shares.append(f"a taste {100 * share:.1f} %")
+    assert all(share in text for share in shares), shares
 
 
 def gains(name, seeds):
