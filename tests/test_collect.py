@@ -258,6 +258,33 @@ def test_table_of_real_votes(name):
         assert line.split(" | ")[at - 1].removesuffix(" |") == cell, (line, cell)
 
 
+def test_table_of_all_parameters():
+    page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
+    rows = committed("ukpconvarg1_full.csv")
+    head = [row for row in committed("ukpconvarg1_head.csv") if row["data_seed"] == "0"]
+    runs = [f"ukp_full_{target}_0" for target in ("residual", "centered", "mixture")]
+    fsam = [[row for row in rows if row["run"] == run] for run in runs]
+    fsam.append([row for row in head if row["made_by"] == "member" and row["loss"] == "mse"])
+    for k in ("1", "2", "3", "4"):
+        cells = (short(column(x, "brier", k=k).item()) for x in fsam)
+        assert f"| FSAM, k = {k} | {' | '.join(cells)} |" in page
+    hardened = [row for row in [*rows, *head] if row["made_by"] == "harden"]
+    cells = " | ".join(short(float(row["brier"])) for row in hardened)
+    assert f"| `centered`, hardened, k = 8 | {cells} |" in page
+    for loss in ("mse", "bce"):
+        for figure, words in (("soft_single", "single soft model"), ("soft_scaled", "scaled")):
+            cells = (short(float(trained(x, loss)[0][figure])) for x in (rows, head))
+            assert f"| {words}, `{loss}` | {' | '.join(cells)} |" in page
+    front = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    figures = ("brier", "coin_flip", "soft_single", "floor_single")
+    numbers = [short(column(fsam[1], name, k="4").item()) for name in figures]
+    words = "have {}, below the coin flip ({}), above a single soft model ({}) and the floor ({})"
+    assert words.format(*numbers) in front
+    # The learning rate was chosen on validation prompts.
+    rates = {row["lr"]: float(row["soft_single_valid"]) for row in trained(rows, "mse")}
+    assert min(rates, key=rates.get) == "0.001" and len(rates) == 3
+
+
 @pytest.mark.parametrize(
     "name, title",
     [
