@@ -179,6 +179,28 @@ def test_tables_of_the_demo():
         assert f"| {name} | {cells} |" in page, (name, cells)
 
 
+def test_table_of_targets():
+    """Beside the runs of the same seeds with `centered`, and paired with them."""
+    page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
+    made = committed("demo_targets.csv")
+    seeds = sorted({row["data_seed"] for row in made})
+    rows = [row for row in committed("demo_seeds.csv") if row["run"].startswith("fsam_")]
+    rows = [row for row in rows if row["made_by"] == "member" and row["data_seed"] in seeds]
+    for target in ("residual", "centered", "mixture", "p"):
+        of_target = [row for row in rows + made if row["target"] == target]
+        assert [row["data_seed"] for row in of_target if row["k"] == "8"] == seeds
+        brier = [column(of_target, "brier", k=k) for k in ("1", "2", "3", "4", "8")]
+        less = brier[-1] - column(rows, "brier", k="8")
+        cells = [short(x.mean()) for x in brier]
+        cells.append(short(column(of_target, "true_error", k="8").mean()))
+        if target == "centered":
+            cells.append("")
+        else:
+            error = short(less.std(ddof=1) / len(less) ** 0.5)
+            cells.append(f"{short(less.mean(), sign='+')} ± {error}")
+        assert f"| `{target}` | {' | '.join(cells)} |".replace("|  |", "| |") in page, cells
+
+
 def test_what_is_said_of_the_optimizer():
     rows = committed("optimizer_demo.csv")
     page = " ".join((REPOSITORY / "docs/training.md").read_text(encoding="utf-8").split())
@@ -283,6 +305,25 @@ def test_table_of_all_parameters():
     # The learning rate was chosen on validation prompts.
     rates = {row["lr"]: float(row["soft_single_valid"]) for row in trained(rows, "mse")}
     assert min(rates, key=rates.get) == "0.001" and len(rates) == 3
+
+
+def test_table_of_fewer_votes():
+    page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
+    rows = committed("fewer_votes.csv")
+    for title, name, seeds in (
+        ("UKPConvArg1, frozen base, mean of five splits", "ukp_{}_", "01234"),
+        ("UKPConvArg1, frozen base, the first split", "ukp_{}_", "0"),
+        ("UKPConvArg1, all parameters, the first split", "ukp_full_{}_", "0"),
+        ("writing, frozen base, mean of five splits", "writing_{}_", "01234"),
+    ):
+        cells = []
+        whole = "centered" if "full" in name else "mse"
+        for share, word in (("0.25", "quarter"), ("0.5", "half"), ("", whole)):
+            runs = [name.format(word) + seed for seed in seeds]
+            found = [row for row in rows if row["run"] in runs]
+            assert len(found) == len(runs) and {row["train_share"] for row in found} == {share}
+            cells.append(short(column(found, "soft_single").mean()))
+        assert f"| {title} | {' | '.join(cells)} |" in page, cells
 
 
 @pytest.mark.parametrize(

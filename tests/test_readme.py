@@ -34,6 +34,7 @@ NEEDS_MORE = (  # a hub, a GPU, more than a minute, or packages of benchmarks/re
     "data_prep/prism.py",
     "SmolLM2",
     "ukpconvarg1",
+    "ukp_full",
     "experiments/",
     "benchmarks/",
     "setup.py",
