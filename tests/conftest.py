@@ -3,6 +3,7 @@
 Each is made once, by the first process that needs it, and read by all: no test may change it.
 """
 
+import csv
 import fcntl
 import importlib.util
 import io
@@ -35,6 +36,12 @@ FLAGS = ("--threads", "1", "--device", "cpu")
 FULL = ("--lr", "3e-3", "--pairs-per-step", "16")
 HEAD = ("--train", "head", "--lr", "1e-2", "--epochs", "5")
 LORA = ("--train", "lora", "--lora-rank", "4", "--lr", "1e-2", "--pairs-per-step", "16")
+
+
+def committed(name):
+    """The rows of a table of results/."""
+    with open(REPOSITORY / "results" / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def script(name):

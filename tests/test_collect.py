@@ -13,12 +13,9 @@ import fewer_prompts
 import numpy as np
 import pytest
 import steps
-from conftest import FULL, REPOSITORY
+from conftest import FULL, REPOSITORY, committed
 
-
-def committed(name):
-    with open(REPOSITORY / "results" / name, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+PAGE = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
 
 
 def committed_splits(name):
@@ -122,22 +119,17 @@ def column(rows, name, **where):
 
 @pytest.mark.parametrize("name", ["steps_demo", "steps_ukpconvarg1"])
 def test_table_of_steps(name):
-    page, rows = (
-        (REPOSITORY / "docs/results.md").read_text(encoding="utf-8"),
-        committed(f"{name}.csv"),
-    )
+    rows = committed(f"{name}.csv")
     for k in ("1", "2") if name == "steps_demo" else ("1", "2", "3", "4"):
         whole, pairs = (column(rows, "brier", k=k, steps=kind) for kind in ("prompts", "pairs"))
         less = whole - pairs
         error = short(less.std(ddof=1) / len(less) ** 0.5)
         cells = f"{short(whole.mean())} | {short(pairs.mean())} | {short(less.mean(), sign='+')}"
-        assert f"k = {k} | {cells} ± {error} |" in page, (k, cells, error)
+        assert f"k = {k} | {cells} ± {error} |" in PAGE, (k, cells, error)
 
 
 def test_tables_of_the_demo():
-    page, front = (
-        (REPOSITORY / name).read_text(encoding="utf-8") for name in ("docs/results.md", "README.md")
-    )
+    front = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     rows = committed("demo_seeds.csv")
     fsam = [row for row in rows if row["run"].rstrip("0123456789") == "fsam_"]
     sizes = ("1", "2", "3", "4", "8")
@@ -163,7 +155,7 @@ def test_tables_of_the_demo():
         for name, reference in below.items()
     }
     for name, cells in lines.items():
-        assert f"| {name} | {' | '.join(cells)} |" in page, (name, cells)
+        assert f"| {name} | {' | '.join(cells)} |" in PAGE, (name, cells)
     assert all(f" | {span(x)} |" in front for x in brier[:4])
     for name, kind in [
         ("FSAM", "fsam"),
@@ -176,12 +168,11 @@ def test_tables_of_the_demo():
         x, true = (column(of_kind, figure, k="8") for figure in ("brier", "true_error"))
         assert len(x) == 10
         cells = f"{short(x.mean())} | {span(x)} | {short(true.mean())}"
-        assert f"| {name} | {cells} |" in page, (name, cells)
+        assert f"| {name} | {cells} |" in PAGE, (name, cells)
 
 
 def test_table_of_targets():
     """Beside the runs of the same seeds with `centered`, and paired with them."""
-    page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
     made = committed("demo_targets.csv")
     seeds = sorted({row["data_seed"] for row in made})
     rows = [row for row in committed("demo_seeds.csv") if row["run"].startswith("fsam_")]
@@ -198,7 +189,7 @@ def test_table_of_targets():
         else:
             error = short(less.std(ddof=1) / len(less) ** 0.5)
             cells.append(f"{short(less.mean(), sign='+')} ± {error}")
-        assert f"| `{target}` | {' | '.join(cells)} |".replace("|  |", "| |") in page, cells
+        assert f"| `{target}` | {' | '.join(cells)} |".replace("|  |", "| |") in PAGE, cells
 
 
 def test_what_is_said_of_the_optimizer():
@@ -273,15 +264,13 @@ def rows_by_loss(name):
 
 @pytest.mark.parametrize("name", ["ukpconvarg1_head.csv", "writing_head.csv"])
 def test_table_of_real_votes(name):
-    page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
     for words, cell in rows_on_real_votes(name).items():
-        [line] = [line for line in page.splitlines() if line.startswith(f"| {words} |")][-1:]
+        [line] = [line for line in PAGE.splitlines() if line.startswith(f"| {words} |")][-1:]
         at = 2 if name.startswith("ukpconvarg1") else 3
         assert line.split(" | ")[at - 1].removesuffix(" |") == cell, (line, cell)
 
 
 def test_table_of_all_parameters():
-    page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
     rows = committed("ukpconvarg1_full.csv")
     head = [row for row in committed("ukpconvarg1_head.csv") if row["data_seed"] == "0"]
     runs = [f"ukp_full_{target}_0" for target in ("residual", "centered", "mixture")]
@@ -289,14 +278,14 @@ def test_table_of_all_parameters():
     fsam.append([row for row in head if row["made_by"] == "member" and row["loss"] == "mse"])
     for k in ("1", "2", "3", "4"):
         cells = (short(column(x, "brier", k=k).item()) for x in fsam)
-        assert f"| FSAM, k = {k} | {' | '.join(cells)} |" in page
+        assert f"| FSAM, k = {k} | {' | '.join(cells)} |" in PAGE
     hardened = [row for row in [*rows, *head] if row["made_by"] == "harden"]
     cells = " | ".join(short(float(row["brier"])) for row in hardened)
-    assert f"| `centered`, hardened, k = 8 | {cells} |" in page
+    assert f"| `centered`, hardened, k = 8 | {cells} |" in PAGE
     for loss in ("mse", "bce"):
         for figure, words in (("soft_single", "single soft model"), ("soft_scaled", "scaled")):
             cells = (short(float(trained(x, loss)[0][figure])) for x in (rows, head))
-            assert f"| {words}, `{loss}` | {' | '.join(cells)} |" in page
+            assert f"| {words}, `{loss}` | {' | '.join(cells)} |" in PAGE
     front = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
     figures = ("brier", "coin_flip", "soft_single", "floor_single")
     numbers = [short(column(fsam[1], name, k="4").item()) for name in figures]
@@ -308,7 +297,6 @@ def test_table_of_all_parameters():
 
 
 def test_table_of_fewer_votes():
-    page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
     rows = committed("fewer_votes.csv")
     for title, name, seeds in (
         ("UKPConvArg1, frozen base, mean of five splits", "ukp_{}_", "01234"),
@@ -323,7 +311,7 @@ def test_table_of_fewer_votes():
             found = [row for row in rows if row["run"] in runs]
             assert len(found) == len(runs) and {row["train_share"] for row in found} == {share}
             cells.append(short(column(found, "soft_single").mean()))
-        assert f"| {title} | {' | '.join(cells)} |" in page, cells
+        assert f"| {title} | {' | '.join(cells)} |" in PAGE, cells
 
 
 @pytest.mark.parametrize(
@@ -335,10 +323,9 @@ def test_table_of_fewer_votes():
     ],
 )
 def test_table_of_losses(name, title):
-    page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
     for loss, cells in rows_by_loss(name).items():
         line = f"| {title}, `{loss}` | {' | '.join(cells)} |".replace("|  |", "| |")
-        assert line in page, line
+        assert line in PAGE, line
 
 
 def test_prompts_of_the_splits():

@@ -14,7 +14,7 @@ import plurality
 import populations
 import pytest
 import viewpoints
-from conftest import REPOSITORY
+from conftest import REPOSITORY, committed
 from scipy.special import expit
 from scipy.stats import norm
 
@@ -42,11 +42,6 @@ def runs(tmp_path_factory):
 
 
 # ---- the tables
-
-
-def committed(name):
-    with open(REPOSITORY / "results" / name, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def short(number, digits):
