@@ -32,11 +32,13 @@ evaluator = cli.import_evaluator()
 ERROR = {"single": files.NUMBER, "mixture": files.NUMBER, "gain": files.NUMBER}
 # of extras/plurality.py; the limits are null where there are few prompts
 PLURALITY = ERROR | {"components": int, "ci": [(*files.NUMBER, type(None))]}
+LOG = [{"loss": files.NUMBER}]
 FIGURES = "calibration", "votes", "reliability", "weights"  # Every run has these.
 RESULTS = "weights.json", "continuations.parquet", "plurality.json", "logprob/test.npy"
 # These files hold the numbers and show them: a change of one makes the stage run again.
 CODE = (
     "evaluate.py",
+    "pairwise/data.py",
     "pairwise/metrics.py",
     "pairwise/diversity.py",
     "pairwise/ranking.py",
@@ -63,7 +65,11 @@ def read_logs(run, k):
     paths = {f"member {j}": run / "logs" / f"{j:02d}.jsonl" for j in range(1, k + 1)}
     paths["all members"] = run / "logs" / "joint.jsonl"
     run_dir.check(run, *paths.values())
-    return {name: files.read_lines(path) for name, path in paths.items() if path.exists()}
+    logs = {name: files.read_lines(path) for name, path in paths.items() if path.exists()}
+    for name, lines in logs.items():
+        if wrong := files.misfit(lines, LOG):
+            raise cli.InputError(f"{paths[name]}: {wrong}")
+    return logs
 
 
 class Stored(NamedTuple):
@@ -88,6 +94,9 @@ def read_stored(run):
         for name, split in splits.items()
     }
     scores, texts = run_dir.read_continuation_rewards(run, k), run_dir.read_continuations(run)
+    if data.counted_pairs(splits["test"]) is None:
+        words = "no pair of two votes found, at least 1 expected"
+        raise cli.InputError(f"{run / 'data' / 'test.parquet'}: {words}")
     logprob = diversity.read_logprob(run, int(splits["test"].response_start[-1]))
     return Stored(splits, stats, prefixes, rewards, scores, texts, logprob)
 
@@ -206,20 +215,27 @@ def main(args):
     if not in_place:
         run_dir.check_no_run(out)
     stored = read_stored(run)
+    if args.refit and all(prefix["fit"] != "qp" for prefix in stored.prefixes):
+        words = "the run's weights are not fitted to votes, weights of fit_weights.py expected"
+        raise cli.InputError(f"--refit: {words}")
     settings = {"resamples": args.resamples, "seed": args.seed, "refit": args.refit}
     inputs = hash_inputs(run, stored)
     outputs = [run / "metrics.json", run / "report.html"]
     outputs += [run / "figures" / f"{name}.png" for name in FIGURES]
-    hashed = "outputs" in run_dir.stages(run).get("evaluate", {})  # not in older runs
+    before = run_dir.stages(run).get("evaluate", {})
+    hashed = "outputs" in before  # not in older runs
     if in_place and hashed and run_dir.unchanged(run, "evaluate", settings, inputs, outputs):
         print("evaluate: nothing has changed, skipped")
+        if edited := before.get("edited"):
+            print(f"evaluate: edited by hand, and shown so: {', '.join(edited)}")
         result = run_dir.read_metrics(run)
     else:
+        logs = read_logs(run, len(stored.rewards["test"]))
         if in_place:
             started = run_dir.begin_stage(run, "evaluate", settings, inputs)
         test, alpha = stored.splits["test"], np.array(stored.prefixes[-1]["alpha"])
         votes = evaluator.votes(stored.rewards["test"], test.a, test.b) / 2
-        logs, ranked = read_logs(run, len(votes)), rank(stored, args)
+        ranked = rank(stored, args)
         shown = stored.prefixes, logs, test.p, weights.p_hat_of(alpha, votes), ranked
         with drawing.elsewhere(report.draw_inputs, *shown) as drawn:
             result = compute(run, stored, ranked, args)

@@ -63,7 +63,7 @@ for word in "$@"; do # quoted as any POSIX shell reads it
     COMMAND+=" $word"
 done
 WORDS=() DATA=() PRISM=() SAMPLING=() MODEL=() TRAIN=() GPUS=1 JOINT=0 HEAD=0
-RUN='' BASE='' PROMPTS='' VALID='' STOP='' SEED=0 THREADS=${OMP_NUM_THREADS%%,*}
+RUN='' BASE='' PROMPTS='' VALID='' STOP='' SEED=0
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) exec cat "$ROOT/docs/run_all.txt" ;;
@@ -106,7 +106,8 @@ expect "$STOP" '(--early-stop(=[1-9][0-9]*)?)?' "$STOP" "--early-stop or --early
     DATASET=./$DATASET # whatever its ending and its first letter
 case $DATASET in
     demo) # its base is tiny: one thread is enough, and the tail of what it says is noise
-        MODEL=(--threads "${THREADS:-1}" "${MODEL[@]}") VALID=${VALID:-0.1}
+        [ -n "$OMP_NUM_THREADS" ] || MODEL=(--threads 1 "${MODEL[@]}")
+        VALID=${VALID:-0.1}
         SAMPLING=(--top-p 0.9 "${SAMPLING[@]}") TRAIN=(--dtype float32 "${TRAIN[@]}") ;;
     multipref | personalllm | helpsteer2 | helpsteer3 | tldr) ;;
     ukpconvarg1) needs --source "a clone of its repository" ;;
@@ -122,7 +123,7 @@ case $DATASET in
         "summarize, gptj, ukpconvarg1, or a file ending in .jsonl, .json, .csv or .parquet (also .gz) expected" ;;
 esac
 read -r _ BASE_HERE PROMPTS_HERE TEXTS FROM FLAGS <<<"$(grep "^$SCRIPT " <<<"$DEFAULTS")"
-RUN=${RUN:-runs/$NAME} BASE=${BASE:-${BASE_HERE/#RUN/$RUN}} PROMPTS=${PROMPTS:-$PROMPTS_HERE}
+RUN=${RUN:-runs/$NAME} BASE=${BASE:-${BASE_HERE/#RUN/"$RUN"}} PROMPTS=${PROMPTS:-$PROMPTS_HERE}
 case $SCRIPT$JOINT$HEAD in demo11 | personalllm?1 | binary1?) FLAGS='' ;; esac # of others
 TRAIN=("${MODEL[@]}" $FLAGS "${TRAIN[@]}")
 [[ ${#PRISM[@]} = 0 || $FROM = prism && $PROMPTS != 0 ]] || fail "--prism-source: no PRISM prompt is needed"

@@ -201,7 +201,7 @@ def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkp
             members.KINDS[args.train].save(member, partial, tokenizer, args.base)
         checkpoints.finish()
     scores = stages.score(args, member, encoded, f"member {j}")
-    outputs = (directory, log_path, checkpoints.directory)
+    outputs = (directory, log_path, *checkpoints.own())
     stages.check_finite(scores, f"member {j}", outputs=outputs)
     encoding = stages.encoding_facts(splits, encoded, counts)
     facts, words = facts_of(args, train, identical, tied, encoding)

@@ -27,7 +27,7 @@ import functools
 import os
 import re
 
-from pairwise import cli, rows
+from pairwise import cli, data, rows
 from pairwise.prepare import prompts, published
 
 import tldr
@@ -173,7 +173,7 @@ def parse_args(argv=None):
     test_help = "the test split: a file of data_prep/votes.py"
     add("--test", required=True, type=cli.path, metavar="FILE", help=test_help)
     votes_help = "how the votes of the test split arose"
-    add("--votes", choices=prompts.VOTE_KINDS, default="dependent", help=votes_help)
+    add("--votes", choices=data.VOTE_KINDS, default="dependent", help=votes_help)
     parser.set_defaults(min_votes=1, cnndm="drop")
     return parser.parse_args(argv)
 

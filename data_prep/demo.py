@@ -311,13 +311,17 @@ def main(args):
     make_base(args)
 
 
+# One response has no pair; a topic has 4,608 texts, of which more and more would be drawn again.
+responses = cli.number_type("responses", cli.integer, lambda v: 2 <= v <= 100, "from 2 to 100")
+
+
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     prompts.add_arguments(parser, test_share=0.2, valid_share=0.1)
     add("--prompts", type=cli.natural, default=500, help="prompts of the population's data set")
     responses_help = "responses per prompt, all pairs of them voted on"
-    add("--responses", type=cli.natural, default=6, help=responses_help)
+    add("--responses", type=responses, default=6, help=responses_help)
     add("--texts", type=cli.natural, default=7000, help="texts that the base model reads, once")
     threads = cli.default_threads(1)  # A tiny model gains little by a second.
     add("--threads", type=cli.threads, default=threads, help="CPU threads")

@@ -47,7 +47,7 @@ import functools
 import itertools
 import json
 
-from pairwise import cli, files, rows
+from pairwise import cli, data, files, rows
 from pairwise.prepare import prompts
 
 HALVES, WHOLE = "a number of votes (at least 0, a multiple of one half)", "a positive integer"
@@ -319,7 +319,7 @@ def parse_args(argv=None):
     votes_help = (
         "voters drawn from a population; all of it; or votes that are not independent draws"
     )
-    parser.add_argument("--votes", choices=prompts.VOTE_KINDS, default="sampled", help=votes_help)
+    parser.add_argument("--votes", choices=data.VOTE_KINDS, default="sampled", help=votes_help)
     repeated_help = "an annotator's second vote on two responses: an error, or the last one counts"
     choices = ("error", "last")
     parser.add_argument("--repeated", choices=choices, default="error", help=repeated_help)

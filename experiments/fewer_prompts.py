@@ -37,10 +37,10 @@ def main(args):
     (run / "data").mkdir(exist_ok=True)
     for name in splits:
         given, made = (directory / "data" / f"{name}.parquet" for directory in (source, run))
-        if name == "train":
-            files.write_parquet(made, files.read_parquet(given).take(kept))
-        else:
-            with files.replacing(made) as partial:
+        with files.replacing(made) as partial:
+            if name == "train":
+                files.write_parquet(partial, files.read_parquet(given).take(kept))
+            else:
                 shutil.copyfile(given, partial)
     stats = {name: stats[name] for name in KEPT if name in stats} | {"train_share": args.share}
     files.write_json(run / "data" / "stats.json", stats)

@@ -56,7 +56,8 @@ def train(args, j):
     }
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "trl.scripts.dpo", "--use_cpu", *words, *args.dpo]
-    subprocess.run(command, check=True)
+    if subprocess.run(command).returncode:
+        raise cli.InputError(f"policy {j}: TRL's DPO failed, as it says above")
     return directory / "model"
 
 
@@ -122,6 +123,9 @@ def main(args):
     torch.set_num_threads(args.threads)
     args.base = provenance.base_of(args.run, args.base or str(args.run / "base"))
     continuations = run_dir.read_continuations(args.run)
+    if continuations is None:
+        words = "no such file; data_prep/continuations.py makes it"
+        raise cli.InputError(f"{args.run / 'continuations.parquet'}: {words}")
     stats = data.read_stats(args.run)
     patterns = stats.get("attributes", ranking.ATTRIBUTES)
     prompts = unseen_prompts(args, continuations)

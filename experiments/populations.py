@@ -99,7 +99,8 @@ def main(args):
     started = run_dir.begin_stage(args.run, "data", settings, {})
     (args.run / "data").mkdir(exist_ok=True)
     for split, (rows, features) in population(*settings.values()).items():
-        data.write_split(args.run / "data" / f"{split}.parquet", rows)
+        with files.replacing(args.run / "data" / f"{split}.parquet") as partial:
+            data.write_split(partial, rows)
         files.write_array(args.run / "features" / f"{split}.npy", features)
     dataset = f"{args.population} {args.seed}"
     stats = settings | {"dataset": dataset, "votes": "sampled", "ties": "drop"}

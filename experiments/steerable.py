@@ -45,9 +45,11 @@ def viewpoint_preferences(split):
     utilities = []
     for messages, texts in zip(split.messages, split.responses):
         question = messages[-1]["content"]
-        topic = next(topic for topic in demo.TOPICS if f" {topic} " in question)
-        contexts = demo.CONTEXTS.items()
-        context = next(name for name, words in contexts if question.startswith(words))
+        topics = [topic for topic in demo.TOPICS if f" {topic} " in question]
+        contexts = [name for name, words in demo.CONTEXTS.items() if question.startswith(words)]
+        if not (topics and contexts):
+            raise cli.InputError(f"{question[:60]!r} found, a prompt of the demo expected")
+        topic, context = topics[0], contexts[0]
         attributes = np.array([attributes_of(topic, text) for text in texts])
         utilities.append(demo.utilities(context, attributes))
     u = np.concatenate(utilities, axis=1)

@@ -99,7 +99,7 @@ def train_and_evaluate(args, run, base, seed, more):
 def main(args):
     base, pair_start = args.base or args.run / "base", data.read_split(args.run, "train").pair_start
     functions = {False: (WHOLE, whole(pair_start)), True: (shuffled, SHUFFLED)}
-    with open(args.out, "w", newline="", encoding="utf-8") as file:
+    with files.replacing(args.out) as out, open(out, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(COLUMNS)
         for seed in args.seeds:
@@ -116,7 +116,6 @@ def main(args):
                     errors = [entry[name] for name in ("brier", "brier_soft", "true_error")]
                     errors = ["" if error is None else f"{error:.6f}" for error in errors]
                     rows.writerow([seed, name, entry["k"], *errors, tokens, f"{seconds:.0f}"])
-                file.flush()
 
 
 def parse_args(argv=None):

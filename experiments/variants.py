@@ -313,7 +313,7 @@ def row_of(name, each, soft_errors, pairs):
     sums = metrics.resampled(np.stack([errors, over_soft, pairs], 1), 10000, 0)
     intervals = np.percentile(sums[:, :2] / sums[:, 2:], [2.5, 97.5], axis=0).T.tolist()
     true_error = None
-    if true_errors[0] is not None:
+    if all(error is not None for error in true_errors):
         true_error = np.concatenate(true_errors).sum() / pairs.sum()
     return {
         "variant": name,
@@ -333,7 +333,7 @@ def rows_of(args, k):
     collected, pairs, irreducible = collect(args, k)
     soft_errors = np.concatenate([each.errors for each in collected["soft_single"]])
     rows = [row_of(name, each, soft_errors, pairs) for name, each in collected.items()]
-    if irreducible:
+    if len(irreducible) == len(collected["soft_single"]):  # All votes are sampled.
         c = np.concatenate(irreducible).sum() / pairs.sum()
         true_error = 0.0 if rows[0]["true_error"] is not None else None
         rows.append({"variant": "irreducible", "brier": c, "true_error": true_error})

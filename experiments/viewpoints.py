@@ -33,7 +33,6 @@ import torch
 import variants
 from scipy.stats import t as student
 
-POPULATIONS = "clusters", "camps"
 VARIANTS = "fsam_residual", "fsam_centered", "fsam_mixture", "joint", "hardened", "hardened_joint"
 
 

@@ -315,11 +315,14 @@ def read_trained(run):
 def write_run(run, out, source, hardened, rewards, train):
     """Write data, continuations, rewards, members.json and weights.json of the hardened run;
     source: where `run` is, relative to `out`; train: the pairs of which train_mse is the error."""
+    # Without weights there is nothing to evaluate, should this end between two files.
+    files.remove(out / "weights.json")
     with files.replacing(out / "data") as partial:
         shutil.copytree(run / "data", partial)
-    (out / "continuations.parquet").unlink(missing_ok=True)
+    files.remove(out / "continuations.parquet")
     if "continuations" in rewards and (run / "continuations.parquet").exists():
-        shutil.copyfile(run / "continuations.parquet", out / "continuations.parquet")
+        with files.replacing(out / "continuations.parquet") as partial:
+            shutil.copyfile(run / "continuations.parquet", partial)
     with files.replacing(out / "rewards") as partial:
         for name, trained_rewards in rewards.items():
             for j, values in enumerate(levels.hardened(hardened.formulas, trained_rewards), 1):

@@ -94,6 +94,9 @@ def read_run(run, seed):
     splits = read_features(run)
     if "valid" not in splits:
         train = splits["train"]
+        if len(train.split.prompt_id) < 2:
+            words = "1 train prompt and none for validation found, at least 2 expected"
+            raise cli.InputError(f"{run}: {words}")
         fifth = np.arange(len(train.split.prompt_id)) % 5
         held_out = np.random.default_rng(seed).permutation(fifth) == 0
         splits["valid"] = restricted(train, held_out)

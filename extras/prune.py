@@ -89,6 +89,15 @@ def test_words(run, k, weights):
     return f"on test pairs, for which the theorem guarantees nothing, {words}"
 
 
+COPIED = ("data", "rewards", "logs", "logprob", "continuations.parquet", "members.json")
+
+
+def hash_copied(run):
+    """Return {path in the run: SHA-256} of all that `copy_run` copies."""
+    places = [path for name in COPIED for path in (run / name, *sorted((run / name).rglob("*")))]
+    return {str(x.relative_to(run)): files.hash_file(x) for x in places if x.is_file()}
+
+
 def copy_run(run, partial, out):
     """Copy `run` without its weights and their evaluation to `partial`, which will be `out`."""
     partial.mkdir()
@@ -124,7 +133,7 @@ def main(args):
     split, k = data.read_split(run, "train"), run_dir.count_members(run)
     rewards = run_dir.read_rewards(run, "train", k, (int(split.response_start[-1]),))
     alpha, settings = run_dir.read_weights(run, k), {"prune": args.beta}
-    inputs = data.hashes(run) | run_dir.hash_rewards(run, k)
+    inputs = hash_copied(run)
     inputs["weights.json"] = files.hash_file(run / "weights.json")
     if run_dir.unchanged(out, "weights", settings, inputs, [out / "weights.json"]):
         print(f"prune: {out} is up to date, skipped")

@@ -17,7 +17,17 @@ import hashlib
 import json
 import re
 
-from pairwise import chats, cli, data, files, provenance, reward_model, run_dir, sampling
+from pairwise import (
+    chats,
+    cli,
+    data,
+    files,
+    pretrained,
+    provenance,
+    reward_model,
+    run_dir,
+    sampling,
+)
 
 import numpy as np
 import pyarrow as pa
@@ -85,23 +95,33 @@ def count(answers):
     }
 
 
+def questions(template, row, orders):
+    """Yield {"a first": chat, and with both orders "b first"} of each pair of a prompt row."""
+    for pair in row["pairs"]:
+        a, b = row["responses"][pair["a"]], row["responses"][pair["b"]]
+        asked = {"a first": (a, b)} | ({"b first": (b, a)} if orders == "both" else {})
+        yield {name: question(template, row["messages"], *two) for name, two in asked.items()}
+
+
+def room(model, ids, args, of=""):
+    """Return the tokens that an answer may have, as of sampling.room; ids: of a question."""
+    return sampling.room(model, ids, args.max_tokens, f"{of}a question")
+
+
 def ask(model, tokenizer, chat, times, args):
     """Return `times` raw answers of the model, by nucleus sampling."""
     prompt = chats.encode(tokenizer, chat)
-    longest = sampling.room(model, prompt, args.max_tokens, "a question")
-    nucleus = (args.temperature, args.top_p, longest)
-    texts, _ = sampling.sample(model, tokenizer, prompt, times, *nucleus)
+    nucleus = (args.temperature, args.top_p, room(model, prompt, args))
+    with pretrained.readable(f"--base {args.base}: no answer could be sampled"):
+        texts, _ = sampling.sample(model, tokenizer, prompt, times, *nucleus)
     return texts
 
 
 def judge(model, tokenizer, template, row, args):
     """Return every raw answer about the pairs of a prompt row, for judgments.jsonl."""
     answers = []
-    for pair in row["pairs"]:
-        a, b = row["responses"][pair["a"]], row["responses"][pair["b"]]
-        orders = {"a first": (a, b)} | ({"b first": (b, a)} if args.orders == "both" else {})
-        times = args.count // len(orders)
-        asked = {name: question(template, row["messages"], *two) for name, two in orders.items()}
+    for asked in questions(template, row, args.orders):
+        times = args.count // len(asked)
         answers.append({x: ask(model, tokenizer, chat, times, args) for x, chat in asked.items()})
     return {"prompt_id": row["prompt_id"], "pairs": answers}
 
@@ -145,9 +165,15 @@ def main(args):
     if later := run_dir.stages(run).keys() - {"data", "judgments"}:
         order = "judgments come first, right after the data, in another --run"
         raise cli.InputError(f"{path}: {min(later)} was made from it already; {order}")
-    started = run_dir.begin_stage(run, "judgments", settings, inputs, ["data/train.parquet"])
     torch.set_num_threads(args.threads)
     model = sampling.load_language_model(args.base, args.device)
+    for row in rows:  # Every question must fit before the first is asked.
+        for asked in questions(template, row, args.orders):
+            encoded = [chats.encode(tokenizer, chat) for chat in asked.values()]
+            for ids in encoded:
+                room(model, ids, args, f"prompt {row['prompt_id']}: ")
+            reward_model.check_tokens(model, encoded)
+    started = run_dir.begin_stage(run, "judgments", settings, inputs, ["data/train.parquet"])
 
     def answers(number):
         """Judge a prompt with a seed of its own: where a killed run went on does not matter."""

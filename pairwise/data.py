@@ -21,6 +21,7 @@ DIR/data/stats.json holds counts, flags, and how the votes arose: `sampled`, `po
 
 import dataclasses
 import itertools
+import re
 
 from pairwise import cli, files, run_dir
 
@@ -32,6 +33,7 @@ P_TRUE = pa.list_(pa.float64())
 JUDGMENTS = pa.list_(pa.struct([("a", pa.int32()), ("b", pa.int32())]))
 VOTE_COLUMNS = ("votes_a", "votes_b", "ties")  # of a pair, float64
 STATS = {"dataset": str, "votes": str, "ties": str, "attributes?": {str: str}}
+VOTE_KINDS = ("sampled", "population", "dependent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +91,10 @@ COLUMNS = {
 def write_split(path, rows):
     """Write prompt rows, dicts with the contract's columns, as parquet.
 
-    p_true and categories are written where the first row has them.
+    p_true is written where all rows have it, categories where the first one has.
     """
     columns = dict(COLUMNS)
-    if "p_true" in rows[0]:
+    if all("p_true" in row for row in rows):
         columns["p_true"] = P_TRUE
     if "categories" in rows[0]:
         labels = [(name, pa.string()) for name in rows[0]["categories"]]
@@ -137,7 +139,11 @@ def _flatten(table):
         optional["p_true"] = p_true = _numpy(columns["p_true"].flatten())
         _refuse(~((p_true >= 0) & (p_true <= 1)), p_true, "p_true", "[0, 1]")
     if "categories" in table.column_names:
-        optional["categories"] = table["categories"].to_pylist()
+        kind = table.schema.field("categories").type
+        if not pa.types.is_struct(kind):
+            raise ValueError(f"categories: {kind} found, a struct of labels expected")
+        kind = pa.struct([(field.name, pa.string()) for field in kind])
+        optional["categories"] = table["categories"].cast(kind).to_pylist()
     if "judgments" in columns:
         optional["judgments"] = np.stack(_fields(columns["judgments"], "ab"), axis=1)
     for name in optional.keys() & {"p_true", "judgments"}:
@@ -212,9 +218,22 @@ def read_splits(run):
 
 
 def read_stats(run):
-    """Read DIR/data/stats.json."""
-    run_dir.check(run, run / "data" / "stats.json")
-    return files.read_json(run / "data" / "stats.json", STATS)
+    """Read DIR/data/stats.json. Raises InputError where it has another form."""
+    path = run / "data" / "stats.json"
+    run_dir.check(run, path)
+    stats = files.read_json(path, STATS)
+    if stats["votes"] not in VOTE_KINDS:
+        expected = f"{', '.join(VOTE_KINDS[:-1])} or {VOTE_KINDS[-1]} expected"
+        raise cli.InputError(f"{path}: votes: {stats['votes']!r} found, {expected}")
+    if stats.get("attributes") == {}:
+        raise cli.InputError(f"{path}: attributes: none found, at least 1 expected")
+    for name, pattern in stats.get("attributes", {}).items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            words = f"{pattern!r} found, a regular expression expected ({error})"
+            raise cli.InputError(f"{path}: attributes: {name}: {words}") from None
+    return stats
 
 
 def hashes(run):

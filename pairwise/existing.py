@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 SOURCE = {"model": str, "fingerprint": str, "dtype": str, "max_length": (int, type(None))}
 
 
-def load_reward_model(name, tokenizer, dtype, device, named="--from"):
+def load_reward_model(name, tokenizer, dtype, device, named):
     """Return an existing reward model, hub id or directory, as a RewardModel, its head in float32.
 
     named: what named it, for errors. Raises InputError where it cannot be read, where weights are

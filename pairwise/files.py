@@ -77,6 +77,8 @@ def lock(path):
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except PermissionError:  # of another user's file, which can be locked all the same
+        if not path.exists():
+            raise
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     with contextlib.suppress(BlockingIOError, FileNotFoundError):
         try:
@@ -257,7 +259,8 @@ def _expected(value, types, at):
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
     names |= {int: "a number", float: "a number", type(None): "null"}
     types = dict.fromkeys(names[each] for each in (types if isinstance(types, tuple) else (types,)))
-    return f"{at + ': ' if at else ''}{names[type(value)]} found, {' or '.join(types)} expected"
+    found = names.get(type(value), type(value).__name__)  # The latter not in JSON.
+    return f"{at + ': ' if at else ''}{found} found, {' or '.join(types)} expected"
 
 
 def read_parquet(path):

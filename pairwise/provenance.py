@@ -109,6 +109,8 @@ def fingerprint(base):
     if not directory.is_dir():
         return pretrained.pinned(base)
     kinds = (".json", ".safetensors", ".bin", ".jinja", ".model")
+    if not (directory / "tokenizer.json").exists():  # Where it is, nothing reads the older files.
+        kinds += (".txt", ".tiktoken")
     return _digest([path for path in sorted(directory.iterdir()) if path.suffix in kinds])
 
 

@@ -113,10 +113,15 @@ def stage_done(run, stage, settings, inputs, outputs):
         must_agree(run, stage, settings, inputs)
         if entry["done"] and len(existing) == len(outputs):
             return True
+    _refuse_links(outputs)
+    return False
+
+
+def _refuse_links(outputs):
+    """Raise InputError where an output that a stage is about to write is a link."""
     if links := [path for path in outputs if path.is_symlink()]:
         words = "a link found, in whose place the stage would write; a path without one expected"
         raise cli.InputError(f"{links[0]}: {words}")
-    return False
 
 
 def must_agree(run, stage, settings, inputs):
@@ -146,10 +151,12 @@ def must_agree(run, stage, settings, inputs):
 def unchanged(run, stage, settings, inputs, outputs):
     """Tell whether a stage of seconds is complete and up to date. Where not, it is done again.
 
-    Raises InputError where it is, and one of its outputs was edited."""
+    Raises InputError where it is, and one of its outputs was edited; where not, and one is a link.
+    """
     entry = stages(run).get(stage, {"done": False})
     same = entry["done"] and entry["settings"] == settings and entry["inputs"] == inputs
     if not same or not all(path.exists() for path in outputs):
+        _refuse_links(outputs)
         return False
     check(run, *outputs)
     return True
@@ -376,11 +383,15 @@ def read_rewards(run, split, k, shape):
     return rewards
 
 
+CONTINUATIONS = {"messages": [{"role": str, "content": str}], "texts": [str]}
+CONTINUATIONS |= {"logprob": [files.NUMBER]}
+
+
 def read_continuations(run):
     """Return {column: list} of DIR/continuations.parquet; None where there is no such file.
 
     data_prep/continuations.py has the format; `logprob` is None where the file has none. Raises
-    InputError unless there is a prompt, and all have as many texts and logprobs.
+    InputError unless there is a prompt, and all have messages, and as many texts and logprobs.
     """
     path = run / "continuations.parquet"
     if not path.exists():
@@ -399,10 +410,12 @@ def read_continuations(run):
     if not columns["texts"]:
         raise cli.InputError(f"{path}: no prompt found, at least 1 expected")
     n = len(columns["texts"][0] or ())
-    for name in ("texts", "logprob"):
+    for name, form in CONTINUATIONS.items():
         for number, values in enumerate(columns[name] or (), 1):
+            if wrong := files.misfit(values or [], form, name):
+                raise cli.InputError(f"{path}: prompt {number}: {wrong}")
             count = len(values or ())
-            if count != n or count == 0:
+            if name != "messages" and (count != n or count == 0):
                 expected = f"{n or 'at least 1'} expected"
                 raise cli.InputError(f"{path}: prompt {number}: {count} {name} found, {expected}")
     return columns

@@ -5,7 +5,6 @@ scored and entered in the run. A member is a RewardModel, or the weight (K, d) o
 import contextlib
 import os
 import re
-import shutil
 
 from pairwise import chats, cli, features, files, members, provenance, run_dir
 from pairwise import reward_model as rm
@@ -148,7 +147,7 @@ def check_finite(scores, label, advice=" after the last step; a lower --lr may h
     for name, rewards in scores.items():
         if not np.isfinite(rewards).all():
             for path in outputs if parallel.rank() == 0 else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                files.remove(path)
             raise cli.InputError(f"{label}: rewards of {name} are not finite{advice}")
 
 

@@ -168,7 +168,7 @@ def test_a_reward_model_as_a_base(kind, outputs, named, tokenizer, tmp_path, cap
         with pytest.raises(InputError, match="which writes no text; a language model expected"):
             sampling.load_language_model(tmp_path, "cpu")
     if outputs == 1:
-        existing.load_reward_model(tmp_path, tokenizer, torch.float32, "cpu")
+        existing.load_reward_model(tmp_path, tokenizer, torch.float32, "cpu", "--model")
         assert "a reward model" not in capsys.readouterr().err
 
 

@@ -3,7 +3,7 @@
 import json
 
 import evaluate
-from pairwise import cli, figures
+from pairwise import cli, data, figures
 
 import pyarrow.parquet as pq
 import pytest
@@ -162,6 +162,15 @@ def test_several_sets_and_train_rows_of_the_test_file(tmp_path):
     }
     assert votes(splits["train"])["How?", "So.", "Or so."] == (1, 0)
     assert stats["dataset"] == "webgpt+gptj" and list(stats["source"]) == ["webgpt", "gptj"]
+
+
+def test_truth_of_some_train_rows_is_left_out(tmp_path):
+    source = folder(tmp_path / "source", {"train": WEBGPT})
+    test = [row | {"p_true": 0.5} for row in TEST]
+    test = [row | {"split": "train" if row["prompt"] == "Test 0?" else "test"} for row in test]
+    run_set(tmp_path, "webgpt", source, test=test)
+    splits, _ = data.read_splits(tmp_path / "run")
+    assert splits["train"].p_true is None and (splits["test"].p_true == 0.5).all()
 
 
 def test_of_the_hub_every_commit_is_recorded(tmp_path, monkeypatch):

@@ -135,6 +135,7 @@ def test_pretraining_reads_train_prompts_only_and_no_votes(tmp_path):
     [
         ["--prompts", "100000"],
         ["--responses", "1"],
+        ["--responses", "4609"],
         ["--prompts", "0"],
         ["--test-share", "1"],
         ["--nonsense", "1"],

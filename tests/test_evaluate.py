@@ -1393,8 +1393,68 @@ def weights(*alphas, **more):
     )
 
 
+def stats(**changes):
+    def spoil(run):
+        path = run / "data" / "stats.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+def column(file, name, values):
+    """A column of a Parquet file of the run, in the place of the one that it may have."""
+
+    def spoil(run):
+        table = pq.read_table(run / file)
+        table = table.drop_columns([name]) if name in table.column_names else table
+        pq.write_table(table.append_column(name, [values * table.num_rows]), run / file)
+
+    return spoil
+
+
+def one_vote_each(run):
+    def change(row):
+        of_one = {"votes_a": 1.0, "votes_b": 0.0, "ties": 0.0}
+        return row | {"pairs": [pair | of_one for pair in row["pairs"]]}
+
+    path = run / "data" / "test.parquet"
+    table = pq.read_table(path)
+    rows = [change(row) for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+
+
 W3 = [0.5, 0.25, 0.25]
 BAD = {
+    "votes of no kind": (
+        stats(votes="Population"),
+        "stats.json: votes: 'Population' found, sampled, population or dependent expected",
+    ),
+    "a broken pattern": (
+        stats(attributes={"stars": "*"}),
+        r"stats.json: attributes: stars: '\*' found, a regular expression expected",
+    ),
+    "no attributes": (stats(attributes={}), "stats.json: attributes: none found, at least 1"),
+    "a text that is null": (
+        column("continuations.parquet", "texts", [["x", None] * 6]),
+        r"continuations.parquet: prompt 1: texts\[1\]: null found, text expected",
+    ),
+    "a logprob that is null": (
+        column("continuations.parquet", "logprob", [[None] * 12]),
+        r"continuations.parquet: prompt 1: logprob\[0\]: null found, a number expected",
+    ),
+    "messages as text": (
+        column("continuations.parquet", "messages", ["why?"]),
+        "continuations.parquet: prompt 1: messages: text found, a list expected",
+    ),
+    "categories as text": (
+        column("data/test.parquet", "categories", ["coding"]),
+        "test.parquet: not prepared data .categories: string found, a struct",
+    ),
+    "one vote each": (one_vote_each, "test.parquet: no pair of two votes found"),
+    "a step without its loss": (
+        text("logs/01.jsonl", '{"loss": 0.1}\n{"step": 2}\n'),
+        r"01.jsonl: \[1\]: no loss found",
+    ),
     "NaN in test": (
         poke("02_test.npy", np.nan),
         r"02_test.npy: member 2, split test: 1 rewards are NaN, the first at index 3",

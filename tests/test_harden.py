@@ -9,7 +9,7 @@ import time
 
 import evaluate
 import score
-from pairwise import run_dir, soft_model, weights
+from pairwise import files, run_dir, soft_model, weights
 from pairwise.cli import InputError
 from pairwise.data import Split, read_split
 from pairwise.levels import formula, hardened, read_members
@@ -17,7 +17,7 @@ from pairwise.levels import formula, hardened, read_members
 import harden
 import numpy as np
 import pytest
-from conftest import FLAGS, REPOSITORY, edited, leftovers, manifest
+from conftest import FLAGS, REPOSITORY, edited, fresh, leftovers, manifest
 from scipy.integrate import quad
 from scipy.optimize import minimize
 from scipy.special import expit
@@ -414,6 +414,28 @@ def test_same_again_and_moved_together(full_run, tmp_path, capsys):
     )
     close = np.isclose(np.concatenate([row["rewards"] for row in rows]), stored, atol=1e-4)
     assert close.mean() > 0.98  # a reward at the edge of a level may fall on its other side
+
+
+def test_a_kill_leaves_nothing_to_evaluate(full_run, tmp_path, monkeypatch, no_figures):
+    """Between the new rewards and the new weights the old weights do not serve."""
+    run, out = fresh(full_run, tmp_path), tmp_path / "out"
+    words = ["--run", str(run), "--out", str(out), "--k", "4", "--layout"]
+    harden.main(harden.parse_args([*words, "equal"]))
+    write_json = files.write_json
+
+    def killed(path, *rest, **options):
+        if path.name == "members.json":
+            raise KeyboardInterrupt
+        write_json(path, *rest, **options)
+
+    monkeypatch.setattr(files, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        harden.main(harden.parse_args([*words, "fitted"]))
+    monkeypatch.setattr(files, "write_json", write_json)
+    with pytest.raises(InputError, match="weights.json: no such file"):
+        evaluate.main(evaluate.parse_args(["--run", str(out), "--resamples", "9"]))
+    harden.main(harden.parse_args([*words, "fitted"]))
+    evaluate.main(evaluate.parse_args(["--run", str(out), "--resamples", "9"]))
 
 
 def test_one_member_has_no_taste(full_run, tmp_path, capsys):

@@ -7,13 +7,13 @@ import shutil
 
 import evaluate
 import score
-from pairwise import cli, files, run_dir
+from pairwise import cli, files, run_dir, stages
 from pairwise.cli import InputError
 from pairwise.scale.checkpoint import Checkpoints
 
 import numpy as np
 import pytest
-from conftest import FLAGS, FULL, fit, fresh, leftovers, manifest, rewards, train
+from conftest import FLAGS, FULL, edited, fit, fresh, leftovers, manifest, rewards, train
 
 # ---- links
 
@@ -54,6 +54,33 @@ def test_a_link_in_an_output_s_place_is_told_before_the_work(name, data, base, t
     with pytest.raises(InputError, match=f"{name}: a link found"):
         train(run, base, *FULL)
     assert (run / "manifest.json").read_bytes() == before and not any(elsewhere.iterdir())
+
+
+def test_a_link_in_the_weights_place(full_run, tmp_path):
+    run = fresh(full_run, tmp_path)
+    (run / "weights.json").rename(tmp_path / "mine.json")
+    (run / "weights.json").symlink_to(tmp_path / "mine.json")
+    flip(run / "rewards" / "01_train.npy")
+    edited(run)
+    with pytest.raises(InputError, match="weights.json: a link found"):
+        fit(run)
+    assert (run / "weights.json").is_symlink()
+
+
+def test_a_link_as_the_checkpoints_place_outlives_rewards_that_are_not_finite(
+    data, base, tmp_path, monkeypatch
+):
+    run, scratch = fresh(data, tmp_path), tmp_path / "scratch"
+    scratch.mkdir()
+    (run / "checkpoint_01").symlink_to(scratch)
+    scored = stages.score
+    monkeypatch.setattr(
+        stages, "score", lambda *args: {x: y + np.inf for x, y in scored(*args).items()}
+    )
+    with pytest.raises(InputError, match="rewards of train are not finite"):
+        train(run, base, *FULL)
+    assert (run / "checkpoint_01").is_symlink() and not any(scratch.iterdir())
+    assert not (run / "member_01").exists() and not (run / "logs" / "01.jsonl").exists()
 
 
 def test_a_link_in_the_data_s_place(demo, tmp_path):
@@ -212,15 +239,26 @@ def test_a_split_that_is_gone_is_missed(full_run, tmp_path, no_figures):
         evaluated(run)
 
 
-def test_a_report_that_was_accepted_stays(full_run, tmp_path, no_figures):
+def test_a_report_that_was_accepted_stays(full_run, tmp_path, no_figures, capsys):
     run = fresh(full_run, tmp_path)
     evaluated(run)
     with open(run / "metrics.json", "a", encoding="utf-8") as file:
         file.write("\n\n")
     noted = (run / "metrics.json").read_text()
     evaluated(run, "--accept-edited")
+    capsys.readouterr()
     evaluated(run)
     assert (run / "metrics.json").read_text() == noted
+    assert "edited by hand, and shown so: metrics.json\n" in capsys.readouterr().out
+
+
+def test_a_directory_that_is_not_ours_says_so(tmp_path, monkeypatch):
+    def refuses(path, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(files.os, "open", refuses)
+    with pytest.raises(InputError, match=r"a.json: cannot be written \(Permission denied"):
+        files.write_json(tmp_path / "a.json", 1)
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):

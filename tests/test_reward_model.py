@@ -466,6 +466,15 @@ def test_fingerprint_follows_the_content(base, tokenizer, tmp_path):
     assert provenance.fingerprint(other) != provenance.fingerprint(base)
     (twin / "chat_template.jinja").write_text("{{ messages }}")
     assert provenance.fingerprint(twin) != provenance.fingerprint(base)
+    # Without tokenizer.json the vocabulary is in files of other names.
+    (twin / "merges.txt").write_text("a b")
+    before = provenance.fingerprint(twin)
+    (twin / "merges.txt").write_text("a c")
+    assert provenance.fingerprint(twin) == before
+    (twin / "tokenizer.json").unlink()
+    before = provenance.fingerprint(twin)
+    (twin / "merges.txt").write_text("a d")
+    assert provenance.fingerprint(twin) != before
 
 
 def test_a_template_that_refuses_a_role(tokenizer):
@@ -571,7 +580,8 @@ def test_weights_that_the_config_leaves_out(base, tmp_path, capsys):
     buffers = {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(4)}
     loaded(weights_changed(base, tmp_path / "old", **buffers))
     with pytest.raises(InputError, match="weights of layers found"):
-        existing.load_reward_model(fewer, chats.load_tokenizer(base), torch.float32, "cpu")
+        tokenizer = chats.load_tokenizer(base)
+        existing.load_reward_model(fewer, tokenizer, torch.float32, "cpu", "--model")
 
 
 class Pickled:

@@ -18,11 +18,12 @@ import plurality
 import policy_pairs
 import populations
 import prune
+import pyarrow.parquet as pq
 import pytest
 import steerable
 import torch
 import variants
-from conftest import fit
+from conftest import fit, fresh, without_hashes
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,33 @@ def test_plurality_gain(runs):
         ] == pytest.approx(found["single"] - found["mixture"])
         assert found["ci"][0] <= found["gain"] <= found["ci"][1]
         assert found["ci"][0] > 0 if several else found["ci"][0] <= 0 <= found["ci"][1]
+
+
+def test_unlike_runs_together(runs, tmp_path):
+    """No truth and no irreducible error of all where one of them has none."""
+    run = fresh(runs["single"], tmp_path)
+    path = run / "data" / "stats.json"
+    path.write_text(path.read_text().replace('"sampled"', '"dependent"'))
+    path = run / "data" / "test.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["p_true"]), path)
+    without_hashes(run)
+    words = ["--run", str(runs["single"]), str(run), "--variants", "joint", "--k", "2"]
+    rows = variants.rows_of(variants.parse_args(words), 2)
+    assert {row["true_error"] for row in rows} == {None}
+    assert "irreducible" not in [row["variant"] for row in rows]
+
+
+def test_one_train_prompt_cannot_be_both(runs, tmp_path):
+    run = fresh(runs["single"], tmp_path)
+    (run / "data" / "valid.parquet").unlink()
+    path = run / "data" / "train.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, 1), path)
+    responses, path = len(table["responses"][0]), run / "features" / "train.npy"
+    np.save(path, np.load(path)[:responses])
+    without_hashes(run)
+    with pytest.raises(InputError, match="1 train prompt and none for validation"):
+        plurality.main(plurality.parse_args(["--run", str(run)]))
 
 
 def test_without_validation_prompts_and_csv(runs, tmp_path, capsys):

@@ -20,7 +20,6 @@ from pairwise.prepare import tables
 import numpy as np
 
 # How the votes of a pair arose decides what is known of the irreducible error.
-VOTE_KINDS = ("sampled", "population", "dependent")
 # A reading of the paper beside --ties drop and half: a tie is no vote, but its annotator is in n.
 IN_N = "in n"
 
@@ -293,7 +292,7 @@ def prepare(
 ):
     """Turn comparisons into RUN/data, and print and store the counts.
 
-    comparisons: called to get them, only where the stage is not done; votes: one of VOTE_KINDS;
+    comparisons: called to get them, only where the stage is not done; votes: of data.VOTE_KINDS;
     inputs: {name: hash}. paper: {column of tables.paper_columns: figure}, which are put beside ours
     and beside those under other readings of the paper, {what differs: (comparisons, ties)}. facts:
     a dict for stats.json, which comparisons() may still fill. Raises InputError as group does, and

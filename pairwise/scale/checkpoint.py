@@ -132,7 +132,7 @@ class Checkpoints:
         if not all(seen):
             words = f"process {seen.index(False)} does not see what the first writes there"
             raise cli.InputError(f"{place}: {words}; a directory that all machines share expected")
-        inside = [file for path in self._own() for file in (path, *path.rglob("*"))]
+        inside = [file for path in self.own() for file in (path, *path.rglob("*"))]
         need = (2 * nbytes if self.seconds else 0) + member
         need -= sum(file.stat().st_size for file in inside if file.is_file())
         free = shutil.disk_usage(place).free
@@ -150,7 +150,7 @@ class Checkpoints:
             with contextlib.suppress(OSError):  # It is not empty.
                 self.directory.rmdir()
 
-    def _own(self):
+    def own(self):
         """Return the paths in the directory that this class has written, and nobody else."""
         whole = [path.parent for path in self.directory.glob("[0-9]*/state.json")]
         names = {"trained.json", *(path.name for path in whole)}
@@ -163,7 +163,7 @@ class Checkpoints:
 
     def _remove_all_but(self, path):
         """Remove all of its own paths but one, or all where the path is None."""
-        for other in self._own() if parallel.rank() == 0 else []:
+        for other in self.own() if parallel.rank() == 0 else []:
             if other != path:
                 files.remove(other)
 
