@@ -109,7 +109,6 @@ case $DATASET in
         [ -n "$OMP_NUM_THREADS" ] || MODEL=(--threads 1 "${MODEL[@]}")
         VALID=${VALID:-0.1}
         SAMPLING=(--top-p 0.9 "${SAMPLING[@]}") TRAIN=(--dtype float32 "${TRAIN[@]}") ;;
-    multipref | personalllm | helpsteer2 | helpsteer3 | tldr) ;;
     ukpconvarg1) needs --source "a clone of its repository" ;;
     webgpt | hh | summarize | gptj) needs --test "a file of pairs with several votes"
         SCRIPT=binary DATA=(--set "$DATASET" "${DATA[@]}") K=${WORDS[1]:-1} ;; # bt has no residual
@@ -119,7 +118,8 @@ case $DATASET in
         [[ " ${DATA[*]} " != *" --source "* ]] || fail "--source is for published data, not $DATASET"
         [ -n "$BASE" ] || fail "$DATASET: a file of your own needs --base, the model to start from"
         DATA=(--source "$DATASET" "${DATA[@]}") ;;
-    *) fail "unknown data set '$DATASET'; demo, multipref, personalllm, helpsteer2, helpsteer3, tldr, webgpt, hh," \
+    *) [[ $DEFAULTS = *$'\n'"$DATASET "* && $DATASET != binary && $DATASET != votes ]] ||
+        fail "unknown data set '$DATASET'; demo, multipref, personalllm, helpsteer2, helpsteer3, tldr, webgpt, hh," \
         "summarize, gptj, ukpconvarg1, or a file ending in .jsonl, .json, .csv or .parquet (also .gz) expected" ;;
 esac
 read -r _ BASE_HERE PROMPTS_HERE TEXTS FROM FLAGS <<<"$(grep "^$SCRIPT " <<<"$DEFAULTS")"

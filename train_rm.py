@@ -32,7 +32,8 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-# ---- the method: to add a target or a loss, write a function and name it in the table
+# ---- the method: to add a target or a loss, write a function and name it in the table; a loss on
+# majority labels is named in ON_MAJORITY too
 
 # A target is made from the vote fractions p, the ensemble so far p_hat, float64 (N,), and j > 1;
 # member 1 is trained on p. What a docstring says before the colon is recorded in the manifest.
@@ -111,8 +112,8 @@ def margin_of(split, source):
 
 
 def formula(function):
-    """Return the formula of a target or a loss: its docstring up to the colon."""
-    return function.__doc__.split(": ")[0]
+    """Return the formula of a target or a loss: its docstring up to the colon, or its name."""
+    return (function.__doc__ or function.__name__).split(": ")[0]
 
 
 # ---- the stage
@@ -285,6 +286,7 @@ def parse_args(argv=None):
     words = "; ".join(f"{name}: {formula(target)}" for name, target in TARGETS.items())
     add("--target", choices=tuple(TARGETS), default="centered", help=words)
     training.add_flags(parser)
+    training.add_checkpoint_flag(parser)
     args = parser.parse_args(argv)
     head, lora = args.train == "head", args.train == "lora"
     if not lora and (args.lora_rank or args.lora_alpha):

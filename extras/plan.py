@@ -370,6 +370,7 @@ def parse_args(argv=None):
     words = "share of --tflops that is reached, recomputation included (default 0.65)"
     add("--utilisation", type=share, default=0.65, help=words)
     training.add_flags(parser)
+    training.add_checkpoint_flag(parser)
     args = parser.parse_args(argv)
     args.device = "cuda"  # A plan is for a card, wherever it is made.
     epochs = 10 if args.train == "head" else 1

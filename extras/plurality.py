@@ -80,6 +80,9 @@ def read_features(run):
             if not np.isfinite(features).all():
                 raise cli.InputError(f"{path}: features that are not finite found")
             splits[name] = Featured(split, features.astype(np.float64))
+    if missing := {"train", "test"} - {*splits}:
+        path = run / "data" / f"{min(missing)}.parquet"
+        raise cli.InputError(f"{path}: no such file; data_prep/ makes it")
     if len(widths := {x.features.shape[1] for x in splits.values()}) > 1:
         found = ", ".join(map(str, sorted(widths)))
         raise cli.InputError(

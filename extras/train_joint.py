@@ -15,16 +15,15 @@ fit_weights.py and evaluate.py afterwards.
 
 It writes RUN/joint (a num_labels=K model; of --train head the heads alone), RUN/logs/joint.jsonl
 and RUN/rewards/0j_SPLIT.npy. The members are in the order of their learned weight, so that prefixes
-of weights.json are sensible; extras/export_member.py makes a plain directory of one. All other
-flags are train_rm.py's; of --train head the defaults are --lr 3e-2 --epochs 20 --weight-decay 0.1.
-Full training writes no checkpoints.
+of weights.json are sensible; extras/export_member.py makes a plain directory of one. There
+are no checkpoints, and no low-rank adapters.
 """
 
 import time
 
 from pairwise import bases, cli, data, files, members, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
-from pairwise.scale.offload import MAX_PRECONDITION_DIM
+from pairwise.scale.offload import MAX_PRECONDITION_DIM, names_memory_flags
 
 import numpy as np
 import torch
@@ -132,6 +131,7 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
     )
 
 
+@names_memory_flags
 def main(args):
     """Train K members and score everything with them, unless that is done."""
     if args.check:
@@ -181,7 +181,8 @@ def parse_args(argv=None):
     add("--sharpen", type=cli.positive, metavar="S", help=words)
     words = "those that fit_weights.py gives the hard votes, or those learned with the rewards"
     add("--weights", choices=("qp", "learned"), default="qp", help=words)
-    training.add_flags(parser)
+    decay = "0.1"  # of heads too: one that suits a single reward keeps K of them alike
+    training.add_flags(parser, "full 2e-5; head 3e-2", "1; head: 20", decay)
     args = parser.parse_args(argv)
     if args.k < 2:
         parser.error(f"--k {args.k} found, at least 2 expected; train_rm.py trains one")
@@ -191,7 +192,7 @@ def parse_args(argv=None):
         sharpen=4.0 if head else 4096.0,
         lr=3e-2 if head else 2e-5,
         epochs=20 if head else 1,
-        weight_decay=0.1,  # of heads too: one that suits a single reward keeps K of them alike
+        weight_decay=float(decay),
         max_precondition_dim=MAX_PRECONDITION_DIM,
     )
     args.iteration = f"1 to {args.k}"  # what the progress bar and errors call the member

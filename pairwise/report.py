@@ -44,6 +44,11 @@ CONTRARY = (
     "One that should be right alone, as a first or an imported one, has learned nothing that holds "
     "for these votes, or has the wrong sign."
 )
+HARDENED_CONTRARY = (
+    "Sides with fewer than half of the annotators of test pairs: member {}. extras/harden.py makes "
+    "such members: inside a level of the soft model's reward the order of one is the reverse of "
+    "another's. They serve in the mixture, not alone."
+)
 
 
 def interval(limits, none="–"):
@@ -183,7 +188,8 @@ def contrary(split):
     phis = [member["disagreement"] for member in split["members"]]
     # A Phi that is larger by rounding is a coin's.
     named = [f"{j} (Phi {figures.num(phi)})" for j, phi in enumerate(phis, 1) if phi > 0.5 + 1e-9]
-    return CONTRARY.format(", ".join(named)) if named else ""
+    words = CONTRARY if split.get("soft_hardened") is None else HARDENED_CONTRARY
+    return words.format(", ".join(named)) if named else ""
 
 
 def notes(metrics):

@@ -282,16 +282,19 @@ def add_scoring_flags(parser):
     add("--micro-batch-tokens", type=cli.natural, help=words)
 
 
-def add_flags(parser):
-    """Add the flags that all training scripts have; None stands for a default that fill_in sets."""
+def add_flags(
+    parser, lr="full 2e-5; lora 2e-4; head 1e-3", epochs="1; head: 10", weight_decay="0.1; head: 5"
+):
+    """Add the flags that all training scripts have; None stands for a default that fill_in sets,
+    of which the words say what it is."""
     add = parser.add_argument
     rm.add_flags(parser)
     add("--seed", type=cli.seed, default=0, help="of head and order; each member draws its own")
     # optimizer (SOAP)
-    add("--lr", type=cli.positive, help="peak learning rate (full 2e-5; lora 2e-4; head 1e-3)")
-    add("--epochs", type=cli.natural, help="passes over the train pairs (default 1; head: 10)")
+    add("--lr", type=cli.positive, help=f"peak learning rate ({lr})")
+    add("--epochs", type=cli.natural, help=f"passes over the train pairs (default {epochs})")
     add("--pairs-per-step", type=cli.natural, default=64, help="default 64; the paper: up to 512")
-    add("--weight-decay", type=cli.nonnegative, help="decoupled (default 0.1; head: 5)")
+    add("--weight-decay", type=cli.nonnegative, help=f"decoupled (default {weight_decay})")
     words = "fraction of the steps in which the rate rises, before it falls to zero (default 0.03)"
     add("--warmup", type=cli.fraction, default=0.03, help=words)
     words = "steps between updates of SOAP's eigenbases (default 5)"
@@ -302,8 +305,12 @@ def add_flags(parser):
     words = "GiB of the device for float32 masters, SOAP's state and copy buffers; the rest is "
     words += "paged through host memory (default: what is free; on a CPU all)"
     add("--optimizer-memory-gb", type=cli.nonnegative, metavar="GB", help=words)
+
+
+def add_checkpoint_flag(parser):
+    """Add --checkpoint-minutes, which joint training does without."""
     words = "between checkpoints, from which killed training continues; 0: none (default 30)"
-    add("--checkpoint-minutes", type=cli.nonnegative, default=30, help=words)
+    parser.add_argument("--checkpoint-minutes", type=cli.nonnegative, default=30, help=words)
 
 
 def fill_in(args, **defaults):

