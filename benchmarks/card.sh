@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What this does on a card, measured in at most 9 minutes, part by part, the most valuable first.
-#     bash benchmarks/card.sh [PART ..] [--small]         (default: a b c f e d; card.py says what)
+#     bash benchmarks/card.sh [PART ..] [--small]         (default: a b c f e d; l too; card.py says what)
 #
 # It writes benchmarks/card-NAME.json, NAME from the card's name, "cpu" without one: a part's numbers
 # while it runs and when it ends, and of one that failed or ran out of time the reason. Numbers of

@@ -1,8 +1,8 @@
 """Turn two members into policies by TRL's DPOTrainer, and tell what differs between the policies'
 answers to prompts that neither has seen.
 
-    bash run_all.sh demo 4 --run runs/policies --continuations 60
-    python experiments/policies.py --run runs/policies --members 1 2 --out runs/policies/dpo
+    bash run_all.sh demo 4 --run runs/policies --continuations 60 --top-p 1
+    python experiments/policies.py --run runs/policies --out runs/policies/dpo --prompts 30
 
 The second takes about ten minutes on one thread. It prints two tables over the test prompts that
 have no continuations, with standard errors over prompts: the fraction of the base's and of each

@@ -365,7 +365,8 @@ def parse_args(argv=None):
     add("--train", choices=("full", "lora", "head"), default="full", help="as of train_rm.py")
     add("--lora-rank", type=cli.natural, default=16, help="of --train lora's adapters")
     # the card
-    add("--gpu-gb", type=cli.positive, default=80, help="its memory in 10^9 bytes, as on its label")
+    words = "its memory in 10^9 bytes; an H100 of 80 GB has 85"
+    add("--gpu-gb", type=cli.positive, default=80, help=words)
     add("--tflops", type=cli.positive, default=TFLOPS, help="its BF16 rate in large products")
     words = "share of --tflops that is reached, recomputation included (default 0.65)"
     add("--utilisation", type=share, default=0.65, help=words)

@@ -38,13 +38,23 @@ def lacks_memory(error):
 # ---- arguments
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is, and a flag's default after its words, where they do not say it."""
+
+    def _get_help_string(self, action):
+        shown = isinstance(action.default, (int, float, str)) and action.default is not False
+        if not shown or action.default == argparse.SUPPRESS or "default" in action.help:
+            return action.help
+        return f"{action.help} (default %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the whole usage before it."""
 
     def __init__(self, doc, **kwargs):
         super().__init__(
             description=doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
             allow_abbrev=False,
             **kwargs,
         )

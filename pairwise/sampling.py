@@ -20,7 +20,7 @@ top_p = cli.number_type(
 def add_flags(parser, nucleus, longest):
     """Add the flags of sampling, with the defaults of --top-p and --max-tokens."""
     add = parser.add_argument
-    add("--temperature", type=cli.positive, default=1.0)
+    add("--temperature", type=cli.positive, default=1.0, help="of the sampling")
     words = "sample each token from the likeliest that together have this probability"
     add("--top-p", type=top_p, default=nucleus, help=f"{words} (default {nucleus})")
     words = f"longest answer (default {longest})"

@@ -289,7 +289,8 @@ def test_table_of_all_parameters():
     front = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
     figures = ("brier", "coin_flip", "soft_single", "floor_single")
     numbers = [short(column(fsam[1], name, k="4").item()) for name in figures]
-    words = "have {}, below the coin flip ({}), above a single soft model ({}) and the floor ({})"
+    words = "of four members is {}, below the coin flip ({}), "
+    words += "above a single soft model ({}) and the floor ({})"
     assert words.format(*numbers) in front
     # The learning rate was chosen on validation prompts.
     rates = {row["lr"]: float(row["soft_single_valid"]) for row in trained(rows, "mse")}
