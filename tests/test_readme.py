@@ -111,6 +111,14 @@ def votes_row(i):
     return {"prompt": f"Name a fruit, number {i}."} | pair | {"votes_a": 1 + i % 4, "votes_b": 2}
 
 
+def test_the_rows_of_the_readme_are_a_file(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("\n".join(re.findall(r"^    (\{.*\})$", README, re.M)))
+    votes = load("data_prep/votes.py")
+    words = ["--run", str(tmp_path / "mine"), "--source", str(tmp_path / "mine.jsonl")]
+    votes.main(votes.parse_args(words))
+    assert (tmp_path / "mine" / "data" / "train.parquet").exists()
+
+
 def test_commands_run(tmp_path, monkeypatch):
     """The python commands of README and docs, in order, on a small demo that using.md's make."""
     monkeypatch.chdir(tmp_path)
