@@ -302,6 +302,23 @@ def test_table_of_all_parameters():
     assert words.format(*numbers) in front
 
 
+def test_table_of_writing_with_all_parameters():
+    rows = committed("writing_full.csv")
+    full = [row for row in rows if row["run"] == "writing_full_centered_0"]
+    head = [row for row in committed("writing_head.csv") if row["run"] == "writing_mse_0"]
+    lines = {f"FSAM, k = {row['k']}": ("brier", row["k"]) for row in full}
+    lines |= {"single soft model": ("soft_single", "1"), "scaled": ("soft_scaled", "1")}
+    for words, (figure, k) in lines.items():
+        cells = " | ".join(short(column(x, figure, k=k).item()) for x in (full, head))
+        assert f"| writing, {words} | {cells} |" in PAGE, (words, cells)
+    rates = {row["lr"]: float(row["soft_single_valid"]) for row in rows if row["k"] == "1"}
+    best = min(rates, key=rates.get)
+    assert len(rates) == 3 and {row["lr"] for row in full} == {best} == {"0.0003"}
+    names = (("1e-4", "0.0001"), ("3e-4", "0.0003"), ("1e-3", "0.001"))
+    valid = ", ".join(f"{name} {short(rates[lr])}" for name, lr in names)
+    assert f"(soft: {valid})" in PAGE, valid
+
+
 def test_table_of_targets_on_real_votes():
     """Of one split; the learning rate was chosen on its validation prompts."""
     rows = committed("ukpconvarg1_full.csv")
@@ -321,17 +338,21 @@ def test_table_of_fewer_votes():
     for title, name, seeds in (
         ("UKPConvArg1, frozen base, mean of five splits", "ukp_{}_", "01234"),
         ("UKPConvArg1, frozen base, the first split", "ukp_{}_", "0"),
+        ("UKPConvArg1, adapters, the first split", "ukp_lora_{}_", "0"),
         ("UKPConvArg1, all parameters, the first split", "ukp_full_{}_", "0"),
         ("writing, frozen base, mean of five splits", "writing_{}_", "01234"),
     ):
         cells = []
-        whole = "centered" if "full" in name else "mse"
+        whole = {"ukp_full_{}_": "centered", "ukp_lora_{}_": "all"}.get(name, "mse")
         for share, word in (("0.25", "quarter"), ("0.5", "half"), ("", whole)):
             runs = [name.format(word) + seed for seed in seeds]
             found = [row for row in rows if row["run"] in runs]
             assert len(found) == len(runs) and {row["train_share"] for row in found} == {share}
             cells.append(short(column(found, "soft_single").mean()))
         assert f"| {title} | {' | '.join(cells)} |" in PAGE, cells
+    valid = {row["run"]: short(float(row["soft_single_valid"])) for row in rows if row["train"]}
+    words = "(soft: 3e-3 {}, 1e-2 {})".format(valid["ukp_lora_all_0"], valid["ukp_lora_lr1e-2_0"])
+    assert words in PAGE
 
 
 @pytest.mark.parametrize(
