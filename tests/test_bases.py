@@ -10,6 +10,7 @@ from pairwise.data import read_split
 from pairwise.files import read_json
 
 import adopt
+import from_gguf
 import numpy as np
 import plan
 import pytest
@@ -191,3 +192,12 @@ def test_a_language_model_has_no_head(base, capsys):
     loaded(base)
     sampling.load_language_model(base, "cpu")
     assert "head" not in capsys.readouterr().err
+
+
+def test_a_gguf_that_is_not_there_and_a_directory_that_is(tmp_path):
+    (tmp_path / "out").mkdir()
+    for out, message in (("new", "m.gguf: no such file"), ("out", "out: found, a new directory")):
+        words = ["--gguf", str(tmp_path / "m.gguf"), "--out", str(tmp_path / out)]
+        with pytest.raises(InputError, match=message):
+            from_gguf.main(from_gguf.parse_args(words))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -192,6 +192,26 @@ def test_table_of_targets():
         assert f"| `{target}` | {' | '.join(cells)} |".replace("|  |", "| |") in PAGE, cells
 
 
+def test_table_of_batches_and_rates():
+    """At k = 4, of the first three seeds; 64 pairs and 3e-3 are the demo's own."""
+    made = committed("demo_batches.csv") + committed("demo_seeds.csv")
+    made = [row for row in made if row["made_by"] == "member" and row["k"] == "4"]
+    made = [row for row in made if row["data_seed"] in ("0", "1", "2")]
+    on_valid = {"64": [], "512": []}
+    for pairs in on_valid:
+        cells = []
+        for lr in ("0.0015", "0.003", "0.0075"):
+            x = column(made, "brier", pairs_per_step=pairs, lr=lr)
+            valid = column(made, "brier_valid", pairs_per_step=pairs, lr=lr)
+            assert len(x) == 3
+            cells.append(short(x.mean()))
+            on_valid[pairs].append(valid.mean())
+        [line] = [line for line in PAGE.splitlines() if line.startswith(f"| {pairs} (")]
+        assert line.endswith(f"| {' | '.join(cells)} |"), (line, cells)
+    for means in on_valid.values():
+        assert f"({short(min(means))} to {short(max(means))})" in PAGE
+
+
 def test_what_is_said_of_the_optimizer():
     rows = committed("optimizer_demo.csv")
     page = " ".join((REPOSITORY / "docs/training.md").read_text(encoding="utf-8").split())
