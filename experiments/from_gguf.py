@@ -22,13 +22,16 @@ def main(args):
         raise cli.InputError(f"--out {args.out}: found, a new directory expected")
     if not args.gguf.is_file():
         raise cli.InputError(f"--gguf {args.gguf}: no such file")
-    where = {"gguf_file": args.gguf.name}
+    folder, name = args.gguf.parent, args.gguf.name
     with pretrained.readable(f"--gguf {args.gguf}: no model could be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(args.gguf.parent, **where)
-        model = AutoModelForCausalLM.from_pretrained(args.gguf.parent, dtype="float32", **where)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype="float32", trust_remote_code=False
+        )
     # A new model has its weights alone, and no word of the bits in which they were.
     config = {x: y for x, y in model.config.to_dict().items() if x != "quantization_config"}
-    plain = AutoModelForCausalLM.from_config(type(model.config).from_dict(config))
+    config = type(model.config).from_dict(config)
+    plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     plain.load_state_dict(model.state_dict())
     with files.replacing(args.out) as partial:
         plain.to(torch.bfloat16).save_pretrained(partial)

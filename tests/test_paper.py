@@ -228,6 +228,6 @@ def test_what_the_page_says_of_figure_2_is_the_committed_file():
     assert by_name["demo"]["figure_2"]["first_surely_below"] is None
     assert by_name["writing_mse_0"]["figure_2"]["floor_excess"] == pytest.approx(0, abs=1e-9)
     page = " ".join((REPOSITORY / "docs/results.md").read_text(encoding="utf-8").split())
-    assert "of camps with two, of the demo with four" in page
+    assert "that of camps is with two, that of the demo with four" in page
     for name in real:
         assert f"{by_name[name]['test_prompts']} test prompts" in page.split(name)[-1][:80]
