@@ -66,23 +66,18 @@ def standardised(splits):
 def read_features(run):
     """{name: Featured} of the splits of `run`. Raises InputError where one has no features."""
     splits = {}
-    for name in data.SPLITS:
-        if (run / "data" / f"{name}.parquet").exists():
-            path = run / "features" / f"{name}.npy"
-            if not path.exists():
-                raise cli.InputError(f"{path}: no such file; train_rm.py --train head makes it")
-            run_dir.check(run, path)
-            split, features = data.read_split(run, name), files.read_array(path)
-            rows = int(split.response_start[-1])
-            if features.ndim != 2 or len(features) != rows or features.dtype.kind != "f":
-                found = f"{features.dtype} {features.shape} found"
-                raise cli.InputError(f"{path}: {found}, floats ({rows}, d) expected")
-            if not np.isfinite(features).all():
-                raise cli.InputError(f"{path}: features that are not finite found")
-            splits[name] = Featured(split, features.astype(np.float64))
-    if missing := {"train", "test"} - {*splits}:
-        path = run / "data" / f"{min(missing)}.parquet"
-        raise cli.InputError(f"{path}: no such file; data_prep/ makes it")
+    for name, split in data.read_splits(run)[0].items():
+        path = run / "features" / f"{name}.npy"
+        if not path.exists():
+            raise cli.InputError(f"{path}: no such file; train_rm.py --train head makes it")
+        run_dir.check(run, path)
+        features, rows = files.read_array(path), int(split.response_start[-1])
+        if features.ndim != 2 or len(features) != rows or features.dtype.kind != "f":
+            found = f"{features.dtype} {features.shape} found"
+            raise cli.InputError(f"{path}: {found}, floats ({rows}, d) expected")
+        if not np.isfinite(features).all():
+            raise cli.InputError(f"{path}: features that are not finite found")
+        splits[name] = Featured(split, features.astype(np.float64))
     if len(widths := {x.features.shape[1] for x in splits.values()}) > 1:
         found = ", ".join(map(str, sorted(widths)))
         raise cli.InputError(

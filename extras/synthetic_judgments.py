@@ -103,15 +103,11 @@ def questions(template, row, orders):
         yield {name: question(template, row["messages"], *two) for name, two in asked.items()}
 
 
-def room(model, ids, args, of=""):
-    """Return the tokens that an answer may have, as of sampling.room; ids: of a question."""
-    return sampling.room(model, ids, args.max_tokens, f"{of}a question")
-
-
 def ask(model, tokenizer, chat, times, args):
     """Return `times` raw answers of the model, by nucleus sampling."""
     prompt = chats.encode(tokenizer, chat)
-    nucleus = (args.temperature, args.top_p, room(model, prompt, args))
+    longest = sampling.room(model, prompt, args.max_tokens, "a question")
+    nucleus = (args.temperature, args.top_p, longest)
     with pretrained.readable(f"--base {args.base}: no answer could be sampled"):
         texts, _ = sampling.sample(model, tokenizer, prompt, times, *nucleus)
     return texts
@@ -171,7 +167,8 @@ def main(args):
         for asked in questions(template, row, args.orders):
             encoded = [chats.encode(tokenizer, chat) for chat in asked.values()]
             for ids in encoded:
-                room(model, ids, args, f"prompt {row['prompt_id']}: ")
+                where = f"prompt {row['prompt_id']}: a question"
+                sampling.room(model, ids, args.max_tokens, where)
             reward_model.check_tokens(model, encoded)
     started = run_dir.begin_stage(run, "judgments", settings, inputs, ["data/train.parquet"])
 
