@@ -161,6 +161,7 @@ def test_two_machines_give_the_bits_of_one_process(ran, name, processes):
     """...where a micro-batch is a process's: where a process stands still for longer than a machine
     may, and where the second machine was lost twice on the way."""
     found, expected = outputs(ran[0] / name), outputs(ran[0] / "one")
+    assert "logs/01.jsonl" in found, said(ran, name, 0) + said(ran, name, 1)
     for ours, theirs in zip(found.pop("logs/01.jsonl"), expected.pop("logs/01.jsonl"), strict=True):
         assert abs(ours["loss"] / theirs["loss"] - 1) < 1e-6 and ours["pairs"] == theirs["pairs"]
     assert found == expected and not leftovers(ran[0] / name)

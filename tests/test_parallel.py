@@ -4,6 +4,7 @@ Each owns some of the optimizer's state, and checkpoints are for any number of p
 """
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -430,6 +431,22 @@ def test_all_machines_must_see_the_run(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="process 1 does not see what the first writes there"):
         Checkpoints(tmp_path, 1, {}, {}, 30).check_disk(0, 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_first_alone_looks_at_checkpoints(tmp_path, monkeypatch):
+    """Another would meet what the first is removing; it takes the first's word for their bytes."""
+    (tmp_path / "checkpoint_01").mkdir()
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    monkeypatch.setattr(type(tmp_path), "glob", lambda *args: pytest.fail("looked"))
+    monkeypatch.setattr(type(tmp_path), "rglob", lambda *args: pytest.fail("looked"))
+    free, old = 100, 50  # of the first
+    answers = itertools.cycle([[0], [None, None], [True, True], [(free, old)]])
+    monkeypatch.setattr(parallel, "gathered", lambda value: next(answers))
+    checkpoints = Checkpoints(tmp_path, 1, {}, {}, 30)
+    assert checkpoints.own() == []
+    checkpoints.check_disk(50, 50)
+    with pytest.raises(InputError, match="GB needed"):
+        checkpoints.check_disk(50, 51)
 
 
 def test_strangers_do_not_count(monkeypatch):

@@ -133,9 +133,9 @@ class Checkpoints:
             words = f"process {seen.index(False)} does not see what the first writes there"
             raise cli.InputError(f"{place}: {words}; a directory that all machines share expected")
         inside = [file for path in self.own() for file in (path, *path.rglob("*"))]
-        need = (2 * nbytes if self.seconds else 0) + member
-        need -= sum(file.stat().st_size for file in inside if file.is_file())
-        free = shutil.disk_usage(place).free
+        old = sum(file.stat().st_size for file in inside if file.is_file())
+        free, old = parallel.of_first(lambda: (shutil.disk_usage(place).free, old))
+        need = (2 * nbytes if self.seconds else 0) + member - old
         if need > free:
             hint = "; --checkpoint-minutes 0 writes no checkpoints" if self.seconds else ""
             raise cli.InputError(
@@ -151,7 +151,12 @@ class Checkpoints:
                 self.directory.rmdir()
 
     def own(self):
-        """Return the paths in the directory that this class has written, and nobody else."""
+        """Return the paths in the directory that this class has written, and nobody else.
+
+        The first process alone looks, which alone removes them; the others return [].
+        """
+        if parallel.rank():
+            return []
         whole = [path.parent for path in self.directory.glob("[0-9]*/state.json")]
         names = {"trained.json", *(path.name for path in whole)}
         partial = r"\.(partial|lock)-([0-9]{6,}|trained\.json)"  # of a call that was killed
@@ -163,7 +168,7 @@ class Checkpoints:
 
     def _remove_all_but(self, path):
         """Remove all of its own paths but one, or all where the path is None."""
-        for other in self.own() if parallel.rank() == 0 else []:
+        for other in self.own():
             if other != path:
                 files.remove(other)
 
