@@ -131,6 +131,7 @@ def without_hashes(run):
     return run
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Tests that share a fixture of their module run in one process, which makes it once.
 
