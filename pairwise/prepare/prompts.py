@@ -96,7 +96,7 @@ def add_arguments(parser, test_share=0.1, valid_share=0.0):
     add("--min-votes", type=cli.integer, choices=(1, 2), default=2, help=votes_help)
     test_help = "share of the prompts held out, where the data has no split of its own"
     add("--test-share", type=cli.fraction, default=test_share, help=test_help)
-    valid_help = "share of the train prompts set aside for choices among variants"
+    valid_help = "share of the train prompts set aside for choices, where the data has none itself"
     add("--valid-share", type=cli.fraction, default=valid_share, help=valid_help)
 
 
