@@ -190,6 +190,15 @@ def test_table_of_targets():
             error = short(less.std(ddof=1) / len(less) ** 0.5)
             cells.append(f"{short(less.mean(), sign='+')} ± {error}")
         assert f"| `{target}` | {' | '.join(cells)} |".replace("|  |", "| |") in PAGE, cells
+    for target, sign, ks, words in (
+        ("residual", 1, "24", "({} with two, {} with four)"),
+        ("mixture", -1, "28", "below `centered` by {} with two, {} with eight."),
+    ):
+        of_target, cells = [row for row in made if row["target"] == target], []
+        for k in ks:
+            less = sign * (column(of_target, "brier", k=k) - column(rows, "brier", k=k))
+            cells.append(f"{short(less.mean())} ± {short(less.std(ddof=1) / len(less) ** 0.5)}")
+        assert words.format(*cells) in " ".join(PAGE.split()), cells
 
 
 def test_table_of_batches_and_rates():
