@@ -240,10 +240,12 @@ def main(args):
         before = run_dir.hash_rewards(run, first - 1)
         run_dir.must_agree(run, run_dir.member_name(first), settings, base_inputs | before)
     inputs = base_inputs | run_dir.hash_rewards(run, j - 1)
-    stage = (run, name, settings, inputs)
+    stage, texts = (run, name, settings, inputs), run_dir.read_continuations(run)
+    # A collective call that one process makes and another does not would wait for hours.
+    made = {"continuations": len(texts or ()), "checkpoint_minutes": args.checkpoint_minutes}
+    parallel.check_alike(settings | inputs | made)
     outputs = [run / name, run / "logs" / f"{j:02d}.jsonl"]
     outputs += [run_dir.reward_path(run, j, split) for split in splits]
-    texts = run_dir.read_continuations(run)
     checkpoints = Checkpoints(run, j, settings, inputs, args.checkpoint_minutes)
     args.threads = checkpoints.threads(args.threads)
     torch.set_num_threads(args.threads)

@@ -72,7 +72,7 @@ def processor():
 def kept(directory, names):
     """Return {name: float32 (n, d)} of those of a set of names that are in a directory's files."""
     found = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted(directory.glob("[!.]*.safetensors")):  # not what `keep` is writing there
         try:
             with safe_open(path, "numpy") as file:
                 if own := (names - found.keys()).intersection(file.keys()):

@@ -107,11 +107,12 @@ def place(name, named, weights=False):
     that fails, and where the checkpoint names weights outside its directory."""
     directory, identifier, commit = Path(name), None, None
 
-    def complete(patterns):
+    def complete(*patterns):
         _ask(identifier, commit, named)  # It says no at once where a download would try for long.
         with readable(f"{named} {name}: it could not be downloaded"):
-            options = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]}
-            snapshot_download(identifier, revision=commit, **options)
+            for allowed, ignored in patterns:
+                options = {"allow_patterns": allowed, "ignore_patterns": ["*/*", *ignored]}
+                snapshot_download(identifier, revision=commit, **options)
 
     if not directory.is_dir():
         identifier, commit = pinned(name, named).split("@")
@@ -119,11 +120,12 @@ def place(name, named, weights=False):
         configs = ("config.json", "tokenizer_config.json")
         has_vocabulary = any(any(directory.glob(pattern)) for pattern in VOCABULARIES)
         if not (has_vocabulary and all((directory / name).is_file() for name in configs)):
-            complete(DESCRIPTIONS)
+            last = [configs[-1]]  # With it a download that was broken off counts as complete.
+            complete((DESCRIPTIONS, last), (last, []))
     for _ in range(2 if weights else 0):  # Then what the index names, once that is there.
         shards = weight_files(directory)
         if commit and not all((directory / shard).is_file() for shard in shards):
-            complete([*shards, INDEX])
+            complete(([*shards, INDEX], []))
     return directory
 
 

@@ -232,7 +232,7 @@ def over_sequences(reward_model, function, sequences, tokens, label):
     places = [numbers.setdefault(tuple(ids), len(numbers)) for ids in sequences]
     distinct = [list(ids) for ids in numbers]
     check_positions(reward_model, distinct, "")
-    groups = list(batches_of(reward_model, distinct, tokens))
+    groups = parallel.of_first(lambda: list(batches_of(reward_model, distinct, tokens)))
     sizes = [sum(len(distinct[i]) for i in group) for group in groups]
     own = parallel.deal(groups, sizes)[parallel.rank()]
     computed, started, done = [], time.time(), 0

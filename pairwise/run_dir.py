@@ -38,6 +38,7 @@ LATER_SETTINGS = {"loss": "mse", "repeated": "error"}
 VERSIONS_OF = ("numpy", "scipy", "torch", "transformers", "peft", "pytorch_optimizer", "pyarrow")
 
 _locks = {}  # run directory -> descriptor of the file that locks it for this process
+_seen = {}  # (run directory, stage) -> its entry when this process decided to do the stage
 
 
 # ---- stages
@@ -114,6 +115,7 @@ def stage_done(run, stage, settings, inputs, outputs):
         if entry["done"] and len(existing) == len(outputs):
             return True
     _refuse_links(outputs)
+    _seen[run.resolve(), stage] = entry
     return False
 
 
@@ -153,10 +155,11 @@ def unchanged(run, stage, settings, inputs, outputs):
 
     Raises InputError where it is, and one of its outputs was edited; where not, and one is a link.
     """
-    entry = stages(run).get(stage, {"done": False})
-    same = entry["done"] and entry["settings"] == settings and entry["inputs"] == inputs
+    entry = stages(run).get(stage)
+    same = entry and entry["done"] and entry["settings"] == settings and entry["inputs"] == inputs
     if not same or not all(path.exists() for path in outputs):
         _refuse_links(outputs)
+        _seen[run.resolve(), stage] = entry
         return False
     check(run, *outputs)
     return True
@@ -167,10 +170,14 @@ def begin_stage(run, stage, settings, inputs, rewrites=()):
 
     This process keeps `run` until it ends. rewrites: paths in the run, outputs of other stages that
     this one will change; their hashes count no more. Raises InputError where another process has
-    the run.
+    the run, or has done this stage since `stage_done` or `unchanged` looked.
     """
     run.mkdir(parents=True, exist_ok=True)
     lock(run)
+    now = stages(run).get(stage)
+    if _seen.pop((run.resolve(), stage), now) != now:
+        words = f"another process has done this stage ({stage}) meanwhile"
+        raise cli.InputError(f"{run}: {words}; the same command goes on from there")
     entry = {"settings": settings, "inputs": inputs, "done": False}
     _enter(run, stage, entry, rewrites)
     files.hashes_beneath(run)  # From here on what is written there is this stage's.
@@ -321,13 +328,16 @@ def command_with(*words, without):
 
 def _git_commit():
     """Return the repository's commit, with '+' where files differ from it; None outside git."""
-    command = "git describe --always --abbrev=40 --exclude=* --dirty=+".split()
+    options = {"cwd": cli.REPOSITORY, "stderr": subprocess.DEVNULL, "encoding": "utf-8"}
+    status = "git --no-optional-locks status --porcelain --untracked-files=no"  # no commit waits
     try:
-        return subprocess.check_output(
-            command, cwd=cli.REPOSITORY, stderr=subprocess.DEVNULL, encoding="utf-8"
-        ).strip()
+        commit, changes = (
+            subprocess.check_output(command.split(), **options).strip()
+            for command in ("git rev-parse HEAD", status)
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
+    return commit + "+" * bool(changes)
 
 
 # ---- what the stages left

@@ -132,15 +132,21 @@ def test_a_snapshot_that_is_not_whole_is_completed(hub, base, data, tmp_path, mo
     def download(identifier, revision, allow_patterns, ignore_patterns):
         assert (identifier, revision) == (NAME, ONE)
         for path in {path for pattern in allow_patterns for path in whole.glob(pattern)}:
-            shutil.copy(path, snapshot)
+            if path.name not in ignore_patterns:
+                shutil.copy(path, snapshot)
+                order.append(path.name)
 
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha=ONE))
     monkeypatch.setattr(pretrained, "snapshot_download", download)
+    order = []
     for names in (["tokenizer.json"], ["model.safetensors.index.json"], []):
         for name in [*names, *(path.name for path in snapshot.glob("model-*"))]:
             (snapshot / name).unlink(missing_ok=True)
         assert pretrained.place(NAME, "--base", weights=True) == snapshot
         assert {path.name for path in whole.iterdir()} <= {p.name for p in snapshot.iterdir()}
+    # A download that is broken off must not look whole: what tells comes after all it tells of.
+    described = [name for name in order if not name.endswith(".safetensors")]
+    assert described.index("tokenizer_config.json") > described.index("tokenizer.json")
     assert "asking the hub" in capsys.readouterr().err
 
 

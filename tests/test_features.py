@@ -162,6 +162,16 @@ def test_a_damaged_file_is_computed_again(made, prompts, cache, capsys, damage):
     assert not capsys.readouterr().err
 
 
+def test_what_another_process_is_writing_is_left_alone(made, prompts, cache, capsys):
+    rows, _ = made(prompts[:2])
+    path = next(cache.rglob("*.safetensors"))
+    others = [path.with_name(f".{kind}-{path.name}") for kind in ("lock", "partial")]
+    [other.write_bytes(b"begun") for other in others]
+    capsys.readouterr()
+    assert made(prompts[:2]) == (rows, 8) and not capsys.readouterr().err
+    assert [other.read_bytes() for other in others] == [b"begun"] * 2
+
+
 def test_a_cache_that_cannot_be_written_costs_a_line(made, prompts, cache, capsys):
     cache.parent.write_text("a file")
     assert made(prompts[:1])[1] == 0

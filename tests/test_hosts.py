@@ -146,7 +146,7 @@ def ran(data, base, tmp_path_factory):
         [*PRIVATE, sys.executable, "-c", HARNESS, json.dumps(jobs), str(directory / "done")],
         check=True,
         cwd=REPOSITORY,
-        timeout=200,
+        timeout=400,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | changes,
     )
     return directory, json.loads((directory / "done").read_text())
@@ -185,7 +185,8 @@ def test_a_lost_machine_ends_the_other_with_a_line(ran):
 
 
 def test_it_ends_soon(ran):
-    """A machine may be silent for 3 seconds here, and for 40 otherwise."""
-    assert max(seconds for *_, seconds in ran[1][1:3]) < 20
+    """A machine may be silent for 3 seconds here, and for 40 otherwise. A minute is for a loaded
+    machine: where the loss is not noticed, they wait for ten or longer."""
+    assert max(seconds for *_, seconds in ran[1][1:3]) < 60
     kept = parallel.KEEPALIVE
     assert kept["TCP_KEEPIDLE"] + kept["TCP_KEEPINTVL"] * kept["TCP_KEEPCNT"] <= 45

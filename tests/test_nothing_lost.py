@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import evaluate
 import score
@@ -221,6 +223,25 @@ def test_two_writers_of_one_path(tmp_path):
     with files.replacing(path) as partial:
         partial.write_text("second")
     assert path.read_text() == "second" and [x.name for x in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("looks", [run_dir.stage_done, run_dir.unchanged])
+def test_two_who_begin_the_same_stage(looks, tmp_path):
+    """The second has decided before the first began, and comes when the first has ended."""
+    outputs = [tmp_path / "out.json"]
+    assert not looks(tmp_path, "stage", {"seed": 1}, {}, outputs)
+    other = f"""
+from pathlib import Path
+from pairwise import files, run_dir
+run, stage = Path({str(tmp_path)!r}), ("stage", {{"seed": 0}}, {{}})
+started = run_dir.begin_stage(run, *stage)
+files.write_json(run / "out.json", "first")
+run_dir.end_stage(run, *stage, started)
+"""
+    subprocess.run([sys.executable, "-c", other], check=True, cwd=cli.REPOSITORY)
+    with pytest.raises(InputError, match=r"another process has done this stage \(stage\) mean"):
+        run_dir.begin_stage(tmp_path, "stage", {"seed": 1}, {})
+    assert json.loads(outputs[0].read_text()) == "first" and manifest(tmp_path)["stage"]["done"]
 
 
 def test_a_file_of_the_same_name_is_no_run(tmp_path):

@@ -78,6 +78,7 @@ def process(rank, job):
         held(f"{job['run']}-held-{rank}")
     sys.argv[0] = "train_rm.py"
     words = ["--run", job["run"], "--iteration", "1", *flags, *job["flags"]]
+    words += job.get("second", []) if rank == 1 else []
     cli.run_main(train_rm.main, train_rm.parse_args(words))
 
 def started(rank, job, store):
@@ -151,6 +152,7 @@ JOBS = [
     ("bfloat16 paged", 2, (*SAME, *PAGED), {}),
     ("nan", 2, SAME, {"rank": 1, "place": "error", "number": 3}),
     ("head", 2, ("--train", "head"), {}),
+    ("unlike", 2, SAME, {"second": ["--lr", "0.5"]}),
 ]
 
 
@@ -200,10 +202,10 @@ def ran(data, base, tmp_path_factory):
 def test_all_end_together(ran):
     """With code 0, or, where one is killed or finds an error, none with it."""
     for (name, processes, _, more), codes in zip(JOBS[1:], ran[1], strict=True):
-        if "rank" not in more and name != "head":
-            assert codes == [0] * processes, name
-        elif name in ("nan", "head"):
+        if name in ("nan", "head", "unlike"):
             assert codes == [2, 2], name
+        elif "rank" not in more:
+            assert codes == [0] * processes, name
         else:
             assert codes[more["rank"]] == -9 and 0 not in codes, name
 
@@ -281,7 +283,8 @@ def test_other_orders_of_sums_give_other_roundings_alone(ran, base, name):
 
 
 def test_an_error_is_told_once(ran):
-    """...by one of them: a loss that is not finite in the second alone, and what none can do."""
+    """...by one of them: a loss that is not finite in the second alone, what none can do, and
+    another flag on the second."""
     # Before it stands the progress bar, which may not have ended its line.
     said = (ran[0] / "nan.stderr").read_text().split("train_rm.py: error: ")
     assert (
@@ -291,6 +294,9 @@ def test_an_error_is_told_once(ran):
     )
     (line,) = (ran[0] / "head.stderr").read_text().splitlines()
     assert line.startswith("train_rm.py: error: 2 processes found, 1 expected: --train head ")
+    (line,) = (ran[0] / "unlike.stderr").read_text().splitlines()
+    assert line == "train_rm.py: error: process 1: lr 0.5 found, 0.003 expected, as in the first"
+    assert not (ran[0] / "unlike" / "logs").exists()
     assert not leftovers(ran[0] / "nan") and not any((ran[0] / "nan").glob("[mlr]*/*01*"))
 
 
@@ -447,6 +453,16 @@ def test_the_first_alone_looks_at_checkpoints(tmp_path, monkeypatch):
     checkpoints.check_disk(50, 50)
     with pytest.raises(InputError, match="GB needed"):
         checkpoints.check_disk(50, 51)
+
+
+def test_all_are_of_a_kind():
+    """A machine whose driver is broken would take the CPU, and the others wait for its GPU."""
+    store = torch.distributed.HashStore()
+    for number in range(2):
+        parallel.check_kind(store, number, "a GPU")
+    words = r"process 2: the CPU found \(--device\), a GPU expected, as in the first"
+    with pytest.raises(InputError, match=words):
+        parallel.check_kind(store, 2, "the CPU")
 
 
 def test_strangers_do_not_count(monkeypatch):

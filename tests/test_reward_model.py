@@ -285,6 +285,20 @@ def test_equal_sequences_tie_exactly(model, tokenizer, mixed, tokens):
     np.testing.assert_allclose(heads, rewards, atol=1e-5)
 
 
+def test_the_first_deals_what_both_score(model, mixed, monkeypatch):
+    """A second process that would make other batches scores its share of the first's."""
+    groups, shares = list(rm.batches_of(model, mixed, 60)), []
+    expected = rm.score_sequences(model, mixed, 60)
+    monkeypatch.setattr(rm.parallel, "count", lambda: 2)
+    monkeypatch.setattr(rm.parallel, "of_first", lambda _: groups)
+    # The last to come finds what the first has said; of the first alone half are missing.
+    monkeypatch.setattr(rm.parallel, "gathered", lambda own: shares.append(own) or shares)
+    with pytest.raises(IndexError):
+        rm.score_sequences(model, mixed, 60)
+    monkeypatch.setattr(rm.parallel, "rank", lambda: 1)
+    np.testing.assert_array_equal(rm.score_sequences(model, mixed, 10**6), expected)
+
+
 @pytest.mark.parametrize("count", [3, 5, 7, 61])
 def test_equal_features_tie_exactly(count):
     torch.manual_seed(0)

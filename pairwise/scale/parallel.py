@@ -60,6 +60,28 @@ def of_first(function):
     return gathered(function() if rank() == 0 else None)[0]
 
 
+def check_alike(values):
+    """Raise InputError where a process has another value than the first. values: {name: value}."""
+    first, *others = gathered(values)
+    for number, own in enumerate(others, 1):
+        for name in first.keys() | own.keys():
+            expected, found = first.get(name), own.get(name)
+            if expected != found:
+                words = f"{name.replace('_', '-')} {found} found, {expected} expected"
+                raise cli.InputError(f"process {number}: {words}, as in the first")
+
+
+def check_kind(store, number, kind):
+    """Raise InputError where the first process runs on another kind of device.
+
+    They would wait for each other in libraries that do not meet."""
+    if number == 0:
+        store.set("kind", kind)
+    elif (expected := store.get("kind").decode()) != kind:
+        words = f"{kind} found (--device), {expected} expected, as in the first"
+        raise cli.InputError(f"process {number}: {words}")
+
+
 def take_gpu(args):
     """Make args.device the GPU of this process; raise InputError where there are too few."""
     place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -168,6 +190,7 @@ def together(main):
         speaks = number < 2 or os.environ["LOCAL_RANK"] == "0"
         threading.Thread(target=watch, args=(peers, speaks), daemon=True).start()
         try:
+            check_kind(store, number, "a GPU" if cuda else "the CPU")
             if cuda:
                 take_gpu(args)
             # The first may write for long: `watch` finds those that are lost.
