@@ -335,11 +335,15 @@ def test_table_of_writing_with_all_parameters():
     rows = committed("writing_full.csv")
     full = [row for row in rows if row["run"] == "writing_full_centered_0"]
     head = [row for row in committed("writing_head.csv") if row["run"] == "writing_mse_0"]
-    lines = {f"FSAM, k = {row['k']}": ("brier", row["k"]) for row in full}
+    lines = {f"FSAM, k = {k}": ("brier", k) for k in "1234"}
     lines |= {"single soft model": ("soft_single", "1"), "scaled": ("soft_scaled", "1")}
     for words, (figure, k) in lines.items():
         cells = " | ".join(short(column(x, figure, k=k).item()) for x in (full, head))
         assert f"| writing, {words} | {cells} |" in PAGE, (words, cells)
+    hard = [row for row in rows if row["run"] == "writing_full_hard_0"]
+    hard += [row for row in committed("writing_head.csv") if row["run"] == "writing_hard_0"]
+    cells = " | ".join(short(x) for x in column(hard, "brier", k="8"))
+    assert f"| writing, hardened, k = 8 | {cells} |" in PAGE, cells
     rates = {row["lr"]: float(row["soft_single_valid"]) for row in rows if row["k"] == "1"}
     best = min(rates, key=rates.get)
     assert len(rates) == 3 and {row["lr"] for row in full} == {best} == {"0.0003"}
