@@ -367,25 +367,39 @@ def test_table_of_targets_on_real_votes():
 
 
 def test_table_of_fewer_votes():
-    rows = committed("fewer_votes.csv")
+    rows, figures = committed("fewer_votes.csv"), {}
     for title, name, seeds in (
         ("UKPConvArg1, frozen base, mean of five splits", "ukp_{}_", "01234"),
-        ("UKPConvArg1, frozen base, the first split", "ukp_{}_", "0"),
-        ("UKPConvArg1, adapters, the first split", "ukp_lora_{}_", "0"),
-        ("UKPConvArg1, all parameters, the first split", "ukp_full_{}_", "0"),
+        ("UKPConvArg1, frozen base, mean of three", "ukp_{}_", "012"),
+        ("UKPConvArg1, adapters, mean of three", "ukp_lora_{}_", "012"),
+        ("UKPConvArg1, all parameters, mean of three", "ukp_full_{}_", "012"),
         ("writing, frozen base, mean of five splits", "writing_{}_", "01234"),
+        ("writing, frozen base, the first split", "writing_{}_", "0"),
     ):
-        cells = []
-        whole = {"ukp_full_{}_": "centered", "ukp_lora_{}_": "all"}.get(name, "mse")
+        whole = "centered" if "full" in name else "all" if "lora" in name else "mse"
         for share, word in (("0.25", "quarter"), ("0.5", "half"), ("", whole)):
             runs = [name.format(word) + seed for seed in seeds]
             found = [row for row in rows if row["run"] in runs]
-            assert len(found) == len(runs) and {row["train_share"] for row in found} == {share}
-            cells.append(short(column(found, "soft_single").mean()))
-        assert f"| {title} | {' | '.join(cells)} |" in PAGE, cells
+            assert [row["run"] for row in found] == runs
+            assert {row["train_share"] for row in found} == {share}
+            figures.setdefault(title, []).append(column(found, "soft_single"))
+        cells = " | ".join(short(x.mean()) for x in figures[title])
+        assert f"| {title} | {cells} |" in PAGE, cells
+    page = " ".join(PAGE.split())
+    for kind, words in (
+        ("all parameters", "are {} with a quarter of the prompts, {} with half, {} with all;"),
+        ("adapters", "adapters {}, {}, {}."),
+    ):
+        both = (figures[f"UKPConvArg1, {of}, mean of three"] for of in (kind, "frozen base"))
+        cells = []
+        for less in (x - frozen for x, frozen in zip(*both)):
+            error = short(less.std(ddof=1) / len(less) ** 0.5)
+            cells.append(f"{short(less.mean(), sign='+')} ± {error}")
+        assert words.format(*cells) in page, cells
     valid = {row["run"]: short(float(row["soft_single_valid"])) for row in rows if row["train"]}
-    words = "(soft: 3e-3 {}, 1e-2 {})".format(valid["ukp_lora_all_0"], valid["ukp_lora_lr1e-2_0"])
-    assert words in PAGE
+    runs = ("ukp_lora_lr1e-3_0", "ukp_lora_all_0", "ukp_lora_lr1e-2_0")
+    words = "(soft: 1e-3 {}, 3e-3 {}, 1e-2 {})".format(*(valid[run] for run in runs))
+    assert words in page and valid[runs[1]] == min(valid[run] for run in runs)
 
 
 @pytest.mark.parametrize(
