@@ -35,6 +35,7 @@ NEEDS_MORE = (  # a hub, a GPU, more than a minute, or packages of benchmarks/re
     "SmolLM2",
     "ukpconvarg1",
     "ukp_full",
+    "writing_full",
     "experiments/",
     "benchmarks/",
     "setup.py",
