@@ -375,6 +375,8 @@ def test_table_of_fewer_votes():
         ("UKPConvArg1, all parameters, mean of three", "ukp_full_{}_", "012"),
         ("writing, frozen base, mean of five splits", "writing_{}_", "01234"),
         ("writing, frozen base, the first split", "writing_{}_", "0"),
+        ("writing, adapters, the first split", "writing_lora_{}_", "0"),
+        ("writing, all parameters, the first split", "writing_full_{}_", "0"),
     ):
         whole = "centered" if "full" in name else "all" if "lora" in name else "mse"
         for share, word in (("0.25", "quarter"), ("0.5", "half"), ("", whole)):
@@ -398,8 +400,14 @@ def test_table_of_fewer_votes():
         assert words.format(*cells) in page, cells
     valid = {row["run"]: short(float(row["soft_single_valid"])) for row in rows if row["train"]}
     runs = ("ukp_lora_lr1e-3_0", "ukp_lora_all_0", "ukp_lora_lr1e-2_0")
-    words = "(soft: 1e-3 {}, 3e-3 {}, 1e-2 {})".format(*(valid[run] for run in runs))
+    words = "(UKPConvArg1, soft: 1e-3 {}, 3e-3 {}, 1e-2 {};".format(*(valid[run] for run in runs))
     assert words in page and valid[runs[1]] == min(valid[run] for run in runs)
+    runs = ("writing_lora_lr1e-3_0", "writing_lora_all_0")
+    words = "writing: 1e-3 {}, 3e-3 {}, where".format(*(valid[run] for run in runs))
+    assert words in page and valid[runs[1]] < valid[runs[0]]
+    of_writing = [np.concatenate(figures[title]) for title in figures if "the first split" in title]
+    half, whole = (np.ptp(x) for x in np.transpose(of_writing)[1:3])
+    assert f"within {short(half)} of each other with half and {short(whole)} with all" in page
 
 
 @pytest.mark.parametrize(
