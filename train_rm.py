@@ -240,10 +240,11 @@ def main(args):
         before = run_dir.hash_rewards(run, first - 1)
         run_dir.must_agree(run, run_dir.member_name(first), settings, base_inputs | before)
     inputs = base_inputs | run_dir.hash_rewards(run, j - 1)
-    stage, texts = (run, name, settings, inputs), run_dir.read_continuations(run)
-    # A collective call that one process makes and another does not would wait for hours.
-    made = {"continuations": len(texts or ()), "checkpoint_minutes": args.checkpoint_minutes}
-    parallel.check_alike(settings | inputs | made)
+    stage = (run, name, settings, inputs)
+    texts = run_dir.read_continuations(run)
+    # These two decide which collective calls a process makes: one that others do not make waits.
+    calls = {"continuations": len(texts or ()), "checkpoint_minutes": args.checkpoint_minutes}
+    parallel.check_alike(settings | inputs | calls)
     outputs = [run / name, run / "logs" / f"{j:02d}.jsonl"]
     outputs += [run_dir.reward_path(run, j, split) for split in splits]
     checkpoints = Checkpoints(run, j, settings, inputs, args.checkpoint_minutes)

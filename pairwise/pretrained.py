@@ -107,10 +107,10 @@ def place(name, named, weights=False):
     that fails, and where the checkpoint names weights outside its directory."""
     directory, identifier, commit = Path(name), None, None
 
-    def complete(*patterns):
+    def complete(*downloads):
         _ask(identifier, commit, named)  # It says no at once where a download would try for long.
         with readable(f"{named} {name}: it could not be downloaded"):
-            for allowed, ignored in patterns:
+            for allowed, ignored in downloads:
                 options = {"allow_patterns": allowed, "ignore_patterns": ["*/*", *ignored]}
                 snapshot_download(identifier, revision=commit, **options)
 

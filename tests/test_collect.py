@@ -107,6 +107,12 @@ def short(number, digits=4, sign=""):
     return f"{number:{sign}.{digits}f}".replace("0.", ".")
 
 
+def with_error(values, sign=""):
+    """The mean and its standard error."""
+    error = short(values.std(ddof=1) / len(values) ** 0.5)
+    return f"{short(values.mean(), sign=sign)} ± {error}"
+
+
 def span(values):
     return f"{short(values.min())} to {short(values.max())}"
 
@@ -122,10 +128,9 @@ def test_table_of_steps(name):
     rows = committed(f"{name}.csv")
     for k in ("1", "2") if name == "steps_demo" else ("1", "2", "3", "4"):
         whole, pairs = (column(rows, "brier", k=k, steps=kind) for kind in ("prompts", "pairs"))
-        less = whole - pairs
-        error = short(less.std(ddof=1) / len(less) ** 0.5)
-        cells = f"{short(whole.mean())} | {short(pairs.mean())} | {short(less.mean(), sign='+')}"
-        assert f"k = {k} | {cells} ± {error} |" in PAGE, (k, cells, error)
+        less = with_error(whole - pairs, "+")
+        cells = f"{short(whole.mean())} | {short(pairs.mean())} | {less}"
+        assert f"k = {k} | {cells} |" in PAGE, (k, cells)
 
 
 def test_tables_of_the_demo():
@@ -187,8 +192,7 @@ def test_table_of_targets():
         if target == "centered":
             cells.append("")
         else:
-            error = short(less.std(ddof=1) / len(less) ** 0.5)
-            cells.append(f"{short(less.mean(), sign='+')} ± {error}")
+            cells.append(with_error(less, "+"))
         assert f"| `{target}` | {' | '.join(cells)} |".replace("|  |", "| |") in PAGE, cells
     for target, sign, ks, words in (
         ("residual", 1, "24", "({} with two, {} with four)"),
@@ -197,7 +201,7 @@ def test_table_of_targets():
         of_target, cells = [row for row in made if row["target"] == target], []
         for k in ks:
             less = sign * (column(of_target, "brier", k=k) - column(rows, "brier", k=k))
-            cells.append(f"{short(less.mean())} ± {short(less.std(ddof=1) / len(less) ** 0.5)}")
+            cells.append(with_error(less))
         assert words.format(*cells) in " ".join(PAGE.split()), cells
 
 
@@ -319,9 +323,8 @@ def test_table_of_all_parameters():
             by_split(head, figure, f"ukp_{loss}", k),
         )
         assert len(x) == 3
-        less = x - y[:3]
-        cells = f"{short(x.mean())} | {short(y[:3].mean())} | {short(less.mean(), sign='+')}"
-        cells += f" ± {short(less.std(ddof=1) / 3**0.5)}"
+        less = with_error(x - y[:3], "+")
+        cells = f"{short(x.mean())} | {short(y[:3].mean())} | {less}"
         assert f"| {words} | {cells} |" in PAGE, (words, cells)
     figures = ("brier", "coin_flip", "soft_single", "floor_single")
     numbers = [short(by_split(full, x, "ukp_full_centered", "4").mean()) for x in figures]
@@ -393,10 +396,7 @@ def test_table_of_fewer_votes():
         ("adapters", "adapters {}, {}, {}."),
     ):
         both = (figures[f"UKPConvArg1, {of}, mean of three"] for of in (kind, "frozen base"))
-        cells = []
-        for less in (x - frozen for x, frozen in zip(*both)):
-            error = short(less.std(ddof=1) / len(less) ** 0.5)
-            cells.append(f"{short(less.mean(), sign='+')} ± {error}")
+        cells = [with_error(x - frozen, "+") for x, frozen in zip(*both)]
         assert words.format(*cells) in page, cells
     valid = {row["run"]: short(float(row["soft_single_valid"])) for row in rows if row["train"]}
     runs = ("ukp_lora_lr1e-3_0", "ukp_lora_all_0", "ukp_lora_lr1e-2_0")

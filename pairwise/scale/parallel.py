@@ -64,7 +64,7 @@ def check_alike(values):
     """Raise InputError where a process has another value than the first. values: {name: value}."""
     first, *others = gathered(values)
     for number, own in enumerate(others, 1):
-        for name in first.keys() | own.keys():
+        for name in sorted(first.keys() | own.keys()):
             expected, found = first.get(name), own.get(name)
             if expected != found:
                 words = f"{name.replace('_', '-')} {found} found, {expected} expected"
