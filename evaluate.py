@@ -29,9 +29,10 @@ import numpy as np
 
 evaluator = cli.import_evaluator()
 
-ERROR = {"single": files.NUMBER, "mixture": files.NUMBER, "gain": files.NUMBER}
 # of extras/plurality.py; the limits are null where there are few prompts
-PLURALITY = ERROR | {"components": int, "ci": [(*files.NUMBER, type(None))]}
+GAIN = {"mixture": files.NUMBER, "components": int, "gain": files.NUMBER}
+GAIN |= {"ci": [(*files.NUMBER, type(None))]}
+PLURALITY = GAIN | {"single": files.NUMBER, "several?": GAIN}  # Older ones have no several.
 LOG = [{"loss": files.NUMBER}]
 FIGURES = "calibration", "votes", "reliability", "weights"  # Every run has these.
 RESULTS = "weights.json", "continuations.parquet", "plurality.json", "logprob/test.npy"

@@ -2,7 +2,7 @@
 
     python experiments/steps.py --run runs/demo --out results/steps_demo.csv --lr 3e-3
     python experiments/steps.py --run runs/mine --out mine.csv --base NAME_OR_DIR --train head
-    python experiments/steps.py --run runs/demo --out results/optimizer_demo.csv --lr 3e-3 --k 2 \
+    python experiments/steps.py --run runs/demo --out results/optimizer_demo.csv --lr 3e-3 --k 2 \\
         --kinds prompts frequency_10 tf32
 
 The first takes an hour on one thread. RUN is a finished run directory (of a head run with

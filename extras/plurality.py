@@ -9,8 +9,10 @@ mixture    that of the soft mixture of M rewards trained jointly, with lapses an
            penalties, tau and a are chosen on validation prompts; M is 1, the single reward itself,
            unless the mixture is better there by two standard errors
 gain       single - mixture on test prompts, with its 95 % interval over prompts. Above zero: no
-           single reward with this link explains the vote fractions. An interval that holds zero:
-           one reward predicts them as well, which does not mean that people agree.
+           single reward with this link explains the vote fractions. Where M is 1 it is 0 by that
+           rule, which is no estimate: few validation prompts miss a gain that is there.
+several    the same of the mixture of two or more that is best on validation prompts, chosen or not:
+           its interval says how large a gain the test prompts leave possible, and how large a loss
 
 It reads RUN/data and RUN/features (train_rm.py --train head makes them) and writes
 RUN/plurality.json, which evaluate.py shows. Where there are no validation prompts, a fifth of the
@@ -211,30 +213,42 @@ def soft_mixtures(splits, seed):
 
 
 def plurality(splits, seed):
-    """{single, mixture, components, gain, ci} of {name: Featured}: plurality.json."""
-    single = soft_single(splits, seed)
-    mixture = best_on_valid(soft_mixtures(splits, seed).values(), splits)
+    """{single, mixture, components, gain, ci, several: the last four} of {name: Featured}:
+    plurality.json."""
+    single, mixtures = soft_single(splits, seed), soft_mixtures(splits, seed)
+    several = best_on_valid([fit for m, fit in mixtures.items() if m > 1], splits)
 
-    def errors_on(name):
+    def errors_on(name, mixture):
         """Squared errors of single and mixture, and pairs, summed over each prompt, (P, 3)."""
         split = splits[name].split
         errors = [(fit.p_hat[name] - split.p) ** 2 for fit in (single, mixture)]
         return metrics.by_prompt(split, np.stack([*errors, np.ones(len(split.p))]))
 
-    better = errors_on("valid") @ [1, -1, 0]
-    if better.sum() < 2 * np.sqrt(len(better)) * better.std():  # It may be noise.
-        mixture = single
-    errors = errors_on("test")
-    sums = metrics.resampled(errors, 10000, seed)
-    interval = metrics.interval((sums[:, 0] - sums[:, 1]) / sums[:, 2], len(errors))
-    single_error, mixture_error, pairs = errors.sum(0)
-    return {
-        "single": single_error / pairs,
-        "mixture": mixture_error / pairs,
-        "components": len(mixture.weights),
-        "gain": (single_error - mixture_error) / pairs,
-        "ci": interval or [None, None],
-    }
+    def gain_of(mixture):
+        """{mixture, components, gain, ci} on test prompts."""
+        errors = errors_on("test", mixture)
+        sums = metrics.resampled(errors, 10000, seed)
+        interval = metrics.interval((sums[:, 0] - sums[:, 1]) / sums[:, 2], len(errors))
+        single_error, mixture_error, pairs = errors.sum(0)
+        return {
+            "mixture": mixture_error / pairs,
+            "components": len(mixture.weights),
+            "gain": (single_error - mixture_error) / pairs,
+            "ci": interval or [None, None],
+        }
+
+    better = errors_on("valid", several) @ [1, -1, 0]
+    is_noise = better.sum() < 2 * np.sqrt(len(better)) * better.std()  # It may be.
+    mixture = single if is_noise else several
+    error = {"single": brier(single.p_hat["test"], splits["test"].split)}
+    return error | gain_of(mixture) | {"several": gain_of(several)}
+
+
+def in_words(gain, ci, **_):
+    """A gain and its interval, as printed."""
+    if ci[0] is None:
+        return f"gain {gain:+.4f} no interval: fewer than {metrics.FEWEST} test prompts"
+    return f"gain {gain:+.4f} [{ci[0]:+.4f}, {ci[1]:+.4f}]"
 
 
 def main(args):
@@ -245,14 +259,17 @@ def main(args):
     result = plurality(splits, args.seed)
     files.write_json(args.run / "plurality.json", result)
     run_dir.end_stage(*stage, started, threads=args.threads)
-    single, mixture, components, gain, (low, high) = result.values()
-    limits = f"no interval: fewer than {metrics.FEWEST} test prompts"
-    if low is not None:
-        limits = f"[{low:+.4f}, {high:+.4f}]"
+    several = result["several"]
     print(
-        f"plurality: single {single:.4f}, mixture of {components} {mixture:.4f}, "
-        f"gain {gain:+.4f} {limits}"
+        f"plurality: single {result['single']:.4f}, mixture of {result['components']} "
+        f"{result['mixture']:.4f}, {in_words(**result)}"
     )
+    if result["components"] == 1:
+        print(
+            "plurality: no mixture was better by two standard errors on validation prompts; the "
+            f"best there, of {several['components']}: {several['mixture']:.4f}, "
+            f"{in_words(**several)}"
+        )
 
 
 def parse_args(argv=None):

@@ -243,6 +243,12 @@ def test_plurality_gain_where_it_was_measured(tmp_path, unsaved):
     assert json.loads((run / "metrics.json").read_text())["plurality"] == gain
     sentence = "a mixture of 3 rewards .0300: a gain of .0200, 95 % interval [.0150, .0250]"
     assert sentence in page_of(run).text
+    several = gain | {"gain": -0.001, "mixture": 0.051, "ci": [-0.004, 0.002]}
+    gain |= {"mixture": 0.05, "components": 1, "gain": 0.0, "ci": [0.0, 0.0], "several": several}
+    (run / "plurality.json").write_text(json.dumps(gain))
+    evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "50"]))
+    sentence = "on test prompts: a gain of -.0010, 95 % interval [-.0040, .0020]"
+    assert sentence in page_of(run).text
 
 
 @pytest.mark.parametrize("n, equal, k", [(1, False, 2), (3, True, 1), (2, False, 2), (1, False, 1)])

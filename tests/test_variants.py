@@ -11,6 +11,7 @@ from pairwise import run_dir
 from pairwise.cli import InputError
 from pairwise.data import SPLITS, read_split
 
+import gains
 import harden
 import make_members
 import numpy as np
@@ -165,11 +166,36 @@ def test_plurality_gain(runs):
     for name, several in (("clusters", True), ("camps", True), ("single", False)):
         plurality.main(plurality.parse_args(["--run", str(runs[name])]))
         found = json.loads((runs[name] / "plurality.json").read_text())
-        assert set(found) == {"single", "mixture", "components", "gain", "ci"} and found[
-            "gain"
-        ] == pytest.approx(found["single"] - found["mixture"])
-        assert found["ci"][0] <= found["gain"] <= found["ci"][1]
-        assert found["ci"][0] > 0 if several else found["ci"][0] <= 0 <= found["ci"][1]
+        assert set(found) == {"single", "mixture", "components", "gain", "ci", "several"}
+        best = found["several"]
+        for each in (found, best):
+            assert each["gain"] == pytest.approx(found["single"] - each["mixture"])
+            assert each["ci"][0] <= each["gain"] <= each["ci"][1]
+        assert best["components"] > 1 and best["ci"][0] < best["ci"][1]
+        if several:
+            assert found["ci"][0] > 0 and best == {key: found[key] for key in best}
+        else:
+            assert (found["gain"], found["ci"]) == (0, [0, 0]) and best["ci"][0] <= 0
+
+
+def test_table_of_gains(runs, tmp_path):
+    """The figures of plurality.json, and nothing for what an older version has not left there."""
+    run = tmp_path / "old"
+    run.mkdir()
+    found = {"single": 0.05, "mixture": 0.03, "components": 3, "gain": 0.02, "ci": [0.015, 0.025]}
+    (run / "plurality.json").write_text(json.dumps(found))
+    plurality.main(plurality.parse_args(["--run", str(runs["single"])]))
+    several = json.loads((runs["single"] / "plurality.json").read_text())["several"]
+    out = tmp_path / "gains.csv"
+    gains.main(gains.parse_args(["--run", str(run), str(runs["single"]), "--out", str(out)]))
+    old, new = csv.DictReader(out.read_text().splitlines())
+    assert list(old.values()) == ["old", "0.05", "0.03", "3", "0.02", "0.015", "0.025", *[""] * 5]
+    assert (new["components"], new["gain"]) == ("1", "0")
+    for name, value in (("gain", several["gain"]), ("gain_high", several["ci"][1])):
+        assert float(new[f"several_{name}"]) == pytest.approx(value, rel=1e-5)
+    (run / "plurality.json").write_text("{}")
+    with pytest.raises(InputError, match="no mixture found"):
+        gains.main(gains.parse_args(["--run", str(run), "--out", str(out)]))
 
 
 def test_unlike_runs_together(runs, tmp_path):
