@@ -94,6 +94,7 @@ def main(args):
     if out.is_dir() or out.resolve() == args.file.resolve():
         wrong = "a directory" if out.is_dir() else "the file of questions itself"
         raise cli.InputError(f"--out {out}: {wrong} found, another file expected")
+    files.check_writable(out)
     alpha, settings = members.open_run(args)
     rewards = members.rewards_of_run(args.run, settings, questions, args)
     scored = answers(questions, rewards, alpha)

@@ -4,9 +4,9 @@
 
 A row of the file is a run and a number of members k, with the settings by which its members were
 made. Figures are of test prompts, but those that end in _valid, by which settings may be chosen.
-Printed are the mean and the range of the Brier score over the runs that differ in nothing but their
-seeds. The ids of each run's validation and test prompts go into OUT's neighbour OUT_splits.jsonl, a
-line for all the runs of one split.
+Printed are the mean and the range of the Brier score over the runs whose names differ in the number
+at their end alone. The ids of each run's validation and test prompts go into OUT's neighbour
+OUT_splits.jsonl, a line for all the runs of one split.
 """
 
 import csv
@@ -44,6 +44,8 @@ def rows_of(run):
         again = f"python evaluate.py --run {run} makes it anew"
         raise cli.InputError(f"{run / 'metrics.json'}: no {min(missing)!r} found; {again}")
     settings = stages[made_by]["settings"]
+    if run_dir.kind_of(run) == "pruned":
+        made_by = "prune"
     row = {"run": run.name, "made_by": made_by.split("_")[0]}
     stats = data.read_stats(run)
     row |= {"data_seed": stats.get("seed"), "train_share": stats.get("train_share")}
@@ -97,12 +99,11 @@ def write_splits(out, splits_of_runs):
 
 
 def summary(rows):
-    """{(made_by, train_share, settings .., k): Brier scores, float64 (runs,), the runs in order} of
-    rows of rows_of."""
+    """{(name without the number at its end, k): Brier scores, float64 (runs,), the runs in order}
+    of rows of rows_of."""
     groups = {}
     for row in rows:
-        settings = ("" if row[name] is None else row[name] for name in SETTINGS)
-        key = (row["made_by"], row["train_share"] or "", *settings, row["k"])
+        key = row["run"].rstrip("0123456789"), row["k"]
         groups.setdefault(key, []).append(row["brier"])
     return {key: np.array(values) for key, values in groups.items()}
 
@@ -116,10 +117,9 @@ def main(args):
         rows += of_run
     write_csv(args.out, rows, ".6g")
     write_splits(args.out, ((run.name, data.read_splits(run)[0]) for run in args.runs))
-    for key, brier in summary(rows).items():
-        words = " ".join(word for word in map(str, key[:-1]) if word)
+    for (name, k), brier in summary(rows).items():
         print(
-            f"{words}, k {key[-1]}: {len(brier)} runs, Brier score {brier.mean():.4f}, "
+            f"{name}, k {k}: {len(brier)} runs, Brier score {brier.mean():.4f}, "
             f"{brier.min():.4f} to {brier.max():.4f}"
         )
 

@@ -16,7 +16,8 @@ from pairwise import cli, data, files, run_dir
 
 import numpy as np
 
-KEPT = ("dataset", "votes", "seed", "ties", "attributes", "own_split")  # of stats.json
+# of stats.json
+KEPT = ("dataset", "votes", "seed", "ties", "attributes", "own_split", "no_prompts")
 
 
 def drawn(count, share, seed):

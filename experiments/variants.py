@@ -82,9 +82,10 @@ def merged(featured_splits):
     return plurality.Featured(dataclasses.replace(splits[0], **fields), features)
 
 
-def read_runs(run, seed, folds=0):
+def read_runs(run, seed, folds=0, folds_seed=0):
     """[{split: Featured}], standardised: the run's own train, valid and test, or those of each fold
-    of all its prompts, where the next fold is the validation split."""
+    of all its prompts, where the next fold is the validation split. Pairs of fewer than two votes
+    are trained on alone."""
     if not folds:
         return [plurality.read_run(run, seed)]
     featured = merged(list(plurality.read_features(run).values()))
@@ -92,12 +93,18 @@ def read_runs(run, seed, folds=0):
     if prompts < folds:
         expected = "at least as many prompts expected"
         raise cli.InputError(f"--folds {folds}: {expected}, {prompts} found in {run}")
-    fold_of = np.random.default_rng(seed).permutation(np.arange(prompts) % folds)
+    fold_of = np.random.default_rng(folds_seed).permutation(np.arange(prompts) % folds)
     runs = []
     for fold in range(folds):
         test, valid = fold_of == fold, fold_of == (fold + 1) % folds
         masks = {"test": test, "valid": valid, "train": ~test & ~valid}
         splits = {name: plurality.restricted(featured, keep) for name, keep in masks.items()}
+        for name in ("test", "valid"):
+            counted = data.counted_pairs(splits[name].split)
+            if counted is None:
+                words = "no pair of two votes found in a fold, at least 1 expected"
+                raise cli.InputError(f"--folds {folds}: {run}: {words}")
+            splits[name] = splits[name]._replace(split=counted)
         runs.append(plurality.standardised(splits))
     return runs
 
@@ -279,16 +286,17 @@ def errors_of(name, prediction, splits):
 
 
 def collect(args, k):
-    """({variant: [Errors]}, pairs (P,), irreducible errors [(P,)]) of all runs, seeds and folds."""
-    collected, pairs, irreducible = {}, [], []
+    """({variant: {(run, fold): [Errors of each seed]}}, {(run, fold): pairs (P,)}, likewise the
+    irreducible errors, of runs with sampled votes alone)."""
+    collected, pairs, irreducible = {}, {}, {}
     for run, seed in itertools.product(args.run, args.seeds):
         stats = data.read_stats(run)
-        for splits in read_runs(run, seed, args.folds):
-            split = splits["test"].split
+        for fold, splits in enumerate(read_runs(run, seed, args.folds, args.seeds[0])):
+            split, part = splits["test"].split, (run, fold)
             predictions = variants(splits, k, seed, args.variants) | references(split)
             for name, prediction in predictions.items():
                 errors = errors_of(name, prediction, splits)
-                collected.setdefault(name, []).append(errors)
+                collected.setdefault(name, {}).setdefault(part, []).append(errors)
                 if errors.valid is not None:
                     test = brier(prediction.p_hat["test"], split)
                     print(
@@ -296,25 +304,35 @@ def collect(args, k):
                         f"test {test:.4f}  {errors.chosen}  {errors.seconds:.0f} s",
                         file=sys.stderr,
                     )
-            pairs.append(np.diff(split.pair_start).astype(float))
+            pairs[part] = np.diff(split.pair_start).astype(float)
             if stats["votes"] == "sampled":
                 ties_as_halves = split.ties * (stats["ties"] == "half")
                 c = theory.irreducible(split.p, split.n, ties_as_halves)
-                irreducible.append(metrics.by_prompt(split, c))
-    return collected, np.concatenate(pairs), irreducible
+                irreducible[part] = metrics.by_prompt(split, c)
+    return collected, pairs, irreducible
 
 
-def row_of(name, each, soft_errors, pairs):
-    """The table's row of one variant; each: its Errors; soft_errors (P,): those of soft_single;
-    pairs (P,). Intervals are of 95 % over resampled prompts."""
-    errors, true_errors, valid, chosen, seconds = zip(*each)
-    errors = np.concatenate(errors)
+def mean_over_seeds(parts, name):
+    """The figure `name` (P,) of all prompts of {(run, fold): [Errors]}; None where one has none.
+
+    Seeds are averaged first: the same prompts under another seed are no further prompts."""
+    of_parts = [[getattr(errors, name) for errors in seeds] for seeds in parts.values()]
+    if any(errors is None for seeds in of_parts for errors in seeds):
+        return None
+    return np.concatenate([np.mean(seeds, 0) for seeds in of_parts])
+
+
+def row_of(name, parts, soft_errors, pairs):
+    """The table's row of one variant; parts: {(run, fold): [Errors]}; soft_errors (P,): those of
+    soft_single; pairs (P,). Intervals are of 95 % over resampled prompts."""
+    errors, true_error = (mean_over_seeds(parts, x) for x in ("errors", "true_errors"))
     over_soft = errors - soft_errors
     sums = metrics.resampled(np.stack([errors, over_soft, pairs], 1), 10000, 0)
-    intervals = np.percentile(sums[:, :2] / sums[:, 2:], [2.5, 97.5], axis=0).T.tolist()
-    true_error = None
-    if all(error is not None for error in true_errors):
-        true_error = np.concatenate(true_errors).sum() / pairs.sum()
+    intervals = [metrics.interval(x / sums[:, 2], len(pairs)) for x in sums[:, :2].T]
+    if true_error is not None:
+        true_error = true_error.sum() / pairs.sum()
+    every = [errors for seeds in parts.values() for errors in seeds]
+    _, _, valid, chosen, seconds = zip(*every)
     return {
         "variant": name,
         "brier": errors.sum() / pairs.sum(),
@@ -330,11 +348,12 @@ def row_of(name, each, soft_errors, pairs):
 
 def rows_of(args, k):
     """The table's rows for ensembles of k members."""
-    collected, pairs, irreducible = collect(args, k)
-    soft_errors = np.concatenate([each.errors for each in collected["soft_single"]])
-    rows = [row_of(name, each, soft_errors, pairs) for name, each in collected.items()]
-    if len(irreducible) == len(collected["soft_single"]):  # All votes are sampled.
-        c = np.concatenate(irreducible).sum() / pairs.sum()
+    collected, pairs_of, irreducible = collect(args, k)
+    pairs = np.concatenate(list(pairs_of.values()))
+    soft_errors = mean_over_seeds(collected["soft_single"], "errors")
+    rows = [row_of(name, parts, soft_errors, pairs) for name, parts in collected.items()]
+    if irreducible.keys() == pairs_of.keys():  # All votes are sampled.
+        c = np.concatenate(list(irreducible.values())).sum() / pairs.sum()
         true_error = 0.0 if rows[0]["true_error"] is not None else None
         rows.append({"variant": "irreducible", "brier": c, "true_error": true_error})
     return [{"k": k} | row for row in rows]
@@ -343,15 +362,16 @@ def rows_of(args, k):
 def splits_of(args):
     """Yield (name of a run, {split: data.Split}) of all that rows_of pools."""
     for run, seed in itertools.product(args.run, args.seeds):
-        for splits in read_runs(run, seed, args.folds):
+        for splits in read_runs(run, seed, args.folds, args.seeds[0]):
             yield run.name, {name: featured.split for name, featured in splits.items()}
 
 
 def print_row(row):
     over_soft = ""
     if "over_soft" in row:
-        low, high = row["over_soft_ci"]
-        over_soft = f"  over soft {row['over_soft']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        over_soft = f"  over soft {row['over_soft']:+.4f}"
+        if row["over_soft_ci"]:  # Few prompts have none.
+            over_soft += " [{:+.4f}, {:+.4f}]".format(*row["over_soft_ci"])
     true_error = "" if row["true_error"] is None else f"  true {row['true_error']:.4f}"
     print(
         f"k {row['k']:2} {row['variant']:22} Brier {row['brier']:.4f}{over_soft}{true_error}"
@@ -362,6 +382,8 @@ def print_row(row):
 
 def main(args):
     torch.set_num_threads(args.threads)
+    if args.out:
+        files.check_writable(args.out)
     table = []
     for k in args.k:
         rows = rows_of(args, k)
@@ -390,7 +412,8 @@ def parse_args(argv=None):
         help="run directories with data/ and features/; several are pooled",
     )
     add("--k", type=cli.member_number, nargs="+", default=[8], help="members")
-    add("--seeds", type=cli.seed, nargs="+", default=[0], help="of the fits; pooled too")
+    words = "of the fits, whose errors are averaged; the first is also that of --folds"
+    add("--seeds", type=cli.seed, nargs="+", default=[0], help=words)
     add(
         "--folds",
         type=folds,
@@ -402,7 +425,10 @@ def parse_args(argv=None):
     add("--variants", nargs="+", choices=HARD, default=HARD, help="which to try (default: all)")
     add("--out", type=run_dir.output, help="FILE.json or FILE.csv")
     add("--threads", type=cli.threads, default=1, help="CPU threads")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.variants == ["hardened_taste"] and any(k % 2 for k in args.k):
+        parser.error("--variants hardened_taste is of pairs of members, an even --k expected")
+    return args
 
 
 if __name__ == "__main__":

@@ -309,6 +309,11 @@ def read_trained(run):
     }
     if (scores := run_dir.read_continuation_rewards(run, k)) is not None:
         rewards["continuations"] = scores
+    for name, values in rewards.items():
+        if not np.isfinite(values).all():  # A level has no place for it.
+            j = 1 + int(np.argwhere(~np.isfinite(values))[0, 0])
+            path = run_dir.reward_path(run, j, name)
+            raise cli.InputError(f"{path}: infinite rewards found, finite ones expected")
     return splits, rewards
 
 

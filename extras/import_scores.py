@@ -65,7 +65,8 @@ def meant(where, row, by_id, by_context):
     Raises InputError where it has neither, or both and the run's is another prompt."""
     context = name = None
     if "prompt" in row:
-        context = context_of(rows.messages(where, row["prompt"]))
+        # data_prep/votes.py drops a blank prompt, so it is one that the run does not have.
+        context = context_of(rows.messages(where, row["prompt"], rows.string))
     if "prompt_id" in row:
         name = rows.label(where, "prompt_id", row["prompt_id"])
     if context is name is None:

@@ -12,6 +12,7 @@ import itertools
 import textwrap
 from pathlib import Path
 
+import evaluate
 from pairwise import cli, data, figures, files, report, run_dir
 
 import numpy as np
@@ -102,8 +103,8 @@ def read_evaluation(run):
     if result["k"] != k:
         counts = f"an evaluation of {result['k']} members found, {k} expected"
         raise cli.InputError(f"{path}: {counts}; {again} anew")
-    for name, value in entry["inputs"].items():
-        if (run / name).is_file() and files.hash_file(run / name) != value:
+    for name in [*entry["inputs"], *evaluate.RESULTS]:
+        if (run / name).is_file() and files.hash_file(run / name) != entry["inputs"].get(name):
             raise cli.InputError(f"{run / name}: changed since {path} was written; {again} anew")
     form, diversity = {"splits": {"test": TEST}}, result.get("diversity")
     if diversity is not None:

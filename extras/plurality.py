@@ -23,7 +23,7 @@ import dataclasses
 from itertools import compress
 from typing import NamedTuple
 
-from pairwise import cli, data, files, metrics, run_dir, soft_model
+from pairwise import cli, data, files, metrics, run_dir, soft_model, training
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ def restricted(featured, keep):
 def standardised(splits):
     """{name: Featured} with features of mean 0 and standard deviation 1 on train."""
     features = splits["train"].features
-    mean, scale = features.mean(0), features.std(0) + 1e-6
+    mean, scale = features.mean(0), training.spread(features)
     return {name: Featured(x.split, (x.features - mean) / scale) for name, x in splits.items()}
 
 
@@ -238,8 +238,9 @@ def plurality(splits, seed):
         }
 
     better = errors_on("valid", several) @ [1, -1, 0]
-    is_noise = better.sum() < 2 * np.sqrt(len(better)) * better.std()  # It may be.
-    mixture = single if is_noise else several
+    count = len(better)
+    is_clear = count > 1 and better.sum() > 2 * np.sqrt(count) * better.std(ddof=1)
+    mixture = several if is_clear else single
     error = {"single": brier(single.p_hat["test"], splits["test"].split)}
     return error | gain_of(mixture) | {"several": gain_of(several)}
 

@@ -38,6 +38,7 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
+from pathlib import Path
 
 from pairwise import chats, cli, members, pretrained, ranking, rows, sampling
 from pairwise import reward_model as rm
@@ -61,7 +62,7 @@ def read_prompts(args):
     Raises InputError with the row and field, what was found and what was expected."""
     if args.prompt is not None:
         name, given = "PROMPT", [("PROMPT", {"prompt": args.prompt})]
-    elif args.file and {suffix.lower() for suffix in args.file.suffixes[-2:]} & set(rows.READERS):
+    elif args.file and Path(args.file.name.lower().removesuffix(".gz")).suffix in rows.READERS:
         name, given = args.file, rows.read_rows(args.file, FIELDS)
     elif args.file and not args.file.exists():
         raise cli.InputError(f"{args.file}: no such file")

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from pairwise import cli
@@ -26,6 +27,16 @@ _unlocked = []  # paths on file systems without locks; the first is told
 
 # What flock says on Lustre and some NFS; the last of another user's file on NFS.
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)
+
+
+def check_writable(path):
+    """Raise InputError where no file can be written at `path`, before long work for it is done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return
+    except OSError as error:
+        raise cli.InputError(f"{path}: cannot be written ({cli.reason(error)})") from None
 
 
 @contextlib.contextmanager

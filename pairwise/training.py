@@ -244,13 +244,19 @@ def train_full(
     recompute_activations(model, False)
 
 
+def spread(features):
+    """Return the standard deviation of each feature, (d,) of features (R, d), by which they are
+    divided; infinite where a feature is constant, so that it counts for nothing anywhere."""
+    return np.where(np.ptp(features, 0) > 0, features.std(0) + 1e-6, np.inf).astype(features.dtype)
+
+
 def train_head(args, weight, split, features, targets, loss, keep, rng, log, more=()):
     """Train heads (K, d) alone, on features float32 (R, d) of section 4's frozen backbone.
 
     The loss is given rewards (n,), of several heads (n, K). All features are trained at unit scale,
     so that one learning rate fits them all; the scale is folded into the heads afterwards.
     """
-    scale = torch.from_numpy(features.std(0) + 1e-6).to(weight.device)
+    scale = torch.from_numpy(spread(features)).to(weight.device)
     scaled = torch.from_numpy(features).to(weight.device) / scale
 
     def rewards_at(responses):

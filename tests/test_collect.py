@@ -47,7 +47,7 @@ def test_a_row_is_a_run_and_a_number_of_members(full_run, tmp_path, no_figures, 
         for name in collect.REFERENCES:
             expected = np.nan if test[name] is None else test[name]
             assert float(row[name] or "nan") == pytest.approx(expected, rel=1e-5, nan_ok=True)
-    # Both runs differ in no setting: one line of two runs.
+    # Their names differ in the number alone: one line of two runs, for each k.
     assert capsys.readouterr().out.count(": 2 runs, Brier score") == 2
     lines = (tmp_path / "out_splits.jsonl").read_text().splitlines()
     assert [json.loads(line)["runs"] for line in lines] == [["a_0", "a_1"]]
@@ -82,6 +82,7 @@ def test_fewer_prompts(full_run, tmp_path, no_figures):
         words = ["--of", str(full_run), "--run", str(tmp_path / "0.6"), "--share", "0.3"]
         fewer_prompts.main(fewer_prompts.parse_args(words))
     assert fewer_prompts.drawn(18, 0.01, 0).shape == (1,)
+    assert "no_prompts" in fewer_prompts.KEPT  # Without it a run of ids could be trained on.
     for wrong in ("0", "1", "nan", "a quarter"):
         with pytest.raises(SystemExit):
             fewer_prompts.parse_args(["--of", "a", "--run", "b", "--share", wrong])

@@ -17,7 +17,7 @@ from pairwise.levels import formula, hardened, read_members
 import harden
 import numpy as np
 import pytest
-from conftest import FLAGS, REPOSITORY, edited, fresh, leftovers, manifest
+from conftest import FLAGS, REPOSITORY, edited, fresh, leftovers, manifest, without_hashes
 from scipy.integrate import quad
 from scipy.optimize import minimize
 from scipy.special import expit
@@ -448,6 +448,18 @@ def test_one_member_has_no_taste(full_run, tmp_path, capsys):
     with pytest.raises(InputError, match="at least two members"):
         make(run, tmp_path / "other", "--layout", "equal")
     assert not (tmp_path / "other").exists()
+
+
+def test_infinite_rewards_have_no_level(full_run, tmp_path):
+    run = fresh(full_run, tmp_path)
+    path = run / "rewards" / "02_test.npy"
+    rewards = np.load(path)
+    rewards[0] = -np.inf
+    np.save(path, rewards)
+    without_hashes(run)
+    with pytest.raises(InputError, match="02_test.npy: infinite rewards found"):
+        make(run, tmp_path / "hard")
+    assert not (tmp_path / "hard").exists()
 
 
 def test_refused(full_run, tmp_path):

@@ -109,8 +109,9 @@ def test_other_responses_are_counted_and_equal_rewards_are_fine(data, tmp_path, 
     other = rows[0] | {"response": "another"}
     blank = rows[0] | {"response": " ", "reward": None}
     unknown = {"prompt": "which ?", "response": "a", "reward": 1}
-    load(run, written(tmp_path / "s.jsonl", [*rows, rows[3], other, blank, unknown]))
-    line = "s.jsonl: 2 rewards of responses that the run does not have, left out, the first at"
+    empty = {"prompt": " ", "response": "a", "reward": 1}  # votes.py drops such a row.
+    load(run, written(tmp_path / "s.jsonl", [*rows, rows[3], other, blank, unknown, empty]))
+    line = "s.jsonl: 3 rewards of responses that the run does not have, left out, the first at"
     assert f"{line} s.jsonl line {len(rows) + 2}\n" in capsys.readouterr().out
     assert np.array_equal(rewards(run), in_order(run)["test"])
     load(run, written(tmp_path / "other.csv", pair_rows(data)))  # The same rewards.

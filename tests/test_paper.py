@@ -163,6 +163,11 @@ def stale(run):
     edited(run)
 
 
+def later(run):
+    """A result that an evaluation shows, but was not there yet."""
+    (run / "plurality.json").write_text("{}")
+
+
 def member(run):
     for path in sorted(run.glob("rewards/02_*")):
         shutil.copy(path, path.with_name(path.name.replace("02_", "03_")))
@@ -175,6 +180,7 @@ def broken(run):
 BAD = {
     "no evaluation": (lambda run: (run / "metrics.json").unlink(), "no finished evaluation found"),
     "changed since": (stale, "01_test.npy: changed since"),
+    "after it": (later, "plurality.json: changed since"),
     "another member": (member, "an evaluation of 2 members found, 3 expected"),
     "edited": (lambda run: (run / "metrics.json").write_text("{}"), "edited or damaged"),
     "another form": (broken, "splits.test.floor_single: text found, a number expected"),

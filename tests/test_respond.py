@@ -435,6 +435,9 @@ def test_bad_prompts(full_run, tmp_path, monkeypatch):
         ask(full_run, "--table", "--file", str(tmp_path / "empty.txt"))
     with pytest.raises(InputError, match="line 1: prompt: nothing found"):
         ask(full_run, "--table", "--file", str(write(tmp_path / "other.txt", [{"text": "how ?"}])))
+    (tmp_path / "lines.json.txt").write_text("\n")  # It ends in .txt, so it has lines.
+    with pytest.raises(InputError, match="lines.json.txt: no prompt found"):
+        ask(full_run, "--table", "--file", str(tmp_path / "lines.json.txt"))
     (tmp_path / "broken.txt").write_text("{how\n")
     with pytest.raises(InputError, match="broken.txt line 1: not JSON"):
         ask(full_run, "--table", "--file", str(tmp_path / "broken.txt"))

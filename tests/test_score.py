@@ -503,6 +503,16 @@ def test_nothing_half_written(full_run, tmp_path, monkeypatch):
     assert (tmp_path / "mine-scores.jsonl").read_text() == before and not leftovers(tmp_path)
 
 
+def test_an_out_that_cannot_be_written_is_told_before_anything_is_scored(
+    full_run, tmp_path, monkeypatch
+):
+    path = write(tmp_path / "mine.jsonl", [GOOD])
+    (tmp_path / "file").write_text("")
+    monkeypatch.delattr(score.members, "rewards_of_run")
+    with pytest.raises(InputError, match="out.csv: cannot be written"):
+        scored(full_run, path, "--out", str(tmp_path / "file" / "out.csv"))
+
+
 def test_out_must_be_a_known_form(full_run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         score.parse_args(

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import train_rm
 from pairwise import chats, members, training
@@ -947,6 +948,7 @@ def test_pairs_identical_after_truncation(data, base, tokenizer, split, tmp_path
 HARNESS = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
+from types import SimpleNamespace
 import torch, tqdm, train_rm
 from pairwise import run_dir, training
 
@@ -1140,6 +1142,21 @@ def test_unit_scale_is_folded_into_the_head(head_run, model, split):
     r = rm.score_features(torch.from_numpy(features), model.head.weight.detach())
     expected = np.mean((split.p - 1 / (1 + np.exp(r[split.b] - r[split.a]))) ** 2)
     assert abs(json.loads(log.getvalue())["loss"] - expected) < 1e-5
+
+
+def test_a_feature_that_training_does_not_see_vary_decides_nothing():
+    features = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    features[:, 1] = 0.1  # Its deviation in float32 is not exactly 0.
+    spread = training.spread(features)
+    assert spread.dtype == np.float32 and np.isposinf(spread[1])
+    np.testing.assert_allclose(spread[[0, 2, 3]], features.std(0)[[0, 2, 3]] + 1e-6)
+    weight = torch.nn.Parameter(torch.ones(1, 4))
+    votes = [np.array(x, dtype) for x, dtype in (([0, 2], int), ([1, 3], int), ([0.2, 0.9], float))]
+    split = SimpleNamespace(a=votes[0], b=votes[1], p=votes[2])
+    args = arguments(*HEAD[:2], "--lr", "1e-2", "--epochs", "1", "--pairs-per-step", "2")
+    parts = (split, features, (split.p,), squared, np.ones(2, bool), np.random.default_rng(0))
+    training.train_head(args, weight, *parts, io.StringIO())
+    assert weight[0, 1] == 0 and (weight[0, [0, 2, 3]] != 0).all()
 
 
 def test_head_log(head_run):

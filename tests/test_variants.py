@@ -19,6 +19,7 @@ import plurality
 import policy_pairs
 import populations
 import prune
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import steerable
@@ -134,6 +135,59 @@ def test_folds_hold_every_prompt_once(runs):
         assert len(x) == split.response_start[-1] and split.a.max() < len(x)
     with pytest.raises(InputError, match="--folds 999: at least as many prompts"):
         variants.read_runs(runs["camps"], 0, 999)
+
+
+def test_seeds_are_no_further_prompts(runs, tmp_path):
+    """The same prompts under more seeds have no narrower interval."""
+    flags = "--k", "2", "--variants", "fsam_centered"
+    one = table(runs["single"], tmp_path, *flags)
+    four = table(runs["single"], tmp_path, *flags, "--seeds", "0", "1", "2", "3")
+    for name in ("coin_flip", "floor_single"):  # They have nothing of a seed.
+        for figure in ("brier", "brier_ci", "true_error"):
+            assert four[name][figure] == pytest.approx(one[name][figure])
+    again = table(runs["single"], tmp_path, *flags, "--seeds", "0", "0")
+    assert again["fsam_centered"]["brier_ci"] == one["fsam_centered"]["brier_ci"]
+    folds = "--folds", "3", "--seeds", "0", "1"
+    row = table(runs["single"], tmp_path, *flags, *folds)["coin_flip"]
+    pairs = sum(len(read_split(runs["single"], split).p) for split in SPLITS)
+    errors = sum(np.sum((read_split(runs["single"], x).p - 0.5) ** 2) for x in SPLITS)
+    assert row["brier"] == pytest.approx(errors / pairs)
+
+
+def test_single_votes_are_not_tested_in_folds(runs, tmp_path):
+    run = fresh(runs["single"], tmp_path)
+    path = run / "data" / "train.parquet"
+    rows = pq.read_table(path).to_pylist()
+    single = rows[0]["pairs"][0]
+    single |= {"votes_a": 1, "votes_b": 0}
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path)
+    without_hashes(run)
+    counted = sum(int((fold["test"].split.n >= 2).sum()) for fold in variants.read_runs(run, 0, 4))
+    every = [len(fold["test"].split.n) for fold in variants.read_runs(run, 0, 4)]
+    assert counted == sum(every)
+    assert sum(every) == sum(len(read_split(run, split).p) for split in SPLITS) - 1
+
+
+def test_what_variants_cannot_do_is_told_first(runs, tmp_path, capsys):
+    words = ["--run", str(runs["single"]), "--variants", "hardened_taste", "--k", "7"]
+    with pytest.raises(SystemExit):
+        variants.parse_args(words)
+    assert "an even --k expected" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    args = variants.parse_args([*words[:-1], "2", "--out", str(tmp_path / "file" / "t.csv")])
+    with pytest.raises(InputError, match="t.csv: cannot be written"):
+        variants.main(args)
+    assert capsys.readouterr().out == ""
+
+
+def test_one_validation_prompt_shows_no_gain(runs):
+    """Neither does a mixture that is not better at all."""
+    splits = plurality.read_run(runs["camps"], 0)
+    one = np.arange(len(splits["valid"].split.prompt_id)) == 0
+    splits["valid"] = plurality.restricted(splits["valid"], one)
+    assert plurality.plurality(splits, 0)["components"] == 1
+    flat = {name: x._replace(features=0 * x.features) for name, x in splits.items()}
+    assert plurality.plurality(flat, 0)["components"] == 1
 
 
 def test_restricted_and_merged_are_inverse(runs):
