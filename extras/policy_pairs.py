@@ -35,7 +35,8 @@ def main(args):
         raise cli.InputError(f"{path}: no such file; data_prep/continuations.py makes it")
     messages, texts = continuations["messages"], continuations["texts"]
     shape = len(texts), len(texts[0])
-    rewards = run_dir.read_rewards(args.run, "continuations", args.member, shape)[-1]
+    # Imported members before this one have no rewards of continuations.
+    [rewards] = run_dir.read_rewards(args.run, "continuations", args.member, shape, args.member)
     rng, rows = np.random.default_rng([args.seed, args.member]), []
     for prompt, answers, prompt_rewards in zip(messages, texts, rewards):
         for pair in pairs(answers, prompt_rewards, args.pairs, rng):

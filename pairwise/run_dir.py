@@ -370,13 +370,13 @@ def hash_rewards(run, k):
     return {name: files.hash_file(path) for name, path in paths.items()}
 
 
-def read_rewards(run, split, k, shape):
-    """Return the rewards of members 1..k, float32 (k, *shape).
+def read_rewards(run, split, k, shape, first=1):
+    """Return the rewards of members first..k, float32 (k - first + 1, *shape).
 
     Raises InputError for a missing file, a wrong shape or dtype, and for NaN.
     """
-    rewards = np.empty((k, *shape), np.float32)
-    for j in range(1, k + 1):
+    rewards = np.empty((k - first + 1, *shape), np.float32)
+    for j in range(first, k + 1):
         path = reward_path(run, j, split)
         check(run, path)
         stored = files.read_array(path)
@@ -389,7 +389,7 @@ def read_rewards(run, split, k, shape):
                 f"{path}: member {j}, split {split}: {nan.sum()} rewards are NaN, "
                 f"the first at index {nan.argmax()}"
             )
-        rewards[j - 1] = stored
+        rewards[j - first] = stored
     return rewards
 
 

@@ -73,6 +73,10 @@ def test_rows_are_what_trl_reads(full_run, tmp_path, capsys):
     before = out.read_bytes()
     export(full_run, "--member", 2, "--out", out, "--pairs", 3)
     assert out.read_bytes() == before
+    run = fresh(full_run, tmp_path)  # An imported member before it has no such rewards.
+    (run / "rewards" / "01_continuations.npy").unlink()
+    export(run, "--member", 2, "--out", out, "--pairs", 3)
+    assert out.read_bytes() == before
 
 
 def test_bad_input_of_policy_pairs(full_run, data, tmp_path):
