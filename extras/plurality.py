@@ -7,7 +7,7 @@ single     Brier score of a + (1 - 2a) sigmoid(tau (r(y1) - r(y2))), where r is 
            convergence, so that seeds have nothing left to average
 mixture    that of the soft mixture of M rewards trained jointly, with lapses and scale alike. M, L2
            penalties, tau and a are chosen on validation prompts; M is 1, the single reward itself,
-           unless the mixture is better there by two standard errors
+           unless the mixture is better there by two standard errors (and by 1e-4)
 gain       single - mixture on test prompts, with its 95 % interval over prompts. Above zero: no
            single reward with this link explains the vote fractions. Where M is 1 it is 0 by that
            rule, which is no estimate: few validation prompts miss a gain that is there.
@@ -31,6 +31,7 @@ from scipy.optimize import minimize
 
 L2_PENALTIES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 COMPONENTS = (1, 2, 3, 4, 6, 8)  # the numbers M of rewards in a mixture that are tried
+LEAST = 1e-4  # Two equal rewards, each with its penalty, differ from one by a tenth of this.
 
 
 class Featured(NamedTuple):
@@ -238,9 +239,9 @@ def plurality(splits, seed):
         }
 
     better = errors_on("valid", several) @ [1, -1, 0]
-    count = len(better)
-    is_clear = count > 1 and better.sum() > 2 * np.sqrt(count) * better.std(ddof=1)
-    mixture = several if is_clear else single
+    count, pairs = len(better), len(splits["valid"].split.p)
+    noise = 2 * np.sqrt(count) * better.std(ddof=1) if count > 1 else np.inf
+    mixture = several if better.sum() > max(noise, LEAST * pairs) else single
     error = {"single": brier(single.p_hat["test"], splits["test"].split)}
     return error | gain_of(mixture) | {"several": gain_of(several)}
 
