@@ -33,7 +33,7 @@ def check_writable(path):
     """Raise InputError where no file can be written at `path`, before long work for it is done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile("w+b", dir=path.parent):
+        with tempfile.TemporaryFile(mode="w+b", dir=path.parent):
             return
     except OSError as error:
         raise cli.InputError(f"{path}: cannot be written ({cli.reason(error)})") from None
