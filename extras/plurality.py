@@ -204,20 +204,20 @@ def soft_single(splits, seed):
     return best_penalty(lambda l2: fit_single(train, train.split.p, l2, seed), splits)
 
 
-def soft_mixtures(splits, seed):
+def soft_mixtures(splits, seed, components=COMPONENTS):
     """{M: SoftFit} of the best mixtures of M rewards trained jointly."""
     train = splits["train"]
     return {
         m: best_penalty(lambda l2, m=m: fit_mixture(train, m, l2, seed), splits, f"M {m}, ")
-        for m in COMPONENTS
+        for m in components
     }
 
 
 def plurality(splits, seed):
     """{single, mixture, components, gain, ci, several: the last four} of {name: Featured}:
     plurality.json."""
-    single, mixtures = soft_single(splits, seed), soft_mixtures(splits, seed)
-    several = best_on_valid([fit for m, fit in mixtures.items() if m > 1], splits)
+    single = soft_single(splits, seed)
+    several = best_on_valid(soft_mixtures(splits, seed, COMPONENTS[1:]).values(), splits)
 
     def errors_on(name, mixture):
         """Squared errors of single and mixture, and pairs, summed over each prompt, (P, 3)."""

@@ -948,7 +948,6 @@ def test_pairs_identical_after_truncation(data, base, tokenizer, split, tmp_path
 HARNESS = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
-from types import SimpleNamespace
 import torch, tqdm, train_rm
 from pairwise import run_dir, training
 
