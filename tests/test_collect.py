@@ -279,7 +279,7 @@ def rows_on_real_votes(name):
     runs = [row for row in committed("plurality.csv") if row["run"] in {x["run"] for x in first}]
     assert {row["components"] for row in runs} == {"1"}  # By validation prompts none is chosen.
     gain, low = column(runs, "several_gain"), column(runs, "several_gain_low")
-    assert f"({with_error(gain, '+')}" in " ".join(PAGE.split())
+    assert f" {with_error(gain, '+')} " in " ".join(PAGE.split()).replace("(", " ")
     above = f"above 0 in {(low > 0).sum()} of {len(low)}"
     words = "gain of the best mixture of several rewards"
     return cells | {words: f"{short(gain.mean(), sign='+')}, {above}"}
@@ -300,12 +300,38 @@ def rows_by_loss(name):
     return cells
 
 
-@pytest.mark.parametrize("name", ["ukpconvarg1_head.csv", "writing_head.csv"])
-def test_table_of_real_votes(name):
-    for words, cell in rows_on_real_votes(name).items():
+SETS = ("ukpconvarg1_head", "ukpconvarg1_gemma_head", "writing_head", "writing_gemma_head")
+
+
+@pytest.mark.parametrize("at, name", enumerate(SETS))
+def test_table_of_real_votes(at, name):
+    for words, cell in rows_on_real_votes(f"{name}.csv").items():
         [line] = [line for line in PAGE.splitlines() if line.startswith(f"| {words} |")][-1:]
-        at = 2 if name.startswith("ukpconvarg1") else 3
-        assert line.split(" | ")[at - 1].removesuffix(" |") == cell, (line, cell)
+        assert line.strip("| ").split(" | ")[1 + at] == cell, (line, cell)
+
+
+@pytest.mark.parametrize("name", ["ukpconvarg1", "writing"])
+def test_two_bases_on_real_votes(name):
+    """What is said of their difference is of the same splits."""
+    text, split = " ".join(PAGE.split()), ("valid", "test")
+    bases = (f"{name}_head", f"{name}_gemma_head")
+    of_base = [[[line[x] for x in split] for line in committed_splits(base)] for base in bases]
+    assert of_base[0] == of_base[1]
+    small, gemma = (committed(f"{base}.csv") for base in bases)
+    members = [[row for row in rows if row["made_by"] == "member"] for rows in (small, gemma)]
+    soft = [column(rows, "soft_single", loss="mse", k="1") for rows in members]
+    less = soft[1] - soft[0]
+    words = f"{with_error(less)} worse on" if less.mean() > 0 else f"{with_error(-less)} better on"
+    assert words in text
+    for made, rows, found in zip((small, gemma), members, soft):
+        assert with_error(column(made, "brier", made_by="harden") - found) in text
+        coin = column(rows, "coin_flip", loss="mse", k="4")
+        two, four = (column(rows, "brier", loss="mse", k=k) - coin for k in ("2", "4"))
+        if name == "writing":
+            count = ("no", "one", "two", "three", "four", "five")[(four < 0).sum()]
+            assert f"({with_error(four)}, in {count} of five)" in text
+        else:
+            assert (four < 0).all() and (two < 0).all()
 
 
 def by_split(rows, figure, run, k):
