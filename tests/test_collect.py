@@ -303,7 +303,7 @@ def rows_by_loss(name):
 SETS = ("ukpconvarg1_head", "ukpconvarg1_gemma_head", "writing_head", "writing_gemma_head")
 
 
-@pytest.mark.parametrize("at, name", enumerate(SETS))
+@pytest.mark.parametrize("at, name", [*enumerate(SETS)])
 def test_table_of_real_votes(at, name):
     for words, cell in rows_on_real_votes(f"{name}.csv").items():
         [line] = [line for line in PAGE.splitlines() if line.startswith(f"| {words} |")][-1:]
