@@ -4,14 +4,16 @@
         --out runs/writing --test-share 0.4 --valid-share 0.15 --pairs-per-step 16
 
 Of each base first one member at each of --lr, on the split and seed of the first of --seeds. The
-rate is then that whose soft predictions have the least Brier score on validation prompts. At this
-rate, on the split and seed of each of --seeds: k members (OUT/BASE_RATE_SEED), as many hardened
-ones that follow their soft model (OUT/BASE_hard_SEED), and one member by --loss bce
-(OUT/BASE_bce_SEED). All other flags are run_all.sh's.
+rate is then that whose soft predictions have the least Brier score on validation prompts; a base of
+which one rate fails waits until that is mended, or not asked for. At this rate, on the split and
+seed of each of --seeds: k members (OUT/BASE_RATE_SEED), as many hardened ones that follow their
+soft model (OUT/BASE_RATE_hard_SEED), and one member by --loss bce (OUT/BASE_RATE_bce_SEED). All
+other flags are run_all.sh's.
 
-After --minutes all is stopped, what there is is evaluated, and what is missing is named (exit code
-3); the same command goes on from there. What a run printed is in OUT/NAME.log; OUT/table.csv is
-collect.py's, of all runs that have a member.
+After --minutes all is stopped and what there is is evaluated. What is missing is named (exit code
+3), and the same command goes on from there: from a checkpoint, of which there is one every third of
+the minutes. What a run printed is in OUT/RUN.log; OUT/table.csv is collect.py's, of all evaluated
+runs in OUT.
 """
 
 import contextlib
@@ -31,8 +33,9 @@ import collect
 from tqdm import tqdm
 
 # Flags of run_all.sh that are set here.
-SET = "--run --base --lr --seed --data-seed --loss --train --joint --early-stop --threads".split()
+SET_HERE = "--run --seed --data-seed --loss --train --joint --early-stop --threads".split()
 EVALUATION = 1 / 8  # of the minutes are kept for the evaluation of what there is.
+NO_TIME = "no time was left"
 
 
 def python(script, *words):
@@ -40,34 +43,54 @@ def python(script, *words):
     return [sys.executable, str(cli.REPOSITORY / script), *map(str, words)]
 
 
-def run_all(args, name, k, base, lr, seed, *more):
-    """The command line that makes the run `name`: k members of the base, on the seed's split."""
-    words = [args.votes, k, "--run", args.out / name, "--base", base, "--lr", lr, "--seed", seed]
-    words += ["--data-seed", seed, "--threads", 1, *args.flags, *more]
+def run_all(args, run, k, base, seed, lr, *more):
+    """The command line that makes OUT/RUN: k members of the base, on the seed's split."""
+    words = [args.votes, k, "--run", args.out / run, "--base", base, "--lr", lr, "--seed", seed]
+    words += ["--data-seed", seed, "--threads", 1]
+    words += ["--checkpoint-minutes", min(30, args.minutes / 3), *args.flags, *more]
     return ["bash", str(cli.REPOSITORY / "run_all.sh"), *map(str, words)]
 
 
-def count_members(run):
+def members_there(run):
+    """How many members have rewards of all prompts, 0 where there is no run."""
     return sum(run_dir.reward_path(run, j, "test").exists() for j in range(1, 100))
+
+
+# ---- jobs side by side
+
+
+def is_running(process):
+    """Tell whether a process or one that it has started, in its session, still runs."""
+    process.poll()
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def stop(processes):
     """End processes and all that they have started: asked first, by force after ten seconds."""
-    for word, seconds in (signal.SIGTERM, 10), (signal.SIGKILL, 10):
+    for word in signal.SIGTERM, signal.SIGKILL:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, word)
-        end = time.monotonic() + seconds
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            for process in processes:
-                process.wait(max(0, end - time.monotonic()))
+        end = time.monotonic() + 10
+        while any(map(is_running, processes)) and time.monotonic() < end:
+            time.sleep(0.1)
 
 
-def do(args, jobs, until):
-    """Do the jobs, --at-once at a time, until the clock says `until`.
+def last_line(path, start):
+    """The last line that is not blank of what a log says from byte `start` on."""
+    text = path.read_bytes()[start:].decode(errors="replace")
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+
+
+def run_jobs(args, jobs, until):
+    """Run the jobs, --at-once at a time, until the clock says `until`.
 
     jobs: {run: (members that it will have, command lines, of which each needs those before it)}.
-    What they print is appended to OUT/RUN.log. Returns {run: why it is not done}.
+    What they print is appended to OUT/RUN.log. Returns {run: NO_TIME, or what it failed with}.
     """
     waiting, running, failed = {run: list(lines) for run, (_, lines) in jobs.items()}, {}, {}
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -80,6 +103,7 @@ def do(args, jobs, until):
                 for run in list(waiting)[: args.at_once - len(running)]:
                     lines = waiting.pop(run)
                     with open(args.out / f"{run}.log", "ab") as log:
+                        start = log.tell()
                         process = subprocess.Popen(
                             lines[0],
                             stdin=subprocess.DEVNULL,
@@ -88,26 +112,34 @@ def do(args, jobs, until):
                             env=environment,
                             start_new_session=True,
                         )
-                    running[run] = process, lines[1:]
+                    running[run] = process, start, lines[1:]
                 time.sleep(0.2)
-                for run, (process, lines) in list(running.items()):
+                for run, (process, start, lines) in list(running.items()):
                     if process.poll() is None:
                         continue
                     del running[run]
                     if process.returncode:
-                        log = (args.out / f"{run}.log").read_text(
-                            encoding="utf-8", errors="replace"
-                        )
-                        failed[run] = log.splitlines()[-1] if log else "it ended"
+                        failed[run] = last_line(args.out / f"{run}.log", start)
                     elif lines:
                         waiting = {run: lines} | waiting
-                there = {run: count_members(args.out / run) for run in jobs}
-                there = sum(min(jobs[run][0], count) for run, count in there.items())
-                if there > bar.n:
-                    bar.update(there - bar.n)
+                made = sum(min(k, members_there(args.out / run)) for run, (k, _) in jobs.items())
+                if made > bar.n:
+                    bar.update(made - bar.n)
         finally:
-            stop([process for process, _ in running.values()])
-    return failed | dict.fromkeys([*running, *waiting], "no time was left")
+            stop([process for process, _, _ in running.values()])
+    return failed | dict.fromkeys([*running, *waiting], NO_TIME)
+
+
+# ---- what is run
+
+
+def rate_jobs(args, name, base):
+    """One member of the base at each rate, on the first seed."""
+    jobs, seed = {}, args.seeds[0]
+    for lr in args.lr:
+        run = f"{name}_{lr}_{seed}"
+        jobs[run] = 1, [run_all(args, run, 1, base, seed, lr)]
+    return jobs
 
 
 def soft_on_validation(run):
@@ -115,97 +147,106 @@ def soft_on_validation(run):
     path = run / "metrics.json"
     splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
     if "valid" not in splits:
-        raise cli.InputError(f"{path}: no validation prompts found; --valid-share 0.15 makes some")
+        raise cli.InputError(f"{path}: no validation prompts found, which choose the rate")
     return splits["valid"]["soft_single"]
 
 
-def best_rate(args, name, seed):
-    """The rate of --lr whose run is best by soft_on_validation."""
-    soft = {lr: soft_on_validation(args.out / f"{name}_{lr:g}_{seed}") for lr in args.lr}
+def best_rate(args, name):
+    """The rate of --lr that is best by soft_on_validation on the first seed."""
+    if len(args.lr) == 1:
+        return args.lr[0]
+    runs = {lr: args.out / f"{name}_{lr}_{args.seeds[0]}" for lr in args.lr}
+    soft = {lr: soft_on_validation(run) for lr, run in runs.items()}
     best = min(soft, key=soft.get)
-    scores = ", ".join(f"{lr:g} {score:.4f}" for lr, score in soft.items())
-    print(f"{name}: --lr {best:g}; soft Brier score on validation prompts: {scores}")
+    scores = ", ".join(f"{lr} {score:.4f}" for lr, score in soft.items())
+    print(f"{name}: --lr {best}; soft Brier score on validation prompts: {scores}")
     return best
 
 
+def member_jobs(args, bases, rates):
+    """At the rates {name: lr}: k members of each base and seed, one seed after another; then one
+    member by --loss bce of each."""
+    members, bce = {}, {}
+    for seed in args.seeds:
+        for name, lr in rates.items():
+            run = f"{name}_{lr}_{seed}"
+            members[run] = args.k, [run_all(args, run, args.k, bases[name], seed, lr)]
+            run = f"{name}_{lr}_bce_{seed}"
+            bce[run] = 1, [run_all(args, run, 1, bases[name], seed, lr, "--loss", "bce")]
+    return members | bce
+
+
+def evaluation_jobs(args, rates, missing):
+    """What the members of unfinished runs give so far; hardened members of the finished ones."""
+    jobs = {}
+    for run in missing:
+        if members_there(args.out / run):
+            stages = "fit_weights.py", "evaluate.py"
+            jobs[run] = 0, [python(stage, "--run", args.out / run) for stage in stages]
+    for seed in args.seeds:
+        for name, lr in rates.items():
+            if (run := f"{name}_{lr}_{seed}") not in missing:
+                hard = args.out / f"{name}_{lr}_hard_{seed}"
+                words = "--run", args.out / run, "--out", hard, "--k", args.k
+                lines = python("extras/harden.py", *words), python("evaluate.py", "--run", hard)
+                jobs[hard.name] = 0, lines
+    return jobs
+
+
 def main(args):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `do` ends what it has begun
+    for word in signal.SIGTERM, signal.SIGHUP:  # Then run_jobs ends what it has begun.
+        signal.signal(word, lambda number, _: sys.exit(128 + number))
     end = time.monotonic() + 60 * args.minutes
     until = end - 60 * args.minutes * EVALUATION
     bases = {base.rstrip("/").rsplit("/", 1)[-1]: base for base in args.base}
-    if len(bases) < len(args.base):
-        raise cli.InputError(f"--base {' '.join(args.base)}: two of one name found")
+    if len(bases) < len(args.base) or {"", ".", ".."} & {*bases}:
+        raise cli.InputError(
+            f"--base {' '.join(args.base)}: directories of different names expected"
+        )
+    if not args.votes.is_file():
+        raise cli.InputError(f"--votes {args.votes}: no such file")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    jobs, first = {}, args.seeds[0]
-    for name, base in bases.items():
-        for lr in args.lr:
-            run = f"{name}_{lr:g}_{first}"
-            jobs[run] = 1, [run_all(args, run, 1, base, lr, first)]
-    missing, hardened = do(args, jobs, until), {}
-    if not missing:
-        rates = {name: best_rate(args, name, first) for name in bases}
-        by_seed = [(seed, name) for seed in args.seeds for name in bases]
-        members, bce = {}, {}
-        for seed, name in by_seed:
-            run, lr, base = f"{name}_{rates[name]:g}_{seed}", rates[name], bases[name]
-            members[run] = args.k, [run_all(args, run, args.k, base, lr, seed)]
-            hardened[run] = f"{name}_hard_{seed}"
-            run = f"{name}_bce_{seed}"
-            bce[run] = 1, [run_all(args, run, 1, base, lr, seed, "--loss", "bce")]
-        missing = do(args, members | bce, until)
-        jobs |= members | bce
+    jobs = {name: rate_jobs(args, name, base) for name, base in bases.items()}
+    every = {run: job for of_base in jobs.values() for run, job in of_base.items()}
+    missing = run_jobs(args, every, until)
+    ready = [name for name in bases if not jobs[name].keys() & missing.keys()]
+    rates = {name: best_rate(args, name) for name in ready}
+    missing |= run_jobs(args, member_jobs(args, bases, rates), until)
+    not_evaluated = run_jobs(args, evaluation_jobs(args, rates, missing), end)
 
-    rest = {}
-    for run in missing:
-        if count_members(args.out / run):
-            stages = "fit_weights.py", "evaluate.py"
-            rest[run] = 0, [python(stage, "--run", args.out / run) for stage in stages]
-    for run, hard in hardened.items():
-        if run not in missing:
-            words = "--run", args.out / run, "--out", args.out / hard, "--k", args.k
-            line = python("extras/harden.py", *words)
-            rest[hard] = 0, [line, python("evaluate.py", "--run", args.out / hard)]
-    failed = do(args, rest, end) if rest else {}
-    evaluated = [run for run in jobs | rest if run in rest or run not in missing]
-    runs = [args.out / run for run in evaluated if run not in failed]
+    for run, why in (not_evaluated | missing).items():
+        found = members_there(args.out / run)
+        print(f"{args.out / run}: {found} members found; {why} ({run}.log)", file=sys.stderr)
+    runs = [path.parent for path in sorted(args.out.glob("*/metrics.json"))]
+    runs = [str(run) for run in runs if run.name not in not_evaluated]
     if runs:
-        words = ["--runs", *map(str, runs), "--out", str(args.out / "table.csv")]
+        words = ["--runs", *runs, "--out", str(args.out / "table.csv")]
         collect.main(collect.parse_args(words))
-    for run, why in (missing | failed).items():
-        found = f"{count_members(args.out / run)} members found"
-        print(f"{args.out / run}: {found}: {why} ({args.out / run}.log)", file=sys.stderr)
-    if missing or failed:
+    if missing or not_evaluated:
         sys.exit(3)
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--votes", required=True, type=cli.path, help="file of votes, of run_all.sh's FILE")
+    add("--votes", required=True, type=cli.path, help="file of votes, run_all.sh's FILE")
     add("--base", required=True, nargs="+", help="base models: directories or hub ids")
     add("--out", required=True, type=cli.path, help="directory of the runs")
     add("--k", type=cli.member_number, default=8, help="members")
-    add(
-        "--seeds",
-        nargs="+",
-        type=cli.seed,
-        default=range(5),
-        help="of split and training (default 0 to 4)",
-    )
-    add(
-        "--lr",
-        nargs="+",
-        type=cli.positive,
-        default=(1e-4, 3e-4, 1e-3),
-        help="(default 1e-4 3e-4 1e-3)",
-    )
+    words = "of split and training (default 0 to 4)"
+    add("--seeds", nargs="+", type=cli.seed, default=range(5), help=words)
+    words = "learning rates, of which one is chosen (default 1e-4 3e-4 1e-3)"
+    add("--lr", nargs="+", type=cli.positive, default=(1e-4, 3e-4, 1e-3), help=words)
     add("--at-once", type=cli.natural, default=8, help="runs side by side, on one GPU or the cores")
     add("--minutes", type=cli.positive, default=9, help="after which all is stopped")
     args, args.flags = parser.parse_known_args(argv)
-    for word in args.flags:
-        if word.split("=")[0] in SET:
-            parser.error(f"{word} found, which is set here")
+    flags = [word.split("=")[0] for word in args.flags]
+    for flag in SET_HERE:
+        if flag in flags:
+            parser.error(f"{flag} found, which is set here")
+    if len(args.lr) > 1 and "--valid-share" not in flags:
+        parser.error("no --valid-share found: validation prompts choose among several --lr")
     return args
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import plan
 import pytest
 import torch
-from conftest import FLAGS, FULL, HEAD, LORA, TINY, export, fresh, rewards, train
+from conftest import FLAGS, FULL, HEAD, LORA, REPOSITORY, TINY, export, fresh, rewards, train
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -201,3 +201,15 @@ def test_a_gguf_that_is_not_there_and_a_directory_that_is(tmp_path):
         with pytest.raises(InputError, match=message):
             from_gguf.main(from_gguf.parse_args(words))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_template_for_gemma(base):
+    """Its turns, begun with the bos token; with the answer to come, what a sample continues."""
+    tokenizer = chats.load_tokenizer(base, REPOSITORY / "experiments" / "gemma.jinja")
+    asked = [{"role": "user", "content": "One\ntwo?"}]
+    text = (
+        f"{tokenizer.bos_token}<start_of_turn>user\nOne\ntwo?<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == text
+    told = [*asked, {"role": "assistant", "content": "Two."}]
+    assert tokenizer.apply_chat_template(told, tokenize=False) == f"{text}Two.<end_of_turn>\n"
