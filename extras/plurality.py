@@ -41,19 +41,30 @@ class Featured(NamedTuple):
     features: np.ndarray
 
 
-def restricted(featured, keep):
-    """A Featured of the prompts keep, bool (P,), alone."""
+def counted(featured):
+    """A Featured of the pairs with two or more votes, and of the prompts that have one, alone; the
+    same one where there are none."""
+    enough = featured.split.n >= 2
+    if not enough.any():
+        return featured
+    before = np.concatenate([[0], np.cumsum(enough)])[featured.split.pair_start]
+    return restricted(featured, np.diff(before) > 0, enough)
+
+
+def restricted(featured, keep, enough=True):
+    """A Featured of the prompts keep, bool (P,), and of their pairs that are enough, bool (N,),
+    alone."""
     split = featured.split
-    pairs = np.repeat(keep, np.diff(split.pair_start))
+    pairs = np.repeat(keep, np.diff(split.pair_start)) & enough
     responses = np.repeat(keep, np.diff(split.response_start))
     new_index = np.cumsum(responses) - 1
     fields = {"a": new_index[split.a[pairs]], "b": new_index[split.b[pairs]]}
     for name in ("votes_a", "votes_b", "ties", "p_true"):
         if getattr(split, name) is not None:
             fields[name] = getattr(split, name)[pairs]
-    for name in ("response_start", "pair_start"):
-        sizes = np.diff(getattr(split, name))[keep]
-        fields[name] = np.concatenate([[0], np.cumsum(sizes)])
+    for name, chosen in (("response_start", responses), ("pair_start", pairs)):
+        before = np.concatenate([[0], np.cumsum(chosen)])[getattr(split, name)]
+        fields[name] = np.concatenate([[0], np.cumsum(np.diff(before)[keep])])
     for name in ("prompt_id", "messages", "responses"):
         fields[name] = list(compress(getattr(split, name), keep))
     return Featured(dataclasses.replace(split, **fields), featured.features[responses])
@@ -80,7 +91,7 @@ def read_features(run):
             raise cli.InputError(f"{path}: {found}, floats ({rows}, d) expected")
         if not np.isfinite(features).all():
             raise cli.InputError(f"{path}: features that are not finite found")
-        splits[name] = Featured(split, features.astype(np.float64))
+        splits[name] = counted(Featured(split, features.astype(np.float64)))
     if len(widths := {x.features.shape[1] for x in splits.values()}) > 1:
         found = ", ".join(map(str, sorted(widths)))
         raise cli.InputError(

@@ -83,7 +83,7 @@ def write_learned_weights(run, train, rewards, alpha):
     """Write RUN/weights.json with the learned weights alpha (K,); rewards float32 (R, K)."""
     alpha = alpha.double().cpu().numpy()
     alpha /= alpha.sum()
-    rewards = np.ascontiguousarray(rewards.T)
+    rewards, train = np.ascontiguousarray(rewards.T), data.counted_pairs(train) or train
     votes = cli.import_evaluator().votes(rewards, train.a, train.b) / 2
     train_mse = float(np.mean((alpha @ votes - train.p) ** 2))
     entry = {"k": len(alpha), "alpha": alpha.tolist(), "fit": "fixed", "train_mse": train_mse}
@@ -177,7 +177,7 @@ def parse_args(argv=None):
     add("--k", type=cli.member_number, default=8, help="reward models, at least 2 (default 8)")
     words = "all parameters, or K heads on features of the frozen base"
     add("--train", choices=("full", "head"), default="full", help=words)
-    words = "the steepness of the votes at the last step (4096; head: 4); 1: soft throughout"
+    words = "what the steepness of the votes rises to (4096; head: 4), from 1; 1: soft throughout"
     add("--sharpen", type=cli.positive, metavar="S", help=words)
     words = "those that fit_weights.py gives the hard votes, or those learned with the rewards"
     add("--weights", choices=("qp", "learned"), default="qp", help=words)

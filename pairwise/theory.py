@@ -6,6 +6,8 @@ Theorem 3's ensemble is extras/prune.py's; experiments/theorems.py has theorem 1
 
 from math import e, log, sqrt
 
+import numpy as np
+
 # ---- Lemma 1 and theorem 2: what n sampled annotators leave unknown
 
 
@@ -13,9 +15,11 @@ def irreducible(p, n, ties_as_halves):
     """Unbiased estimate (N,) of Lemma 1's C = E (p - p*)^2 in each pair, the error that n sampled
     annotators leave even to perfect calibration.
 
-    ties_as_halves (N,): tie votes counted as half for each side, which have 1/4 less variance each.
+    ties_as_halves (N,): tie votes counted as half for each side, which have 1/4 less variance each;
+    where a side's votes are no whole number there was at least one.
     """
-    return (p * (1 - p) - ties_as_halves / (4 * n)) / (n - 1)
+    uneven = np.abs(p * n % 1 - 0.5) < 0.25
+    return (p * (1 - p) - np.maximum(ties_as_halves, uneven) / (4 * n)) / (n - 1)
 
 
 def theorem2(k, c=0):

@@ -1172,6 +1172,10 @@ def test_reference_lines_by_hand():
     assert (
         theory.irreducible(p[2:3], np.array([2.0]), np.array([2.0])) == 0
     )  # both votes were ties, and always would be
+    halves, n, none = np.array([1.5, 2.5, 1.0]), np.array([2.0, 3.0, 2.0]), np.zeros(3)
+    c = theory.irreducible(halves / n, n, none)  # Where votes are halves one was a tie, at least.
+    assert c == pytest.approx(theory.irreducible(halves / n, n, np.array([1.0, 1.0, 0.0])))
+    assert (figures.floor_excess(halves / n, c) >= 0).all()
 
 
 def test_floor_less_irreducible_is_the_chance_that_two_annotators_dissent():

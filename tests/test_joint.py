@@ -2,6 +2,7 @@
 and the members split off it.
 """
 
+import dataclasses
 import json
 
 import score
@@ -244,6 +245,17 @@ def test_learned_weights(data, base, tmp_path):
     run = train_all(fresh(data, tmp_path), base, "--k", "2", *KINDS["head"], "--weights", "learned")
     (entry,) = json.loads((run / "weights.json").read_text())
     assert entry["k"] == 2 and entry["fit"] == "fixed" and abs(sum(entry["alpha"]) - 1) < 1e-12
+    # Of the pairs that metrics.json counts.
+    split = read_split(run, "train")
+    single = dataclasses.replace(split, votes_a=split.votes_a.copy(), votes_b=split.votes_b.copy())
+    single.votes_a[0], single.votes_b[0] = 1, 0
+    rewards_of = np.stack([rewards(run, j, "train") for j in (1, 2)])
+    alpha = torch.tensor(entry["alpha"], dtype=torch.float64)
+    train_joint.write_learned_weights(tmp_path, single, rewards_of.T, alpha)
+    (entry,) = json.loads((tmp_path / "weights.json").read_text())
+    votes = (np.sign(rewards_of[:, split.a] - rewards_of[:, split.b]) + 1) / 2
+    errors = (alpha.numpy() @ votes - split.p)[1:] ** 2
+    assert entry["train_mse"] == pytest.approx(errors.mean())
 
 
 def test_costs_no_more_passes_than_one_member(data, base, tmp_path, monkeypatch):

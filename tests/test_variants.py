@@ -200,6 +200,30 @@ def test_restricted_and_merged_are_inverse(runs):
         )
 
 
+def test_pairs_of_one_vote_and_prompts_without_others_do_not_count(runs):
+    """The same as if they were not there; without any other they stay."""
+    featured = plurality.read_features(runs["camps"])["test"]
+    split = featured.split
+    votes_a, votes_b = split.votes_a.copy(), split.votes_b.copy()
+    first = slice(split.pair_start[0], split.pair_start[1])  # all of the first prompt
+    one = np.r_[np.arange(first.start, first.stop), split.pair_start[2]]
+    votes_a[one], votes_b[one] = 1, 0
+    single = featured._replace(split=dataclasses.replace(split, votes_a=votes_a, votes_b=votes_b))
+    found = plurality.counted(single)
+    assert found.split.prompt_id == split.prompt_id[1:] and len(found.split.p) == len(
+        split.p
+    ) - len(one)
+    kept = np.delete(np.arange(len(split.p)), one)
+    for name in ("a", "b"):
+        before = featured.features[getattr(split, name)[kept]]
+        np.testing.assert_array_equal(found.features[getattr(found.split, name)], before)
+    np.testing.assert_array_equal(found.split.p, split.p[kept])
+    assert (np.diff(found.split.pair_start) > 0).all()
+    votes_a[:], votes_b[:] = 1, 0
+    only = featured._replace(split=dataclasses.replace(split, votes_a=votes_a, votes_b=votes_b))
+    assert plurality.counted(only) is only
+
+
 def test_fit_is_at_a_minimum(runs):
     """The gradient of what fit minimises vanishes where it stops, and the same seed ends in the
     same weights."""

@@ -305,6 +305,13 @@ def test_share_of_prompts_for_test_at_least_two(tmp_path, capsys, prompts, share
     assert f"only {expected} test prompts" in capsys.readouterr().out
 
 
+def test_equal_texts_under_several_ids_are_named(tmp_path, capsys):
+    rows = [r | {"prompt_id": f"{r['prompt']}, {i}"} for r in numbered(30) for i in (1, 2)]
+    _, stats = prepared(tmp_path, rows, "--test-share", "0.5")
+    assert stats["distinct_texts"] == {"train": 15, "test": 15}
+    assert "warning: the 30 test prompts have 15 distinct texts" in capsys.readouterr().out
+
+
 def test_no_warning_with_twenty_test_prompts(tmp_path, capsys):
     prepared(tmp_path, numbered(40), "--test-share", "0.5")
     assert "warning" not in capsys.readouterr().out
