@@ -70,6 +70,7 @@ while [ $# -gt 0 ]; do
         --plan) fail "--plan is a command of its own: python extras/plan.py --base llama-3-8b" ;;
         --iteration | --k) fail "$1 is set by run_all.sh, or the scripts are called by hand" ;;
         --joint) JOINT=1; shift; continue ;;
+        --accept-edited) fail "$1 is a flag of the stages: evaluate.py --run RUN $1, say" ;;
         --early-stop | --early-stop=*) STOP=$1; shift; continue ;; # the next word can be K
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
         --*) [[ -n $2 && $2 != --* ]] || fail "$1 needs a value" ;;

@@ -98,17 +98,19 @@ def counts(where, row):
 
 
 def fraction(where, row):
-    """Read the votes from the exact m / 2n that p was rounded from.
+    """Read the votes from the exact m / 2n that p is or was rounded from; of what it can have been
+    rounded from whole votes come first.
 
     The slack of 1e-6 is for float32, in which parquet files often keep p.
     """
     p, n = number(where, row, "p"), number(where, row, "n")
-    m = round(2 * n * p)
     decimals = next(d for d in range(7) if abs(round(p, d) - p) <= 1e-6)
-    if abs(m / (2 * n) - p) > 10**-decimals / 2 + 1e-6:
-        expected = f"a multiple of 1/{2 * n:.0f} (n = {n:.0f}), up to its rounding,"
-        raise rows.wrong(where, "p", p, expected)
-    return m / 2, n - m / 2, 0.0
+    halves, whole, rounding = round(2 * n * p) / 2, float(round(n * p)), 10**-decimals / 2 + 1e-6
+    for votes, slack in ((halves, 1e-6), (whole, rounding), (halves, rounding)):
+        if abs(votes / n - p) <= slack:
+            return votes, n - votes, 0.0
+    expected = f"a multiple of 1/{2 * n:.0f} (n = {n:.0f}), up to its rounding,"
+    raise rows.wrong(where, "p", p, expected)
 
 
 def choice(where, row):

@@ -17,8 +17,9 @@ import torch
 
 
 def check_kind(run, j):
-    """Raise InputError where the other members of the run are not existing models."""
+    """Raise InputError where the other members of the run are not existing models, or too few."""
     run_dir.check_own_run(run)
+    run_dir.check_next(run, j)
     first = run_dir.first_with_model(run, j)
     if first and run_dir.kind_of(run, j=first) != "existing":
         raise cli.InputError(

@@ -31,10 +31,14 @@ def trained_in(run, j):
     joint = run_dir.stages(run).get("joint")
     if joint and j <= joint["settings"]["k"] and not directory.exists():
         return "joint"
-    plain = (directory / "config.json").exists()
-    raise cli.InputError(
-        f"{directory}: {'already a plain directory' if plain else 'no such member'}"
-    )
+    wrong = "no such member"
+    if (directory / "config.json").exists():
+        wrong = "already a plain directory"
+    elif (directory / "source.json").exists():
+        wrong = "an existing model, a plain directory or hub id already; its source.json says which"
+    elif (run / "members.json").exists():
+        wrong = "not a model, but a formula of the rewards of another run's; see members.json"
+    raise cli.InputError(f"{directory}: {wrong}")
 
 
 def write_plain(model, tokenizer, directory):

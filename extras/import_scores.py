@@ -118,9 +118,11 @@ def read_scores(path, names, splits, others):
     for where, row in rows.read_rows(path, fields, others=others):
         prompts = meant(where, row, by_id, by_context)
         for response, column_of in scored(where, row, names):
-            new = [finite(where, row, column_of[name], others) for name in names]
             places = [x.places[response] for x in prompts if response in x.places]
-            unknown += [] if places else [where]
+            if not places:
+                unknown.append(where)
+                continue
+            new = [finite(where, row, column_of[name], others) for name in names]
             for place in places:
                 if not source[place]:
                     rewards[:, place], source[place] = new, where
@@ -188,8 +190,7 @@ def main(args):
     run, j, others = args.run, args.iteration, set()
     run_dir.check_own_run(run)
     splits, _ = data.read_splits(run)
-    if j > 1 and (k := run_dir.count_members(run)) < j - 1:
-        raise cli.InputError(f"--iteration {j}: {run} has {k} members, {k + 1} at most expected")
+    run_dir.check_next(run, j)
     rewards, left_out = read_scores(args.file, args.reward, splits, others)
     for number, (name, values) in enumerate(zip(args.reward, rewards), j):
         write_member(run, args.file.name, number, name, values, splits)

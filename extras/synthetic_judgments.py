@@ -77,7 +77,7 @@ def question(template, messages, first, second):
 def choice(answer):
     """Return "A" or "B", or None where the answer names not exactly one of them: both ("A or B"),
     one each in two places, or none; a small "a" that words follow is the article ("a tie")."""
-    either = r"(?![\s/,&|]*(?:or|and)?[\s/,&|]*[AB]\b)"
+    either = r"(?![ \t/,&|]*(?:or|and)?[ \t/,&|]*[AB]\b)"
     found = re.findall(rf"(?m)\b(?i:choice):\W*(?:([AB])\b{either}|([ab])\W*$)", answer)
     named = {(large or small).upper() for large, small in found}
     return named.pop() if len(named) == 1 else None

@@ -6,6 +6,7 @@
 import csv
 import gzip
 import json
+import re
 import reprlib
 import zlib
 from pathlib import Path
@@ -174,6 +175,11 @@ def from_cell(where, field, cell, fields):
         # Of JSON with a key twice, a prompt would become that text.
         if form != "number" and not isinstance(error, json.JSONDecodeError):
             raise cli.InputError(f"{where}: {field}: not JSON ({error})") from None
+        # As pandas writes a list; as text the chat would be a prompt of one turn.
+        if form == "messages" and re.match(r"\[\s*\{\s*['\"](role|content)['\"]", cell):
+            raise cli.InputError(
+                f"{where}: {field}: messages that are not JSON ({error})"
+            ) from None
     return cell
 
 

@@ -364,6 +364,12 @@ def count_members(run):
     return len(numbers)
 
 
+def check_next(run, j):
+    """Raise InputError where a member j would leave a gap after those that have rewards."""
+    if j > 1 and (k := count_members(run)) < j - 1:
+        raise cli.InputError(f"--iteration {j}: {run} has {k} members, {k + 1} at most expected")
+
+
 def hash_rewards(run, k):
     """Return {name: SHA-256} of the train rewards of members 1..k, for a stage made from them."""
     paths = {f"rewards of member {j}": reward_path(run, j, "train") for j in range(1, k + 1)}

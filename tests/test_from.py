@@ -15,7 +15,7 @@ import adopt
 import numpy as np
 import pytest
 import torch
-from conftest import FLAGS, HEAD, TINY, fit, fresh, leftovers, manifest, rewards, train
+from conftest import FLAGS, HEAD, TINY, export, fit, fresh, leftovers, manifest, rewards, train
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -195,6 +195,12 @@ def test_score(ensemble, tmp_path):
     )
 
 
+def test_an_existing_model_is_not_exported(ensemble, base):
+    """It is one already, wherever it is."""
+    with pytest.raises(InputError, match="member_01: an existing model, .* its source.json says"):
+        export(ensemble, base, 1)
+
+
 def test_score_says_where_a_model_is_not(ensemble, models, tmp_path):
     path, moved = (
         questions(ensemble, tmp_path / "mine.jsonl"),
@@ -286,6 +292,12 @@ def test_refused_models(data, tokenizer, base, tmp_path):
         with pytest.raises(InputError, match=said) as error:
             adopt_model(run, model)
         assert str(error.value).startswith(f"--model {model}: ") and "\n" not in str(error.value)
+    (run / "rewards").mkdir()
+    for split in ("train", "test"):
+        (run / "rewards" / f"01_{split}.npy").touch()
+    with pytest.raises(InputError, match="--iteration 3: .* has 1 members, 2 at most expected"):
+        adopt_model(run, base, 3)
+    shutil.rmtree(run / "rewards")
     assert (
         not list(run.glob("member_*"))
         and not (run / "rewards").exists()

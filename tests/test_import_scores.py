@@ -110,8 +110,10 @@ def test_other_responses_are_counted_and_equal_rewards_are_fine(data, tmp_path, 
     blank = rows[0] | {"response": " ", "reward": None}
     unknown = {"prompt": "which ?", "response": "a", "reward": 1}
     empty = {"prompt": " ", "response": "a", "reward": 1}  # votes.py drops such a row.
-    load(run, written(tmp_path / "s.jsonl", [*rows, rows[3], other, blank, unknown, empty]))
-    line = "s.jsonl: 3 rewards of responses that the run does not have, left out, the first at"
+    unscored = unknown | {"reward": None}
+    more = [other, blank, unknown, empty, unscored]
+    load(run, written(tmp_path / "s.jsonl", [*rows, rows[3], *more]))
+    line = "s.jsonl: 4 rewards of responses that the run does not have, left out, the first at"
     assert f"{line} s.jsonl line {len(rows) + 2}\n" in capsys.readouterr().out
     assert np.array_equal(rewards(run), in_order(run)["test"])
     load(run, written(tmp_path / "other.csv", pair_rows(data)))  # The same rewards.

@@ -29,6 +29,8 @@ judgments = script("synthetic_judgments")
         ("Choice: a tie", None),
         ("choice: a.", "A"),
         ("Choice: A. B says less.", "A"),
+        ("Choice: A\n\nB lacks detail", "A"),
+        ("Choice: B\nB is more", "B"),
         ("A", None),
         ("Choice: Apple", None),
         ("Choice: C", None),

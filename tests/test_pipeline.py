@@ -231,6 +231,7 @@ def test_other_arguments_are_refused_with_a_command_that_works(copied_run):
         (["demo", "2", "more"], "'more' found"),
         (["demo", "--nonsense", "1"], "--nonsense"),
         (["demo", "--lr"], "--lr needs a value"),
+        (["demo", "--accept-edited"], "a flag of the stages"),
         (["demo", "--data-seed", "x"], "--data-seed 'x'"),
         (["votes.csv", "2"], "needs --base"),
         (["missing.csv", "2", "--base", "x"], "missing.csv"),

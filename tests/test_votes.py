@@ -166,6 +166,9 @@ def test_three_forms_of_the_same_votes_give_the_same_data(tmp_path):
         (0.33, 1000, (330, 670)),
         (0.12, 4, (0.5, 3.5)),
         (0.13, 4, (0.5, 3.5)),
+        (0.3, 9, (3, 6)),  # 2.5 of 9 is nearer, but needs a tie
+        (0.42, 53, (22, 31)),
+        (0.5, 11, (5.5, 5.5)),
     ],
 )
 def test_p_is_taken_as_the_exact_fraction_it_was_rounded_from(p, n, expected):
@@ -444,6 +447,16 @@ def test_every_ending_gives_the_same_data(tmp_path, ending, form):
         and found["train"][0]["p_true"][0] in (0.25, 0.75)
         and len(found["train"][0]["pairs"]) == 1
     )
+
+
+@pytest.mark.parametrize("key", ["role", "content"])
+def test_a_chat_in_pythons_notation_is_no_prompt(tmp_path, key):
+    """As pandas writes a column of lists to CSV."""
+    turn = {"role": "user", "content": "Q?"}
+    chat = [{key: turn[key]} | turn]
+    rows = [row(prompt=str(chat)) for _ in range(3)]
+    with pytest.raises(InputError, match="line 2: prompt: messages that are not JSON"):
+        prepared(tmp_path, rows, name="mine.csv")
 
 
 def test_rows_across_batches_blank_lines_and_a_byte_order_mark(tmp_path):
