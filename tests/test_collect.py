@@ -373,6 +373,21 @@ def test_all_parameters_on_the_front_page():
         assert f"{before} {words.format(*numbers)}" in front
 
 
+def test_eight_members_on_writing():
+    """On the second split."""
+    eight = [
+        row for row in committed("writing_full.csv") if row["run"] == "writing_full_centered_1"
+    ]
+    brier = [float(row["brier"]) for row in eight]
+    assert [row["k"] for row in eight] == [*"12345678"]
+    text = " ".join(PAGE.split())
+    assert f"five to eight {', '.join(map(short, brier[4:]))})" in text
+    soft, coin = (float(eight[0][name]) for name in ("soft_single", "coin_flip"))
+    less = [short(x) for x in (brier[3] - brier[7], coin - brier[7], brier[7] - soft)]
+    words = "bring eight {} [-.0053, +.0345] below four and {} [-.0106, +.0555] below the coin flip"
+    assert words.format(*less) in text and f"leave them {less[2]} [" in text
+
+
 def test_learning_rate_on_writing():
     """Chosen on the validation prompts of the first split."""
     rows = [row for row in committed("writing_full.csv") if row["data_seed"] == "0"]
