@@ -373,6 +373,26 @@ def test_all_parameters_on_the_front_page():
         assert f"{before} {words.format(*numbers)}" in front
 
 
+def test_rates_of_gemma_on_writing():
+    """Its first split is that of the frozen base."""
+    rows, text = committed("writing_gemma_full.csv"), " ".join(PAGE.split())
+    assert [float(row["lr"]) for row in rows] == [1e-4, 3e-4, 1e-3]
+    valid, test = (
+        [float(row[name]) for row in rows] for name in ("soft_single_valid", "soft_single")
+    )
+    head = column(
+        committed("writing_gemma_head.csv"), "soft_single", run="writing_gemma_mse_0", k="1"
+    )
+    cells = ["{}, {} and {}".format(*map(short, figures)) for figures in (valid, test)]
+    words = f"it has {cells[0]} on the 18 validation prompts, {cells[1]} on test prompts, where the"
+    assert f"{words} frozen base has {short(head.item())}." in text
+    chosen = valid.index(min(valid))
+    assert f"choose is {short(test[chosen] - test[chosen - 1])} worse on test prompts" in text
+    [split] = committed_splits("writing_gemma_full")
+    first = committed_splits("writing_gemma_head")[0]
+    assert (split["valid"], split["test"]) == (first["valid"], first["test"])
+
+
 def test_eight_members_on_writing():
     """On the second split."""
     eight = [
