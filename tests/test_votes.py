@@ -449,6 +449,26 @@ def test_every_ending_gives_the_same_data(tmp_path, ending, form):
     )
 
 
+@pytest.mark.parametrize("seed", ["0", "1", "2", "3"])
+def test_prompts_of_single_votes_are_for_training(tmp_path, seed):
+    """With --min-votes 1 what is held out can be evaluated, whatever the seed."""
+    rows = numbered(25)
+    for i, each in enumerate(rows):
+        each |= {"votes_a": 3 if i < 5 else 1, "votes_b": 1 if i < 5 else 0}
+    flags = ["--min-votes", "1", "--test-share", "0.4", "--valid-share", "0.3", "--seed", seed]
+    splits, stats = prepared(tmp_path, rows, *flags)
+    assert [len(splits[name]) for name in ("train", "valid", "test")] == [22, 1, 2]
+    assert not stats["dropped"]
+
+
+def test_validation_needs_pairs_of_two_votes(tmp_path):
+    rows = [r | {"split": "test"} for r in numbered(3)]
+    for each in numbered(9)[3:]:
+        rows.append(each | {"split": "train", "votes_a": 1, "votes_b": 0})
+    with pytest.raises(InputError, match="mine: no prompt for validation found"):
+        prepared(tmp_path, rows, "--min-votes", "1", "--valid-share", "0.1")
+
+
 @pytest.mark.parametrize("key", ["role", "content"])
 def test_a_chat_in_pythons_notation_is_no_prompt(tmp_path, key):
     """As pandas writes a column of lists to CSV."""

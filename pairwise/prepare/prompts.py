@@ -209,7 +209,9 @@ def divide(args, name, comparisons, rng, ties):
         raise too_few(name, f"no pair with {args.min_votes} votes or more found", dropped)
     if len(prompts) < 3:
         raise too_few(name, f"{len(prompts)} prompts found, at least three expected", dropped)
-    splits = split_prompts(prompts, args.test_share, args.valid_share, rng, dropped)
+    splits = split_prompts(prompts, args.test_share, args.valid_share, rng, dropped, ties)
+    if args.valid_share and not splits.get("valid"):
+        raise too_few(name, "no prompt for validation found, whose pairs need two votes", dropped)
     for split in splits:
         if split != "train":  # Evaluation counts pairs with two votes or more only.
             splits[split] = drop_pairs(splits[split], 2, dropped, ties)
@@ -225,7 +227,7 @@ def too_few(name, shortage, dropped):
     return cli.InputError(f"{name}: {shortage}{f' ({reasons})' if reasons else ''}")
 
 
-def split_prompts(prompts, test_share, valid_share, rng, dropped):
+def split_prompts(prompts, test_share, valid_share, rng, dropped, ties):
     """Return {split: prompts}: the source's own splits, or else at least two prompts for test.
 
     valid_share of the train prompts, at least one unless it is zero, become the validation split.
@@ -234,7 +236,7 @@ def split_prompts(prompts, test_share, valid_share, rng, dropped):
     """
     splits, own_splits = {}, {prompt.split for prompt in prompts}
     if own_splits == {None}:
-        splits["test"], splits["train"] = draw_prompts(prompts, test_share, 2, rng)
+        splits["test"], splits["train"] = draw_prompts(prompts, test_share, 2, rng, ties)
     elif None in own_splits:
         raise cli.InputError("rows with and without a split found, all alike expected")
     else:
@@ -247,13 +249,15 @@ def split_prompts(prompts, test_share, valid_share, rng, dropped):
                 dropped[reason] += sum(len(prompt.pairs) for prompt in repeated)
             held_out |= {prompt.context for prompt in named}
     if valid_share and not splits.get("valid"):
-        splits["valid"], splits["train"] = draw_prompts(splits["train"], valid_share, 1, rng)
+        splits["valid"], splits["train"] = draw_prompts(splits["train"], valid_share, 1, rng, ties)
     return {name: members for name, members in splits.items() if members or name != "valid"}
 
 
-def draw_prompts(prompts, fraction, least, rng):
-    """Draw a fraction of the distinct prompts, at least `least`, and return (drawn, rest)."""
-    contexts = list(dict.fromkeys(prompt.context for prompt in prompts))
+def draw_prompts(prompts, fraction, least, rng, ties):
+    """Draw a fraction of the distinct prompts that have a pair of two votes, at least `least`, and
+    return (drawn, rest). The others cannot be evaluated, and are in the rest."""
+    counted = (prompt for prompt in prompts if any(x.n(ties) >= 2 for x in prompt.pairs.values()))
+    contexts = list(dict.fromkeys(prompt.context for prompt in counted))
     order = rng.permutation(len(contexts))
     chosen = {contexts[i] for i in order[: max(least, round(fraction * len(contexts)))]}
     drawn = [prompt for prompt in prompts if prompt.context in chosen]
