@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
-from pairwise import cli, run_dir
+from pairwise import cli
 
 import collect
 from tqdm import tqdm
@@ -53,7 +53,7 @@ def run_all(args, run, k, base, seed, lr, *more):
 
 def members_there(run):
     """How many members have rewards of all prompts, 0 where there is no run."""
-    return sum(run_dir.reward_path(run, j, "test").exists() for j in range(1, 100))
+    return len([*run.glob("rewards/[0-9][0-9]_test.npy")])
 
 
 # ---- jobs side by side

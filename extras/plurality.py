@@ -42,29 +42,27 @@ class Featured(NamedTuple):
 
 
 def counted(featured):
-    """A Featured of the pairs with two or more votes, and of the prompts that have one, alone; the
-    same one where there are none."""
-    enough = featured.split.n >= 2
-    if not enough.any():
+    """A Featured of the pairs that data.counted_pairs leaves, and of the prompts that have one,
+    alone; the same one where it leaves none."""
+    if (split := data.counted_pairs(featured.split)) is None:
         return featured
-    before = np.concatenate([[0], np.cumsum(enough)])[featured.split.pair_start]
-    return restricted(featured, np.diff(before) > 0, enough)
+    kept = restricted(featured, np.isin(featured.split.prompt_id, split.prompt_id))
+    return kept._replace(split=data.counted_pairs(kept.split))
 
 
-def restricted(featured, keep, enough=True):
-    """A Featured of the prompts keep, bool (P,), and of their pairs that are enough, bool (N,),
-    alone."""
+def restricted(featured, keep):
+    """A Featured of the prompts keep, bool (P,), alone."""
     split = featured.split
-    pairs = np.repeat(keep, np.diff(split.pair_start)) & enough
+    pairs = np.repeat(keep, np.diff(split.pair_start))
     responses = np.repeat(keep, np.diff(split.response_start))
     new_index = np.cumsum(responses) - 1
     fields = {"a": new_index[split.a[pairs]], "b": new_index[split.b[pairs]]}
     for name in ("votes_a", "votes_b", "ties", "p_true"):
         if getattr(split, name) is not None:
             fields[name] = getattr(split, name)[pairs]
-    for name, chosen in (("response_start", responses), ("pair_start", pairs)):
-        before = np.concatenate([[0], np.cumsum(chosen)])[getattr(split, name)]
-        fields[name] = np.concatenate([[0], np.cumsum(np.diff(before)[keep])])
+    for name in ("response_start", "pair_start"):
+        sizes = np.diff(getattr(split, name))[keep]
+        fields[name] = np.concatenate([[0], np.cumsum(sizes)])
     for name in ("prompt_id", "messages", "responses"):
         fields[name] = list(compress(getattr(split, name), keep))
     return Featured(dataclasses.replace(split, **fields), featured.features[responses])

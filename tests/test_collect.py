@@ -16,6 +16,7 @@ import steps
 from conftest import FULL, REPOSITORY, committed
 
 PAGE = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
+TEXT = " ".join(PAGE.split())  # wherever its lines end
 
 
 def committed_splits(name):
@@ -203,7 +204,7 @@ def test_table_of_targets():
         for k in ks:
             less = sign * (column(of_target, "brier", k=k) - column(rows, "brier", k=k))
             cells.append(with_error(less))
-        assert words.format(*cells) in " ".join(PAGE.split()), cells
+        assert words.format(*cells) in TEXT, cells
 
 
 def test_table_of_batches_and_rates():
@@ -279,7 +280,7 @@ def rows_on_real_votes(name):
     runs = [row for row in committed("plurality.csv") if row["run"] in {x["run"] for x in first}]
     assert {row["components"] for row in runs} == {"1"}  # By validation prompts none is chosen.
     gain, low = column(runs, "several_gain"), column(runs, "several_gain_low")
-    assert f" {with_error(gain, '+')} " in " ".join(PAGE.split()).replace("(", " ")
+    assert f" {with_error(gain, '+')} " in TEXT.replace("(", " ")
     above = f"above 0 in {(low > 0).sum()} of {len(low)}"
     words = "gain of the best mixture of several rewards"
     return cells | {words: f"{short(gain.mean(), sign='+')}, {above}"}
@@ -313,7 +314,7 @@ def test_table_of_real_votes(at, name):
 @pytest.mark.parametrize("name", ["ukpconvarg1", "writing"])
 def test_two_bases_on_real_votes(name):
     """What is said of their difference is of the same splits."""
-    text, split = " ".join(PAGE.split()), ("valid", "test")
+    split = ("valid", "test")
     bases = (f"{name}_head", f"{name}_gemma_head")
     of_base = [[[line[x] for x in split] for line in committed_splits(base)] for base in bases]
     assert of_base[0] == of_base[1]
@@ -322,14 +323,14 @@ def test_two_bases_on_real_votes(name):
     soft = [column(rows, "soft_single", loss="mse", k="1") for rows in members]
     less = soft[1] - soft[0]
     words = f"{with_error(less)} worse on" if less.mean() > 0 else f"{with_error(-less)} better on"
-    assert words in text
+    assert words in TEXT
     for made, rows, found in zip((small, gemma), members, soft):
-        assert with_error(column(made, "brier", made_by="harden") - found) in text
+        assert with_error(column(made, "brier", made_by="harden") - found) in TEXT
         coin = column(rows, "coin_flip", loss="mse", k="4")
         two, four = (column(rows, "brier", loss="mse", k=k) - coin for k in ("2", "4"))
         if name == "writing":
             count = ("no", "one", "two", "three", "four", "five")[(four < 0).sum()]
-            assert f"({with_error(four)}, in {count} of five)" in text
+            assert f"({with_error(four)}, in {count} of five)" in TEXT
         else:
             assert (four < 0).all() and (two < 0).all()
 
@@ -375,7 +376,7 @@ def test_all_parameters_on_the_front_page():
 
 def test_rates_of_gemma_on_writing():
     """Its first split is that of the frozen base."""
-    rows, text = committed("writing_gemma_full.csv"), " ".join(PAGE.split())
+    rows = committed("writing_gemma_full.csv")
     assert [float(row["lr"]) for row in rows] == [1e-4, 3e-4, 1e-3]
     valid, test = (
         [float(row[name]) for row in rows] for name in ("soft_single_valid", "soft_single")
@@ -385,9 +386,9 @@ def test_rates_of_gemma_on_writing():
     )
     cells = ["{}, {} and {}".format(*map(short, figures)) for figures in (valid, test)]
     words = f"it has {cells[0]} on the 18 validation prompts, {cells[1]} on test prompts, where the"
-    assert f"{words} frozen base has {short(head.item())}." in text
+    assert f"{words} frozen base has {short(head.item())}." in TEXT
     chosen = valid.index(min(valid))
-    assert f"choose is {short(test[chosen] - test[chosen - 1])} worse on test prompts" in text
+    assert f"choose is {short(test[chosen] - test[chosen - 1])} worse on test prompts" in TEXT
     [split] = committed_splits("writing_gemma_full")
     first = committed_splits("writing_gemma_head")[0]
     assert (split["valid"], split["test"]) == (first["valid"], first["test"])
@@ -400,12 +401,11 @@ def test_eight_members_on_writing():
     ]
     brier = [float(row["brier"]) for row in eight]
     assert [row["k"] for row in eight] == [*"12345678"]
-    text = " ".join(PAGE.split())
-    assert f"five to eight {', '.join(map(short, brier[4:]))})" in text
+    assert f"five to eight {', '.join(map(short, brier[4:]))})" in TEXT
     soft, coin = (float(eight[0][name]) for name in ("soft_single", "coin_flip"))
     less = [short(x) for x in (brier[3] - brier[7], coin - brier[7], brier[7] - soft)]
     words = "bring eight {} [-.0053, +.0345] below four and {} [-.0106, +.0555] below the coin flip"
-    assert words.format(*less) in text and f"leave them {less[2]} [" in text
+    assert words.format(*less) in TEXT and f"leave them {less[2]} [" in TEXT
 
 
 def test_learning_rate_on_writing():
@@ -415,7 +415,7 @@ def test_learning_rate_on_writing():
     assert len(rates) == 3 and min(rates, key=rates.get) == "0.0003"
     names = (("1e-4", "0.0001"), ("3e-4", "0.0003"), ("1e-3", "0.001"))
     valid = ", ".join(f"{name} {short(rates[lr])}" for name, lr in names)
-    assert f"(soft: {valid})" in " ".join(PAGE.split()), valid
+    assert f"(soft: {valid})" in TEXT, valid
 
 
 def test_table_of_targets_on_real_votes():
@@ -453,24 +453,23 @@ def test_table_of_fewer_votes():
             figures.setdefault(title, []).append(column(found, "soft_single"))
         cells = " | ".join(short(x.mean()) for x in figures[title])
         assert f"| {title} | {cells} |" in PAGE, cells
-    page = " ".join(PAGE.split())
     for kind, words in (
         ("all parameters", "are {} with a quarter of the prompts, {} with half, {} with all;"),
         ("adapters", "adapters {}, {}, {}."),
     ):
         both = (figures[f"UKPConvArg1, {of}, mean of three"] for of in (kind, "frozen base"))
         cells = [with_error(x - frozen, "+") for x, frozen in zip(*both)]
-        assert words.format(*cells) in page, cells
+        assert words.format(*cells) in TEXT, cells
     valid = {row["run"]: short(float(row["soft_single_valid"])) for row in rows if row["train"]}
     runs = ("ukp_lora_lr1e-3_0", "ukp_lora_all_0", "ukp_lora_lr1e-2_0")
     words = "(UKPConvArg1, soft: 1e-3 {}, 3e-3 {}, 1e-2 {};".format(*(valid[run] for run in runs))
-    assert words in page and valid[runs[1]] == min(valid[run] for run in runs)
+    assert words in TEXT and valid[runs[1]] == min(valid[run] for run in runs)
     runs = ("writing_lora_lr1e-3_0", "writing_lora_all_0")
     words = "writing: 1e-3 {}, 3e-3 {}, where".format(*(valid[run] for run in runs))
-    assert words in page and valid[runs[1]] < valid[runs[0]]
+    assert words in TEXT and valid[runs[1]] < valid[runs[0]]
     of_writing = [np.concatenate(figures[title]) for title in figures if "the first split" in title]
     half, whole = (np.ptp(x) for x in np.transpose(of_writing)[1:3])
-    assert f"within {short(half)} of each other with half and {short(whole)} with all" in page
+    assert f"within {short(half)} of each other with half and {short(whole)} with all" in TEXT
 
 
 @pytest.mark.parametrize(

@@ -315,8 +315,8 @@ def prepare(
     stats["own_split"] = splits["test"][0].split is not None
     stats["splits"] = {split: tables.describe(splits[split]) for split in splits}
     distinct = {split: len({prompt.context for prompt in splits[split]}) for split in splits}
-    if any(distinct[split] < len(splits[split]) for split in splits):
-        stats["distinct_texts"] = distinct
+    if fewer := {split: n for split, n in distinct.items() if n < len(splits[split])}:
+        stats["distinct_texts"] = fewer
     stats |= tables.added_up(tables.in_all(splits))
     majority = tables.majority_share(tables.in_all(splits))
     counts, edges = figures.majority_bins(majority)

@@ -85,11 +85,11 @@ def print_counts(stats):
     for reason, count in stats["dropped"].items():
         print(f"data: {count:,} dropped: {reason}")
     for split, count in stats.get("distinct_texts", {}).items():
-        if (prompts := stats["splits"][split]["prompts"]) > count:
-            print(
-                f"data: warning: the {prompts:,} {split} prompts have {count:,} distinct texts; "
-                "intervals take them for independent (without prompt_id equal texts are one prompt)"
-            )
+        print(
+            f"data: warning: the {stats['splits'][split]['prompts']:,} {split} prompts have "
+            f"{count:,} distinct texts; intervals take them for independent (without prompt_id "
+            "equal texts are one prompt)"
+        )
     if few := data.few_prompts(stats["splits"]["test"]["prompts"], stats["own_split"]):
         print(f"data: warning: {few}")
     if "paper" in stats:
