@@ -32,10 +32,9 @@ evaluator = cli.import_evaluator()
 # of extras/plurality.py; the limits are null where there are few prompts
 GAIN = {"mixture": files.NUMBER, "components": int, "gain": files.NUMBER}
 GAIN |= {"ci": [(*files.NUMBER, type(None))]}
-PLURALITY = GAIN | {"single": files.NUMBER, "several?": GAIN}  # Older ones have no several.
+PLURALITY = GAIN | {"single": files.NUMBER, "several": GAIN}
 LOG = [{"loss": files.NUMBER}]
 FIGURES = "calibration", "votes", "reliability", "weights"  # Every run has these.
-RESULTS = "weights.json", "continuations.parquet", "plurality.json", "logprob/test.npy"
 # These files hold the numbers and show them: a change of one makes the stage run again.
 CODE = (
     "evaluate.py",
@@ -91,20 +90,20 @@ def read_stored(run):
     prefixes = metrics.read_prefixes(run)
     k = run_dir.count_members(run)
     rewards = {
-        name: run_dir.read_rewards(run, name, k, (int(split.response_start[-1]),))
+        name: run_dir.read_rewards(run, name, k, (split.n_responses,))
         for name, split in splits.items()
     }
     scores, texts = run_dir.read_continuation_rewards(run, k), run_dir.read_continuations(run)
     if data.counted_pairs(splits["test"]) is None:
         words = "no pair of two votes found, at least 1 expected"
         raise cli.InputError(f"{run / 'data' / 'test.parquet'}: {words}")
-    logprob = diversity.read_logprob(run, int(splits["test"].response_start[-1]))
+    logprob = diversity.read_logprob(run, splits["test"].n_responses)
     return Stored(splits, stats, prefixes, rewards, scores, texts, logprob)
 
 
 def hash_inputs(run, stored):
     """Return {name: SHA-256} of every file that the results depend on, the code included."""
-    paths = [run / name for name in RESULTS]
+    paths = [run / name for name in run_dir.EVALUATED]
     for j in range(1, len(stored.rewards["test"]) + 1):
         names = *stored.splits, "continuations"
         paths += [run_dir.reward_path(run, j, name) for name in names]
@@ -174,13 +173,13 @@ def compute(run, stored, ranked, args):
         "k": len(stored.rewards["test"]),
         "k_valid": None,
         "votes": stored.stats["votes"],
-        "own_split": stored.stats.get("own_split"),  # not in older data
+        "own_split": stored.stats.get("own_split"),  # not in data brought by hand
         "splits": {},
         "diversity": ranked,
         "policy": None,
         "plurality": files.read_json(run / "plurality.json", PLURALITY, {}) or None,
     }
-    soft = soft_model.read_lines(run, stored.splits)
+    soft = soft_model.read_models(run, stored.splits)
     counted = {name: data.counted_pairs(split) for name, split in stored.splits.items()}
     if stored.logprob is not None and (test := counted["test"]):
         rewards, alpha = stored.rewards["test"], np.array(stored.prefixes[-1]["alpha"])
@@ -195,7 +194,7 @@ def compute(run, stored, ranked, args):
     if "valid" in result["splits"]:
         result["k_valid"] = best_size(result["splits"]["valid"]["ensemble"])
     if args.refit:
-        fitted = counted["train"] or stored.splits["train"]
+        fitted = data.fitted_pairs(stored.splits["train"])
         sizes = [prefix["k"] for prefix in stored.prefixes if prefix["fit"] == "qp"]
         # The seed is another one, so that splits of as many prompts are not drawn alike.
         draws = args.resamples, args.seed + 1
@@ -223,11 +222,9 @@ def main(args):
     inputs = hash_inputs(run, stored)
     outputs = [run / "metrics.json", run / "report.html"]
     outputs += [run / "figures" / f"{name}.png" for name in FIGURES]
-    before = run_dir.stages(run).get("evaluate", {})
-    hashed = "outputs" in before  # not in older runs
-    if in_place and hashed and run_dir.unchanged(run, "evaluate", settings, inputs, outputs):
+    if in_place and run_dir.unchanged(run, "evaluate", settings, inputs, outputs):
         print("evaluate: nothing has changed, skipped")
-        if edited := before.get("edited"):
+        if edited := run_dir.stages(run)["evaluate"].get("edited"):
             print(f"evaluate: edited by hand, and shown so: {', '.join(edited)}")
         result = run_dir.read_metrics(run)
     else:
@@ -235,13 +232,13 @@ def main(args):
         if in_place:
             started = run_dir.begin_stage(run, "evaluate", settings, inputs)
         test, alpha = stored.splits["test"], np.array(stored.prefixes[-1]["alpha"])
-        votes = evaluator.votes(stored.rewards["test"], test.a, test.b) / 2
+        votes = weights.member_votes(stored.rewards["test"], test.a, test.b)
         ranked = rank(stored, args)
         shown = stored.prefixes, logs, test.p, weights.p_hat_of(alpha, votes), ranked
         with drawing.elsewhere(report.draw_inputs, *shown) as drawn:
             result = compute(run, stored, ranked, args)
             files.write_json(out / "metrics.json", result)
-            report.write(out, result, stored.prefixes, {"stages": run_dir.stages(run)}, drawn)
+            report.write(out, result, stored.prefixes, run_dir.stages(run), drawn)
         if in_place:
             run_dir.end_stage(run, "evaluate", settings, inputs, started)
     print(report.table(result))
@@ -249,7 +246,6 @@ def main(args):
 
 
 def parse_args(argv=None):
-    cli.moved(argv, {"--compare": "python extras/compare.py RUN RUN .. --out DIR"})
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     cli.add_run(parser, "run with data/, rewards/ and weights.json")

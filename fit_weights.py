@@ -63,10 +63,9 @@ def early_stop(run, prefixes, patience):
     if split is None:
         missing = "no pair of two votes found, by which --early-stop could tell"
         raise cli.InputError(f"{path}: {missing}")
-    responses = int(split.response_start[-1])
-    rewards = run_dir.read_rewards(run, "valid", len(prefixes), (responses,))
-    member_votes = evaluator.votes(rewards, split.a, split.b) / 2
-    p_hats = [entry["alpha"] @ member_votes[: entry["k"]] for entry in prefixes]
+    rewards = run_dir.read_rewards(run, "valid", len(prefixes), (split.n_responses,))
+    votes = weights.member_votes(rewards, split.a, split.b)
+    p_hats = [entry["alpha"] @ votes[: entry["k"]] for entry in prefixes]
     errors = [float(np.mean((p_hat - split.p) ** 2)) for p_hat in p_hats]
     last = stops_at(errors, patience)
     idle = "it" if patience == 1 else f"the last {patience}"
@@ -92,14 +91,14 @@ def check_kind(run):
 def main(args):
     run, path = args.run, args.run / "weights.json"
     split, k = data.read_split(run, "train"), run_dir.count_members(run)
-    rewards = run_dir.read_rewards(run, "train", k, (int(split.response_start[-1]),))
+    rewards = run_dir.read_rewards(run, "train", k, (split.n_responses,))
     inputs = data.hashes(run) | run_dir.hash_rewards(run, k)
     check_kind(run)
     if run_dir.unchanged(run, "weights", {}, inputs, [path]):
         print(f"weights: {path} is up to date, skipped")
         prefixes = run_dir.read_prefixes(run)
     else:
-        split = data.counted_pairs(split) or split  # single votes count where there are no others
+        split = data.fitted_pairs(split)
         started = run_dir.begin_stage(run, "weights", {}, inputs)
         prefixes = fit_prefixes(quadratic_form(rewards, split))
         files.write_json(path, prefixes)
@@ -107,7 +106,7 @@ def main(args):
         error, kkt = prefixes[-1]["train_mse"], prefixes[-1]["kkt"]
         alpha = " ".join(f"{weight:.3f}" for weight in prefixes[-1]["alpha"])
         print(f"weights: k={k}, train error {error:.4f}, alpha {alpha}, KKT residual {kkt:.0e}")
-        ties = evaluator.votes(rewards, split.a, split.b) == 1
+        ties = weights.member_votes(rewards, split.a, split.b) == 0.5
         if words := weights.tied_words(ties.mean(1), "train pairs"):
             print(f"weights: {words}")
     if args.early_stop:
@@ -115,7 +114,6 @@ def main(args):
 
 
 def parse_args(argv=None):
-    cli.moved(argv, {"--prune": "python extras/prune.py --run RUN --beta BETA --out DIR"})
     parser = cli.Parser(__doc__)
     cli.add_run(parser, "directory with data/ and rewards/")
     patience = {"nargs": "?", "const": 1, "type": cli.natural, "metavar": "PATIENCE"}

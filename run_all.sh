@@ -67,7 +67,6 @@ RUN='' BASE='' PROMPTS='' VALID='' STOP='' SEED=0
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) exec cat "$ROOT/docs/run_all.txt" ;;
-        --plan) fail "--plan is a command of its own: python extras/plan.py --base llama-3-8b" ;;
         --iteration | --k) fail "$1 is set by run_all.sh, or the scripts are called by hand" ;;
         --joint) JOINT=1; shift; continue ;;
         --accept-edited) fail "$1 is a flag of the stages: evaluate.py --run RUN $1, say" ;;
@@ -128,6 +127,7 @@ RUN=${RUN:-runs/$NAME} BASE=${BASE:-${BASE_HERE/#RUN/"$RUN"}} PROMPTS=${PROMPTS:
 case $SCRIPT$JOINT$HEAD in demo11 | personalllm?1 | binary1?) FLAGS='' ;; esac # of others
 TRAIN=("${MODEL[@]}" $FLAGS "${TRAIN[@]}")
 [[ ${#PRISM[@]} = 0 || $FROM = prism && $PROMPTS != 0 ]] || fail "--prism-source: no PRISM prompt is needed"
+[[ $PROMPTS != 0 || $DATASET = demo || ${#SAMPLING[@]} = 0 ]] || fail "${SAMPLING[0]}: nothing is sampled; --continuations 50, say"
 [[ -z $STOP || $VALID = *[1-9]* ]] || fail "$STOP needs validation prompts: --valid-share 0.1, say"
 
 # ---- the environment, then the training's flags: a wrong one fails before anything runs

@@ -22,7 +22,7 @@ from pairwise import cli, files, members, rows, run_dir, weights
 import numpy as np
 import torch
 
-evaluator = cli.import_evaluator()
+cli.import_evaluator()  # Where it is missing, that shows before a model is loaded.
 FIELDS = {"prompt": "messages", "responses": "json", "response_a": "text", "response_b": "text"}
 
 
@@ -57,7 +57,7 @@ def answers(questions, rewards, alpha):
         end = start + len(responses)
         scores, start = np.ascontiguousarray(rewards[:, start:end]), end
         a, b = np.triu_indices(len(responses), 1)  # every pair once
-        p_hat = weights.p_hat_of(alpha, evaluator.votes(scores, a, b) / 2)
+        p_hat = weights.p_hat_of(alpha, weights.member_votes(scores, a, b))
         pairs = list(zip(a.tolist(), b.tolist(), p_hat.tolist()))
         answer = {"prompt": prompt, "responses": responses}
         yield answer | {"rewards": scores.T.tolist(), "p_hat": pairs}

@@ -22,6 +22,7 @@ from pairwise import (
     run_dir,
     stages,
     training,
+    weights,
 )
 from pairwise import reward_model as rm
 from pairwise.scale import adapter, parallel
@@ -69,8 +70,7 @@ def target_of(name, p, rewards, alpha, a, b):
     """
     if not len(alpha):
         return p
-    votes = cli.import_evaluator().votes(rewards, a, b) / 2  # V_i, (j-1, N): 1, 0, or 1/2 on a tie
-    p_hat = alpha @ votes  # section 2
+    p_hat = alpha @ weights.member_votes(rewards, a, b)  # sum_i alpha_i V_i, section 2
     return TARGETS[name](p, p_hat, len(alpha) + 1)
 
 
@@ -129,7 +129,7 @@ def targets_of_stage(args, train):
         words = f"no column judgments found for --margin-from; {script} makes it"
         raise cli.InputError(f"{path}: {words}")
     alpha = run_dir.read_weights(run, j - 1) if j > 1 else np.zeros(0)
-    rewards = run_dir.read_rewards(run, "train", j - 1, (train.response_start[-1],))
+    rewards = run_dir.read_rewards(run, "train", j - 1, (train.n_responses,))
     t = target_of(args.target, train.p, rewards, alpha, train.a, train.b)
     tied = (train.votes_a == train.votes_b) & (args.loss in ON_MAJORITY)
     return t, margin_of(train, args.margin_from), tied
@@ -262,15 +262,9 @@ def main(args):
 # ---- flags: SETTINGS change the result, and all members of a run have the same
 
 SETTINGS = ("train", "loss", "margin_from", "target", "lora_rank", "lora_alpha", *training.SETTINGS)
-OLD_FLAGS = {
-    "--plan": "python extras/plan.py --base BASE",
-    "--export": "python extras/export_member.py --run RUN --member J --base BASE",
-    "--from": "python extras/adopt.py --run RUN --iteration J --model MODEL",
-}
 
 
 def parse_args(argv=None):
-    cli.moved(argv, OLD_FLAGS)
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     cli.add_run(parser, "run directory with data/")

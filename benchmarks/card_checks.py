@@ -132,11 +132,14 @@ def parameters_after(card, budget):
     options = {"lr": 1e-3, "weight_decay": 0.1, "precondition_frequency": 5}
     args = SimpleNamespace(**options, max_precondition_dim=1024)
     optimizer = training.make_optimizer(training.parameter_groups(model.model), args, budget)
-    rng = np.random.default_rng(0)
+    # Of more than 128 keys attention's kernel adds up gradients in an order that has to be fixed.
+    rng, lengths = np.random.default_rng(0), (10, 60) if card.small else (300, 700)
     for _ in range(SMALL_STEPS if card.small else PAGING_STEPS):
-        ids = [rng.integers(1, VOCABULARY, rng.integers(10, 60)).tolist() for _ in range(8)]
+        ids = [rng.integers(1, VOCABULARY, rng.integers(*lengths)).tolist() for _ in range(8)]
         goals = torch.linspace(-1, 1, 8, device=card.device)
-        (rm.rewards_of_batch(model, ids) - goals).square().mean().backward()
+        loss = (rm.rewards_of_batch(model, ids) - goals).square().mean()
+        with training.in_one_order():
+            loss.backward()
         optimizer.step(1e-3)
     optimizer.close()
     return torch.cat([p.detach().float().flatten() for p in model.model.parameters()]), optimizer

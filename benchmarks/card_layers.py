@@ -276,12 +276,12 @@ def layers(card):
     )
     for name in ("one function", "as peft runs them"):
         add(f"adapters {name}, eager", functools.partial(low_rank, ADAPTERS[name], eager), few)
-    for fused in FUSED:
+    add("all parameters, eager", eager, few)
+    add("adapters one function, eager", functools.partial(low_rank, adapted, eager), many)
+    for fused in FUSED:  # Those that torch compiles take longest.
         add(f"all parameters, {fused.__name__}", fused, many)
         change = functools.partial(low_rank, adapted, fused)
         add(f"adapters one function, {fused.__name__}", change, few)
-    add("all parameters, eager", eager, few)
-    add("adapters one function, eager", functools.partial(low_rank, adapted, eager), many)
 
 
 PARTS = {"l": layers}

@@ -94,7 +94,18 @@ class Meter:
                 count = rm.count_tokens(reward_model, sequences)
                 run["run_tokens"] = run.get("run_tokens", 0) + count
                 run["squares"] = run.get("squares", 0) + sum(n * n for n in lengths)
+                run["passes"] = run.get("passes", 0) + 1
             return function(reward_model, sequences, tokens)
+
+        return wrapped
+
+    def count_recomputed(self, function):
+        """Return what runs a layer that is recomputed in the backward pass, counted."""
+
+        @functools.wraps(function)
+        def wrapped(*args, **options):
+            self.counts["recomputed"] = self.counts.get("recomputed", 0) + 1
+            return function(*args, **options)
 
         return wrapped
 
@@ -104,13 +115,15 @@ class Meter:
         return self.phases.get(phase, within)
 
     def memory(self):
-        """Return GiB of the whole process: reserved, the card in use by all, the host's peak; and
-        how often torch gave memory back to the card because it found no free block."""
+        """Return GiB of the whole process: reserved, the card in use by all, the host's peak; what
+        was allocated since the last call, as of one in which memory ran out; and how often torch
+        gave memory back to the card because it found no free block."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if not self.cuda:
             return {"host": peak}
         return {
-            "reserved": self.reserved / 2**30,
+            "reserved": max(self.reserved, torch.cuda.max_memory_reserved()) / 2**30,
+            "allocated_since": torch.cuda.max_memory_allocated() / 2**30,
             "card_in_use": self.in_use / 2**30,
             "card": torch.cuda.mem_get_info()[1] / 2**30,
             "host": peak,

@@ -14,11 +14,10 @@ import signal
 import time
 from pathlib import Path
 
-import fit_weights
 import train_rm
 from pairwise import files, members, run_dir, sampling, training
 from pairwise import reward_model as rm
-from pairwise.scale import adapter, budget, checkpoint, offload
+from pairwise.scale import adapter, budget, checkpoint, offload, recompute
 
 import continuations
 import demo
@@ -55,7 +54,8 @@ def of_model(meter, args, result):
     model = result.model
     dense = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
     attention = budget.query_size(model.config) * model.config.num_hidden_layers
-    return {"dense_parameters": dense, "attention": attention, "packs": result.packs}
+    layers = {"layers": model.config.num_hidden_layers}
+    return {"dense_parameters": dense, "attention": attention, "packs": result.packs} | layers
 
 
 def of_offload(meter, args, result):
@@ -172,6 +172,7 @@ def train(card, run, j, *more, base=None, keep=None):
             hooked(hooks, clocked(meter)),
             hooked(BASES, lambda function, phase: meter.stamped(phase, function)),
             hooked(((rm, "rewards_of_batch"),), meter.count_rows),
+            hooked(((recompute, "checkpoint"),), meter.count_recomputed),
         ):
             train_rm.main(args)
     finally:  # also where memory ran out
@@ -188,12 +189,15 @@ def train(card, run, j, *more, base=None, keep=None):
 
 def rates(phases, rate, lora):
     """Return tokens a second and the parts of the card's rate, FLOP/s, that forward and backward
-    reach: the FLOPs of the model, 6 a weight and token (frozen ones: 4), and those that are run.
+    reach: the FLOPs of the model, 6 a weight and token (frozen ones: 4), and those that are run,
+    with the layers that are run again.
 
     A forward pass takes 2 a weight and token, and 2 q T^2 a layer for attention over T tokens."""
     (model,), calls = phases["load_base"], phases["forward_backward"]
-    names = ("seconds", "distinct_tokens", "run_tokens", "squares")
-    seconds, distinct, run, squares = (sum(call[name] for call in calls) for name in names)
+    names = ("seconds", "distinct_tokens", "run_tokens", "squares", "passes", "recomputed")
+    totals = (sum(call.get(name, 0) for call in calls) for name in names)
+    seconds, distinct, run, squares, passes, recomputed = totals
+    again = recomputed / (passes * model["layers"])
     forward = 2 * model["dense_parameters"] * run + 2 * model["attention"] * squares
     factor = 2 if lora else 3
     return {
@@ -201,7 +205,8 @@ def rates(phases, rate, lora):
         "run_tokens_per_second": run / seconds,
         "product_tflops": rate / 1e12,
         "model_flops_utilisation": factor * forward / seconds / rate,
-        "with_recomputation": (factor + 1) * forward / seconds / rate,
+        "layers_recomputed": again,
+        "with_recomputation": (factor + again) * forward / seconds / rate,
         "steps_with_new_bases": [call["seconds"] for call in phases["step"] if "new_bases" in call],
         "steps_without": [
             call["seconds"] for call in phases["step"] if not {"new_bases", "first_bases"} & {*call}
@@ -231,6 +236,8 @@ def first_member(card):
 
 
 def second_member(card):
+    import fit_weights  # It needs the C++ evaluator, the other parts do not.
+
     run = card.work / "run-a"
     if not run_dir.reward_path(run, 1, "train").exists():
         raise AssertionError("a1 expected before a2")
@@ -257,15 +264,17 @@ def sampled(card):
     flags = {"run": run, "base": card.work / "base", "device": card.device, "prompts": prompts}
     flags |= {"count": count, "max-tokens": tokens} | ({"threads": 1} if card.small else {})
     words = [word for name in flags for word in (f"--{name}", str(flags[name]))]
-    with hooked(SAMPLING, clocked(meter)):
-        continuations.main(continuations.parse_args(words))
-    calls = meter.calls("generate")[1:]  # The first warms up.
-    rate = sum(call["tokens"] for call in calls) / sum(call["seconds"] for call in calls)
-    at_once = min(count, sampling.AT_ONCE)
-    facts = {"tokens_per_second": rate, "answers_at_once": at_once, "tokens_each": tokens}
-    card.keep(**facts, gib=meter.memory(), phases=meter.phases)
+    try:
+        with hooked(SAMPLING, clocked(meter)):
+            continuations.main(continuations.parse_args(words))
+    finally:
+        facts = {"answers_at_once": min(count, sampling.AT_ONCE), "tokens_each": tokens}
+        if calls := meter.calls("generate")[1:]:  # The first warms up.
+            seconds = sum(call["seconds"] for call in calls)
+            facts["tokens_per_second"] = sum(call["tokens"] for call in calls) / seconds
+        card.keep(**facts, gib=meter.memory(), phases=meter.phases)
+        files.remove(run)
     check_called(meter, SAMPLING)
-    files.remove(run)
 
 
 def killed_after(steps, words):
@@ -294,6 +303,15 @@ def resumed(card):
     base, gb = card.work / "base-e", "2e-3" if card.small else "6"
     facts = make_base(card, base, num_hidden_layers=2, vocab_size=2000 if card.small else 32000)
     run, whole = fresh(card, "run-killed"), fresh(card, "run-whole")
+    try:
+        compared(card, base, run, whole, gb, facts)
+    finally:
+        for path in (run, whole, base):
+            files.remove(path)
+
+
+def compared(card, base, run, whole, gb, facts):
+    """Kill the training of `run` and continue it; that of `whole` is left alone."""
     flags = ("--optimizer-memory-gb", gb)  # Some of it is paged.
     words = flags_of(card, run, base, 1, *flags, "--checkpoint-minutes", "1e-9")
     # On a CPU a copy of this process saves the imports; CUDA wants a new one.
@@ -317,13 +335,13 @@ def resumed(card):
         path.name: files.hash_file(path) == files.hash_file(run / path.relative_to(whole))
         for path in outputs
     }
-    card.keep(steps=steps, equal=equal)
+    ours, theirs = (np.load(run_dir.reward_path(each, 1, "train")) for each in (run, whole))
+    distance = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    card.keep(steps=steps, equal=equal, largest_difference_of_rewards=distance)
     paged = phases["offload"][0]["paged"]
     if steps != [STEPS - 2, STEPS] or not all(equal.values()) or not paged:
         words = f"{STEPS - 2} and {STEPS} steps, equal files and paged parameters"
         raise AssertionError(f"steps {steps}, {equal}, {paged} paged found; {words} expected")
-    for path in (run, whole, base):
-        files.remove(path)
 
 
 PARTS = {"base": base, "a1": first_member, "a2": second_member}

@@ -445,7 +445,7 @@ def evaluate():
             prompts.prepare(args, "made", lambda: comparisons(rng), "sampled", {}, {})
         shutil.copytree(prepared, run)
         splits, _ = data.read_splits(run)
-        shapes = {name: (int(split.response_start[-1]),) for name, split in splits.items()}
+        shapes = {name: (split.n_responses,) for name, split in splits.items()}
         for name, shape in (shapes | {"continuations": (50, 100)}).items():
             for j, rewards in enumerate(draw(rng, shape), 1):
                 files.write_array(run_dir.reward_path(run, j, name), rewards)

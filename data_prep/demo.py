@@ -329,8 +329,6 @@ def parse_args(argv=None):
     if args.prompts > len(PROMPTS):
         most = f"at most {len(PROMPTS)} expected, there are no more different ones"
         parser.error(f"--prompts {args.prompts}: {most}")
-    if args.responses < 2:
-        parser.error(f"--responses {args.responses}: at least 2 expected")
     return args
 
 

@@ -24,10 +24,9 @@ def row_of(run):
     run_dir.check(run, path)
     found = files.read_json(path, evaluate.PLURALITY)
     row = {"run": run.name, "single": found["single"]}
-    for prefix, gain in (("", found), ("several_", found.get("several", {}))):
-        row |= {f"{prefix}{name}": gain.get(name, "") for name in ("mixture", "components", "gain")}
-        limits = gain.get("ci", ("", ""))
-        row |= dict(zip((f"{prefix}gain_low", f"{prefix}gain_high"), limits))
+    for prefix, gain in (("", found), ("several_", found["several"])):
+        row |= {f"{prefix}{name}": gain[name] for name in ("mixture", "components", "gain")}
+        row |= dict(zip((f"{prefix}gain_low", f"{prefix}gain_high"), gain["ci"]))
     return row
 
 

@@ -119,10 +119,10 @@ def ensemble(fitted, splits, k, layout):
         formulas, alpha = harden.ensemble_of_levels(model, train, a, b, p_hat, k)
     else:
         formulas = [levels.formula(member, 1.0) for member in range(1, len(train) + 1)]
-        off = harden.member_votes(formulas, train, a, b) - p_hat
+        off = harden.hardened_votes(formulas, train, a, b) - p_hat
         chosen, alpha = harden.pick(off @ off.T / len(p_hat), k)
         formulas = [formulas[i] for i in chosen]
     return {
-        name: harden.member_votes(formulas, rewards[name], x.split.a, x.split.b)
+        name: harden.hardened_votes(formulas, rewards[name], x.split.a, x.split.b)
         for name, x in splits.items()
     }, alpha

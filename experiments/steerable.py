@@ -79,7 +79,7 @@ def trials(rewards, alpha, preferences, a, b, count, comparisons, rng):
 def main(args):
     split, k = data.read_split(args.run, "test"), run_dir.count_members(args.run)
     alpha = run_dir.read_weights(args.run, k)
-    rewards = run_dir.read_rewards(args.run, "test", k, (int(split.response_start[-1]),))
+    rewards = run_dir.read_rewards(args.run, "test", k, (split.n_responses,))
     if args.comparisons >= len(split.a):
         expected = f"fewer than the {len(split.a)} test pairs expected"
         raise cli.InputError(f"--comparisons {args.comparisons}: {expected}")

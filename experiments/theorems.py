@@ -134,7 +134,7 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--out", required=True, type=run_dir.output, metavar="FILE", help="the table, CSV")
-    add("--populations", type=cli.natural, default=10, help="of each m (default 10)")
+    add("--populations", type=cli.natural, default=10, help="of each m")
     return parser.parse_args(argv)
 
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
+import fit_weights
 import train_rm
 from pairwise import cli, data, files, metrics, run_dir, theory, weights
 
@@ -74,7 +75,7 @@ def merged(featured_splits):
         shifts = np.cumsum([0, *(int(getattr(split, name)[-1]) for split in splits)])
         starts = [getattr(split, name)[1:] + shift for split, shift in zip(splits, shifts)]
         fields[name] = np.concatenate([[0], *starts])
-    shifts = np.cumsum([0, *(int(split.response_start[-1]) for split in splits)])
+    shifts = np.cumsum([0, *(split.n_responses for split in splits)])
     for name in ("a", "b"):
         indices = [getattr(split, name) + shift for split, shift in zip(splits, shifts)]
         fields[name] = np.concatenate(indices)
@@ -117,17 +118,9 @@ def best(predictions, splits):
     return min(predictions, key=lambda each: brier(each.p_hat["valid"], splits["valid"].split))
 
 
-def member_votes(rewards, split):
-    """V_j, float64 (K, N)."""
-    return harden.evaluator.votes(rewards, split.a, split.b) / 2
-
-
 def fitted_alpha(rewards, split):
     """The mixture weights of all members, as fit_weights.py fits them."""
-    votes, p = member_votes(rewards, split), split.p
-    pairs = len(p)
-    q = weights.error_matrix(votes @ votes.T / pairs, votes @ p / pairs, p @ p / pairs)
-    return weights.simplex_weights(q)
+    return weights.simplex_weights(fit_weights.quadratic_form(rewards, split))
 
 
 def prediction_of(chosen, votes, alpha):
@@ -139,7 +132,10 @@ def hard_prediction(chosen, heads, splits):
     """The Prediction of the hard votes of members with weights `heads` (K, d), alpha fitted."""
     rewards = plurality.rewards_of(heads, splits)
     alpha = fitted_alpha(rewards["train"], splits["train"].split)
-    votes = {name: member_votes(rewards[name], x.split) for name, x in splits.items()}
+    votes = {
+        name: weights.member_votes(rewards[name], x.split.a, x.split.b)
+        for name, x in splits.items()
+    }
     return prediction_of(chosen, votes, alpha)._replace(heads=heads)
 
 
@@ -183,7 +179,7 @@ def hardened(heads, splits, k, layout="auto", label=""):
     size = len(heads) if layout == "auto" else 1
     ensemble = harden.harden(train, valid, k, layout, [size])
     votes = {
-        name: harden.member_votes(ensemble.formulas, rewards[name], x.split.a, x.split.b)
+        name: harden.hardened_votes(ensemble.formulas, rewards[name], x.split.a, x.split.b)
         for name, x in splits.items()
     }
     return prediction_of(label + ensemble.layout, votes, ensemble.alpha)
@@ -305,9 +301,7 @@ def collect(args, k):
                         file=sys.stderr,
                     )
             pairs[part] = np.diff(split.pair_start).astype(float)
-            if stats["votes"] == "sampled":
-                ties_as_halves = split.ties * (stats["ties"] == "half")
-                c = theory.irreducible(split.p, split.n, ties_as_halves)
+            if (c := theory.irreducible_of(split, stats)) is not None:
                 irreducible[part] = metrics.by_prompt(split, c)
     return collected, pairs, irreducible
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
-from pairwise import cli, data, run_dir
+from pairwise import cli, data, run_dir, weights
 
 import collect
 import numpy as np
@@ -54,13 +54,19 @@ def agreement(votes, viewpoint_votes):
     return 1 - np.abs(votes[:, None] - viewpoint_votes).mean(-1)
 
 
+def votes_of(directions, featured):
+    """V_j float64 (k, N) of rewards that are linear in the features; directions float64 (k, d)."""
+    rewards = (directions @ featured.features.T).astype(np.float32)
+    return weights.member_votes(rewards, featured.split.a, featured.split.b)
+
+
 def rows_of(run, args):
     """A row for each member of each ensemble on one run."""
     name, seed, directions, shares = read_viewpoints(run)
     test = plurality.read_features(run)["test"]  # The directions are of features as they were.
-    own = variants.member_votes((directions @ test.features.T).astype(np.float32), test.split)
+    own = votes_of(directions, test)
     at_random = np.random.default_rng(seed).normal(size=(args.k, directions.shape[1]))
-    at_random = variants.member_votes((at_random @ test.features.T).astype(np.float32), test.split)
+    at_random = votes_of(at_random, test)
     ensembles = {
         "random": (at_random, np.full(args.k, 1 / args.k)),
         "viewpoints": (own, shares),

@@ -85,7 +85,7 @@ def parse_args(argv=None):
     add("--model", required=True, dest="base", metavar="MODEL", help=words)
     rm.add_flags(parser)
     training.add_scoring_flags(parser)
-    parser.set_defaults(train="from", optimizer_memory_gb=None)
+    parser.set_defaults(train="from")
     args = parser.parse_args(argv)
     training.fill_in(args)
     return args

@@ -13,7 +13,7 @@ import itertools
 import os
 from pathlib import Path
 
-from pairwise import cli, data, figures, files, metrics, report, run_dir, soft_model
+from pairwise import cli, data, drawing, figures, files, metrics, report, run_dir, soft_model
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -95,9 +95,9 @@ def test_errors(run):
     if split is None:
         raise cli.InputError(f"{run / 'data' / 'test.parquet'}: no pair of at least two votes")
     prefixes = metrics.read_prefixes(run)
-    shape = (int(split.response_start[-1]),)
+    shape = (split.n_responses,)
     rewards = run_dir.read_rewards(run, "test", run_dir.count_members(run), shape)
-    predicted = soft_model.read_lines(run, splits).predict("test", split)
+    predicted = soft_model.read_models(run, splits).predict("test", split)
     sums, _, forms, lines = metrics.measure(split, rewards, stats, predicted)
     errors, pairs = {}, sums["pairs"].astype(np.float64)
     for prefix in prefixes:
@@ -288,9 +288,9 @@ def draw_differences(axes, differences):
 def write(out, result):
     """Write out/compare.html and out/figures/compare.png, .pdf; returns the page's path."""
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    with figures.style():
+    with drawing.style():
         fig = draw(result)
-        image = report.embed(fig, figures.save(fig, out / "figures" / "compare"))
+        image = report.embed(fig, drawing.save(fig, out / "figures" / "compare"))
     values = {name: result[name] for name in ("votes", "lines", "settings", "differences")}
     by_k = [{e["k"]: e["brier"] for e in setting["ensemble"]} for setting in result["settings"]]
     every_k = sorted(set().union(*by_k))

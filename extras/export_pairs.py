@@ -9,6 +9,7 @@ and are left out, and counted. RewardBench expects turns of the user and the ass
 a system text is put in front of the first user turn.
 """
 
+import argparse
 import json
 
 from pairwise import cli, data, files, run_dir
@@ -72,7 +73,8 @@ def output(text):
     """argparse type: a file that ends in .jsonl or .parquet."""
     path = run_dir.output(text)
     if path.suffix not in (".jsonl", ".parquet"):
-        raise ValueError
+        words = f"{text} found, a name ending in .jsonl or .parquet expected"
+        raise argparse.ArgumentTypeError(words)
     return path
 
 

@@ -39,12 +39,12 @@ MOST_PAIRS = 10_000  # A layout is fitted to so many pairs; more change nothing 
 EQUAL_WIDTHS = np.geomspace(1, 12, 40)  # widths that the layout `equal` chooses from
 
 
-def member_votes(formulas, rewards, a, b):
+def hardened_votes(formulas, rewards, a, b):
     """V_j, float64 (k, N), of formulas over the trained members' rewards, float32 (K, R)."""
     # The evaluator takes 1,024 members at once.
     chunks = [formulas[start : start + 1000] for start in range(0, len(formulas), 1000)]
-    votes = [evaluator.votes(levels.hardened(chunk, rewards), a, b) for chunk in chunks]
-    return np.concatenate(votes) / 2
+    votes = [weights.member_votes(levels.hardened(chunk, rewards), a, b) for chunk in chunks]
+    return np.concatenate(votes)
 
 
 # ---- the layouts quantile and equal: pairs of members
@@ -182,7 +182,7 @@ def ensemble_of_levels(model, rewards, a, b, soft, k):
     """(formulas, alpha (k,)): the k of the grid whose mixture follows soft (N,) on the pairs a, b,
     the heaviest first."""
     grid = [entry for member in model.members for entry in grid_of_formulas(member, model.tau)]
-    votes = member_votes(grid, rewards, a, b)
+    votes = hardened_votes(grid, rewards, a, b)
     chosen, alpha = pick((votes - soft) @ (votes - soft).T / len(soft), k)
     heaviest = np.argsort(-alpha, kind="stable")
     return [grid[chosen[i]] for i in heaviest], alpha[heaviest]
@@ -203,7 +203,7 @@ def fit_layouts(model, rewards, split, k, layout="auto"):
     soft = model.predict(rewards, a, b)
 
     def with_misfit(formulas, alpha):
-        p_hat = alpha @ member_votes(formulas, rewards, a, b)
+        p_hat = alpha @ hardened_votes(formulas, rewards, a, b)
         return formulas, alpha, float(np.mean((p_hat - soft) ** 2))
 
     def paired(make_layout):
@@ -276,7 +276,7 @@ def harden(train, tuning, k, layout="auto", sizes=None):
             raise cli.InputError(f"--layout {layout}: {problem}; --k {k} and {len(rewards)} found")
         best = min(by_layout, key=lambda name: by_layout[name][2])
         formulas, alpha, misfit = by_layout[best]
-        p_hat = alpha @ member_votes(formulas, tuning_rewards, *tuning_pairs)
+        p_hat = alpha @ hardened_votes(formulas, tuning_rewards, *tuning_pairs)
         brier = float(np.mean((p_hat - tuning_split.p) ** 2))
         formulas = centred(formulas, rewards)
         ensembles.append(Hardened(formulas, alpha, best, model, misfit, brier))
@@ -300,11 +300,10 @@ def check_directories(run, out):
 def read_trained(run):
     """({split: Split}, {split or "continuations": rewards float32 (K, ..)}) of a trained run."""
     splits, _ = data.read_splits(run)
-    # Pairs of one vote count where there are no others, as in fit_weights.py.
-    splits = {name: data.counted_pairs(split) or split for name, split in splits.items()}
+    splits = {name: data.fitted_pairs(split) for name, split in splits.items()}
     k = run_dir.count_members(run)
     rewards = {
-        name: run_dir.read_rewards(run, name, k, (int(split.response_start[-1]),))
+        name: run_dir.read_rewards(run, name, k, (split.n_responses,))
         for name, split in splits.items()
     }
     if (scores := run_dir.read_continuation_rewards(run, k)) is not None:
@@ -336,7 +335,7 @@ def write_run(run, out, source, hardened, rewards, train):
                 path = soft_model.source_path(out, name)
                 files.write_array(partial / path.name, trained_rewards)
     files.write_json(out / "members.json", {"source": source, "members": hardened.formulas})
-    p_hat = hardened.alpha @ member_votes(hardened.formulas, rewards["train"], train.a, train.b)
+    p_hat = hardened.alpha @ hardened_votes(hardened.formulas, rewards["train"], train.a, train.b)
     entry = {"k": len(hardened.alpha), "alpha": hardened.alpha.tolist(), "fit": "fixed"}
     entry["train_mse"] = float(np.mean((p_hat - train.p) ** 2))
     files.write_json(out / "weights.json", [entry])
@@ -386,7 +385,7 @@ def parse_args(argv=None):
     cli.add_run(parser, "a finished run, with data/ and rewards/")
     words = "the hardened ensemble's own run directory"
     add("--out", required=True, type=run_dir.output, help=words)
-    add("--k", type=cli.member_number, default=8, help="hardened members (default 8)")
+    add("--k", type=cli.member_number, default=8, help="hardened members")
     layouts = "auto", "quantile", "equal", "fitted"
     add("--layout", choices=layouts, default="auto", help="how the levels are laid out (see above)")
     return parser.parse_args(argv)

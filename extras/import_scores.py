@@ -110,7 +110,7 @@ def read_scores(path, names, splits, others):
     reward, r_a and r_b; the set `others` gets the names of other columns. Raises InputError where a
     response has no reward, or two."""
     by_id, by_context = prompts_of(splits)
-    count = sum(int(split.response_start[-1]) for split in splits.values())
+    count = sum(split.n_responses for split in splits.values())
     rewards, source, unknown = np.full((len(names), count), np.nan), [""] * count, []
     columns = [f"{name}{x}" for name in names if name for x in ("", "_a", "_b")]
     columns = columns or ["reward", "r_a", "r_b"]
@@ -155,7 +155,7 @@ def words_on(splits, place):
 
 def by_split(rewards, splits):
     """Return {name: rewards (R of it,)} of the rewards (R,) of all splits."""
-    ends = np.cumsum([split.response_start[-1] for split in splits.values()])
+    ends = np.cumsum([split.n_responses for split in splits.values()])
     return dict(zip(splits, np.split(rewards, ends[:-1])))
 
 

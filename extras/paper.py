@@ -12,8 +12,7 @@ import itertools
 import textwrap
 from pathlib import Path
 
-import evaluate
-from pairwise import cli, data, figures, files, report, run_dir
+from pairwise import cli, data, drawing, figures, files, report, run_dir
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -38,7 +37,7 @@ TABLE_2 = {
     "method": "Annotation method",
     "annotators_2": "Avg # annots.",
 }
-PRINTED = {
+PRINTED_ROWS = {
     "multipref": """MultiPref | 9,413 | 4,791 / 532 | Human annotators | 4.0 | 63% |
         Anthropic HH, ChatArena, ShareGPT | GPT-4, GPT-3.5, Llama-2/3, Tulu-2 | Human | 4.00""",
     "personalllm": """PersonalLLM | 263,256 | 9,402 / 1,000 | Model-based scores | 10 | 76% |
@@ -50,7 +49,7 @@ PRINTED = {
 }
 PRINTED = {
     key: dict(zip(TABLE_1 | TABLE_2, (cell.strip() for cell in row.split("|")), strict=True))
-    for key, row in PRINTED.items()
+    for key, row in PRINTED_ROWS.items()
 }
 FIGURES = {
     "k of the curves": "1 to 8",
@@ -103,7 +102,7 @@ def read_evaluation(run):
     if result["k"] != k:
         counts = f"an evaluation of {result['k']} members found, {k} expected"
         raise cli.InputError(f"{path}: {counts}; {again} anew")
-    for name in dict.fromkeys([*entry["inputs"], *evaluate.RESULTS]):
+    for name in dict.fromkeys([*entry["inputs"], *run_dir.EVALUATED]):
         if (run / name).is_file() and files.hash_file(run / name) != entry["inputs"].get(name):
             raise cli.InputError(f"{run / name}: changed since {path} was written; {again} anew")
     form, diversity = {"splits": {"test": TEST}}, result.get("diversity")
@@ -366,10 +365,10 @@ def drawn(runs):
 
 def write(out, runs):
     """Write out/figures/*.png, *.pdf and out/paper.html; returns the page's path."""
-    with figures.style():
+    with drawing.style():
         pictures = drawn(runs)
         images = {
-            name: report.embed(fig, figures.save(fig, out / "figures" / name))
+            name: report.embed(fig, drawing.save(fig, out / "figures" / name))
             for name, fig in pictures.items()
         }
     for path in [*(out / "figures").glob("figure_3.*"), *(out / "figures").glob("appendix_g_*")]:

@@ -157,7 +157,7 @@ def count_tokens(args):
     if len(sample) < len(texts):
         method += f" from {len(sample):,} responses"
     train = splits["train"]
-    sizes = (len(train.prompt_id), len(train.a), int(train.response_start[-1]), len(texts))
+    sizes = (len(train.prompt_id), len(train.a), train.n_responses, len(texts))
     counts = dict(zip(COUNTS, (*sizes, float(np.mean(lengths)))))
     return counts, f"{args.run}, tokens by {method}"
 
@@ -221,7 +221,7 @@ def passing(work, moved, args):
 
 def sides_of(p, args):
     """Return the sides of a parameter that have a basis."""
-    return [d for d in p.shape if d <= args.max_precondition_dim]
+    return offload.preconditioned_sides(p.shape, args.max_precondition_dim)
 
 
 def decomposing(groups, args, times):
@@ -368,7 +368,7 @@ def parse_args(argv=None):
     words = "its memory in 10^9 bytes; an H100 of 80 GB has 85"
     add("--gpu-gb", type=cli.positive, default=80, help=words)
     add("--tflops", type=cli.positive, default=TFLOPS, help="its BF16 rate in large products")
-    words = "share of --tflops that is reached, recomputation included (default 0.65)"
+    words = "share of --tflops that is reached, recomputation included"
     add("--utilisation", type=share, default=0.65, help=words)
     training.add_flags(parser)
     training.add_checkpoint_flag(parser)

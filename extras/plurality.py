@@ -83,7 +83,7 @@ def read_features(run):
         if not path.exists():
             raise cli.InputError(f"{path}: no such file; train_rm.py --train head makes it")
         run_dir.check(run, path)
-        features, rows = files.read_array(path), int(split.response_start[-1])
+        features, rows = files.read_array(path), split.n_responses
         if features.ndim != 2 or len(features) != rows or features.dtype.kind != "f":
             found = f"{features.dtype} {features.shape} found"
             raise cli.InputError(f"{path}: {found}, floats ({rows}, d) expected")
@@ -151,7 +151,7 @@ def fit_single(train, target, l2, seed):
     return fit(train, loss, 1, l2, seed)[0]
 
 
-def fit_mixture(train, m, l2, seed):
+def train_mixture(train, m, l2, seed):
     """Weights (m, d) of the rewards whose soft mixture, of learned weights, has the least error."""
     p = torch.from_numpy(train.split.p)
 
@@ -217,7 +217,7 @@ def soft_mixtures(splits, seed, components=COMPONENTS):
     """{M: SoftFit} of the best mixtures of M rewards trained jointly."""
     train = splits["train"]
     return {
-        m: best_penalty(lambda l2, m=m: fit_mixture(train, m, l2, seed), splits, f"M {m}, ")
+        m: best_penalty(lambda l2, m=m: train_mixture(train, m, l2, seed), splits, f"M {m}, ")
         for m in components
     }
 

@@ -120,7 +120,7 @@ def parse_args(argv=None):
     parser.add_argument("--base", required=True, help="base model: hub id or directory")
     reward_model.add_flags(parser)
     provenance.add_flags(parser)
-    tokens = {"type": cli.natural, "default": 4096, "help": "tokens of a forward pass (4096)"}
+    tokens = {"type": cli.natural, "default": 4096, "help": "tokens of a forward pass"}
     parser.add_argument("--micro-batch-tokens", **tokens)
     return parser.parse_args(argv)
 

@@ -13,23 +13,21 @@ import os
 import shutil
 import time
 
-from pairwise import cli, data, files, levels, run_dir, theory
+from pairwise import cli, data, files, levels, run_dir, theory, weights
 
 import numpy as np
 
-evaluator = cli.import_evaluator()
 
-
-def remaining_members(member_votes, alpha, beta):
+def remaining_members(votes, alpha, beta):
     """Which members theorem 3's ensemble keeps, bool (k,); their weights are divided by their sum.
 
-    member_votes float64 (k, N), alpha float64 (k,) on the simplex, beta above 2, so that something
+    votes V_j float64 (k, N), alpha float64 (k,) on the simplex, beta above 2, so that something
     remains. The members of the largest distance E |V_j - p_hat| are removed (of equal ones the
     later first) as long as their weights together are at most 1/(beta-1). Where members tie, the
     theorem holds with phi = E |V_j - p| and phi_min over rewards that never tie: then |V_i - V_j|
     is linear in V_j, as the proof needs.
     """
-    distance = np.abs(member_votes - alpha @ member_votes).mean(1)
+    distance = np.abs(votes - alpha @ votes).mean(1)
     order = np.argsort(distance, kind="stable")
     weight_from_here = np.cumsum(alpha[order][::-1])[::-1]  # of a member and all that are farther
     remaining = np.empty(len(alpha), bool)
@@ -49,22 +47,20 @@ def prune(split, rewards, alpha, beta, stats):
     epsilon is the train error of alpha less Lemma 1's C. Where C is not known (dependent votes),
     epsilon and what theorem 3 says by it are None.
     """
-    member_votes = evaluator.votes(rewards, split.a, split.b) / 2
-    remaining = remaining_members(member_votes, alpha, beta)
+    votes = weights.member_votes(rewards, split.a, split.b)
+    remaining = remaining_members(votes, alpha, beta)
     pruned, removed = alpha * remaining / alpha[remaining].sum(), float(alpha[~remaining].sum())
-    mse, pruned_mse = (float(np.mean((x @ member_votes - split.p) ** 2)) for x in (alpha, pruned))
+    mse, pruned_mse = (float(np.mean((x @ votes - split.p) ** 2)) for x in (alpha, pruned))
     numbers = (np.flatnonzero(~remaining) + 1).tolist()
     facts = {"beta": beta, "removed": numbers, "weight_removed": removed}
-    if stats["votes"] == "dependent":
+    if (c := theory.irreducible_of(split, stats)) is None:
         facts |= dict.fromkeys(("epsilon", "gamma", "bound", "bound_of_weight_removed", "error"))
         facts["guarantee"] = (
             "the error of the weights is not known for these votes, so there is no bound"
         )
         return pruned, pruned_mse, facts
-    ties_as_halves = split.ties if stats["ties"] == "half" else 0
-    sampled = stats["votes"] == "sampled"
-    c = np.mean(theory.irreducible(split.p, split.n, ties_as_halves)) if sampled else 0.0
-    epsilon, error = max(0.0, mse - c), pruned_mse - c
+    epsilon, error = (x - float(np.mean(c)) for x in (mse, pruned_mse))
+    epsilon = max(0.0, epsilon)
     gamma = (beta + 1) * epsilon**0.5
     bound, tighter_bound = (theorem3(epsilon, x) for x in (1 / (beta - 1), removed))
     facts |= {"epsilon": epsilon, "gamma": gamma, "bound": bound}
@@ -78,14 +74,14 @@ def prune(split, rewards, alpha, beta, stats):
     return pruned, pruned_mse, facts
 
 
-def test_words(run, k, weights):
-    """What the console says of test pairs; weights: the pruned ones float64 (k,), those before."""
+def test_words(run, k, alphas):
+    """What the console says of test pairs; alphas: the pruned weights and those before, (k,)."""
     test = data.read_split(run, "test")
-    rewards = run_dir.read_rewards(run, "test", k, (int(test.response_start[-1]),))
+    rewards = run_dir.read_rewards(run, "test", k, (test.n_responses,))
     if (test := data.counted_pairs(test)) is None:
         return "no test pair of two votes, so nothing is known beyond train pairs"
-    member_votes = evaluator.votes(rewards, test.a, test.b) / 2
-    now, before = (np.mean((alpha @ member_votes - test.p) ** 2) for alpha in weights)
+    votes = weights.member_votes(rewards, test.a, test.b)
+    now, before = (np.mean((alpha @ votes - test.p) ** 2) for alpha in alphas)
     words = f"the Brier score is {now:.4f}, and was {before:.4f}"
     return f"on test pairs, for which the theorem guarantees nothing, {words}"
 
@@ -103,14 +99,12 @@ def copy_run(run, partial, out):
     """Copy `run` without its weights and their evaluation to `partial`, which will be `out`."""
     partial.mkdir()
     for path in sorted(run.iterdir()):
-        if path.name in ("data", "rewards", "logs", "logprob"):
-            shutil.copytree(path, partial / path.name)
-        elif path.name == "continuations.parquet":
-            shutil.copy(path, partial)
-        elif path.name == "members.json":  # It names its source relative to its directory.
+        if path.name == "members.json":  # It names its source relative to its directory.
             formulas = files.read_json(path, levels.MEMBERS)
             source = os.path.relpath((run / formulas["source"]).resolve(), out.resolve())
             files.write_json(partial / path.name, formulas | {"source": source})
+        elif path.name in COPIED:
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, partial / path.name)
         elif path.name in ("base", "joint") or path.name.startswith("member_"):
             (partial / path.name).symlink_to(path.resolve())  # Models are large.
     stages = run_dir.stages(run)
@@ -132,7 +126,7 @@ def must_be_new(out):
 def main(args):
     run, out = args.run, args.out
     split, k = data.read_split(run, "train"), run_dir.count_members(run)
-    rewards = run_dir.read_rewards(run, "train", k, (int(split.response_start[-1]),))
+    rewards = run_dir.read_rewards(run, "train", k, (split.n_responses,))
     alpha, settings = run_dir.read_weights(run, k), {"prune": args.beta}
     inputs = hash_copied(run)
     inputs["weights.json"] = files.hash_file(run / "weights.json")

@@ -148,11 +148,10 @@ def main(args):
     data.read_split(run, "train")  # It says what is wrong with the file.
     table, out = files.read_parquet(path), run / "judgments.jsonl"
     rows = table.to_pylist()
-    flags = ("count", "top_p", "temperature", "max_tokens", "seed")
+    flags = ("count", "top_p", "temperature", "max_tokens", "seed", "orders")
     tokenizer = provenance.open_base(args)
     settings = {flag: getattr(args, flag) for flag in flags}
     settings |= {"date": args.date} if args.date else {}
-    settings |= {"orders": "one"} if args.orders == "one" else {}  # Older runs stay complete.
     inputs = {"texts of data/train.parquet": hash_texts(rows)}
     inputs |= provenance.base_hashes(args.base, args.chat_template)
     inputs |= {"prompt": files.hash_file(args.prompt)} if args.prompt else {}

@@ -21,7 +21,18 @@ are no checkpoints, and no low-rank adapters.
 
 import time
 
-from pairwise import bases, cli, data, files, members, provenance, run_dir, stages, training
+from pairwise import (
+    bases,
+    cli,
+    data,
+    files,
+    members,
+    provenance,
+    run_dir,
+    stages,
+    training,
+    weights,
+)
 from pairwise import reward_model as rm
 from pairwise.scale.offload import MAX_PRECONDITION_DIM, names_memory_flags
 
@@ -83,8 +94,8 @@ def write_learned_weights(run, train, rewards, alpha):
     """Write RUN/weights.json with the learned weights alpha (K,); rewards float32 (R, K)."""
     alpha = alpha.double().cpu().numpy()
     alpha /= alpha.sum()
-    rewards, train = np.ascontiguousarray(rewards.T), data.counted_pairs(train) or train
-    votes = cli.import_evaluator().votes(rewards, train.a, train.b) / 2
+    rewards, train = np.ascontiguousarray(rewards.T), data.fitted_pairs(train)
+    votes = weights.member_votes(rewards, train.a, train.b)
     train_mse = float(np.mean((alpha @ votes - train.p) ** 2))
     entry = {"k": len(alpha), "alpha": alpha.tolist(), "fit": "fixed", "train_mse": train_mse}
     files.write_json(run / "weights.json", [entry])
@@ -123,10 +134,10 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
     facts["identical_pairs"] = int(identical.sum())
     facts["texts_with_special_tokens"] = special = stages.count_special(of_splits, tokenizer)
     run_dir.end_stage(*stage, started, **stages.facts(args), **facts)
-    weights = " ".join(f"{x:.3f}" for x in alpha.tolist())
+    learned = " ".join(f"{x:.3f}" for x in alpha.tolist())
     print(
         f"joint: {args.k} members trained on {(~identical).sum():,} pairs in "
-        f"{time.time() - started:.0f} s, weights {weights}"
+        f"{time.time() - started:.0f} s, weights {learned}"
         f"{stages.special_words(special)}{words}"
     )
 
@@ -164,17 +175,13 @@ def main(args):
         train_and_score(args, stage, splits, texts, tokenizer, base_inputs)
 
 
-OLD_FLAGS = {"--export": "python extras/export_member.py --run RUN --member J --base BASE"}
-
-
 def parse_args(argv=None):
-    cli.moved(argv, OLD_FLAGS)
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     cli.add_run(parser, "run directory with data/")
     add("--base", required=True, help="base model: hub id or transformers directory")
     add("--check", action="store_true", help="check the flags, and do nothing else")
-    add("--k", type=cli.member_number, default=8, help="reward models, at least 2 (default 8)")
+    add("--k", type=cli.member_number, default=8, help="reward models, at least 2")
     words = "all parameters, or K heads on features of the frozen base"
     add("--train", choices=("full", "head"), default="full", help=words)
     words = "what the steepness of the votes rises to (4096; head: 4), from 1; 1: soft throughout"

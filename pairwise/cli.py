@@ -69,17 +69,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help explains)\n")
 
 
-def moved(argv, commands):
-    """Answer an old flag by one line that names its new command, and exit code 2.
-
-    argv: the words of the command line, None for sys.argv[1:]; commands: {old flag: new command}.
-    """
-    for word in sys.argv[1:] if argv is None else argv:
-        flag = word.split("=")[0]
-        if flag in commands:
-            exit_with(f"{flag} is now: {commands[flag]}")
-
-
 def number_type(name, convert, is_valid, expected):
     """Return an argparse type: the text converted to a number, refused unless it is valid."""
 

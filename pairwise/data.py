@@ -33,6 +33,7 @@ P_TRUE = pa.list_(pa.float64())
 JUDGMENTS = pa.list_(pa.struct([("a", pa.int32()), ("b", pa.int32())]))
 VOTE_COLUMNS = ("votes_a", "votes_b", "ties")  # of a pair, float64
 STATS = {"dataset": str, "votes": str, "ties": str, "attributes?": {str: str}}
+# How the votes of a pair arose decides what is known of the irreducible error.
 VOTE_KINDS = ("sampled", "population", "dependent")
 
 
@@ -61,6 +62,11 @@ class Split:
     p_true: np.ndarray | None = None
     categories: list | None = None
     judgments: np.ndarray | None = None
+
+    @property
+    def n_responses(self):
+        """R, the number of distinct responses."""
+        return int(self.response_start[-1])
 
     @property
     def n(self):
@@ -257,11 +263,18 @@ def few_prompts(count, own_split):
     return f"{words}; {advice}" if count < 20 else ""
 
 
+def fitted_pairs(split):
+    """Return the split with the pairs that weights and scales are fitted to: those that count, or
+    all where none does."""
+    return counted_pairs(split) or split
+
+
 def counted_pairs(split):
     """Return the split without the pairs of fewer than two votes; None where nothing is left.
 
     Train has such pairs with --min-votes 1, for hard-label losses alone. Prompts that have no other
-    pair go as well. Responses keep their places, so that stored rewards still fit.
+    pair go as well, but messages, responses and response_start stay those of all prompts, so that
+    stored rewards still fit.
     """
     counted = split.n >= 2
     if not counted.any():

@@ -90,7 +90,7 @@ def policy_calibration(split, rewards, logprob, alpha):
 
     rewards float32 (K, R), logprob (R,), alpha (K,)."""
     differences = soft_model.reward_differences(rewards, split.a, split.b)
-    votes = evaluator.votes(rewards, split.a, split.b) / 2
+    votes = weights.member_votes(rewards, split.a, split.b)
     p_hat, p = weights.p_hat_of(alpha, votes), split.p
     ratio = logprob[split.a].astype(np.float64) - logprob[split.b]
     sums = []  # of (distance, squared error, cross-entropy), (P, 3) for every beta

@@ -5,9 +5,9 @@ from metrics.json as evaluate.py wrote it: nothing is computed here but bins and
 """
 
 import itertools
+import re
 
-from pairwise import theory
-from pairwise.drawing import save, style
+from pairwise import drawing, theory
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ REFERENCE_STYLES = {  # by the first key
 
 
 def num(x, none="–", digits=4):
-    """Write x with four decimals and no zero before the point, .0945; None becomes `none`."""
+    """Write x with `digits` decimals and no zero before the point, .0945; None becomes `none`."""
     if x is None:
         return none
     text = f"{round(x, digits) + 0.0:.{digits}f}"  # -0.0 + 0.0 is 0.0, without a minus.
@@ -50,12 +50,13 @@ def num(x, none="–", digits=4):
 
 def short(x):
     """Write x with two decimals, .25; an exact zero as 0, and what rounds to zero as .00."""
-    return "0" if x == 0 else num(x, digits=2).replace("-", "−")
+    return "0" if x == 0 else pretty(num(x, digits=2))
 
 
 def pretty(text):
     """Write plain-text mathematics as a page or a figure shows it."""
-    return text.replace("p_hat", "p̂").replace("C_hat", "Ĉ").replace("^2", "²").replace(" - ", " − ")
+    text = text.replace("p_hat", "p̂").replace("C_hat", "Ĉ").replace("^2", "²").replace(" - ", " − ")
+    return re.sub(r"(?<![\w-])-(?=\.?\d)", "−", text)  # the sign of a number
 
 
 def drawable(name, most=30):
@@ -181,7 +182,7 @@ def kendall(diversity):
     if not np.isfinite(tau).any():
         return None
     low = np.floor(10 * np.min(tau, where=np.isfinite(tau), initial=0)) / 10
-    title = f"Kendall τ, colours from {low:g} to 1".replace("-", "−")
+    title = pretty(f"Kendall τ, colours from {low:g} to 1")
     return matrix(tau, low, 1.0, title, "member", range(1, len(tau) + 1))
 
 
@@ -295,8 +296,8 @@ def share_bars(axes, values, height, width):
 
 def write_votes(p, stem):
     """Write the figure `majority_shares` as stem.png and stem.pdf, for data preparation."""
-    with style():
-        save(majority_shares(p), stem)
+    with drawing.style():
+        drawing.save(majority_shares(p), stem)
 
 
 def reliability(p, p_hat):

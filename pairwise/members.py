@@ -275,8 +275,7 @@ def add_arguments(parser):
     add = parser.add_argument
     cli.add_run(parser, "a trained run directory")
     add("--base", help="the base model, where it is no longer where the run found it")
-    tokens, words = 8192 if torch.cuda.is_available() else 1024, "tokens run in one forward pass"
-    add("--micro-batch-tokens", type=cli.natural, default=tokens, help=words)
+    rm.add_tokens_flag(parser)
     rm.add_flags(parser)
 
 
@@ -287,6 +286,7 @@ def open_run(args, samples=False):
     the base is needed to sample from. Raises InputError where members or weights are missing, or
     the base is another."""
     run = args.run
+    args.micro_batch_tokens = args.micro_batch_tokens or rm.default_tokens(args.device)
     alpha = run_dir.read_weights(run, run_dir.count_members(run))
     if run_dir.kind_of(run, beneath=True) == "hardened":
         run = levels.read_members(run)[0]  # The run whose members the formulas are of.

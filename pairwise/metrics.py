@@ -13,7 +13,7 @@ import collections
 import itertools
 from typing import NamedTuple
 
-from pairwise import cli, run_dir, soft_model, theory
+from pairwise import cli, run_dir, soft_model, theory, weights
 
 import numpy as np
 import scipy  # Not scipy.special: see soft_model.
@@ -40,8 +40,9 @@ def floor_single(p):
 
 def floor_excess(p, c):
     """Return floor_single(p) - c, float64 (N,), how far below the floor a forecast that knows the
-    true fractions can expect to be. docs/method.md proves that it is at least 0, and exactly 0
-    where at most one annotator dissents: there rounding is taken away. c: as for `measure`."""
+    true fractions can expect to be; c (N,): terms of the irreducible error. docs/method.md proves
+    that it is at least 0, and exactly 0 where at most one annotator dissents: there rounding is
+    taken away."""
     return np.round(floor_single(p) - c, 12) + 0.0  # It has no -0.0.
 
 
@@ -224,13 +225,12 @@ def measure(split, rewards, stats, predicted):
     (K, N), `squared_errors`, and {reference line: its terms (N,), or None}.
 
     split: with the pairs that count; rewards float32 (K, R); stats: of stats.json; predicted:
-    {key: p_hat (N,)} of the soft models that exist, by soft_model.Lines.predict.
+    {key: p_hat (N,)} of the soft models that exist, by soft_model.Models.predict.
     """
     sums = evaluator.pair_statistics(rewards, split.a, split.b, split.p, split.pair_start)
-    p, truth, zero = split.p, split.p_true, np.zeros(len(split.p))
+    p, truth = split.p, split.p_true
     soft = scipy.special.expit(soft_model.reward_differences(rewards, split.a, split.b))
-    sampled = theory.irreducible(p, split.n, split.ties if stats["ties"] == "half" else zero)
-    c = {"sampled": sampled, "population": zero, "dependent": None}[stats["votes"]]
+    c = theory.irreducible_of(split, stats)
     lines = {
         "floor_single": floor_single(p),
         "coin_flip": coin_flip(p),
@@ -255,7 +255,7 @@ def split_metrics(split, rewards, prefixes, stats, predicted, resamples, seed):
     rewards float32 (K, R); prefixes: of `read_prefixes`; stats, predicted: as for `measure`.
     """
     sums, soft, forms, lines = measure(split, rewards, stats, predicted)
-    votes = evaluator.votes(rewards, split.a, split.b) / 2
+    votes = weights.member_votes(rewards, split.a, split.b)
     pairs = sums["pairs"].astype(np.float64)
     terms = {"annotators_mean": split.n, "majority_mean": np.maximum(split.p, 1 - split.p)} | lines
     figures = {"prompts": len(split.prompt_id), "pairs": len(split.p)}

@@ -33,7 +33,6 @@ def base_of(run, base, revision=None, named="--base"):
     """Return a base as of pretrained.pinned: a hub id that the run knows, at the run's commit."""
     if not revision:
         known = [entry["inputs"].get("base model", "") for entry in run_dir.stages(run).values()]
-        known = [name for name in known if not name.endswith("@None")]  # of older runs
         base = next((name for name in known if name.startswith(f"{base}@")), base)
     return pretrained.pinned(base, named, revision)
 

@@ -87,7 +87,7 @@ def references(split):
 
     Where the true fractions are known, the last is theorem 2.
     """
-    rows, less = [], split["ensemble"][-1].get("less", {})  # Older evaluations have none.
+    rows, less = [], split["ensemble"][-1]["less"]
     for name, key, true_key, how in figures.REFERENCES:
         if key == "soft_scaled" and (fit := split.get("soft_fit")):
             name = f"{name} on {fit['split']} prompts"
@@ -178,7 +178,7 @@ def sentence(words):
 
 def tied(split):
     """The sentence that names members whose test pairs mostly tie; "" where there are none."""
-    rates = [x.get("tie_rate") or 0 for x in split["members"]]  # Older evaluations have none.
+    rates = [x["tie_rate"] or 0 for x in split["members"]]
     return sentence(weights.tied_words(rates, "test pairs"))
 
 
@@ -308,7 +308,7 @@ def page_values(metrics, prefixes, stages):
 
 
 def embed(fig, svg):
-    """What the macro `figure` of a template shows; svg: what figures.save returned for fig."""
+    """What the macro `figure` of a template shows; svg: what drawing.save returned for fig."""
     width = round(fig.get_size_inches()[0] / figures.WIDE * 860)
     return {"width": width, "svg": base64.b64encode(svg).decode()}
 
@@ -329,8 +329,13 @@ def render(template, **values):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (figures.num, figures.short, figures.pretty, interval, cells)
-    environment.filters |= {function.__name__: function for function in filters}
+    environment.filters |= {
+        "num": lambda *args: figures.pretty(figures.num(*args)),
+        "interval": lambda *args: figures.pretty(interval(*args)),
+        "short": figures.short,
+        "pretty": figures.pretty,
+        "cells": cells,
+    }
     page = environment.get_template(Path(template).name).render(values)
     return page.encode("utf-8", "backslashreplace").decode()
 
@@ -363,11 +368,11 @@ def draw_inputs(prefixes, logs, p, p_hat, diversity):
     return draw(calls)
 
 
-def write(out, metrics, prefixes, manifest, drawn):
-    """Write out/figures/*.png, *.pdf and out/report.html; returns the report's path.
+def write(out, metrics, prefixes, stages, drawn):
+    """Write out/figures/*.png, *.pdf and out/report.html.
 
-    metrics, prefixes, manifest: what metrics.json, weights.json and the manifest hold, whose keys
-    may be missing; drawn: called for the value of `draw_inputs`, once the other figure is drawn.
+    metrics, prefixes, stages: what metrics.json, weights.json and the manifest hold; drawn: called
+    for the value of `draw_inputs`, once the other figure is drawn.
     """
     out, images = Path(out), {}
     (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -380,8 +385,7 @@ def write(out, metrics, prefixes, manifest, drawn):
         else:  # An earlier evaluation may have drawn it.
             for kind in ("png", "pdf"):
                 (out / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
-    shown = page_values(metrics, prefixes, manifest.get("stages") or {})
+    shown = page_values(metrics, prefixes, stages)
     page = render(Path(__file__).with_name("report.html.jinja"), images=images, **shown)
     with files.replacing(out / "report.html") as partial:
         partial.write_text(page, encoding="utf-8")
-    return out / "report.html"

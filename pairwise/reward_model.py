@@ -79,6 +79,17 @@ def add_flags(parser):
     add("--device", type=device, default=device(), help=words)
 
 
+def add_tokens_flag(parser):
+    """Add --micro-batch-tokens, whose default, None, stands for `default_tokens`."""
+    words = "tokens run in one forward pass (default 8192; on a CPU 1024)"
+    parser.add_argument("--micro-batch-tokens", type=cli.natural, help=words)
+
+
+def default_tokens(device):
+    """Return how many tokens are run in one forward pass where no flag says it."""
+    return 1024 if device == "cpu" else 8192
+
+
 def load_base(base, tokenizer, dtype, device, heads=1):
     """Return the base as a RewardModel: its token head dropped and `heads` scalar heads attached.
 
@@ -120,6 +131,9 @@ def ready(model, device, skips=None):
     are padded."""
     head(model).float()
     model.eval().to(device)
+    for layer in model.modules():  # bitsandbytes' kernel for AVX512 passes no gradient on.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     if model.device.type == "cuda":  # A CPU gains nothing, and keeps transformers' bits.
         norms.use_kernels(model)
     return RewardModel(model, packed.prepare(model) if hasattr(model, "score") else None, skips)

@@ -33,8 +33,8 @@ from pairwise import cli, files
 import numpy as np
 import pyarrow as pa
 
-# what a stage had before there was such a flag
-LATER_SETTINGS = {"loss": "mse", "repeated": "error"}
+# what evaluate.py reads beside data and rewards, where it is there
+EVALUATED = "weights.json", "continuations.parquet", "plurality.json", "logprob/test.npy"
 VERSIONS_OF = ("numpy", "scipy", "torch", "transformers", "peft", "pytorch_optimizer", "pyarrow")
 
 _locks = {}  # run directory -> descriptor of the file that locks it for this process
@@ -132,21 +132,21 @@ def must_agree(run, stage, settings, inputs):
     if not entry or not entry["done"]:  # A stage that was broken off starts again.
         return
     number = next(n for n in range(2, 10**6) if not Path(f"{run}-{n}").exists())
-    elsewhere = command_with("--run", f"{run}-{number}", without="--run")
+    advice = f"to have both, start another run from the data on, say {run}-{number}"
+    if stage == "data" or _command().startswith("bash run_all.sh"):  # It needs nothing before it.
+        advice = f"to have both, run: {command_with('--run', f'{run}-{number}', without='--run')}"
     names = entry["settings"].keys() | settings.keys()
     for name in sorted(names, key=lambda name: (name != "train", name)):  # --train decides others.
-        default = LATER_SETTINGS.get(name)
-        was, now = entry["settings"].get(name, default), settings.get(name, default)
+        was, now = entry["settings"].get(name), settings.get(name)
         if was != now:
             raise cli.InputError(
                 f"{run} was made with other arguments (stage {stage}): {name.replace('_', '-')} "
-                f"was {was}, is {now}; to have both, run: {elsewhere}"
+                f"was {was}, is {now}; {advice}"
             )
     for name in sorted(entry["inputs"].keys() | inputs.keys()):
         if entry["inputs"].get(name) != inputs.get(name):
             raise cli.InputError(
-                f"{run} was made from another {name} than it is given now (stage {stage}); "
-                f"to have both, run: {elsewhere}"
+                f"{run} was made from another {name} than it is given now (stage {stage}); {advice}"
             )
 
 

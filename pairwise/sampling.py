@@ -22,9 +22,8 @@ def add_flags(parser, nucleus, longest):
     add = parser.add_argument
     add("--temperature", type=cli.positive, default=1.0, help="of the sampling")
     words = "sample each token from the likeliest that together have this probability"
-    add("--top-p", type=top_p, default=nucleus, help=f"{words} (default {nucleus})")
-    words = f"longest answer (default {longest})"
-    add("--max-tokens", type=cli.natural, default=longest, help=words)
+    add("--top-p", type=top_p, default=nucleus, help=words)
+    add("--max-tokens", type=cli.natural, default=longest, help="longest answer")
     add("--seed", type=cli.seed, default=0, help="of all that is drawn")
 
 

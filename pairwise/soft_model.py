@@ -105,7 +105,7 @@ def trained_on_p(run):
     return settings.get("loss", "mse") in ("mse", "bce")
 
 
-class Lines(NamedTuple):
+class Models(NamedTuple):
     """The soft models that an evaluation shows."""
 
     models: dict  # {key of LINES: SoftModel}, of those that exist
@@ -130,16 +130,13 @@ def source_path(run, split):
     return run / "rewards" / f"source_{split}.npy"
 
 
-def read_lines(run, splits):
-    """The Lines of a run; splits {name: Split}: those that are shown, and the tuning split.
+def read_models(run, splits):
+    """The Models of a run; splits {name: Split}: those that are shown, and the tuning split.
 
-    Raises InputError where rewards are missing or unfit. Hardened runs of older versions keep no
-    rewards of their source, so they have no such line."""
+    Raises InputError where rewards are missing or unfit."""
     rewards, models, facts = {}, {}, run_dir.stages(run).get("harden")
-    if facts and "trained_on_p" not in facts:
-        return Lines({}, {}, None)
     for name, split in splits.items():
-        responses = int(split.response_start[-1])
+        responses = split.n_responses
         if not facts:
             rewards[name] = run_dir.read_rewards(run, name, 1, (responses,))
             continue
@@ -152,8 +149,7 @@ def read_lines(run, splits):
                 f"{path}: shape {found} found, at least ({least}, {responses}) expected"
             )
     name = tuning_split(splits)
-    # Pairs of one vote count where there are no others, as in fit_weights.py.
-    split = data.counted_pairs(splits[name]) or splits[name]
+    split = data.fitted_pairs(splits[name])
     one = np.ones(1)
     tau, a = fit_scale_and_lapses(
         reward_differences(rewards[name][:1], split.a, split.b), one, split.p
@@ -164,4 +160,4 @@ def read_lines(run, splits):
     if facts:
         w = np.array(facts["weights"])
         models["soft_hardened"] = SoftModel(facts["components"], w, facts["tau"], facts["a"])
-    return Lines(models, rewards, {"split": name, "tau": tau, "a": a})
+    return Models(models, rewards, {"split": name, "tau": tau, "a": a})

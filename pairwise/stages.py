@@ -58,7 +58,7 @@ def special_words(count):
 
 def encode_for(args, stage, texts, tokenizer, inputs):
     """Return {name: what a member is trained on and scores}: token ids, R lists, or features, and
-    {name: how many texts are cut}, {} of features that an older version has computed.
+    {name: how many texts are cut}.
 
     Features, of --train head, are float32 (R, d), one per response under the frozen base, computed
     once for all members of a run in a stage of its own, called `stage` and made from `inputs`.
@@ -84,7 +84,7 @@ def encode_for(args, stage, texts, tokenizer, inputs):
         if found.dtype != np.float32 or found.ndim != 2 or len(found) != count:
             wrong = f"{found.dtype} {found.shape} found, float32 ({count}, d) expected"
             raise cli.InputError(f"{paths[name]}: {wrong}")
-    return made, run_dir.stages(args.run)[stage].get("texts_cut", {})
+    return made, run_dir.stages(args.run)[stage]["texts_cut"]
 
 
 def identical_pairs(split, encoded):

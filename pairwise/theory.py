@@ -22,6 +22,16 @@ def irreducible(p, n, ties_as_halves):
     return (p * (1 - p) - np.maximum(ties_as_halves, uneven) / (4 * n)) / (n - 1)
 
 
+def irreducible_of(split, stats):
+    """Lemma 1's C in each pair of a data.Split, float64 (N,), by how its votes arose, as stats of
+    stats.json say: `irreducible` of sampled ones, 0 of a whole population's; None where they are no
+    independent draws."""
+    zero = np.zeros(len(split.p))
+    if stats["votes"] != "sampled":
+        return zero if stats["votes"] == "population" else None
+    return irreducible(split.p, split.n, split.ties if stats["ties"] == "half" else zero)
+
+
 def theorem2(k, c=0):
     """Some k-ensemble has at most this calibration error, 1/(4k), and at most this expected Brier
     score where c is Lemma 1's C."""

@@ -3,8 +3,10 @@
 The objectives are the scripts' own: train_rm.py has the method's.
 """
 
+import contextlib
 import json
 import math
+import sys
 import time
 
 from pairwise import cli, provenance
@@ -105,6 +107,39 @@ def make_optimizer(groups, args, memory):
     return Offload(groups, lambda groups: SOAP(groups, **options), memory)
 
 
+@contextlib.contextmanager
+def in_one_order():
+    """Have a GPU add up the gradients of attention in one order, so that the seed decides them.
+
+    torch does only while it may take no algorithm without one (stages.settle lets it, with a
+    warning), and then raises a RuntimeError where it knows no other."""
+    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=lenient)
+
+
+def has_one_order(reward_model, sequences):
+    """Tell whether all that a model runs forward and backward can be done `in_one_order`; where
+    not, stderr has the reason. sequences: token ids, of which a little is tried."""
+    try:
+        with in_one_order():
+            few = [ids[:64] for ids in sequences[:2]]
+            rm.rewards_of_batch(reward_model, few).sum().backward()
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        words = "gradients may differ in their last bits from run to run"
+        print(f"training: warning: {words} ({cli.first_line(error)[:150]})", file=sys.stderr)
+        return False
+    finally:
+        reward_model.model.zero_grad()
+    return True
+
+
 def backward(batches, count, rewards_at, split, targets, loss, done):
     """Add up the gradient of a step's mean loss; return this process's (loss, tokens).
 
@@ -153,7 +188,17 @@ class StepLog:
 
 
 def train(
-    groups, rewards_at, steps, split, targets, loss, args, log, checkpoints=None, memory=None
+    groups,
+    rewards_at,
+    steps,
+    split,
+    targets,
+    loss,
+    args,
+    log,
+    checkpoints=None,
+    memory=None,
+    ordered=False,
 ):
     """Minimise the mean loss over `steps`, one optimizer step and one JSON line in `log` for each.
 
@@ -162,8 +207,8 @@ def train(
     each process, its micro-batches, arrays of pair indices; targets: arrays (N,) for the loss;
     loss(reward_a, reward_b, *targets, done) -> the sum over these pairs, where done in [0, 1) says
     how much of the training lies behind; checkpoints: where to resume from and write to; memory:
-    Offload's, in bytes. Raise InputError where there is nothing to train on, and where the loss or
-    a gradient is not finite.
+    Offload's, in bytes; ordered: whether gradients are added up `in_one_order`. Raise InputError
+    where there is nothing to train on, and where the loss or a gradient is not finite.
     """
     member = f"member {args.iteration}"
     if not steps:
@@ -180,7 +225,9 @@ def train(
         for number in range(len(lines), len(steps)):
             pairs = np.concatenate([batch for batches in steps[number] for batch in batches])
             batches, done = steps[number][parallel.rank()], number / len(steps)
-            value, tokens = backward(batches, len(pairs), rewards_at, split, targets, loss, done)
+            given = batches, len(pairs), rewards_at, split, targets, loss, done
+            with in_one_order() if ordered else contextlib.nullcontext():
+                value, tokens = backward(*given)
             optimizer.sum_gradients()
             norm = torch.nn.utils.get_total_norm(optimizer.gradients()).item()
             values = parallel.gathered((value, tokens, norm**2))
@@ -236,11 +283,13 @@ def train_full(
     groups = parameter_groups(model)
     groups[1].extend(more)
     memory = None if args.optimizer_memory_gb is None else args.optimizer_memory_gb * 2**30
-    room = None
+    room, ordered = None, False
     if on_gpu:  # Memory is what a card has least of.
+        ordered = has_one_order(reward_model, sequences)
         memory, room = budget.of_card(model, groups, args)
     recompute_activations(model, room)
-    train(groups, rewards_at, steps, split, targets, loss, args, log, checkpoints, memory)
+    given = groups, rewards_at, steps, split, targets, loss, args, log
+    train(*given, checkpoints, memory, ordered)
     recompute_activations(model, False)
 
 
@@ -280,12 +329,11 @@ def add_scoring_flags(parser):
     """Add the flags of every script that scores the data of a run."""
     add = parser.add_argument
     provenance.add_flags(parser)
-    words = "tokens of prompt and response; longer ones lose the prompt's beginning (default 2048)"
+    words = "tokens of prompt and response; longer ones lose the prompt's beginning"
     add("--max-length", type=cli.natural, default=2048, help=words)
     words = "of the parameters (default bfloat16 on a GPU, float32 on a CPU)"
     add("--dtype", choices=rm.DTYPES, help=words)
-    words = "tokens run in one forward pass (default 8192; on a CPU 1024)"
-    add("--micro-batch-tokens", type=cli.natural, help=words)
+    rm.add_tokens_flag(parser)
 
 
 def add_flags(
@@ -299,11 +347,11 @@ def add_flags(
     # optimizer (SOAP)
     add("--lr", type=cli.positive, help=f"peak learning rate ({lr})")
     add("--epochs", type=cli.natural, help=f"passes over the train pairs (default {epochs})")
-    add("--pairs-per-step", type=cli.natural, default=64, help="default 64; the paper: up to 512")
+    add("--pairs-per-step", type=cli.natural, default=64, help="the paper: up to 512")
     add("--weight-decay", type=cli.nonnegative, help=f"decoupled (default {weight_decay})")
-    words = "fraction of the steps in which the rate rises, before it falls to zero (default 0.03)"
+    words = "fraction of the steps in which the rate rises, before it falls to zero"
     add("--warmup", type=cli.fraction, default=0.03, help=words)
-    words = "steps between updates of SOAP's eigenbases (default 5)"
+    words = "steps between updates of SOAP's eigenbases"
     add("--precondition-frequency", type=cli.natural, default=5, help=words)
     words = "larger dimensions are not preconditioned (default 4096; lora: the rank)"
     add("--max-precondition-dim", type=cli.natural, help=words)
@@ -315,15 +363,14 @@ def add_flags(
 
 def add_checkpoint_flag(parser):
     """Add --checkpoint-minutes, which joint training does without."""
-    words = "between checkpoints, from which killed training continues; 0: none (default 30)"
+    words = "between checkpoints, from which killed training continues; 0: none"
     parser.add_argument("--checkpoint-minutes", type=cli.nonnegative, default=30, help=words)
 
 
 def fill_in(args, **defaults):
     """Set the flags that were not given: to `defaults`, and else to what --device decides."""
-    cpu = args.device == "cpu"
-    of_device = {"dtype": "float32" if cpu else "bfloat16"}
-    of_device["micro_batch_tokens"] = 1024 if cpu else 8192
+    of_device = {"dtype": "float32" if args.device == "cpu" else "bfloat16"}
+    of_device["micro_batch_tokens"] = rm.default_tokens(args.device)
     for name, value in (of_device | defaults).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -5,6 +5,8 @@
 It is a quadratic program, of the train pairs in fit_weights.py, of resampled ones in evaluate.py.
 """
 
+from pairwise import cli
+
 import numpy as np
 
 # Of a member that ties on more of the pairs, most votes are the coin flip's: its figures, and a
@@ -84,9 +86,15 @@ def nonnegative_least_squares(a, b):
     return u
 
 
+def member_votes(rewards, a, b):
+    """V_j of each pair (section 2), float64 (K, N): 1 where member j prefers a, 0 where b, 1/2 on a
+    tie. rewards float32 (K, R); a, b (N,): indices into the R responses."""
+    return cli.import_evaluator().votes(rewards, a, b) / 2
+
+
 def p_hat_of(alpha, votes):
     """p_hat = sum_j alpha_j V_j of each pair (section 2), float64 (N,), in [0, 1]; alpha (K,),
-    votes float64 (K, N): 1, 0, or 1/2 on a tie.
+    votes V_j float64 (K, N), as of `member_votes`.
 
     Weights sum to one up to rounding alone: members that all vote alike give exactly their vote.
     """

@@ -3,7 +3,7 @@
 import json
 
 import evaluate
-from pairwise import cli, data, figures
+from pairwise import cli, data, drawing, figures
 
 import pyarrow.parquet as pq
 import pytest
@@ -23,7 +23,7 @@ TEST = [  # the answers of three annotators on 0 to 10 of ten people
 @pytest.fixture(autouse=True)
 def no_figure(monkeypatch):
     monkeypatch.setattr(figures, "majority_shares", lambda share: None)
-    monkeypatch.setattr(figures, "save", lambda figure, path: None)
+    monkeypatch.setattr(drawing, "save", lambda figure, path: None)
 
 
 def webgpt(prompt, first, second, score):

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import evaluate
-from pairwise import metrics, run_dir
+from pairwise import drawing, metrics, run_dir
 from pairwise.cli import InputError
 from pairwise.data import write_split
 
@@ -184,8 +184,8 @@ def test_what_is_written_and_printed(runs, tmp_path, capsys):
 def test_names_are_text_in_the_figure_and_on_the_page(runs, tmp_path, monkeypatch, recwarn):
     """A run may be called anything: _x, which matplotlib hides, $ for its mathematics, tags."""
     names = ["_x", "a$\\frac$", "$5", "<script>", "日本", "b\n"]
-    saved, save = [], compare.figures.save
-    monkeypatch.setattr(compare.figures, "save", lambda *to: saved.append(to[0]) or save(*to))
+    saved, save = [], drawing.save
+    monkeypatch.setattr(drawing, "save", lambda *to: saved.append(to[0]) or save(*to))
     for name in names:
         shutil.copytree(runs / "first", tmp_path / name)
     words = [str(tmp_path / name) for name in names]
@@ -324,13 +324,6 @@ def test_bad_flags_are_one_line(flags, said, capsys):
         compare.parse_args(flags)
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and said in lines[0]
-
-
-def test_the_flag_of_evaluate_names_the_command(capsys):
-    with pytest.raises(SystemExit) as stop:
-        evaluate.parse_args(["--compare", "a", "b", "--out", "o"])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "python extras/compare.py RUN RUN .. --out DIR" in line
 
 
 def test_one_setting_and_a_run_as_out_are_refused(runs, tmp_path):

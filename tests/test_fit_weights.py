@@ -598,8 +598,6 @@ def test_pruned_run_is_a_run_of_its_own(run, votes, tmp_path, capsys):
         (prune, ["--beta", "3"], "required: --out"),
         (prune, ["--out", "x"], "required: --beta"),
         (fit_weights, ["--out", "x"], "--out"),
-        (fit_weights, ["--prune", "3", "--out", "x"], "--prune is now: python extras/prune.py"),
-        (fit_weights, ["--prune=3"], "--beta BETA --out DIR"),
         (fit_weights, ["--early-stop", "0"], "at least 1"),
     ],
 )

@@ -43,8 +43,8 @@ COMMITS = {
 }
 RUNNER = """
 import contextlib, io, json, runpy, sys, time, traceback
-from pairwise import figures
-figures.majority_shares = figures.save = lambda *_: None  # the figure takes longer than the rest
+from pairwise import drawing, figures
+figures.majority_shares = drawing.save = lambda *_: None  # the figure takes longer than the rest
 time.sleep = lambda seconds: None  # between attempts
 ended = []
 for words in json.load(sys.stdin):

@@ -115,12 +115,12 @@ def test_what_a_run_lacks_is_said_and_an_older_picture_goes(runs, tmp_path, unsa
 
 def test_the_page_names_no_network_and_two_calls_write_the_same(runs, tmp_path, monkeypatch):
     """All is drawn, and two pictures are saved: saving takes longest."""
-    saved, save = {"table_1", "figure_3"}, figures.save
+    saved, save = {"table_1", "figure_3"}, drawing.save
 
     def some(fig, stem):
         return save(fig, stem) if stem.name in saved else drawing.keep(no_formats(fig), stem)
 
-    monkeypatch.setattr(figures, "save", some)
+    monkeypatch.setattr(drawing, "save", some)
     for name in ("a", "b"):
         _, page = shown(tmp_path / name, runs / "second", runs / "first")
     assert (tmp_path / "a/figures/table_1.pdf").stat().st_size > 5000

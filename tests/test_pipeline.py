@@ -246,6 +246,7 @@ def test_other_arguments_are_refused_with_a_command_that_works(copied_run):
         (["demo", "--prism-source", "x"], "--prism-source"),
         (["tldr", "--prism-source", "x"], "--prism-source"),
         (["multipref", "--continuations", "0", "--prism-source", "x"], "--prism-source"),
+        (["tldr", "--continuations", "0", "--top-p", "0.5"], "--top-p: nothing is sampled"),
         (["votes.csv", "2", "--base", "x", "--early-stop"], "--valid-share"),
         (["demo", "--early-stop", "--valid-share", "0"], "--valid-share"),
         (["demo", "--early-stop=0"], "--early-stop=0 found"),

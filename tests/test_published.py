@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from pairwise import figures
+from pairwise import drawing, figures
 from pairwise.cli import InputError
 from pairwise.data import write_split
 
@@ -31,7 +31,7 @@ GONE = object()
 def no_figure(monkeypatch):
     """The figure of data preparation takes longer than all the rest; one test looks at it."""
     monkeypatch.setattr(figures, "majority_shares", lambda share: None)
-    monkeypatch.setattr(figures, "save", lambda figure, path: None)
+    monkeypatch.setattr(drawing, "save", lambda figure, path: None)
 
 
 def call(name, run, *flags):

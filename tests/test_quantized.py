@@ -76,6 +76,7 @@ def test_all_parameters_are_refused(data, base, tmp_path, capsys):
     assert "--train lora or head" in line(capsys, script("plan"), "--base", there)
 
 
+@pytest.mark.filterwarnings("error:.*an autograd kernel was not registered")
 def test_head_and_adapters_of_four_bits(data, base, tokenizer, tmp_path, capsys):
     """They are trained, scored as they were, and not merged into four bits."""
     pytest.importorskip("bitsandbytes")

@@ -104,6 +104,11 @@ def written(request, tmp_path_factory):
     return run, metrics, page_of(run), ALWAYS | more
 
 
+def shown(x):
+    """Write a number as the page does: with a minus sign, not a hyphen."""
+    return figures.num(x).replace("-", "−")
+
+
 def test_page_has_every_figure_and_needs_no_network(written):
     run, _, page, expected = written
     drawn = {path.stem for path in (run / "figures").glob("*.png")} - {"data_votes"}
@@ -122,7 +127,7 @@ def test_every_row_of_a_table_has_all_columns(written):
     chosen = metrics["k_valid"] if len(test["ensemble"]) > 1 else None
     assert marked == ([] if chosen is None else [f"● {chosen}"])
     assert [row[1] for row in of_k[1:]] == [figures.num(e["brier"]) for e in test["ensemble"]]
-    assert [row[7] for row in of_k[1:]] == [figures.num(e["pearson"]) for e in test["ensemble"]]
+    assert [row[7] for row in of_k[1:]] == [shown(e["pearson"]) for e in test["ensemble"]]
     of_members = next(table for table in page.tables if table[0][:2] == ["member", "Brier"])
     assert [row[3] for row in of_members[1:]] == [
         figures.num(m["disagreement"]) for m in test["members"]
@@ -131,7 +136,7 @@ def test_every_row_of_a_table_has_all_columns(written):
     assert labels == ["agreement", *(group["level"] for group in test["agreement"])]
     soft = next(table for table in page.tables if table[0][0] == "agreement: member 1, soft")
     assert [row[7] for row in soft[1:]] == [
-        figures.num(group["pearson_soft_1"]) for group in test["agreement"]
+        shown(group["pearson_soft_1"]) for group in test["agreement"]
     ]
 
 
@@ -149,7 +154,7 @@ def test_verdict_names_what_is_known(written):
     assert ("There is no single soft model" in page.text) == (test["soft_single"] is None)
     assert "with k = 1 it is" in page.text or last["k"] == 1
     assert test["prompts"] < 20 and f"Only {test['prompts']} test prompts" in page.text
-    room = "" if test["floor_excess"] is None else figures.num(test["floor_excess"])
+    room = "" if test["floor_excess"] is None else shown(test["floor_excess"])
     assert (f"Floor − Ĉ is {room}, 95 % interval [" in page.text) == bool(room)
     worse = last["brier"] > test["coin_flip"]
     for text in (page.text, " ".join(report.table(metrics).split())):
@@ -159,7 +164,7 @@ def test_verdict_names_what_is_known(written):
         assert line["less"] == pytest.approx(brier - value, abs=1e-12)
         assert line["side"] == ("below" if brier < value else "above")
         assert line["certain"] == (not low <= 0 <= high)
-        less = f"{figures.num(line['less'])} {report.interval([low, high])}"
+        less = f"{shown(line['less'])} {figures.pretty(report.interval([low, high]))}"
         doubt = f"; {less}" + ", which contains 0" * (not line["certain"])
         assert f"{line['side']} the {line['name']} ({figures.num(value)}{doubt})" in page.text
 
@@ -185,11 +190,10 @@ def test_text_of_the_data_is_escaped(tmp_path, unsaved):
         groups[0]["label"] = "<script>alert(1)</script>"
     metrics["diversity"]["favourites"][0] |= {"prompt": "a < b", "texts": ["</td>", " x ", "</td>"]}
     stage = {"command": "python train_rm.py --run 'a & b'", "settings": {"note": "<b>"}}
-    manifest = {"stages": {"member_01": stage}}
     weights = json.loads((run / "weights.json").read_text())
     p = np.array([0.25, 1.0])
     inputs = functools.partial(report.draw_inputs, weights, {}, p, p, metrics["diversity"])
-    report.write(tmp_path / "out", metrics, weights, manifest, inputs)
+    report.write(tmp_path / "out", metrics, weights, {"member_01": stage}, inputs)
     page = page_of(tmp_path / "out")
     cells = [text for table in page.tables for row in table for text in row]
     assert {"<i>a & b</i>", "<script>alert(1)</script>", "a < b", "</td>", " x "} <= {*cells}
@@ -214,7 +218,7 @@ def test_manifest_tells_how_the_run_came_about(tmp_path, unsaved):
     weights = json.loads((run / "weights.json").read_text())
     p = np.array([0.5, 1.0])
     inputs = functools.partial(report.draw_inputs, weights, {}, p, p, metrics["diversity"])
-    report.write(run, metrics, weights, {"stages": stages}, inputs)
+    report.write(run, metrics, weights, stages, inputs)
     page = page_of(run)
     facts = dict(page.tables[0])
     formula = (
@@ -237,17 +241,18 @@ def test_manifest_tells_how_the_run_came_about(tmp_path, unsaved):
 def test_plurality_gain_where_it_was_measured(tmp_path, unsaved):
     run, metrics = evaluated(tmp_path, continuations=False)
     assert metrics["plurality"] is None and "Plurality" not in page_of(run).text
-    gain = {"single": 0.05, "mixture": 0.03, "components": 3, "gain": 0.02, "ci": [0.015, 0.025]}
+    gain = {"mixture": 0.03, "components": 3, "gain": 0.02, "ci": [0.015, 0.025]}
+    gain = gain | {"single": 0.05, "several": gain}
     (run / "plurality.json").write_text(json.dumps(gain))
     evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "50"]))
     assert json.loads((run / "metrics.json").read_text())["plurality"] == gain
     sentence = "a mixture of 3 rewards .0300: a gain of .0200, 95 % interval [.0150, .0250]"
     assert sentence in page_of(run).text
-    several = gain | {"gain": -0.001, "mixture": 0.051, "ci": [-0.004, 0.002]}
+    several = gain["several"] | {"gain": -0.001, "mixture": 0.051, "ci": [-0.004, 0.002]}
     gain |= {"mixture": 0.05, "components": 1, "gain": 0.0, "ci": [0.0, 0.0], "several": several}
     (run / "plurality.json").write_text(json.dumps(gain))
     evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "50"]))
-    sentence = "on test prompts: a gain of -.0010, 95 % interval [-.0040, .0020]"
+    sentence = "on test prompts: a gain of −.0010, 95 % interval [−.0040, .0020]"
     assert sentence in page_of(run).text
 
 
@@ -386,6 +391,10 @@ def test_numbers_as_text():
         ".0000",
         "–",
     ]
+    words = "less -.5 [-.25, .1]: 2026-11-28, cross-1, --seed 3, 1e-4, p_hat - 1"
+    assert figures.pretty(words) == (
+        "less −.5 [−.25, .1]: 2026-11-28, cross-1, --seed 3, 1e-4, p̂ − 1"
+    )
     assert [figures.short(x) for x in (0.25, -0.25, 0, -0.001, 1)] == [
         ".25",
         "−.25",
@@ -424,8 +433,8 @@ def test_figures_are_the_same_whatever_the_matplotlibrc(tmp_path):
 
     def drawn(stem):
         p = np.array([0.1, 0.5, 0.75])
-        with figures.style():
-            return figures.save(figures.majority_shares(p), tmp_path / stem)
+        with drawing.style():
+            return drawing.save(figures.majority_shares(p), tmp_path / stem)
 
     plain = drawn("plain")
     own = {"text.usetex": True, "font.size": 30, "savefig.bbox": "tight", "lines.linewidth": 9}

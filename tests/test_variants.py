@@ -256,17 +256,19 @@ def test_plurality_gain(runs):
 
 
 def test_table_of_gains(runs, tmp_path):
-    """The figures of plurality.json, and nothing for what an older version has not left there."""
-    run = tmp_path / "old"
+    """The figures of plurality.json; the limits of few prompts are empty."""
+    run = tmp_path / "few"
     run.mkdir()
-    found = {"single": 0.05, "mixture": 0.03, "components": 3, "gain": 0.02, "ci": [0.015, 0.025]}
+    found = {"mixture": 0.03, "components": 3, "gain": 0.02, "ci": [None, None]}
+    found = found | {"single": 0.05, "several": found}
     (run / "plurality.json").write_text(json.dumps(found))
     plurality.main(plurality.parse_args(["--run", str(runs["single"])]))
     several = json.loads((runs["single"] / "plurality.json").read_text())["several"]
     out = tmp_path / "gains.csv"
     gains.main(gains.parse_args(["--run", str(run), str(runs["single"]), "--out", str(out)]))
-    old, new = csv.DictReader(out.read_text().splitlines())
-    assert list(old.values()) == ["old", "0.05", "0.03", "3", "0.02", "0.015", "0.025", *[""] * 5]
+    few, new = csv.DictReader(out.read_text().splitlines())
+    cells = ["0.03", "3", "0.02", "", ""]
+    assert list(few.values()) == ["few", "0.05", *cells, *cells]
     assert (new["components"], new["gain"]) == ("1", "0")
     for name, value in (("gain", several["gain"]), ("gain_high", several["ci"][1])):
         assert float(new[f"several_{name}"]) == pytest.approx(value, rel=1e-5)

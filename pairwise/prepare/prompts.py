@@ -19,7 +19,6 @@ from pairwise.prepare import tables
 
 import numpy as np
 
-# How the votes of a pair arose decides what is known of the irreducible error.
 # A reading of the paper beside --ties drop and half: a tie is no vote, but its annotator is in n.
 IN_N = "in n"
 

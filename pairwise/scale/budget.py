@@ -49,8 +49,7 @@ def step_bytes(p, max_precondition_dim):
     These are the projected gradient and moments and their quotient and, for the longest
     preconditioned side, two covariances, two bases, two products and a QR decomposition.
     """
-    sides = [d for d in p.shape if d <= max_precondition_dim] if p.ndim > 1 else []
-    longest = max(sides, default=0)
+    longest = max(offload.preconditioned_sides(p.shape, max_precondition_dim), default=0)
     return 4 * (p.numel() * (6 if longest > 1 else 3) + 7 * longest**2)
 
 
@@ -170,9 +169,15 @@ def free_bytes(device):
 
     They are what other processes leave, and within torch's set_per_process_memory_fraction."""
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
-    return min(free, limit - torch.cuda.memory_reserved(device))
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(free, limit_of(device) - torch.cuda.memory_reserved(device))
+
+
+def limit_of(device):
+    """Return the bytes of a card that torch may take in this process: all, but for
+    set_per_process_memory_fraction."""
+    total = torch.cuda.mem_get_info(device)[1]
+    return int(total * torch.cuda.get_per_process_memory_fraction(device))
 
 
 def leave_free(device):
@@ -185,7 +190,7 @@ def leave_free(device):
 
 def of_card(model, groups, args):
     """Return, as training starts, the card's bytes for the optimizer, the Room for activations."""
-    free = free_bytes(model.device) - reserve(torch.cuda.mem_get_info(model.device)[1])
+    free = free_bytes(model.device) - reserve(limit_of(model.device))
     leave_free(model.device)
     memory = optimizer_budget(free, model, groups, args)
     room = activation_room(free, memory, model, groups, args)

@@ -32,13 +32,18 @@ BUFFERS = 3  # One is filled, one computed on and one copied back: the link goes
 ALIGN = 16  # Tensors begin at 64 bytes, as torch's do, so that the same instructions compute them.
 
 
+def preconditioned_sides(shape, max_precondition_dim):
+    """Return the sides of a parameter of that shape for which SOAP has a basis: of vectors none."""
+    return [d for d in shape if d <= max_precondition_dim] if len(shape) > 1 else []
+
+
 def state_shapes(shape, max_precondition_dim):
     """Return the shapes of the library's float32 state of a parameter of that shape.
 
     They are exp_avg, exp_avg_sq, then every GG, then every Q (SOAP.init_pre_conditioner).
     """
-    sides = [(d, d) for d in shape if d <= max_precondition_dim] if len(shape) > 1 else []
-    return [tuple(shape)] * 2 + sides * 2
+    squares = [(d, d) for d in preconditioned_sides(shape, max_precondition_dim)]
+    return [tuple(shape)] * 2 + squares * 2
 
 
 def aligned(numel):
@@ -399,12 +404,12 @@ def names_memory_flags(main):
         except (MemoryError, RuntimeError) as error:
             if not cli.lacks_memory(error):
                 raise
-            gb = args.optimizer_memory_gb
-            gb = "as much as was free" if gb is None else f"{gb:g}"
-            raise cli.InputError(
-                f"out of memory; lower --micro-batch-tokens (now {args.micro_batch_tokens}) or "
-                f"--optimizer-memory-gb (now {gb}); extras/plan.py says what fits "
-                f"({cli.first_line(error)[:150]})"
-            ) from None
+            flags = f"--micro-batch-tokens (now {args.micro_batch_tokens})"
+            if hasattr(args, "optimizer_memory_gb"):  # a script that trains
+                gb = args.optimizer_memory_gb
+                gb = "as much as was free" if gb is None else f"{gb:g}"
+                flags += f" or --optimizer-memory-gb (now {gb}); extras/plan.py says what fits"
+            line = cli.first_line(error)[:150]
+            raise cli.InputError(f"out of memory; lower {flags} ({line})") from None
 
     return wrapped
