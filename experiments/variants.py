@@ -283,7 +283,7 @@ def errors_of(name, prediction, splits):
 
 def collect(args, k):
     """({variant: {(run, fold): [Errors of each seed]}}, {(run, fold): pairs (P,)}, likewise the
-    irreducible errors, of runs with sampled votes alone)."""
+    irreducible errors, where they are known)."""
     collected, pairs, irreducible = {}, {}, {}
     for run, seed in itertools.product(args.run, args.seeds):
         stats = data.read_stats(run)
@@ -346,7 +346,7 @@ def rows_of(args, k):
     pairs = np.concatenate(list(pairs_of.values()))
     soft_errors = mean_over_seeds(collected["soft_single"], "errors")
     rows = [row_of(name, parts, soft_errors, pairs) for name, parts in collected.items()]
-    if irreducible.keys() == pairs_of.keys():  # All votes are sampled.
+    if irreducible.keys() == pairs_of.keys():
         c = np.concatenate(list(irreducible.values())).sum() / pairs.sum()
         true_error = 0.0 if rows[0]["true_error"] is not None else None
         rows.append({"variant": "irreducible", "brier": c, "true_error": true_error})

@@ -34,7 +34,6 @@ from pairwise import cli, data, files, levels, run_dir, soft_model, weights
 import numpy as np
 from scipy.optimize import brentq
 
-evaluator = cli.import_evaluator()
 MOST_PAIRS = 10_000  # A layout is fitted to so many pairs; more change nothing that shows.
 EQUAL_WIDTHS = np.geomspace(1, 12, 40)  # widths that the layout `equal` chooses from
 

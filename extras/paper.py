@@ -61,16 +61,16 @@ FIGURES = {
 FAVOURITES = 5  # Appendix G shows the first five members.
 SHOWN = 600  # So many characters of a response are drawn; the page has all.
 
-# What is read of metrics.json. An evaluation of an older version lacks some lines.
+# What is read of metrics.json.
 LINES = "coin_flip", "soft_single", "soft_scaled", "irreducible", "floor_excess"
 NAMES = {key: figures.pretty(name) for name, key, _, _ in figures.REFERENCES}
 NAMES["floor_excess"] = "floor − Ĉ, so far below the floor can be expected"
 NULL, LIMITS = type(None), (list, type(None))
 MAYBE = (*files.NUMBER, NULL)
 ENTRY = {"k": int, "brier": files.NUMBER, "brier_ci": LIMITS}
-LESS = {"less?": {"floor_single_ci?": LIMITS}}  # of an entry too: its error less the floor
-TEST = {"prompts": int, "pairs": int, "floor_single": files.NUMBER, "floor_single_ci?": LIMITS}
-TEST |= {f"{name}?": MAYBE for name in LINES} | {"ensemble": [ENTRY | LESS]}
+LESS = {"less": {"floor_single_ci": LIMITS}}  # of an entry too: its error less the floor
+TEST = {"prompts": int, "pairs": int, "floor_single": files.NUMBER, "floor_single_ci": LIMITS}
+TEST |= dict.fromkeys(LINES, MAYBE) | {"ensemble": [ENTRY | LESS]}
 DIVERSITY = {"prompts": int, "continuations": int, "kendall_tau": [[MAYBE]]}
 DIVERSITY |= {"favourites": [{"prompt": str, "texts": [str]}]}
 
@@ -160,7 +160,7 @@ def first_sizes(test):
     the difference is too, or None; and the k of the least error; test: of metrics.json."""
     curve = test["ensemble"]
     below = [x for x in curve if x["brier"] < test["floor_single"]]
-    limits = {x["k"]: x.get("less", {}).get("floor_single_ci") for x in below}
+    limits = {x["k"]: x["less"]["floor_single_ci"] for x in below}
     surely = [k for k, ci in limits.items() if ci and ci[1] < 0]
     return {
         "first_below": min((x["k"] for x in below), default=None),

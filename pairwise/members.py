@@ -282,7 +282,8 @@ def add_arguments(parser):
 def open_run(args, samples=False):
     """Return the weights of all members, float64 (K,), and the run's settings, of member 1.
 
-    The settings have the base as it is found now, where it is needed, and the run's date. samples:
+    The settings have the base as it is found now, where it is needed, and the run's date; args gets
+    its --micro-batch-tokens, where none were given. samples:
     the base is needed to sample from. Raises InputError where members or weights are missing, or
     the base is another."""
     run = args.run

@@ -89,7 +89,8 @@ def references(split):
     """
     rows, less = [], split["ensemble"][-1]["less"]
     for name, key, true_key, how in figures.REFERENCES:
-        if key == "soft_scaled" and (fit := split.get("soft_fit")):
+        if key == "soft_scaled":
+            fit = split["soft_fit"]
             name = f"{name} on {fit['split']} prompts"
             how += f": tau {fit['tau']:.3g}, a {fit['a']:.2g}"
         if key != "soft_hardened" or split.get(key) is not None:

@@ -133,7 +133,7 @@ def must_agree(run, stage, settings, inputs):
         return
     number = next(n for n in range(2, 10**6) if not Path(f"{run}-{n}").exists())
     advice = f"to have both, start another run from the data on, say {run}-{number}"
-    if stage == "data" or _command().startswith("bash run_all.sh"):  # It needs nothing before it.
+    if stage in ("data", "base") or _command().startswith("bash run_all.sh"):  # begins a run
         advice = f"to have both, run: {command_with('--run', f'{run}-{number}', without='--run')}"
     names = entry["settings"].keys() | settings.keys()
     for name in sorted(names, key=lambda name: (name != "train", name)):  # --train decides others.

@@ -110,7 +110,7 @@ class Models(NamedTuple):
 
     models: dict  # {key of LINES: SoftModel}, of those that exist
     rewards: dict  # {split: float32 (K, R)}: the rewards that they are of
-    fit: dict | None  # of soft_scaled: {split, tau, a}, as in metrics.json
+    fit: dict  # of soft_scaled: {split, tau, a}, as in metrics.json
 
     def predict(self, name, split):
         """{key of LINES: p_hat float64 (N,)} of the pairs of a split, whose name is given."""

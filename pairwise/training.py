@@ -123,8 +123,8 @@ def in_one_order():
 
 
 def has_one_order(reward_model, sequences):
-    """Tell whether all that a model runs forward and backward can be done `in_one_order`; where
-    not, stderr has the reason. sequences: token ids, of which a little is tried."""
+    """Tell whether a model can be run forward and backward `in_one_order`; where not, stderr has
+    the reason. sequences: token ids, of two of which the beginning is tried."""
     try:
         with in_one_order():
             few = [ids[:64] for ids in sequences[:2]]

@@ -133,4 +133,5 @@ packages=$(sed "s/ *#.*//; $newest" "$ROOT/requirements.txt")
 environment oldest "torch==2.11.0 transformers==5.17.0 bitsandbytes $packages"
 cd "$ROOT"
 PYTHONPATH=$ROOT "$SECOND" -m pytest -q tests/test_packed.py tests/test_quantized.py \
-    tests/test_lora.py tests/test_kinds_of_runs.py tests/test_joint.py tests/test_respond.py
+    tests/test_lora.py tests/test_kinds_of_runs.py tests/test_joint.py tests/test_respond.py \
+    tests/test_training.py

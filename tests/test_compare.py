@@ -183,7 +183,7 @@ def test_what_is_written_and_printed(runs, tmp_path, capsys):
 
 def test_names_are_text_in_the_figure_and_on_the_page(runs, tmp_path, monkeypatch, recwarn):
     """A run may be called anything: _x, which matplotlib hides, $ for its mathematics, tags."""
-    names = ["_x", "a$\\frac$", "$5", "<script>", "日本", "b\n"]
+    names = ["_x", "a$\\frac$", "$5 -1 p_hat", "<script>", "日本", "b\n"]
     saved, save = [], drawing.save
     monkeypatch.setattr(drawing, "save", lambda *to: saved.append(to[0]) or save(*to))
     for name in names:
@@ -198,6 +198,7 @@ def test_names_are_text_in_the_figure_and_on_the_page(runs, tmp_path, monkeypatc
     assert labels[0] == f"{drawn[0]} − {drawn[1]}" and labels[-1] == f"{drawn[4]} − {drawn[5]}"
     page = (tmp_path / "out" / "compare.html").read_text()
     assert "&lt;script&gt;" in page and "<script" not in page
+    assert page.count(">$5 -1 p_hat</t") > 1  # in cells and as a column's head
     assert compare.figures.drawable("\udcff") == "\\udcff"
     assert not [str(warning.message) for warning in recwarn if "lyph" in str(warning.message)]
 

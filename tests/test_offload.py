@@ -661,6 +661,10 @@ def test_out_of_memory_names_the_flags(error, told, monkeypatch):
     )
     with pytest.raises(InputError if told else RuntimeError, match=expected):
         main(args)
+    if told:  # A script that trains nothing has no optimizer.
+        del args.optimizer_memory_gb
+        with pytest.raises(InputError, match=r"lower --micro-batch-tokens \(now 777\) \("):
+            main(args)
 
 
 def test_the_cpu_runs_out_of_memory_for_real(data, base, tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ import dataclasses
 import json
 
 from pairwise import cli
+from pairwise.weights import member_votes
 
-import harden
 import mean_variance
 import numpy as np
 import plurality
@@ -201,7 +201,7 @@ def test_layouts_follow_what_the_docstring_says(runs):
     mu, s = (x @ weights.T).T
     s, unit = np.exp(s)[:, None], x / np.linalg.norm(x, axis=1, keepdims=True)
     votes = {
-        layout: harden.evaluator.votes(mean_variance.candidates(weights, x, layout), a, b) / 2
+        layout: member_votes(mean_variance.candidates(weights, x, layout), a, b)
         for layout in mean_variance.LAYOUTS
     }
     z, distance = mean_variance.QUANTILES, mu[a] - mu[b]
