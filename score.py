@@ -18,9 +18,9 @@ import io
 import json
 
 from pairwise import cli, files, members, rows, run_dir, weights
+from pairwise import reward_model as rm
 
 import numpy as np
-import torch
 
 cli.import_evaluator()  # Where it is missing, that shows before a model is loaded.
 FIELDS = {"prompt": "messages", "responses": "json", "response_a": "text", "response_b": "text"}
@@ -87,7 +87,7 @@ def as_csv(scored, k):
 
 def main(args):
     """Score the questions of args.file with all members, and write what they say."""
-    torch.set_num_threads(args.threads)
+    rm.settle(args)
     others = set()
     questions = read_questions(args.file, others)
     out = args.out or args.file.with_name(rows.kind(args.file)[0] + "-scores.jsonl")

@@ -228,7 +228,7 @@ def main(args):
         words = "1 expected: --train head shares no work; leave out torchrun"
         raise cli.InputError(f"{count} processes found, {words}")
     run_dir.check_own_run(run)
-    stages.settle(args)
+    rm.settle(args)
     # The data and the ensemble so far are read before the base model is looked for.
     splits, _ = data.read_splits(run)
     targets = targets_of_stage(args, splits["train"])

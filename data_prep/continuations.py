@@ -85,7 +85,7 @@ def main(args):
     if run_dir.stage_done(run, "continuations", settings, inputs, [path]):
         print(f"continuations: {path} is there, skipped")
         return
-    torch.set_num_threads(args.threads)
+    reward_model.settle(args)
     model = sampling.load_language_model(args.base, args.device)
     rng = np.random.default_rng([args.seed, 3])
     drawn = sorted(rng.choice(len(prompt_id), count, replace=False).tolist())

@@ -44,7 +44,7 @@ def write_source(args, fingerprint, template):
 def main(args):
     """Score all splits and continuations with the model, unless that is done."""
     run, j, name, member = args.run, args.iteration, run_dir.member_name(args.iteration), None
-    stages.settle(args)
+    rm.settle(args)
     check_kind(run, j)
     splits, _ = data.read_splits(run)
     tokenizer = provenance.open_base(args, "--model")

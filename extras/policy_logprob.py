@@ -96,7 +96,7 @@ def main(args):
     if run_dir.stage_done(run, "logprob", settings, inputs, [path]):
         print(f"policy_logprob: {path} is there, skipped")
         return
-    torch.set_num_threads(args.threads)
+    reward_model.settle(args)
     model = sampling.load_language_model(args.base, args.device)
     encoded = encode(tokenizer, test)
     started = run_dir.begin_stage(run, "logprob", settings, inputs)

@@ -261,7 +261,7 @@ def shown_answers(row):
 
 
 def main(args):
-    torch.set_num_threads(args.threads)
+    rm.settle(args)
     prompts = read_prompts(args)
     examples, choices = read_examples(args.like) if args.like else ([], np.empty(0))
     alpha, settings = members.open_run(args, samples=True)

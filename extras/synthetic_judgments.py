@@ -162,7 +162,7 @@ def main(args):
     if later := run_dir.stages(run).keys() - {"data", "judgments"}:
         order = "judgments come first, right after the data, in another --run"
         raise cli.InputError(f"{path}: {min(later)} was made from it already; {order}")
-    torch.set_num_threads(args.threads)
+    reward_model.settle(args)
     model = sampling.load_language_model(args.base, args.device)
     for row in rows:  # Every question must fit before the first is asked.
         for asked in questions(template, row, args.orders):

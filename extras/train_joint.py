@@ -148,7 +148,7 @@ def main(args):
     if args.check:
         return
     run = args.run
-    stages.settle(args)
+    rm.settle(args)
     splits, _ = data.read_splits(run)
     texts, continuations = stages.texts_of(splits), run_dir.read_continuations(run)
     tokenizer = provenance.open_base(args)

@@ -79,4 +79,5 @@ def score(run, settings, questions, args):
         bases.tell_cut(directory, cut, sequences)
         member, tokens = load(run, j, base, tokenizer, dtype, args.device), args.micro_batch_tokens
         rewards.append(rm.score_sequences(member, sequences, tokens, f"member {j}"))
+        del member  # Two are too much for a card.
     return np.stack(rewards)

@@ -4,6 +4,7 @@ Parameters may be BF16; the head, the rewards and everything after them are floa
 """
 
 import argparse
+import os
 import time
 from dataclasses import dataclass
 
@@ -77,6 +78,18 @@ def add_flags(parser):
     add("--threads", type=cli.threads, default=cli.default_threads(), help=words)
     words = "cpu or cuda (default: cuda where there is one)"
     add("--device", type=device, default=device(), help=words)
+
+
+def settle(args):
+    """Use the threads and the GPU asked for, and nothing that the seed does not decide."""
+    torch.set_num_threads(args.threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # It would fill every new tensor first, in a kernel each; all are written before they are read.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cuda.matmul.allow_tf32 = False  # Some images of a GPU's maker set it.
+    if args.device != "cpu":
+        torch.cuda.set_device(torch.device(args.device).index or 0)
 
 
 def add_tokens_flag(parser):

@@ -14,15 +14,6 @@ import numpy as np
 import torch
 
 
-def settle(args):
-    """Use the threads asked for, and nothing that the seed does not decide, on a GPU too."""
-    torch.set_num_threads(args.threads)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # It would fill every new tensor first, in a kernel each; all are written before they are read.
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
 def texts_of(splits):
     """Return {split: (messages (P,), responses (P,) lists of str)}."""
     return {name: (split.messages, split.responses) for name, split in splits.items()}

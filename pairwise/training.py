@@ -6,10 +6,9 @@ The objectives are the scripts' own: train_rm.py has the method's.
 import contextlib
 import json
 import math
-import sys
 import time
 
-from pairwise import cli, provenance
+from pairwise import bases, cli, provenance
 from pairwise import reward_model as rm
 from pairwise.scale import budget, packed, parallel
 from pairwise.scale.offload import SOAP, Offload
@@ -111,7 +110,7 @@ def make_optimizer(groups, args, memory):
 def in_one_order():
     """Have a GPU add up the gradients of attention in one order, so that the seed decides them.
 
-    torch does only while it may take no algorithm without one (stages.settle lets it, with a
+    torch does only while it may take no algorithm without one (rm.settle lets it, with a
     warning), and then raises a RuntimeError where it knows no other."""
     lenient = torch.is_deterministic_algorithms_warn_only_enabled()
     before = torch.are_deterministic_algorithms_enabled()
@@ -133,7 +132,7 @@ def has_one_order(reward_model, sequences):
         if "deterministic" not in str(error):
             raise
         words = "gradients may differ in their last bits from run to run"
-        print(f"training: warning: {words} ({cli.first_line(error)[:150]})", file=sys.stderr)
+        bases.tell(f"training: warning: {words} ({cli.first_line(error)[:150]})")
         return False
     finally:
         reward_model.model.zero_grad()

@@ -2,12 +2,15 @@
 through weights, report and score.py.
 """
 
+import gc
 import json
 import os
 import shutil
+import weakref
 
 import evaluate
 import score
+from pairwise import existing
 from pairwise.cli import InputError
 from pairwise.data import read_split
 
@@ -184,7 +187,18 @@ def questions(run, path):
     return path
 
 
-def test_score(ensemble, tmp_path):
+def test_score(ensemble, tmp_path, monkeypatch):
+    """One model after the other: a card may have no room for two."""
+    seen, load = [], existing.load
+
+    def alone(*args):
+        gc.collect()
+        assert all(weight() is None for weight in seen)
+        model = load(*args)
+        seen.append(weakref.ref(next(model.model.parameters())))
+        return model
+
+    monkeypatch.setattr(existing, "load", alone)
     path = questions(ensemble, tmp_path / "mine.jsonl")
     score.main(score.parse_args([str(path), "--run", str(ensemble), *FLAGS]))
     rows = [json.loads(line) for line in (tmp_path / "mine-scores.jsonl").read_text().splitlines()]
@@ -193,6 +207,7 @@ def test_score(ensemble, tmp_path):
         np.stack([rewards(ensemble, j) for j in (1, 2, 3)], 1),
         atol=1e-6,
     )
+    assert len(seen) == 3
 
 
 def test_an_existing_model_is_not_exported(ensemble, base):

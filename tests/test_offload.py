@@ -16,7 +16,7 @@ import pairwise
 import train_rm
 from pairwise import training
 from pairwise.cli import InputError
-from pairwise.scale import offload
+from pairwise.scale import checkpoint, offload
 from pairwise.scale.checkpoint import Checkpoints
 from pairwise.scale.offload import (
     BUFFERS,
@@ -791,3 +791,17 @@ def test_how_a_card_s_memory_is_mapped(name, monkeypatch):
     importlib.reload(pairwise)
     ours = {} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     assert dict(os.environ) == before | ours
+
+
+def test_random_states_of_more_cards_than_are_here(monkeypatch):
+    """A checkpoint may be continued on fewer; those of the first ones are theirs."""
+    found = []
+    for name, value in (("is_available", True), ("device_count", 2), ("get_rng_state_all", "ab")):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", found.append)
+    states = checkpoint._random_state()
+    assert [*states] == ["cpu", "cuda 0", "cuda 1"]
+    for here in (1, 2, 3):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda here=here: here)
+        checkpoint._set_random_state(states)
+    assert found == [["a"], ["a", "b"], ["a", "b"]]

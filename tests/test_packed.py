@@ -10,7 +10,7 @@ from pairwise import chats, members, sampling
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
-from pairwise.scale import packed
+from pairwise.scale import norms, packed
 from pairwise.scale.recompute import recompute_activations
 
 import numpy as np
@@ -484,6 +484,16 @@ def test_a_base_with_other_layers_is_padded(name, capsys, mixed):
         torch.testing.assert_close(
             rm.rewards_of_batch(model, mixed), alone(model, mixed), atol=1e-5, rtol=0
         )
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_norms_of_a_base_with_other_layers(name, mixed):
+    """As on a GPU: those that take a gate stay as they are."""
+    model = build(HYBRIDS[name])
+    with torch.no_grad():
+        before = rm.rewards_of_batch(model, mixed)
+        norms.use_kernels(model.model)
+        torch.testing.assert_close(rm.rewards_of_batch(model, mixed), before, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", HYBRIDS)

@@ -8,6 +8,7 @@ import json
 import pickle
 import shutil
 import signal
+from types import SimpleNamespace
 
 from pairwise import chats, existing, members, pretrained, provenance, sampling
 from pairwise import reward_model as rm
@@ -716,3 +717,17 @@ def test_devices_that_are_not_there(name):
     with pytest.raises(argparse.ArgumentTypeError, match=f"{name} found, cpu"):
         rm.device(name)
     assert rm.device("cpu") == "cpu"
+
+
+def test_what_settles_a_script(monkeypatch):
+    """Threads, the GPU that is meant, and nothing that two calls could do differently."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    found = []
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        rm.settle(SimpleNamespace(threads=1, device=device))
+    assert found == [0, 1]
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.backends.cuda.matmul.allow_tf32
+    torch.set_num_threads(before[0])
+    torch.use_deterministic_algorithms(before[1])

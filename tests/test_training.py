@@ -77,7 +77,7 @@ def model(base, tokenizer):
 
 @pytest.fixture
 def lenient():
-    """As stages.settle sets it; what it was before comes back."""
+    """As reward_model.settle sets it; what it was before comes back."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -9,6 +9,7 @@ it is used: that takes two seconds, for which other kinds of training need not w
 import copy
 import functools
 import math
+import weakref
 from pathlib import Path
 
 from pairwise import cli, files, pretrained
@@ -41,7 +42,8 @@ def add(model, rank, alpha, dtype=None):
             layer.lora_A.to(dtype), layer.lora_B.to(dtype)
             is_plain = type(layer.base_layer) is torch.nn.Linear
             if is_plain and layer.base_layer.weight.dtype == dtype == torch.bfloat16:
-                layer.forward = functools.partial(_forward, layer)
+                # Of itself it would keep the base's weights when the model is dropped.
+                layer.forward = functools.partial(_forward, weakref.proxy(layer))
 
 
 def _forward(layer, x):

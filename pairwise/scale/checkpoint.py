@@ -183,4 +183,5 @@ def _random_state():
 def _set_random_state(states):
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([states[f"cuda {i}"] for i in range(len(states) - 1)])
+        cards = min(len(states) - 1, torch.cuda.device_count())  # It may go on with fewer.
+        torch.cuda.set_rng_state_all([states[f"cuda {i}"] for i in range(cards)])

@@ -4,6 +4,8 @@ On an H100 these take 9 % of a layer's time (benchmarks/card-h100-80gb.json, par
 """
 
 import functools
+import inspect
+import weakref
 
 import torch
 from torch.nn.functional import rms_norm
@@ -12,11 +14,13 @@ from torch.nn.functional import rms_norm
 @torch.no_grad()
 def use_kernels(model):
     """Let every norm x / rms(x) * weight of a transformers model be torch's kernel, which rounds
-    once where theirs rounds twice; return how many are. Norms of another formula stay theirs."""
+    once where theirs rounds twice; return how many are. Norms of another formula stay theirs, and
+    those that are given more than x, as a gate is."""
     norms = [x for x in model.modules() if hasattr(x, "variance_epsilon") and hasattr(x, "weight")]
-    own = [norm for norm in norms if _agrees(norm)]
+    plain = [norm for norm in norms if len(inspect.signature(norm.forward).parameters) == 1]
+    own = [norm for norm in plain if _agrees(norm)]
     for norm in own:
-        norm.forward = functools.partial(_forward, norm)
+        norm.forward = functools.partial(_forward, weakref.proxy(norm))
     return len(own)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
 
 from pairwise import cli
+from pairwise.scale import parallel
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -245,6 +246,9 @@ def _attend(q, k, v, mask, scaling, softcap):
     """Attend in one segment: q (1, H, t, d), k and v (1, H_kv, s, d) -> (1, H, t, d)."""
     groups = q.shape[1] // k.shape[1]
     if softcap is None:
+        # For these a GPU has no fused kernel with fewer heads of keys than of queries.
+        if groups > 1 and q.is_cuda and (torch.is_tensor(mask) or q.dtype == torch.float32):
+            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
         options = {"is_causal": isinstance(mask, str), "scale": scaling, "enable_gqa": groups > 1}
         mask = None if options["is_causal"] else mask
         return scaled_dot_product_attention(q, k, v, mask, **options)
@@ -371,7 +375,8 @@ def prepare(model):
             if hook is not None:
                 hook.remove()
     words = f"{type(model).__name__}: sequences are padded, not packed ({reason})"
-    print(words, file=sys.stderr)  # Standard output may be JSON.
+    if parallel.rank() == 0:
+        print(words, file=sys.stderr)  # Standard output may be JSON.
     return None
 
 
