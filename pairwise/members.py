@@ -283,9 +283,8 @@ def open_run(args, samples=False):
     """Return the weights of all members, float64 (K,), and the run's settings, of member 1.
 
     The settings have the base as it is found now, where it is needed, and the run's date; args gets
-    its --micro-batch-tokens, where none were given. samples:
-    the base is needed to sample from. Raises InputError where members or weights are missing, or
-    the base is another."""
+    its micro_batch_tokens, where none were given. samples: the base is needed to sample from.
+    Raises InputError where members or weights are missing, or the base is another."""
     run = args.run
     args.micro_batch_tokens = args.micro_batch_tokens or rm.default_tokens(args.device)
     alpha = run_dir.read_weights(run, run_dir.count_members(run))
