@@ -376,7 +376,8 @@ def test_all_parameters_on_the_front_page():
 
 def test_rates_of_gemma_on_writing():
     """Its first split is that of the frozen base."""
-    rows = committed("writing_gemma_full.csv")
+    every = committed("writing_gemma_full.csv")
+    rows = [row for row in every if row["k"] == "1"]
     assert [float(row["lr"]) for row in rows] == [1e-4, 3e-4, 1e-3]
     valid, test = (
         [float(row[name]) for row in rows] for name in ("soft_single_valid", "soft_single")
@@ -385,10 +386,19 @@ def test_rates_of_gemma_on_writing():
         committed("writing_gemma_head.csv"), "soft_single", run="writing_gemma_mse_0", k="1"
     )
     cells = ["{}, {} and {}".format(*map(short, figures)) for figures in (valid, test)]
-    words = f"it has {cells[0]} on the 18 validation prompts, {cells[1]} on test prompts, where the"
-    assert f"{words} frozen base has {short(head.item())}." in TEXT
+    words = f"first has {cells[0]} on the 18 validation prompts, {cells[1]} on test prompts, where"
+    assert f"{words} the frozen base has {short(head.item())}." in TEXT
     chosen = valid.index(min(valid))
     assert f"choose is {short(test[chosen] - test[chosen - 1])} worse on test prompts" in TEXT
+    four = [row for row in every if row["lr"] == rows[chosen]["lr"]]
+    assert [row["k"] for row in four] == [*"1234"]
+    names = "brier_valid", "brier"
+    cells = ["{}, {}, {} and {}".format(*(short(float(x[n])) for x in four)) for n in names]
+    assert f"{cells[0]} on validation prompts, {cells[1]} on test prompts" in TEXT
+    above = short(float(four[3]["brier"]) - float(four[3]["coin_flip"]))
+    frozen = column(committed("writing_gemma_head.csv"), "brier", run="writing_gemma_mse_0", k="4")
+    words = f"({above} above it [-.0240, +.0534]), and above four of the frozen base"
+    assert f"{words} ({short(frozen.item())})." in TEXT
     [split] = committed_splits("writing_gemma_full")
     first = committed_splits("writing_gemma_head")[0]
     assert (split["valid"], split["test"]) == (first["valid"], first["test"])
