@@ -127,7 +127,8 @@ RUN=${RUN:-runs/$NAME} BASE=${BASE:-${BASE_HERE/#RUN/"$RUN"}} PROMPTS=${PROMPTS:
 case $SCRIPT$JOINT$HEAD in demo11 | personalllm?1 | binary1?) FLAGS='' ;; esac # of others
 TRAIN=("${MODEL[@]}" $FLAGS "${TRAIN[@]}")
 [[ ${#PRISM[@]} = 0 || $FROM = prism && $PROMPTS != 0 ]] || fail "--prism-source: no PRISM prompt is needed"
-[[ $PROMPTS != 0 || $DATASET = demo || ${#SAMPLING[@]} = 0 ]] || fail "${SAMPLING[0]}: nothing is sampled; --continuations 50, say"
+[[ $PROMPTS != 0 || $DATASET = demo || ${#SAMPLING[@]} = 0 ]] ||
+    fail "${SAMPLING[0]}: nothing is sampled; --continuations 50, say"
 [[ -z $STOP || $VALID = *[1-9]* ]] || fail "$STOP needs validation prompts: --valid-share 0.1, say"
 
 # ---- the environment, then the training's flags: a wrong one fails before anything runs

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What this does on a card, measured in at most 9 minutes, part by part, the most valuable first.
-#     bash benchmarks/card.sh [PART ..] [--small]         (default: a1 c b2 e f d a2 b1 l; card.py says what)
+#     bash benchmarks/card.sh [PART ..] [--small]     (default: a1 c b2 e f d a2 b1 l; see card.py)
 #
 # It writes benchmarks/card-NAME.json, NAME from the card's name, "cpu" without one: a part's numbers
 # while it runs and when it ends, and of one that failed or ran out of time the reason. Numbers of
@@ -30,7 +30,8 @@ fi
 # Seconds that a part is expected to take on an H100 with an 8B base (base, a1 and f have been
 # measured), and those after which it is stopped.
 declare -A TAKES=([base]=35 [a1]=160 [a2]=160 [b1]=90 [b2]=60 [c]=60 [f]=60 [e]=90 [l]=140 [d]=200)
-declare -A LIMIT=([base]=120 [a1]=200 [a2]=200 [b1]=120 [b2]=110 [c]=120 [f]=90 [e]=180 [l]=180 [d]=300)
+declare -A LIMIT=([base]=120 [a1]=200 [a2]=200 [b1]=120 [b2]=110 [c]=120 [f]=90 [e]=180 [l]=180)
+LIMIT[d]=300
 parts=() flags=(--out "${OUT:-$ROOT/benchmarks}" ${GIB:+--gib "$GIB"})
 for word in "$@"; do
     case $word in
@@ -65,7 +66,8 @@ for part in "${parts[@]}"; do
     left=$((END - SECONDS)) limit=${LIMIT[$part]}
     [ "$limit" -le "$left" ] || limit=$left
     if [ "$left" -lt "${TAKES[$part]}" ]; then
-        card -- --ended skipped "about ${TAKES[$part]} seconds needed, $left left of ${MINUTES:-9} minutes"
+        words="about ${TAKES[$part]} seconds needed, $left left of ${MINUTES:-9} minutes"
+        card -- --ended skipped "$words"
         continue
     fi
     code=0 begun=$SECONDS
@@ -75,7 +77,8 @@ for part in "${parts[@]}"; do
         124) card -- --ended failed "out of time: stopped after $limit seconds" ;;
         137) # Also what is inside a call of the driver when time is up, and does not stop.
             words="killed, as where memory runs out"
-            [ $((SECONDS - begun)) -lt "$limit" ] || words="out of time: killed after $limit seconds"
+            [ $((SECONDS - begun)) -lt "$limit" ] ||
+                words="out of time: killed after $limit seconds"
             card -- --ended failed "$words" ;;
         *) card -- --ended failed "exit code $code" ;;
     esac

@@ -211,8 +211,7 @@ def link():
 
 
 def checks(card):
-    torch.use_deterministic_algorithms(True, warn_only=True)  # as train_rm.py does
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    rm.settle(SimpleNamespace(threads=torch.get_num_threads(), device=card.device))
     wrong = check_packing(card) + check_paging(card)
     card.keep(linear_algebra=linear_algebra(card))
     if wrong:

@@ -9,6 +9,7 @@ adapters.
 import functools
 import importlib
 import time
+from types import SimpleNamespace
 
 from pairwise import reward_model as rm
 from pairwise.scale import adapter, norms
@@ -244,8 +245,7 @@ def layers(card):
     if card.device == "cuda":
         with profile(activities=[ProfilerActivity.CUDA]):  # before there is much on the card
             torch.zeros(1, device="cuda")
-        torch.use_deterministic_algorithms(True, warn_only=True)  # as train_rm.py does
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        rm.settle(SimpleNamespace(threads=torch.get_num_threads(), device=card.device))
     found, first = {}, {}
 
     def add(name, change, tokens, profiled=False):

@@ -55,7 +55,8 @@ def short(x):
 
 def pretty(text):
     """Write plain-text mathematics as a page or a figure shows it."""
-    text = text.replace("p_hat", "p̂").replace("C_hat", "Ĉ").replace("^2", "²").replace(" - ", " − ")
+    text = text.replace("p_hat", "p̂").replace("C_hat", "Ĉ")
+    text = text.replace("^2", "²").replace(" - ", " − ")
     return re.sub(r"(?<![\w-])-(?=\.?\d)", "−", text)  # the sign of a number
 
 

@@ -94,7 +94,8 @@ def settle(args):
 
 def add_tokens_flag(parser):
     """Add --micro-batch-tokens, whose default, None, stands for `default_tokens`."""
-    words = "tokens run in one forward pass (default 8192; on a CPU 1024)"
+    usual = f"default {default_tokens('cuda')}; on a CPU {default_tokens('cpu')}"
+    words = f"tokens run in one forward pass ({usual})"
     parser.add_argument("--micro-batch-tokens", type=cli.natural, help=words)
 
 
