@@ -24,6 +24,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY / name) for name in ("", "extras", "data_prep", "experiments")]
 os.environ.pop("PAIRWISE_COMMAND", None)
 os.environ["PAIRWISE_CACHE"] = ""  # off, in what the tests start too
+# Ask no name server (glibc): torch asks for the name of each process that connects, a hundred times
+# in test_parallel.py, and one that answers late held it for minutes.
+os.environ["RES_OPTIONS"] = "attempts:0"
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 64,
