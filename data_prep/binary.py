@@ -174,7 +174,7 @@ def parse_args(argv=None):
     add("--test", required=True, type=cli.path, metavar="FILE", help=test_help)
     votes_help = "how the votes of the test split arose"
     add("--votes", choices=data.VOTE_KINDS, default="dependent", help=votes_help)
-    parser.set_defaults(min_votes=1, cnndm="drop")
+    parser.set_defaults(min_votes=1, cnndm="drop", repeated="count")
     return parser.parse_args(argv)
 
 

@@ -8,7 +8,9 @@ info {id, post, title, subreddit, article, ..}, summaries [{text, ..}, {text, ..
 worker, batch. Rows of one post and the same two summaries, in either order, are added up. The
 official split is kept, its validation as test.
 
-Most comparisons have one label; the paper keeps those with two or more. Some validation rows are
+Most comparisons have one label; the paper keeps those with two or more. Whether it counts a worker
+who labelled the same two summaries again it does not say: --repeated last takes the last label, and
+counts one without a worker. Some validation rows are
 about CNN/DM news articles: the paper speaks of "a Reddit post (or article)" under the name Reddit
 TL;DR, so they are left out unless --cnndm keep.
 """
@@ -25,7 +27,7 @@ DATA = published.Published(
     options={"data_files": FILES, "revision": "refs/convert/parquet"},
     files="comparisons/train and comparisons/validation (revision refs/convert/parquet)",
     rows={"train": 92858, "validation": 86086},
-    fields=("info", "summaries", "choice", "batch", "split"),
+    fields=("info", "summaries", "choice", "worker", "batch", "split"),
 )
 # Of a row's own split, where the file's name says nothing.
 OUR_SPLITS = {"train": "train", "valid1": "test", "valid2": "test"}
@@ -72,12 +74,16 @@ def comparisons(source_rows, args):
         if split is None and row.get("split"):
             split = OUR_SPLITS[rows.one_of(where, "split", row["split"], OUR_SPLITS)]
         post = None if info.get("id") is None else rows.string(where, "info: id", info["id"])
-        votes = (1 - choice, choice, 0)
-        yield prompts.Comparison(post, messages, first, second, *votes, split=split, where=where)
+        worker = row.get("worker") if args.repeated == "last" else None
+        if worker is not None:
+            worker = rows.string(where, "worker", worker)
+        votes, of_worker = (1 - choice, choice, 0), {"annotator": worker, "replaces": True}
+        source = {"split": split, "where": where}
+        yield prompts.Comparison(post, messages, first, second, *votes, **source, **of_worker)
 
 
 def main(args):
-    choices = {"cnndm": ("drop", "keep")}
+    choices = {"cnndm": ("drop", "keep"), "repeated": ("count", "last")}
     published.prepare_published(args, DATA, comparisons, "sampled", PAPER, choices)
 
 
@@ -85,6 +91,10 @@ def parse_args(argv=None):
     parser = published.parser(__doc__)
     cnndm_help = "rows about CNN/DM articles"
     parser.add_argument("--cnndm", choices=("drop", "keep"), default="drop", help=cnndm_help)
+    repeated_help = "a worker's second label on two summaries"
+    parser.add_argument(
+        "--repeated", choices=("count", "last"), default="count", help=repeated_help
+    )
     return parser.parse_args(argv)
 
 

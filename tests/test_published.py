@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import itertools
 import json
 import os
 import subprocess
@@ -209,7 +210,10 @@ def helpsteer3(context, first, second, scores, domain="general", language="engli
     }
 
 
-def tldr(post, first, second, choice, batch="batch3", split="train"):
+WORKERS = itertools.count()
+
+
+def tldr(post, first, second, choice, batch="batch3", split="train", worker=None):
     info = {
         "id": f"t3_{post}",
         "post": f"Post {post}.\n",
@@ -235,7 +239,7 @@ def tldr(post, first, second, choice, batch="batch3", split="train"):
         "info": info,
         "summaries": summaries,
         "choice": choice,
-        "worker": "w1",
+        "worker": worker or f"w{next(WORKERS)}",
         "batch": batch,
         "split": split,
         "extra": {"confidence": None},
@@ -774,8 +778,29 @@ def test_tldr(tmp_path, cnndm):
             stats, splits, votes, dropped | {"label on a CNN/DM article": 3}, n, majority, test=test
         )
     assert stats["votes"] == "sampled" and stats["cnndm"] == cnndm
-    assert list(stats["other_readings"]) == [f"--cnndm {'keep' if cnndm == 'drop' else 'drop'}"]
+    other = f"--cnndm {'keep' if cnndm == 'drop' else 'drop'}"
+    assert list(stats["other_readings"]) == [other, "--repeated last"]
     assert {row["prompt_id"] for row in splits["test"]} >= {"t3_v1", "t3_v2"}
+
+
+def test_a_worker_who_labels_twice_counts_once_with_repeated_last(tmp_path):
+    rows = [
+        tldr("t1", "apple", "pear", 0, worker="w1"),
+        tldr("t1", "apple", "pear", 0, worker="w2"),
+        tldr("t1", "pear", "apple", 0, worker="w1"),  # for pear, in place of the first
+        *[tldr("t1", "apple", "pear", 1) | {"worker": None}] * 2,
+        tldr("t1", "apple", "fig", 0, worker="w1"),
+        tldr("t1", "apple", "fig", 0, worker="w2"),
+    ]
+    source = folder(tmp_path / "source", {"train": rows, "validation": TLDR["validation"]})
+    splits, stats = convert("tldr", tmp_path / "count", source)
+    assert by_texts(splits)[post("t1"), "apple", "pear"] == (2, 3, 0)
+    reading = stats["other_readings"]["--repeated last"]
+    assert stats["here"]["annotators_mean"] == 3.0 and reading["annotators_mean"] == 2.75
+    splits, stats = convert("tldr", tmp_path / "last", source, "--repeated", "last")
+    assert by_texts(splits)[post("t1"), "apple", "pear"] == (1, 3, 0)
+    assert stats["here"] == reading and stats["repeated"] == "last"
+    assert stats["dropped"]["earlier vote of the same annotator"] == 1
 
 
 def test_min_votes_1_keeps_train_pairs_of_one_label(tmp_path):
