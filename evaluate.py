@@ -110,11 +110,10 @@ def hash_inputs(run, stored):
     paths += [soft_model.source_path(run, name) for name in stored.splits]
     paths += sorted((run / "logs").glob("[!.]*.jsonl"))
     hashes = {str(x.relative_to(run)): files.hash_file(x) for x in paths if x.exists()}
-    code = [path for pattern in CODE for path in sorted(cli.REPOSITORY.glob(pattern))]
     before = [entry for name, entry in run_dir.stages(run).items() if name != "evaluate"]
     if edited := [name for entry in before for name in entry.get("edited", [])]:
         hashes["edited by hand"] = ", ".join(edited)  # The report says so.
-    return data.hashes(run) | hashes | {path.name: files.hash_file(path) for path in code}
+    return data.hashes(run) | hashes | run_dir.hash_code(*CODE)
 
 
 def refitted_weights(split, rewards, sizes, resamples, seed):

@@ -15,6 +15,8 @@ from pairwise import cli, data, files, run_dir, weights
 import numpy as np
 
 evaluator = cli.import_evaluator()
+# The weights are fitted again when one of these changes.
+CODE = "fit_weights.py", "pairwise/weights.py", "csrc/*.[ch]pp"
 STOP = 3  # exit code of --early-stop where no further member is worth training
 
 
@@ -92,7 +94,7 @@ def main(args):
     run, path = args.run, args.run / "weights.json"
     split, k = data.read_split(run, "train"), run_dir.count_members(run)
     rewards = run_dir.read_rewards(run, "train", k, (split.n_responses,))
-    inputs = data.hashes(run) | run_dir.hash_rewards(run, k)
+    inputs = data.hashes(run) | run_dir.hash_rewards(run, k) | run_dir.hash_code(*CODE)
     check_kind(run)
     if run_dir.unchanged(run, "weights", {}, inputs, [path]):
         print(f"weights: {path} is up to date, skipped")

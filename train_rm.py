@@ -9,6 +9,8 @@ scores every response. It writes RUN/member_0j, RUN/rewards/0j_SPLIT.npy and RUN
 GPUs: torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node N -- train_rm.py --run ..
 """
 
+import hashlib
+import inspect
 import time
 
 from pairwise import (
@@ -114,6 +116,17 @@ def margin_of(split, source):
 def formula(function):
     """Return the formula of a target or a loss: its docstring up to the colon, or its name."""
     return (function.__doc__ or function.__name__).split(": ")[0]
+
+
+def hash_code(args):
+    """Return {name: SHA-256} of the code of target and loss: a run's members share it."""
+    functions = {"target": TARGETS[args.target], "loss": LOSSES[args.loss]}
+    return {
+        f"code of --{flag} {getattr(args, flag)}": hashlib.sha256(
+            inspect.getsource(function).encode()
+        ).hexdigest()
+        for flag, function in functions.items()
+    }
 
 
 # ---- the stage
@@ -236,10 +249,11 @@ def main(args):
     bases.check_trainable(args.base, args.train)
     base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+    inputs = base_inputs | hash_code(args)
     if first := run_dir.first_with_model(run, j):  # trained members differ in their residual only
         before = run_dir.hash_rewards(run, first - 1)
-        run_dir.must_agree(run, run_dir.member_name(first), settings, base_inputs | before)
-    inputs = base_inputs | run_dir.hash_rewards(run, j - 1)
+        run_dir.must_agree(run, run_dir.member_name(first), settings, inputs | before)
+    inputs |= run_dir.hash_rewards(run, j - 1)
     stage = (run, name, settings, inputs)
     texts = run_dir.read_continuations(run)
     # These two decide which collective calls a process makes: one that others do not make waits.
@@ -276,7 +290,10 @@ def parse_args(argv=None):
     add("--lora-rank", type=cli.natural, help="of adapters on all linear layers (default 16)")
     add("--lora-alpha", type=cli.positive, help="over the rank: their scale (default 2 x rank)")
     words = "; ".join(f"{name}: {formula(loss)}" for name, loss in LOSSES.items())
-    words += ". The last two have no residual: --iteration 1 or --target p; tied votes are dropped"
+    words += (
+        f". {' and '.join(sorted(ON_MAJORITY))} have no residual: --iteration 1 or --target p; "
+    )
+    words += "tied votes are dropped"
     add("--loss", choices=tuple(LOSSES), default="mse", help=words)
     words = "--loss margin takes m from the votes (default) or extras/synthetic_judgments.py's"
     add("--margin-from", choices=("votes", "judgments"), help=words)

@@ -34,6 +34,8 @@ from pairwise import cli, data, files, levels, run_dir, soft_model, weights
 import numpy as np
 from scipy.optimize import brentq
 
+# A run is hardened again when one of these changes.
+CODE = "extras/harden.py", "pairwise/levels.py", "pairwise/soft_model.py"
 MOST_PAIRS = 10_000  # A layout is fitted to so many pairs; more change nothing that shows.
 EQUAL_WIDTHS = np.geomspace(1, 12, 40)  # widths that the layout `equal` chooses from
 
@@ -349,7 +351,7 @@ def main(args):
     settings = {"k": k, "layout": args.layout, "source": source}
     paths = [run_dir.reward_path(run, j, name) for j in range(1, trained + 1) for name in rewards]
     hashes = {str(path.relative_to(run)): files.hash_file(path) for path in paths}
-    inputs = data.hashes(run) | hashes
+    inputs = data.hashes(run) | hashes | run_dir.hash_code(*CODE)
     outputs = [out / "weights.json", out / "members.json", soft_model.source_path(out, "test")]
     if run_dir.unchanged(out, "harden", settings, inputs, outputs):
         print(f"harden: {out} is up to date, skipped")

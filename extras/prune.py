@@ -128,7 +128,7 @@ def main(args):
     split, k = data.read_split(run, "train"), run_dir.count_members(run)
     rewards = run_dir.read_rewards(run, "train", k, (split.n_responses,))
     alpha, settings = run_dir.read_weights(run, k), {"prune": args.beta}
-    inputs = hash_copied(run)
+    inputs = hash_copied(run) | run_dir.hash_code("extras/prune.py")
     inputs["weights.json"] = files.hash_file(run / "weights.json")
     if run_dir.unchanged(out, "weights", settings, inputs, [out / "weights.json"]):
         print(f"prune: {out} is up to date, skipped")

@@ -165,13 +165,22 @@ def unchanged(run, stage, settings, inputs, outputs):
     return True
 
 
+def hash_code(*patterns):
+    """Return {name: SHA-256} of files of the repository, named by glob's patterns: inputs of a
+    stage that is to be done again when its code has changed."""
+    paths = [path for pattern in patterns for path in sorted(cli.REPOSITORY.glob(pattern))]
+    return {path.name: files.hash_file(path) for path in paths}
+
+
 def begin_stage(run, stage, settings, inputs, rewrites=()):
     """Enter `stage` in the manifest as begun, and return the start time for end_stage.
 
     This process keeps `run` until it ends. rewrites: paths in the run, outputs of other stages that
-    this one will change; their hashes count no more. Raises InputError where another process has
-    the run, or has done this stage since `stage_done` or `unchanged` looked.
+    this one will change; their hashes count no more. Raises InputError where `run` is no directory,
+    and where another process has it, or has done this stage since `stage_done` or `unchanged`
+    looked.
     """
+    check_directory("run", run)
     run.mkdir(parents=True, exist_ok=True)
     lock(run)
     now = stages(run).get(stage)
@@ -292,8 +301,16 @@ def output(text):
     return path
 
 
+def check_directory(flag, path):
+    """Raise InputError where something else than a directory is at the path of --flag."""
+    if not path.is_dir() and (path.exists() or path.is_symlink()):
+        found = "a link to nothing" if path.is_symlink() else "a file"
+        raise cli.InputError(f"--{flag} {path}: {found} found, a directory expected")
+
+
 def check_no_run(out):
-    """Raise InputError where the directory of --out is a run."""
+    """Raise InputError where --out is no directory, or is a run."""
+    check_directory("out", out)
     if is_run(out):
         words = "another run directory found; its own results stay as they are"
         raise cli.InputError(f"--out {out}: {words}")

@@ -101,8 +101,8 @@ def trained_on_p(run):
     a soft model of them."""
     if run_dir.kind_of(run, beneath=True) in ("joint", "existing", "imported"):
         return False
-    settings = run_dir.stages(run).get(run_dir.member_name(1), {}).get("settings", {})
-    return settings.get("loss", "mse") in ("mse", "bce")
+    # train_rm.py counts tied pairs for losses on majority labels alone.
+    return "tied_pairs" not in run_dir.stages(run).get(run_dir.member_name(1), {})
 
 
 class Models(NamedTuple):

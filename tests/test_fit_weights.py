@@ -6,7 +6,7 @@ import json
 import shutil
 
 import fit_weights
-from pairwise import weights
+from pairwise import cli, weights
 from pairwise.cli import InputError
 from pairwise.data import write_split
 from pairwise.files import write_json
@@ -14,6 +14,7 @@ from pairwise.files import write_json
 import numpy as np
 import prune
 import pytest
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
@@ -375,6 +376,22 @@ def test_stage_is_skipped_repeatable_and_made_again_for_another_member(run, caps
     assert fit(run)[:3] == first and "k=4" in capsys.readouterr().out
     np.save(run / "rewards" / "01_train.npy", np.arange(18, dtype=np.float32))
     assert fit(run)[0] != first[0] and "skipped" not in capsys.readouterr().out
+
+
+def test_stage_is_made_again_for_other_code(run, tmp_path, monkeypatch, capsys):
+    fit(run)
+    for name in ("fit_weights.py", "pairwise/weights.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    shutil.copytree(REPOSITORY / "csrc", tmp_path / "csrc")
+    monkeypatch.setattr(cli, "REPOSITORY", tmp_path)
+    capsys.readouterr()
+    fit(run)
+    assert "up to date, skipped" in capsys.readouterr().out
+    with open(tmp_path / "pairwise" / "weights.py", "a", encoding="utf-8") as code:
+        code.write("# another line\n")
+    fit(run)
+    assert "skipped" not in capsys.readouterr().out
 
 
 def rewards_with(value):

@@ -160,8 +160,16 @@ def test_the_loss_that_is_logged(judged, base, tmp_path, capsys, kind, name, fla
     )
 
 
-@pytest.mark.parametrize("name, soft", [("bce", True), ("bt", False), ("margin", False)])
+def absolute(d, t, m):
+    """|t - sigmoid(d)|: a loss of one's own."""
+    return (t - torch.sigmoid(d)).abs()
+
+
+@pytest.mark.parametrize(
+    "name, soft", [("bce", True), ("bt", False), ("margin", False), ("absolute", True)]
+)
 def test_a_baseline_from_training_to_metrics(judged, base, tmp_path, name, soft, monkeypatch):
+    monkeypatch.setitem(train_rm.LOSSES, "absolute", absolute)
     run = fresh(judged, tmp_path)
     train(run, base, *HEAD, "--loss", name)
     fit(run)
@@ -234,6 +242,31 @@ def test_a_run_refuses_another_loss(judged, base, tmp_path):
     ):
         with pytest.raises(InputError, match=said):
             train(run, base, *HEAD, *ONE_STEP, *flags)
+
+
+def test_a_run_refuses_an_edit_of_its_loss_or_target(judged, base, tmp_path, monkeypatch):
+    """The function is another under the same name; under a new one it is for another run."""
+    run, flags = fresh(judged, tmp_path), (*HEAD, *ONE_STEP, "--loss", "absolute")
+    monkeypatch.setitem(train_rm.LOSSES, "absolute", absolute)
+    train(run, base, *flags)
+    before, entry = rewards(run, 1), manifest(run)["member_01"]
+    assert {"code of --loss absolute", "code of --target centered"} < entry["inputs"].keys()
+    fit(run)
+    for table, name in (("LOSSES", "absolute"), ("TARGETS", "centered")):
+        with monkeypatch.context() as patch:
+            patch.setitem(getattr(train_rm, table), name, lambda a, b, c: abs(a - b))
+            for j in (1, 2):
+                with pytest.raises(InputError, match=f"from another code of --.* {name} than"):
+                    train(run, base, *flags, iteration=j)
+    monkeypatch.setitem(train_rm.LOSSES, "new", lambda d, t, m: d)
+    train(run, base, *flags)
+    assert np.array_equal(rewards(run, 1), before) and manifest(run)["member_01"] == entry
+
+
+def test_the_help_names_losses_on_majority_labels(capsys):
+    with pytest.raises(SystemExit):
+        train_rm.parse_args(["--help"])
+    assert "bt and margin have no residual" in " ".join(capsys.readouterr().out.split())
 
 
 def test_refused(data, judged, base, tmp_path, capsys):

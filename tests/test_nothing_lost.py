@@ -250,6 +250,18 @@ def test_a_file_of_the_same_name_is_no_run(tmp_path):
     assert run_dir.output(str(tmp_path / "data" / "x.jsonl")) == tmp_path / "data" / "x.jsonl"
 
 
+def test_a_run_or_an_output_that_is_no_directory(full_run, tmp_path):
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("mine", encoding="utf-8")
+    link.symlink_to("nowhere")
+    for path, found in ((file, "a file"), (link, "a link to nothing")):
+        with pytest.raises(InputError, match=f"--run .*{path.name}: {found} found, a directory"):
+            run_dir.begin_stage(path, "data", {}, {})
+        with pytest.raises(InputError, match=f"--out .*{path.name}: {found} found, a directory"):
+            evaluate.main(evaluate.parse_args(["--run", str(full_run), "--out", str(path)]))
+    assert file.read_text(encoding="utf-8") == "mine" and not link.exists()
+
+
 def test_a_split_that_is_gone_is_missed(full_run, tmp_path, no_figures):
     run = fresh(full_run, tmp_path)
     entries = manifest(run)
