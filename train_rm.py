@@ -9,8 +9,6 @@ scores every response. It writes RUN/member_0j, RUN/rewards/0j_SPLIT.npy and RUN
 GPUs: torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node N -- train_rm.py --run ..
 """
 
-import hashlib
-import inspect
 import time
 
 from pairwise import (
@@ -118,14 +116,11 @@ def formula(function):
     return (function.__doc__ or function.__name__).split(": ")[0]
 
 
-def hash_code(args):
-    """Return {name: SHA-256} of the code of target and loss: a run's members share it."""
-    functions = {"target": TARGETS[args.target], "loss": LOSSES[args.loss]}
+def hash_method(args):
+    """Return {name: SHA-256} of the code of target and loss, which a run's members share."""
     return {
-        f"code of --{flag} {getattr(args, flag)}": hashlib.sha256(
-            inspect.getsource(function).encode()
-        ).hexdigest()
-        for flag, function in functions.items()
+        f"code of --target {args.target}": run_dir.hash_function(TARGETS[args.target]),
+        f"code of --loss {args.loss}": run_dir.hash_function(LOSSES[args.loss]),
     }
 
 
@@ -249,7 +244,7 @@ def main(args):
     bases.check_trainable(args.base, args.train)
     base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
-    inputs = base_inputs | hash_code(args)
+    inputs = base_inputs | hash_method(args)
     if first := run_dir.first_with_model(run, j):  # trained members differ in their residual only
         before = run_dir.hash_rewards(run, first - 1)
         run_dir.must_agree(run, run_dir.member_name(first), settings, inputs | before)

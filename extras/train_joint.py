@@ -154,11 +154,11 @@ def main(args):
     tokenizer = provenance.open_base(args)
     bases.check_trainable(args.base, args.train)
     base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
-    inputs = base_inputs
+    inputs = base_inputs | {"code of mixture_error": run_dir.hash_function(mixture_error)}
     if continuations:
         texts["continuations"] = continuations["messages"], continuations["texts"]
         path = run / "continuations.parquet"
-        inputs = base_inputs | {"continuations.parquet": files.hash_file(path)}
+        inputs["continuations.parquet"] = files.hash_file(path)
     names = ("train", "k", "sharpen", "weights", *training.SETTINGS)
     stage = (run, "joint", {name: getattr(args, name) for name in names}, inputs)
     outputs = [run / "joint", run / "logs" / "joint.jsonl"]

@@ -17,6 +17,8 @@ into place, and enters itself as done. A stage that was begun and not done is do
 
 import argparse
 import contextlib
+import hashlib
+import inspect
 import os
 import platform
 import re
@@ -170,6 +172,11 @@ def hash_code(*patterns):
     stage that is to be done again when its code has changed."""
     paths = [path for pattern in patterns for path in sorted(cli.REPOSITORY.glob(pattern))]
     return {path.name: files.hash_file(path) for path in paths}
+
+
+def hash_function(function):
+    """Return the SHA-256 of a function's source: an input of a stage that it decides."""
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
 
 
 def begin_stage(run, stage, settings, inputs, rewrites=()):

@@ -241,6 +241,12 @@ def test_same_again_skipped_and_refused(runs, data, base, tmp_path, capsys, full
         train_all(fresh(full_run, tmp_path, "members"), base, *KINDS["full"])
 
 
+def test_an_edit_of_the_objective_is_refused(runs, base, monkeypatch):
+    monkeypatch.setattr(train_joint, "mixture_error", lambda *values: values[0].square().sum())
+    with pytest.raises(InputError, match="from another code of mixture_error than it is given now"):
+        train_all(runs["head"], base, "--k", "3", *KINDS["head"])
+
+
 def test_learned_weights(data, base, tmp_path):
     run = train_all(fresh(data, tmp_path), base, "--k", "2", *KINDS["head"], "--weights", "learned")
     (entry,) = json.loads((run / "weights.json").read_text())
