@@ -49,7 +49,7 @@ CODE = (
     "pairwise/soft_model.py",
     "pairwise/theory.py",
     "pairwise/weights.py",
-    "csrc/*.[ch]pp",
+    evaluator.__file__,
 )
 
 

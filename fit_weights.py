@@ -16,7 +16,7 @@ import numpy as np
 
 evaluator = cli.import_evaluator()
 # The weights are fitted again when one of these changes.
-CODE = "fit_weights.py", "pairwise/weights.py", "csrc/*.[ch]pp"
+CODE = "fit_weights.py", "pairwise/data.py", "pairwise/weights.py", evaluator.__file__
 STOP = 3  # exit code of --early-stop where no further member is worth training
 
 

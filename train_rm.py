@@ -34,7 +34,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 # ---- the method: to add a target or a loss, write a function and name it in the table; a loss on
-# majority labels is named in ON_MAJORITY too
+# majority labels is named in ON_MAJORITY too, one that uses the margin in WITH_MARGIN
 
 # A target is made from the vote fractions p, the ensemble so far p_hat, float64 (N,), and j > 1;
 # member 1 is trained on p. What a docstring says before the colon is recorded in the manifest.
@@ -101,6 +101,7 @@ def margin(d, t, m):
 
 LOSSES = {"mse": mse, "bce": bce, "bt": bt, "margin": margin}
 ON_MAJORITY = {"bt", "margin"}
+WITH_MARGIN = {"margin"}
 
 
 def margin_of(split, source):
@@ -114,6 +115,12 @@ def margin_of(split, source):
 def formula(function):
     """Return the formula of a target or a loss: its docstring up to the colon, or its name."""
     return (function.__doc__ or function.__name__).split(": ")[0]
+
+
+def formulas(functions):
+    """Return the formulas of TARGETS or LOSSES, for argparse's help."""
+    words = (f"{name}: {formula(function)}" for name, function in functions.items())
+    return "; ".join(words).replace("%", "%%")
 
 
 def hash_method(args):
@@ -246,9 +253,9 @@ def main(args):
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     inputs = base_inputs | hash_method(args)
     if first := run_dir.first_with_model(run, j):  # trained members differ in their residual only
-        before = run_dir.hash_rewards(run, first - 1)
+        before = run_dir.hash_ensemble(run, first - 1)
         run_dir.must_agree(run, run_dir.member_name(first), settings, inputs | before)
-    inputs |= run_dir.hash_rewards(run, j - 1)
+    inputs |= run_dir.hash_ensemble(run, j - 1)
     stage = (run, name, settings, inputs)
     texts = run_dir.read_continuations(run)
     # These two decide which collective calls a process makes: one that others do not make waits.
@@ -284,24 +291,20 @@ def parse_args(argv=None):
     add("--train", choices=("full", "lora", "head"), default="full", help=words)
     add("--lora-rank", type=cli.natural, help="of adapters on all linear layers (default 16)")
     add("--lora-alpha", type=cli.positive, help="over the rank: their scale (default 2 x rank)")
-    words = "; ".join(f"{name}: {formula(loss)}" for name, loss in LOSSES.items())
-    words += (
-        f". {' and '.join(sorted(ON_MAJORITY))} have no residual: --iteration 1 or --target p; "
-    )
-    words += "tied votes are dropped"
+    words = f"{formulas(LOSSES)}. {' and '.join(sorted(ON_MAJORITY))} have no residual: "
+    words += "--iteration 1 or --target p; tied votes are dropped"
     add("--loss", choices=tuple(LOSSES), default="mse", help=words)
     words = "--loss margin takes m from the votes (default) or extras/synthetic_judgments.py's"
     add("--margin-from", choices=("votes", "judgments"), help=words)
-    words = "; ".join(f"{name}: {formula(target)}" for name, target in TARGETS.items())
-    add("--target", choices=tuple(TARGETS), default="centered", help=words)
+    add("--target", choices=tuple(TARGETS), default="centered", help=formulas(TARGETS))
     training.add_flags(parser)
     training.add_checkpoint_flag(parser)
     args = parser.parse_args(argv)
     head, lora = args.train == "head", args.train == "lora"
     if not lora and (args.lora_rank or args.lora_alpha):
         parser.error("--lora-rank and --lora-alpha are for --train lora")
-    if args.margin_from and args.loss != "margin":
-        parser.error("--margin-from is for --loss margin")
+    if args.margin_from and args.loss not in WITH_MARGIN:
+        parser.error(f"--margin-from is for --loss {' or '.join(sorted(WITH_MARGIN))}")
     if args.loss in ON_MAJORITY and args.iteration > 1 and args.target != "p":
         words = "which have no residual: one member, or --target p, expected"
         parser.error(f"--loss {args.loss} is on majority labels, {words}")
@@ -313,7 +316,7 @@ def parse_args(argv=None):
         weight_decay=5.0 if head else 0.1,
         lora_rank=rank,
         lora_alpha=rank and 2.0 * rank,
-        margin_from="votes" if args.loss == "margin" else None,
+        margin_from="votes" if args.loss in WITH_MARGIN else None,
         max_precondition_dim=rank if lora else MAX_PRECONDITION_DIM,
     )
     return args

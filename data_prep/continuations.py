@@ -41,6 +41,7 @@ def held_out_prompts(run):
     if not path.exists():
         test = data.read_split(run, "test")
         return test.prompt_id, test.messages, "test prompts"
+    run_dir.check(run, path)
     ids, asked, fields = [], [], {"prompt_id": "text", "messages": "messages"}
     for where, row in rows.read_rows(path, fields):
         ids.append(rows.text(where, "prompt_id", row.get("prompt_id")))

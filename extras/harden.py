@@ -35,7 +35,14 @@ import numpy as np
 from scipy.optimize import brentq
 
 # A run is hardened again when one of these changes.
-CODE = "extras/harden.py", "pairwise/levels.py", "pairwise/soft_model.py"
+CODE = (
+    "extras/harden.py",
+    "pairwise/data.py",
+    "pairwise/levels.py",
+    "pairwise/soft_model.py",
+    "pairwise/weights.py",
+    cli.import_evaluator().__file__,
+)
 MOST_PAIRS = 10_000  # A layout is fitted to so many pairs; more change nothing that shows.
 EQUAL_WIDTHS = np.geomspace(1, 12, 40)  # widths that the layout `equal` chooses from
 

@@ -17,6 +17,15 @@ from pairwise import cli, data, files, levels, run_dir, theory, weights
 
 import numpy as np
 
+# A pruned run is not up to date when one of these has changed.
+CODE = (
+    "extras/prune.py",
+    "pairwise/data.py",
+    "pairwise/theory.py",
+    "pairwise/weights.py",
+    cli.import_evaluator().__file__,
+)
+
 
 def remaining_members(votes, alpha, beta):
     """Which members theorem 3's ensemble keeps, bool (k,); their weights are divided by their sum.
@@ -118,8 +127,8 @@ def must_be_new(out):
     """Raise InputError where `out` is there."""
     if out.exists():
         raise cli.InputError(
-            f"--out {out}: found, a new directory expected; "
-            "the pruned run is a run directory of its own"
+            f"--out {out}: found, a new directory expected, or what these flags, inputs and code "
+            "made; the pruned run is a run directory of its own"
         )
 
 
@@ -128,7 +137,7 @@ def main(args):
     split, k = data.read_split(run, "train"), run_dir.count_members(run)
     rewards = run_dir.read_rewards(run, "train", k, (split.n_responses,))
     alpha, settings = run_dir.read_weights(run, k), {"prune": args.beta}
-    inputs = hash_copied(run) | run_dir.hash_code("extras/prune.py")
+    inputs = hash_copied(run) | run_dir.hash_code(*CODE)
     inputs["weights.json"] = files.hash_file(run / "weights.json")
     if run_dir.unchanged(out, "weights", settings, inputs, [out / "weights.json"]):
         print(f"prune: {out} is up to date, skipped")

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from pairwise import cli, files, pretrained
+from pairwise import cli, files, pretrained, run_dir
 from pairwise import reward_model as rm
 
 import numpy as np
@@ -28,7 +28,11 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-VERSION = 1  # of what is computed: to be raised where the same texts come to have other bits
+# What computes the features.
+CODE = (
+    *(f"pairwise/{name}.py" for name in ("bases", "features", "pretrained", "reward_model")),
+    *(f"pairwise/scale/{name}.py" for name in ("norms", "packed", "passes", "rope")),
+)
 SECONDS = 60  # of work that a kill costs
 
 
@@ -47,7 +51,8 @@ def key(args, tokenizer):
     The weights are read whole: others may differ from them in a single layer."""
     directory = pretrained.place(args.base, "--base", weights=True)
     paths = [directory / name for name in ("config.json", *pretrained.weight_files(directory))]
-    parts = [VERSION, *(files.hash_file(path) for path in paths if path.is_file())]
+    parts = [files.hash_file(path) for path in paths if path.is_file()]
+    parts += run_dir.hash_code(*CODE).values()
     parts += [args.dtype, args.micro_batch_tokens, tokenizer.pad_token_id]
     parts += [torch.__version__, transformers.__version__]
     if args.device == "cpu":

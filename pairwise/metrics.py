@@ -339,7 +339,9 @@ def member_rows(entry):
     bounds = min(phis), 1 - entry["majority_mean"]
     rows = []
     for j, phi in enumerate(phis):
-        row = {"j": j + 1} | {name: values[j] for name, values in entry["members"].items()}
+        row = {"j": j + 1} | {
+            name: values and values[j] for name, values in entry["members"].items()
+        }
         row |= {name: None for name, value in row.items() if value == [None, None]}
         row["outlier_below"] = None
         if excess is not None:

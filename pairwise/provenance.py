@@ -50,8 +50,8 @@ def open_base(args, named="--base"):
     """Return the tokenizer of args.base, and make args say what every stage of the run must.
 
     args.base becomes base_of's; args.date the day that the chat template writes as today, None
-    where it writes none. Raises InputError where --date is another day than that, and where the
-    run's data have no texts."""
+    where it writes none. Raises InputError where --date is another day than that, where the run's
+    data have no texts, and where a base that the run itself has made was edited."""
     run, given = args.run, args.date
     stats = files.read_json(run / "data" / "stats.json", dict, {})
     if "no_prompts" in stats:  # of data_prep/votes.py
@@ -60,6 +60,9 @@ def open_base(args, named="--base"):
     args.base, date = parallel.of_first(
         lambda: (base_of(run, args.base, args.revision, named), date_of(run, given))
     )
+    place, home = Path(args.base).resolve(), run.resolve()
+    if place.is_dir() and place.is_relative_to(home):
+        run_dir.check(run, run / place.relative_to(home))
     tokenizer = chats.load_tokenizer(args.base, args.chat_template, named, date)
     args.date = chats.date_in(tokenizer.chat_template)
     if given not in (None, args.date):

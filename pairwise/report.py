@@ -5,6 +5,7 @@ are in report.html.jinja. Its figures are embedded, so the page can be moved or 
 """
 
 import base64
+import re
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -223,7 +224,8 @@ def origin(stages):
 
     stages: the manifest's, by name, whose keys may be missing.
     """
-    members = [stages[name] for name in sorted(stages) if name.startswith("member_")]
+    made = [name for name in sorted(stages) if re.fullmatch(r"member_\d\d|joint|harden", name)]
+    members = [stages[name] for name in made]
     settings = [member.get("settings") or {} for member in members]
     targets = dict.fromkeys(
         figures.pretty(f"{member['settings'].get('target')}: {member['target_formula']}")

@@ -16,6 +16,7 @@ into place, and enters itself as done. A stage that was begun and not done is do
 """
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import inspect
@@ -26,6 +27,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from importlib import metadata
 from pathlib import Path
@@ -167,16 +169,22 @@ def unchanged(run, stage, settings, inputs, outputs):
     return True
 
 
-def hash_code(*patterns):
-    """Return {name: SHA-256} of files of the repository, named by glob's patterns: inputs of a
+def hash_code(*paths):
+    """Return {name: SHA-256} of files of code, paths in the repository or absolute: inputs of a
     stage that is to be done again when its code has changed."""
-    paths = [path for pattern in patterns for path in sorted(cli.REPOSITORY.glob(pattern))]
-    return {path.name: files.hash_file(path) for path in paths}
+    return {Path(path).name: files.hash_file(cli.REPOSITORY / path) for path in paths}
 
 
 def hash_function(function):
-    """Return the SHA-256 of a function's source: an input of a stage that it decides."""
-    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
+    """Return the SHA-256 of a function's code: an input of a stage that it decides. Of a function
+    that is no lambda comments and docstring do not count."""
+    code = textwrap.dedent(inspect.getsource(function))
+    with contextlib.suppress(SyntaxError):  # of a line of a table in which a lambda stands
+        [node] = ast.parse(code).body
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+        code = ast.unparse(node)
+    return hashlib.sha256(code.encode()).hexdigest()
 
 
 def begin_stage(run, stage, settings, inputs, rewrites=()):
@@ -392,6 +400,16 @@ def check_next(run, j):
     """Raise InputError where a member j would leave a gap after those that have rewards."""
     if j > 1 and (k := count_members(run)) < j - 1:
         raise cli.InputError(f"--iteration {j}: {run} has {k} members, {k + 1} at most expected")
+
+
+def hash_ensemble(run, k):
+    """Return {name: SHA-256} of members 1..k as member k + 1 is trained beside them: of their train
+    rewards and, rounded as another machine might, of their mixture weights."""
+    hashes = hash_rewards(run, k)
+    if k > 1:  # One member has the weight 1.
+        alpha = np.round(read_weights(run, k), 9)
+        hashes[f"mixture weights of members 1 to {k}"] = hashlib.sha256(alpha.tobytes()).hexdigest()
+    return hashes
 
 
 def hash_rewards(run, k):

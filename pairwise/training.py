@@ -213,8 +213,8 @@ def train(
     if not steps:
         raise cli.InputError(
             f"{member}: no pair is left to train on: all are identical after encoding (a larger "
-            "--max-length may help, with --train head in another run) or have tied votes "
-            "(--loss bt, margin)"
+            "--max-length may help, with --train head in another run) or have tied votes, which "
+            "losses on majority labels leave out"
         )
     optimizer, lines = make_optimizer(groups, args, memory), []
     if checkpoints:

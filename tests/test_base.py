@@ -8,7 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import score
-from pairwise import chats, cli, files, pretrained, provenance
+from pairwise import chats, cli, files, pretrained, provenance, run_dir
+from pairwise.cli import InputError
 
 import adopt
 import numpy as np
@@ -16,7 +17,19 @@ import plan
 import prune
 import pytest
 import respond
-from conftest import FLAGS, HEAD, LORA, export, fit, fresh, make_base, manifest, rewards, train
+from conftest import (
+    FLAGS,
+    HEAD,
+    LORA,
+    edited,
+    export,
+    fit,
+    fresh,
+    make_base,
+    manifest,
+    rewards,
+    train,
+)
 from huggingface_hub import HfApi, constants
 from transformers import AutoModelForCausalLM
 
@@ -206,6 +219,19 @@ def test_a_relative_base_is_found_from_elsewhere(data, base, tmp_path, monkeypat
         config = files.read_json(Path("run/member_01/adapter/adapter_config.json"), dict)
         assert config["base_model_name_or_path"] == str(tmp_path / "a" / "base")
         assert config["revision"] is None
+
+
+def test_a_base_inside_its_run_that_was_edited_is_refused(data, base, tmp_path):
+    run = fresh(data, tmp_path)
+    started = run_dir.begin_stage(run, "base", {}, {})
+    with files.replacing(run / "base") as partial:
+        shutil.copytree(base, partial)
+    run_dir.end_stage(run, "base", {}, {}, started)
+    with open(run / "base" / "config.json", "a", encoding="utf-8") as config:
+        config.write(" ")
+    with pytest.raises(InputError, match="base/config.json: edited or damaged"):
+        train(run, run / "base", *HEAD)
+    train(edited(run), run / "base", *HEAD)
 
 
 def test_a_base_inside_its_run_moves_with_it(data, base, tmp_path):

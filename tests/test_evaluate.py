@@ -702,6 +702,13 @@ def test_pairs_of_one_vote_count_in_no_number(tmp_path, no_figures):
     assert set(evaluated(run)["splits"]) == {"test"}  # no pair of train is left to evaluate
 
 
+def test_a_figure_of_the_members_that_does_not_exist_is_null_for_each():
+    members = {"disagreement": [0.2, 0.3], "one_s_own": None, "one_s_own_ci": None}
+    entry = {"ensemble": [{"excess": None}], "members": members, "majority_mean": 0.7}
+    for row in figures.member_rows(entry):
+        assert row["one_s_own"] is row["one_s_own_ci"] is None and row["disagreement"] > 0
+
+
 def test_weights_from_elsewhere_have_one_entry(run, no_figures):
     (run / "weights.json").write_text(
         json.dumps(

@@ -1,6 +1,7 @@
 """Features of a frozen base: the same under any split, and the cache in which runs share them."""
 
 import argparse
+from pathlib import Path
 
 from pairwise import features, stages
 from pairwise import reward_model as rm
@@ -9,7 +10,7 @@ from pairwise.data import read_splits
 import numpy as np
 import pytest
 import torch
-from conftest import HEAD, fresh, leftovers, train
+from conftest import HEAD, REPOSITORY, fresh, leftovers, train
 from safetensors.torch import load_file, save_file
 
 
@@ -110,6 +111,12 @@ def test_a_feature_is_of_one_base_and_machine(made, prompts, base, cache, tmp_pa
     changes = {"dtype": "bfloat16", "micro_batch_tokens": 100, "threads": 2, "max_length": 20}
     for name, value in changes.items():
         assert made(prompts[:1], **{name: value})[1] == 0, name
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "CODE", features.CODE[1:])
+        assert made(prompts[:1])[1] == 0
+    assert {path.stem for path in map(Path, features.CODE)} < {
+        path.stem for path in (REPOSITORY / "pairwise").rglob("*.py")
+    }
     monkeypatch.setattr(features, "processor", lambda: ["another"])
     assert made(prompts[:1])[1] == 0
     monkeypatch.undo()

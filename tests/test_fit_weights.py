@@ -6,7 +6,7 @@ import json
 import shutil
 
 import fit_weights
-from pairwise import cli, weights
+from pairwise import weights
 from pairwise.cli import InputError
 from pairwise.data import write_split
 from pairwise.files import write_json
@@ -379,19 +379,18 @@ def test_stage_is_skipped_repeatable_and_made_again_for_another_member(run, caps
 
 
 def test_stage_is_made_again_for_other_code(run, tmp_path, monkeypatch, capsys):
+    """The compiled evaluator is code, too."""
     fit(run)
-    for name in ("fit_weights.py", "pairwise/weights.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(REPOSITORY / name, tmp_path / name)
-    shutil.copytree(REPOSITORY / "csrc", tmp_path / "csrc")
-    monkeypatch.setattr(cli, "REPOSITORY", tmp_path)
+    copies = [shutil.copy(REPOSITORY / path, tmp_path) for path in fit_weights.CODE]
+    monkeypatch.setattr(fit_weights, "CODE", copies)
     capsys.readouterr()
     fit(run)
     assert "up to date, skipped" in capsys.readouterr().out
-    with open(tmp_path / "pairwise" / "weights.py", "a", encoding="utf-8") as code:
-        code.write("# another line\n")
-    fit(run)
-    assert "skipped" not in capsys.readouterr().out
+    for copy in copies:
+        with open(copy, "ab") as code:
+            code.write(b"\n")
+        fit(run)
+        assert "skipped" not in capsys.readouterr().out, copy
 
 
 def rewards_with(value):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import evaluate
 import train_rm
+from pairwise import run_dir
 from pairwise.cli import InputError
 from pairwise.data import JUDGMENTS, read_split
 from pairwise.metrics import FEWEST
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import FULL, HEAD, fit, fresh, manifest, mean_loss, rewards, train
+from conftest import FULL, HEAD, edited, fit, fresh, manifest, mean_loss, rewards, train
 from scipy.special import expit, log_expit
 
 ONE_STEP = ("--pairs-per-step", "1000", "--epochs", "1", "--lr", "1e-9", "--weight-decay", "0")
@@ -263,10 +264,70 @@ def test_a_run_refuses_an_edit_of_its_loss_or_target(judged, base, tmp_path, mon
     assert np.array_equal(rewards(run, 1), before) and manifest(run)["member_01"] == entry
 
 
-def test_the_help_names_losses_on_majority_labels(capsys):
+def test_a_run_refuses_other_weights_of_the_members_before(judged, base, tmp_path, monkeypatch):
+    """Of one member there is only the weight 1; a rounding of weights is none."""
+    run = fresh(judged, tmp_path)
+    for j in (1, 2, 3):
+        train(run, base, *HEAD, "--loss", "bce", iteration=j)
+        fit(run)
+    path, entries = run / "weights.json", manifest(run)
+    prefixes = json.loads(path.read_text(encoding="utf-8"))
+
+    def change(step):
+        a, b = prefixes[1]["alpha"]
+        other = [prefixes[0], prefixes[1] | {"alpha": [a + step, b - step]}, *prefixes[2:]]
+        path.write_text(json.dumps(other), encoding="utf-8")
+        edited(run)
+
+    change(1e-12)
+    train(run, base, *HEAD, "--loss", "bce", iteration=3)
+    change(1e-3)
+    train(run, base, *HEAD, "--loss", "bce", iteration=2)
+    with pytest.raises(InputError, match="from another mixture weights of members 1 to 2 than"):
+        train(run, base, *HEAD, "--loss", "bce", iteration=3)
+    assert manifest(run)["member_03"] == entries["member_03"]
+
+
+def test_what_is_another_code():
+    def first(d, t, m):
+        """|d|: once."""
+        return d.abs()  # a comment
+
+    original = run_dir.hash_function(first)
+
+    def first(d, t, m):
+        return d.abs()
+
+    assert run_dir.hash_function(first) == original
+
+    def first(d, t, m):
+        """|d|: once."""
+        return 2 * d.abs()
+
+    table = {
+        "a": lambda d, t, m: d,
+        "b": lambda d, t, m: t,
+    }
+    hashes = {run_dir.hash_function(x) for x in (first, *table.values())} | {original}
+    assert len(hashes) == 4
+
+
+def test_the_help_and_flags_know_what_was_added(capsys, monkeypatch):
+    def hinge(d, t, m):
+        """(m - d)+: 100% of it."""
+
+    monkeypatch.setitem(train_rm.LOSSES, "hinge", hinge)
+    monkeypatch.setattr(train_rm, "ON_MAJORITY", {*train_rm.ON_MAJORITY, "hinge"})
+    monkeypatch.setattr(train_rm, "WITH_MARGIN", {*train_rm.WITH_MARGIN, "hinge"})
+    hinge.__doc__ = "100% of (m - d)+: a hinge."
     with pytest.raises(SystemExit):
         train_rm.parse_args(["--help"])
-    assert "bt and margin have no residual" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "hinge: 100% of (m - d)+. bt and hinge and margin have no residual" in said
+    words = ["--run", "r", "--iteration", "1", "--base", "b", "--loss", "hinge"]
+    assert train_rm.parse_args(words).margin_from == "votes"
+    given = train_rm.parse_args([*words, "--margin-from", "judgments"])
+    assert given.margin_from == "judgments"
 
 
 def test_refused(data, judged, base, tmp_path, capsys):

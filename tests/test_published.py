@@ -803,6 +803,22 @@ def test_a_worker_who_labels_twice_counts_once_with_repeated_last(tmp_path):
     assert stats["dropped"]["earlier vote of the same annotator"] == 1
 
 
+def test_a_flag_of_a_script_s_own_decides_the_data(tmp_path):
+    """It need not be a reading of the paper."""
+    module, words = SCRIPTS["multipref"], ["--run", str(tmp_path / "run"), "--source"]
+    words.append(str(save(tmp_path / "m.jsonl", MULTIPREF)))
+    given = module.parse_args([*words, "--test-share", "0.4"])
+    for least in (0, 0, 3):
+        given.least = least
+        if least:
+            with pytest.raises(InputError, match="least was 0, is 3"):
+                module.main(given)
+        else:
+            module.main(given)
+    stats = json.loads((tmp_path / "run" / "data" / "stats.json").read_text(encoding="utf-8"))
+    assert stats["least"] == 0 and "source" not in stats["here"]
+
+
 def test_min_votes_1_keeps_train_pairs_of_one_label(tmp_path):
     source = folder(
         tmp_path / "source",
@@ -1969,6 +1985,10 @@ def test_prism_takes_guided_english_prompts_that_are_no_train_prompts(tmp_path, 
         and "data: warning: 14 rows found, 8,011 published\n" in out
     )
     entry = json.loads((prepared / "manifest.json").read_text())["stages"]["prompts"]
+    content = (prepared / "prompts.parquet").read_bytes()
+    (prepared / "prompts.parquet").write_bytes(content + b" ")
+    with pytest.raises(InputError, match="prompts.parquet: edited or damaged"):
+        script("continuations").held_out_prompts(prepared)
     assert (
         entry["settings"] == {"count": 50, "seed": 0}
         and entry["source"]["hub"] == "HannahRoseKirk/prism-alignment"

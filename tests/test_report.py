@@ -236,6 +236,12 @@ def test_manifest_tells_how_the_run_came_about(tmp_path, unsaved):
     assert r"python evaluate.py --run r\udcff" in page.text  # UTF-8 cannot hold such a byte.
     assert ["data", "1.5", "–", "–", "2020-01-01"] in page.tables[-1]
     assert not (run / "figures" / "training.png").exists()  # The logs are gone, so is the figure.
+    joint = {"settings": {"train": "full", "k": 4, "sharpen": 2.0, "seed": 5}}
+    told = report.origin({"joint": joint, "weights": {"settings": {}}})
+    assert told["settings"] == ["k 4", "sharpen 2.0"] and told["seeds"] == ["5"]
+    assert report.origin({"harden": {"settings": {"layout": "equal"}}})["settings"] == [
+        "layout equal"
+    ]
 
 
 def test_plurality_gain_where_it_was_measured(tmp_path, unsaved):

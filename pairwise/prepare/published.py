@@ -233,7 +233,8 @@ def prepare_published(args, dataset, comparisons, votes, paper, choices):
         for value in values
         if value != getattr(args, flag)
     }
-    settings = {flag: getattr(args, flag) for flag in choices}
+    shared = vars(parser("").parse_args(["--run", "RUN"]))
+    settings = {x: value for x, value in vars(args).items() if x in choices or x not in shared}
     facts = {"source": source.facts, "beside": dataset.beside}
     beside = {"paper": paper, "readings": readings, "facts": facts}
     ours, _ = reading()
