@@ -94,9 +94,7 @@ def read_stored(run):
         for name, split in splits.items()
     }
     scores, texts = run_dir.read_continuation_rewards(run, k), run_dir.read_continuations(run)
-    if data.counted_pairs(splits["test"]) is None:
-        words = "no pair of two votes found, at least 1 expected"
-        raise cli.InputError(f"{run / 'data' / 'test.parquet'}: {words}")
+    data.check_counted(run, "test", splits["test"])
     logprob = diversity.read_logprob(run, splits["test"].n_responses)
     return Stored(splits, stats, prefixes, rewards, scores, texts, logprob)
 

@@ -51,12 +51,12 @@ def write_plain(model, tokenizer, directory):
         with files.replacing(directory) as partial:
             members.save_member(model, tokenizer, partial)
         return
-    partial = directory.with_name(f".partial-{directory.name}")
-    files.remove(partial)  # of a call that was killed
-    members.save_member(model, tokenizer, partial)
-    for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+    whole = directory.with_name(f".partial-{directory.name}")
+    with files.replacing(whole, hashed=False) as partial:
+        members.save_member(model, tokenizer, partial)
+    for path in sorted(whole.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         path.replace(directory / path.name)
-    partial.rmdir()
+    whole.rmdir()
 
 
 def main(args):
@@ -65,7 +65,9 @@ def main(args):
     stage = trained_in(run, args.member)
     run_dir.lock(run)
     torch.set_num_threads(args.threads)
-    entry = run_dir.stages(run)[stage]
+    entry = run_dir.stages(run).get(stage)
+    if entry is None:
+        raise cli.InputError(f"{run / 'manifest.json'}: no entry of {stage} found, one expected")
     base = provenance.base_of(run, args.base)
     provenance.check_base(entry, base, args.chat_template)
     pretrained.check_quantized(pretrained.config(base), f"--base {base}", "full")

@@ -269,6 +269,13 @@ def fitted_pairs(split):
     return counted_pairs(split) or split
 
 
+def check_counted(run, name, split):
+    """Raise InputError where nothing is left of a split's `counted_pairs`."""
+    if not (split.n >= 2).any():
+        words = "no pair of two votes found, at least 1 expected"
+        raise cli.InputError(f"{run / 'data' / name}.parquet: {words}")
+
+
 def counted_pairs(split):
     """Return the split without the pairs of fewer than two votes; None where nothing is left.
 

@@ -294,8 +294,8 @@ def open_run(args, samples=False):
     kind = run_dir.kind_of(run, beneath=True)
     name = "joint" if kind == "joint" else run_dir.member_name(1)
     if kind not in KINDS or not (run / name).is_dir():
-        words = f"no trained members found; a run directory with {name}/ expected"
-        raise cli.InputError(f"{run}: {words}")
+        words = f"no trained members found; a run directory with {name}/"
+        raise cli.InputError(f"{run}: {words}, which its manifest.json has, expected")
     entry, base = run_dir.stages(run)[name], None
     if kind == "existing":
         if samples and not args.base:

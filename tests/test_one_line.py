@@ -30,7 +30,7 @@ import policy_pairs
 import prune
 import pytest
 import train_joint
-from conftest import FLAGS, FULL, REPOSITORY, leftovers, script, without_hashes
+from conftest import FLAGS, FULL, REPOSITORY, fresh, leftovers, script, without_hashes
 
 # ---- commands: words of each script; RUN, OUT and BASE are replaced
 
@@ -215,6 +215,23 @@ def test_a_full_disk(name, limit, run, base, capsys):
     assert not leftovers(run.parent)
     for path, content in before.items():
         assert path.read_bytes() == content or path.name == "manifest.json"
+
+
+def test_a_full_disk_beside_a_head(head_run, base, tmp_path, capsys):
+    run = fresh(head_run.run, tmp_path)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+        refused(capsys, "export", run, base)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    (run / "manifest.json").unlink()
+    said = refused(capsys, "export", run, base)
+    assert "manifest.json: no entry of member_01 found, one expected" in said
 
 
 # ---- values that no run can have
