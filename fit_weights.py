@@ -61,10 +61,9 @@ def early_stop(run, prefixes, patience):
     if not path.exists():
         needed = "--early-stop needs validation prompts: data prepared with --valid-share"
         raise cli.InputError(f"{path}: no such file; {needed}")
-    split = data.counted_pairs(data.read_split(run, "valid"))
-    if split is None:
-        missing = "no pair of two votes found, by which --early-stop could tell"
-        raise cli.InputError(f"{path}: {missing}")
+    split = data.read_split(run, "valid")
+    data.check_counted(run, "valid", split)
+    split = data.counted_pairs(split)
     rewards = run_dir.read_rewards(run, "valid", len(prefixes), (split.n_responses,))
     votes = weights.member_votes(rewards, split.a, split.b)
     p_hats = [entry["alpha"] @ votes[: entry["k"]] for entry in prefixes]
@@ -100,6 +99,9 @@ def main(args):
         print(f"weights: {path} is up to date, skipped")
         prefixes = run_dir.read_prefixes(run)
     else:
+        if path.exists() and run_dir.stages(run).get("weights", {}).get("edited"):
+            words = "edited and accepted, before rewards, data or the code of the weights changed"
+            raise cli.InputError(f"{path}: {words}; it is fitted anew once it is moved away")
         split = data.fitted_pairs(split)
         started = run_dir.begin_stage(run, "weights", {}, inputs)
         prefixes = fit_prefixes(quadratic_form(rewards, split))

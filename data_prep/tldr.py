@@ -9,10 +9,10 @@ worker, batch. Rows of one post and the same two summaries, in either order, are
 official split is kept, its validation as test.
 
 Most comparisons have one label; the paper keeps those with two or more. Whether it counts a worker
-who labelled the same two summaries again it does not say: --repeated last takes the last label, and
-counts one without a worker. Some validation rows are
-about CNN/DM news articles: the paper speaks of "a Reddit post (or article)" under the name Reddit
-TL;DR, so they are left out unless --cnndm keep.
+who labelled the same two summaries again it does not say: --repeated last takes the last label;
+labels without a worker all count. Some validation rows are about CNN/DM news articles: the paper
+speaks of "a Reddit post (or article)" under the name Reddit TL;DR, so they are left out unless
+--cnndm keep.
 """
 
 from pairwise import cli, rows

@@ -296,6 +296,7 @@ def harden(train, tuning, k, layout="auto", sizes=None):
 
 def check_directories(run, out):
     """Raise InputError where `out` has something else in it, or `run` is not a trained run."""
+    run_dir.check_directory("out", out)
     inside = [path for path in out.iterdir() if path.name != ".lock"] if out.exists() else []
     if inside and "harden" not in run_dir.stages(out):
         wrong = "a directory of something else found, one of its own expected"

@@ -76,11 +76,11 @@ def standardised(splits):
 
 
 def read_features(run):
-    """{name: Featured} of the splits of `run`. Raises InputError where one has no features."""
-    splits = {}
-    for name, split in data.read_splits(run)[0].items():
-        if name == "test":
-            data.check_counted(run, name, split)
+    """{name: Featured} of the splits of `run`. Raises InputError where one has no features, and
+    where no test pair counts."""
+    splits, (stored, _) = {}, data.read_splits(run)
+    data.check_counted(run, "test", stored["test"])
+    for name, split in stored.items():
         path = run / "features" / f"{name}.npy"
         if not path.exists():
             raise cli.InputError(f"{path}: no such file; train_rm.py --train head makes it")

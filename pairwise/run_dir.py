@@ -172,19 +172,19 @@ def unchanged(run, stage, settings, inputs, outputs):
 def hash_code(*paths):
     """Return {name: SHA-256} of files of code, paths in the repository or absolute: inputs of a
     stage that is to be done again when its code has changed."""
-    return {Path(path).name: files.hash_file(cli.REPOSITORY / path) for path in paths}
+    names = {Path(path).name.split(".cpython-")[0]: path for path in paths}  # of any Python
+    return {name: files.hash_file(cli.REPOSITORY / path) for name, path in names.items()}
 
 
 def hash_function(function):
-    """Return the SHA-256 of a function's code: an input of a stage that it decides. Of a function
-    that is no lambda comments and docstring do not count."""
-    code = textwrap.dedent(inspect.getsource(function))
-    with contextlib.suppress(SyntaxError):  # of a line of a table in which a lambda stands
-        [node] = ast.parse(code).body
-        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-        code = ast.unparse(node)
-    return hashlib.sha256(code.encode()).hexdigest()
+    """Return the SHA-256 of a function's code without comments and docstring: an input of a stage
+    that it decides. Raises InputError where it is no function, or one without a name."""
+    if not inspect.isfunction(function) or function.__name__ == "<lambda>":
+        raise cli.InputError(f"{function!r} found, a function expected that def gives a name")
+    [node] = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    if ast.get_docstring(node) is not None:
+        node.body = node.body[1:]
+    return hashlib.sha256(ast.unparse(node).encode()).hexdigest()
 
 
 def begin_stage(run, stage, settings, inputs, rewrites=()):

@@ -366,7 +366,7 @@ def test_table_of_all_parameters(name, at):
 def test_all_parameters_on_the_front_page():
     front = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
     words = "{}, below the coin flip ({}{}), above a single soft model ({}{}) and the floor ({})"
-    of_splits = "; shown on one split of three", "; shown on two"
+    of_splits = "; one of three intervals excludes zero", "; two do"
     for name, before, (coin, soft) in (
         ("ukpconvarg1", "four members is", ("", "")),
         ("writing", "professional writers", of_splits),

@@ -25,6 +25,7 @@ from pairwise.ranking import ATTRIBUTES
 from pairwise.weights import simplex_weights
 
 import numpy as np
+import plurality
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -700,6 +701,12 @@ def test_pairs_of_one_vote_count_in_no_number(tmp_path, no_figures):
         pair["votes_a"], pair["votes_b"] = 1.0, 0.0
     write_split(run / "data" / "train.parquet", [row for row in rows if row["pairs"]])
     assert set(evaluated(run)["splits"]) == {"test"}  # no pair of train is left to evaluate
+
+
+def test_a_plurality_of_test_pairs_of_one_vote_is_refused(run):
+    one_vote_each(run)
+    with pytest.raises(InputError, match="test.parquet: no pair of two votes found"):
+        plurality.read_features(run)
 
 
 def test_a_figure_of_the_members_that_does_not_exist_is_null_for_each():

@@ -14,7 +14,7 @@ from pairwise.files import write_json
 import numpy as np
 import prune
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, edited
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
@@ -391,6 +391,17 @@ def test_stage_is_made_again_for_other_code(run, tmp_path, monkeypatch, capsys):
             code.write(b"\n")
         fit(run)
         assert "skipped" not in capsys.readouterr().out, copy
+    content = (run / "weights.json").read_text(encoding="utf-8") + " "
+    (run / "weights.json").write_text(content, encoding="utf-8")
+    edited(run)
+    fit(run)
+    with open(copies[0], "ab") as code:
+        code.write(b"\n")
+    with pytest.raises(InputError, match="weights.json: edited and accepted, before"):
+        fit(run)
+    assert (run / "weights.json").read_text(encoding="utf-8") == content
+    (run / "weights.json").unlink()
+    fit(run)
 
 
 def rewards_with(value):

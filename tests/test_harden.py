@@ -379,13 +379,17 @@ def test_soft_lines_of_the_source(full_run, tmp_path, no_figures, capsys):
         metrics_of(edited(out), tmp_path / "3")
 
 
-def test_same_again_and_moved_together(full_run, tmp_path, capsys):
+def test_same_again_and_moved_together(full_run, tmp_path, capsys, monkeypatch):
     both = tmp_path / "both"
     shutil.copytree(full_run, both / "source")
     make(both / "source", both / "hard", "--k", "4")
     first = {path.name: path.read_bytes() for path in (both / "hard").rglob("*.npy")}
     make(both / "source", both / "hard", "--k", "4")
     assert "skipped" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(harden, "CODE", harden.CODE[1:])  # other code
+        make(both / "source", both / "hard", "--k", "4")
+        assert "skipped" not in capsys.readouterr().out
     make(both / "source", both / "hard", "--k", "2")
     assert len(list((both / "hard" / "rewards").glob("0*_test.npy"))) == 2
     make(both / "source", both / "hard", "--k", "4")

@@ -242,7 +242,10 @@ def test_same_again_skipped_and_refused(runs, data, base, tmp_path, capsys, full
 
 
 def test_an_edit_of_the_objective_is_refused(runs, base, monkeypatch):
-    monkeypatch.setattr(train_joint, "mixture_error", lambda *values: values[0].square().sum())
+    def other(*values):
+        return values[0].square().sum()
+
+    monkeypatch.setattr(train_joint, "mixture_error", other)
     with pytest.raises(InputError, match="from another code of mixture_error than it is given now"):
         train_all(runs["head"], base, "--k", "3", *KINDS["head"])
 

@@ -2,6 +2,7 @@
 hand, and the baselines as a user runs them.
 """
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -161,6 +162,10 @@ def test_the_loss_that_is_logged(judged, base, tmp_path, capsys, kind, name, fla
     )
 
 
+def distance(a, b, c):
+    return abs(a - b)
+
+
 def absolute(d, t, m):
     """|t - sigmoid(d)|: a loss of one's own."""
     return (t - torch.sigmoid(d)).abs()
@@ -255,11 +260,11 @@ def test_a_run_refuses_an_edit_of_its_loss_or_target(judged, base, tmp_path, mon
     fit(run)
     for table, name in (("LOSSES", "absolute"), ("TARGETS", "centered")):
         with monkeypatch.context() as patch:
-            patch.setitem(getattr(train_rm, table), name, lambda a, b, c: abs(a - b))
+            patch.setitem(getattr(train_rm, table), name, distance)
             for j in (1, 2):
                 with pytest.raises(InputError, match=f"from another code of --.* {name} than"):
                     train(run, base, *flags, iteration=j)
-    monkeypatch.setitem(train_rm.LOSSES, "new", lambda d, t, m: d)
+    monkeypatch.setitem(train_rm.LOSSES, "new", distance)
     train(run, base, *flags)
     assert np.array_equal(rewards(run, 1), before) and manifest(run)["member_01"] == entry
 
@@ -304,12 +309,10 @@ def test_what_is_another_code():
         """|d|: once."""
         return 2 * d.abs()
 
-    table = {
-        "a": lambda d, t, m: d,
-        "b": lambda d, t, m: t,
-    }
-    hashes = {run_dir.hash_function(x) for x in (first, *table.values())} | {original}
-    assert len(hashes) == 4
+    assert run_dir.hash_function(first) != original
+    for other in (lambda d, t, m: d, functools.partial(first, m=0), torch.nn.MSELoss()):
+        with pytest.raises(InputError, match="a function expected that def gives a name"):
+            run_dir.hash_function(other)
 
 
 def test_the_help_and_flags_know_what_was_added(capsys, monkeypatch):

@@ -15,7 +15,7 @@ from pairwise.data import write_split
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY, script
+from conftest import REPOSITORY, manifest, script
 from test_votes import by_texts, save
 
 SCRIPTS = {
@@ -808,6 +808,7 @@ def test_a_flag_of_a_script_s_own_decides_the_data(tmp_path):
     module, words = SCRIPTS["multipref"], ["--run", str(tmp_path / "run"), "--source"]
     words.append(str(save(tmp_path / "m.jsonl", MULTIPREF)))
     given = module.parse_args([*words, "--test-share", "0.4"])
+    given.list = tmp_path / "list"
     for least in (0, 0, 3):
         given.least = least
         if least:
@@ -816,7 +817,9 @@ def test_a_flag_of_a_script_s_own_decides_the_data(tmp_path):
         else:
             module.main(given)
     stats = json.loads((tmp_path / "run" / "data" / "stats.json").read_text(encoding="utf-8"))
-    assert stats["least"] == 0 and "source" not in stats["here"]
+    assert stats["least"] == 0 and stats["list"] == str(given.list)
+    settings = manifest(tmp_path / "run")["data"]["settings"]
+    assert settings["least"] == 0 and not {"source", "revision", "run"} & settings.keys()
 
 
 def test_min_votes_1_keeps_train_pairs_of_one_label(tmp_path):

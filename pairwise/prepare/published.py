@@ -234,7 +234,8 @@ def prepare_published(args, dataset, comparisons, votes, paper, choices):
         if value != getattr(args, flag)
     }
     shared = vars(parser("").parse_args(["--run", "RUN"]))
-    settings = {x: value for x, value in vars(args).items() if x in choices or x not in shared}
+    own = {x: value for x, value in vars(args).items() if x in choices or x not in shared}
+    settings = {x: str(value) if isinstance(value, Path) else value for x, value in own.items()}
     facts = {"source": source.facts, "beside": dataset.beside}
     beside = {"paper": paper, "readings": readings, "facts": facts}
     ours, _ = reading()
