@@ -94,7 +94,7 @@ def read_stored(run):
         for name, split in splits.items()
     }
     scores, texts = run_dir.read_continuation_rewards(run, k), run_dir.read_continuations(run)
-    data.check_counted(run, "test", splits["test"])
+    data.some_counted_pairs(run, "test", splits["test"])  # There must be some to evaluate.
     logprob = diversity.read_logprob(run, splits["test"].n_responses)
     return Stored(splits, stats, prefixes, rewards, scores, texts, logprob)
 

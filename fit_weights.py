@@ -61,9 +61,7 @@ def early_stop(run, prefixes, patience):
     if not path.exists():
         needed = "--early-stop needs validation prompts: data prepared with --valid-share"
         raise cli.InputError(f"{path}: no such file; {needed}")
-    split = data.read_split(run, "valid")
-    data.check_counted(run, "valid", split)
-    split = data.counted_pairs(split)
+    split = data.some_counted_pairs(run, "valid", data.read_split(run, "valid"))
     rewards = run_dir.read_rewards(run, "valid", len(prefixes), (split.n_responses,))
     votes = weights.member_votes(rewards, split.a, split.b)
     p_hats = [entry["alpha"] @ votes[: entry["k"]] for entry in prefixes]

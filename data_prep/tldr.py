@@ -77,9 +77,9 @@ def comparisons(source_rows, args):
         worker = row.get("worker") if args.repeated == "last" else None
         if worker is not None:
             worker = rows.string(where, "worker", worker)
-        votes, of_worker = (1 - choice, choice, 0), {"annotator": worker, "replaces": True}
-        source = {"split": split, "where": where}
-        yield prompts.Comparison(post, messages, first, second, *votes, **source, **of_worker)
+        votes = (1 - choice, choice, 0)
+        more = {"split": split, "where": where, "annotator": worker, "replaces": True}
+        yield prompts.Comparison(post, messages, first, second, *votes, **more)
 
 
 def main(args):

@@ -143,8 +143,7 @@ def main(args):
         print(f"prune: {out} is up to date, skipped")
         return
     must_be_new(out)
-    data.check_counted(run, "train", split)
-    stats, split = data.read_stats(run), data.counted_pairs(split)
+    stats, split = data.read_stats(run), data.some_counted_pairs(run, "train", split)
     pruned, mse, facts = prune(split, rewards, alpha, args.beta, stats)
     on_test = test_words(run, k, (pruned, alpha))
     entry = {"k": k, "alpha": pruned.tolist(), "fit": "fixed", "train_mse": mse, "kkt": None}

@@ -269,13 +269,6 @@ def fitted_pairs(split):
     return counted_pairs(split) or split
 
 
-def check_counted(run, name, split):
-    """Raise InputError where nothing is left of a split's `counted_pairs`."""
-    if not (split.n >= 2).any():
-        words = "no pair of two votes found, at least 1 expected"
-        raise cli.InputError(f"{run / 'data' / name}.parquet: {words}")
-
-
 def counted_pairs(split):
     """Return the split without the pairs of fewer than two votes; None where nothing is left.
 
@@ -296,3 +289,11 @@ def counted_pairs(split):
         if values := getattr(split, name):
             fields[name] = list(itertools.compress(values, np.diff(start)))
     return dataclasses.replace(split, **fields)
+
+
+def some_counted_pairs(run, name, split):
+    """Return `counted_pairs` of a split of `run`. Raises InputError where nothing is left."""
+    if (counted := counted_pairs(split)) is None:
+        words = "no pair of two votes found, at least 1 expected"
+        raise cli.InputError(f"{run / 'data' / name}.parquet: {words}")
+    return counted

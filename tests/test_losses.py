@@ -269,7 +269,7 @@ def test_a_run_refuses_an_edit_of_its_loss_or_target(judged, base, tmp_path, mon
     assert np.array_equal(rewards(run, 1), before) and manifest(run)["member_01"] == entry
 
 
-def test_a_run_refuses_other_weights_of_the_members_before(judged, base, tmp_path, monkeypatch):
+def test_a_run_refuses_other_weights_of_the_members_before(judged, base, tmp_path):
     """Of one member there is only the weight 1; a rounding of weights is none."""
     run = fresh(judged, tmp_path)
     for j in (1, 2, 3):
@@ -317,12 +317,11 @@ def test_what_is_another_code():
 
 def test_the_help_and_flags_know_what_was_added(capsys, monkeypatch):
     def hinge(d, t, m):
-        """(m - d)+: 100% of it."""
+        """100% of (m - d)+: a hinge."""
 
     monkeypatch.setitem(train_rm.LOSSES, "hinge", hinge)
     monkeypatch.setattr(train_rm, "ON_MAJORITY", {*train_rm.ON_MAJORITY, "hinge"})
     monkeypatch.setattr(train_rm, "WITH_MARGIN", {*train_rm.WITH_MARGIN, "hinge"})
-    hinge.__doc__ = "100% of (m - d)+: a hinge."
     with pytest.raises(SystemExit):
         train_rm.parse_args(["--help"])
     said = " ".join(capsys.readouterr().out.split())

@@ -4,6 +4,7 @@ A case spoils a copy of a run, or asks for something that cannot be, and runs on
 """
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -184,6 +185,19 @@ WRITERS = (
 )
 
 
+@contextlib.contextmanager
+def full_disk(limit):
+    """A file that grows beyond the limit, in bytes, fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
 SMALL = ("score", "score csv", "policy", "continuations")  # write less than the second limit
 
 
@@ -202,16 +216,8 @@ def test_a_full_disk(name, limit, run, base, capsys):
         (run / "weights.json").unlink()
     write_inputs(run.parent)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    limits, handler = (
-        resource.getrlimit(resource.RLIMIT_FSIZE),
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
-    )
-    try:  # A file that grows beyond the limit fails as on a full disk.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    with full_disk(limit):
         refused(capsys, name, run, base)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
     assert not leftovers(run.parent)
     for path, content in before.items():
         assert path.read_bytes() == content or path.name == "manifest.json"
@@ -220,14 +226,8 @@ def test_a_full_disk(name, limit, run, base, capsys):
 def test_a_full_disk_beside_a_head(head_run, base, tmp_path, capsys):
     run = fresh(head_run.run, tmp_path)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    with full_disk(3000):
         refused(capsys, "export", run, base)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     (run / "manifest.json").unlink()
     said = refused(capsys, "export", run, base)
