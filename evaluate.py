@@ -18,6 +18,7 @@ from pairwise import (
     drawing,
     files,
     metrics,
+    policies,
     ranking,
     report,
     run_dir,
@@ -41,6 +42,7 @@ CODE = (
     "pairwise/data.py",
     "pairwise/metrics.py",
     "pairwise/diversity.py",
+    "pairwise/policies.py",
     "pairwise/ranking.py",
     "pairwise/figures.py",
     "pairwise/drawing.py",
@@ -81,7 +83,7 @@ class Stored(NamedTuple):
     rewards: dict  # {split: float32 (K, R)}
     scores: np.ndarray | None  # Rewards of the continuations, float32 (K, P, n).
     texts: dict | None  # The continuations, of run_dir.read_continuations.
-    logprob: np.ndarray | None  # log pi_0 of the test responses, of diversity.read_logprob.
+    logprob: np.ndarray | None  # log pi_0 of the test responses, of run_dir.read_logprob.
 
 
 def read_stored(run):
@@ -95,7 +97,7 @@ def read_stored(run):
     }
     scores, texts = run_dir.read_continuation_rewards(run, k), run_dir.read_continuations(run)
     data.some_counted_pairs(run, "test", splits["test"])  # There must be some to evaluate.
-    logprob = diversity.read_logprob(run, splits["test"].n_responses)
+    logprob = run_dir.read_logprob(run, splits["test"].n_responses)
     return Stored(splits, stats, prefixes, rewards, scores, texts, logprob)
 
 
@@ -178,9 +180,9 @@ def compute(run, stored, ranked, args):
     }
     soft = soft_model.read_models(run, stored.splits)
     counted = {name: data.counted_pairs(split) for name, split in stored.splits.items()}
-    if stored.logprob is not None and (test := counted["test"]):
+    if stored.logprob is not None:
         rewards, alpha = stored.rewards["test"], np.array(stored.prefixes[-1]["alpha"])
-        figures = diversity.policy_calibration(test, rewards, stored.logprob, alpha)
+        figures = policies.calibration(counted["test"], rewards, stored.logprob, alpha)
         result["policy"] = metrics.estimate(figures, *resampling)
     forms = {}
     for name, split in counted.items():
@@ -228,7 +230,8 @@ def main(args):
         logs = read_logs(run, len(stored.rewards["test"]))
         if in_place:
             started = run_dir.begin_stage(run, "evaluate", settings, inputs)
-        test, alpha = stored.splits["test"], np.array(stored.prefixes[-1]["alpha"])
+        test = data.counted_pairs(stored.splits["test"])  # read_stored has found some.
+        alpha = np.array(stored.prefixes[-1]["alpha"])
         votes = weights.member_votes(stored.rewards["test"], test.a, test.b)
         ranked = rank(stored, args)
         shown = stored.prefixes, logs, test.p, weights.p_hat_of(alpha, votes), ranked

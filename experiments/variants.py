@@ -63,14 +63,15 @@ class Prediction(NamedTuple):
 
 
 def merged(featured_splits):
-    """One Featured of all prompts of several."""
+    """One Featured of all prompts of several. What one of them lacks it lacks as well."""
     splits = [featured.split for featured in featured_splits]
     fields = {}
-    for name in ("votes_a", "votes_b", "ties", "p_true"):
-        if getattr(splits[0], name) is not None:
-            fields[name] = np.concatenate([getattr(split, name) for split in splits])
-    for name in ("prompt_id", "messages", "responses"):
-        fields[name] = [x for split in splits for x in getattr(split, name)]
+    for name in (*data.VOTE_COLUMNS, "p_true", "judgments"):
+        values = [getattr(split, name) for split in splits]
+        fields[name] = None if any(x is None for x in values) else np.concatenate(values)
+    for name in ("prompt_id", "messages", "responses", "categories"):
+        values = [getattr(split, name) for split in splits]
+        fields[name] = None if None in values else list(itertools.chain(*values))
     for name in ("response_start", "pair_start"):
         shifts = np.cumsum([0, *(int(getattr(split, name)[-1]) for split in splits)])
         starts = [getattr(split, name)[1:] + shift for split, shift in zip(splits, shifts)]

@@ -57,14 +57,15 @@ def restricted(featured, keep):
     responses = np.repeat(keep, np.diff(split.response_start))
     new_index = np.cumsum(responses) - 1
     fields = {"a": new_index[split.a[pairs]], "b": new_index[split.b[pairs]]}
-    for name in ("votes_a", "votes_b", "ties", "p_true"):
-        if getattr(split, name) is not None:
-            fields[name] = getattr(split, name)[pairs]
+    for name in (*data.VOTE_COLUMNS, "p_true", "judgments"):
+        if (values := getattr(split, name)) is not None:
+            fields[name] = values[pairs]
     for name in ("response_start", "pair_start"):
         sizes = np.diff(getattr(split, name))[keep]
         fields[name] = np.concatenate([[0], np.cumsum(sizes)])
-    for name in ("prompt_id", "messages", "responses"):
-        fields[name] = list(compress(getattr(split, name), keep))
+    for name in ("prompt_id", "messages", "responses", "categories"):
+        if (values := getattr(split, name)) is not None:
+            fields[name] = list(compress(values, keep))
     return Featured(dataclasses.replace(split, **fields), featured.features[responses])
 
 

@@ -6,7 +6,6 @@ Higher rewards are better. They may be infinite, and none is NaN.
 import re
 
 import numpy as np
-import scipy  # Not scipy.special: see soft_model.
 
 # A pattern is matched in capitals or not. A data set with attributes of its own has them in
 # stats.json.
@@ -58,34 +57,3 @@ def win_shares(scores):
     others = scores[:, :, None]
     below = (others < best).sum(-1) + ((others == best).sum(-1) - 1) / 2
     return below.transpose(1, 2, 0) / (n - 1)
-
-
-def reward_mixture(scores, alpha):
-    """Return p_hat, the limit of `policy_mixture` as beta tends to 0; scores (K, n), alpha (K,)."""
-    a, b = np.triu_indices(scores.shape[1], 1)
-    return alpha @ ((scores[:, a] > scores[:, b]) * 0.5 + (scores[:, a] >= scores[:, b]) * 0.5)
-
-
-def log_policies(margins, alpha):
-    """Return log p_bar and log (1 - p_bar) of p_bar = sum_j alpha_j sigmoid(margins_j), float64
-    (2, N), however near to 0 or 1 it is; margins (K, N), alpha (K,)."""
-    logs = [-np.logaddexp(0, sign * margins) for sign in (-1, 1)]
-    return np.array([scipy.special.logsumexp(log, axis=0, b=alpha[:, None]) for log in logs]).clip(
-        max=0
-    )
-
-
-def policy_mixture(scores, logprob, alpha, beta):
-    """Return how probably the mixture of the members' optimal policies prefers y1 (appendix A).
-
-        p_bar_j = sigmoid((r_j(y1) - r_j(y2)) / beta + log pi_0(y1) - log pi_0(y2))
-        p_bar = sum_j alpha_j p_bar_j
-
-    scores (K, n), logprob (n,): log pi_0; alpha (K,); beta > 0, infinite for the base alone.
-    Returns float64 (n (n-1) / 2,), the pairs ordered as by itertools.combinations.
-    """
-    a, b = np.triu_indices(len(logprob), 1)
-    scores = np.asarray(scores, np.float64)
-    with np.errstate(invalid="ignore"):
-        margin = np.nan_to_num(scores[:, a] - scores[:, b])  # Equal infinite rewards differ by 0.
-    return alpha @ scipy.special.expit(margin / beta + (logprob[a] - logprob[b]))

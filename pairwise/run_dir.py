@@ -500,6 +500,20 @@ def read_continuation_rewards(run, k):
     return read_rewards(run, "continuations", k, shape)
 
 
+def read_logprob(run, responses):
+    """Return log pi_0 of each test response, float32 (R,), that extras/policy_logprob.py has left;
+    None where it has not. Raises InputError where they are not R finite numbers."""
+    path = run / "logprob" / "test.npy"
+    check(run, path)
+    if not path.exists():
+        return None
+    stored = files.read_array(path)
+    if stored.dtype != np.float32 or stored.shape != (responses,) or not np.isfinite(stored).all():
+        found = f"{stored.dtype} {stored.shape} found"
+        raise cli.InputError(f"{path}: {found}, float32 ({responses},) expected, all of it finite")
+    return stored
+
+
 METRICS = {"dataset": str, "k": int, "k_valid": (int, type(None)), "votes": str, "splits": dict}
 
 

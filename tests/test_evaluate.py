@@ -703,6 +703,25 @@ def test_pairs_of_one_vote_count_in_no_number(tmp_path, no_figures):
     assert set(evaluated(run)["splits"]) == {"test"}  # no pair of train is left to evaluate
 
 
+def test_figures_show_the_pairs_that_count_alone(run, monkeypatch):
+    """A pair of one vote is in no number, and in no figure of all pairs."""
+    path = run / "data" / "test.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[0]["pairs"][0] |= {"votes_a": 1.0, "votes_b": 0.0}
+    write_split(path, rows)
+    shown, draw_inputs = {}, evaluate.report.draw_inputs
+
+    def drawn(prefixes, logs, p, p_hat, ranked):
+        shown.update(p=p, p_hat=p_hat)
+        return draw_inputs(prefixes, logs, p, p_hat, ranked)
+
+    monkeypatch.setattr(evaluate.report, "draw_inputs", drawn)
+    monkeypatch.setattr(evaluate.cli, "usable_cores", lambda: 1)  # drawn by this process
+    metrics, split = evaluated(run, "--resamples", "50")["splits"]["test"], read_split(run, "test")
+    assert metrics["pairs"] == len(shown["p"]) == len(shown["p_hat"]) == len(split.p) - 1
+    np.testing.assert_array_equal(shown["p"], np.delete(split.p, 0))
+
+
 def test_a_plurality_of_test_pairs_of_one_vote_is_refused(run):
     one_vote_each(run)
     with pytest.raises(InputError, match="test.parquet: no pair of two votes found"):

@@ -3,15 +3,16 @@ test responses, and appendix A's condition; and that no script writes over the f
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import sys
 from decimal import Decimal
 
-from pairwise import chats, diversity, sampling
+from pairwise import chats, policies, sampling, soft_model
 from pairwise import data as prepared
 from pairwise.cli import InputError
-from pairwise.run_dir import output, read_continuations
+from pairwise.run_dir import output, read_continuations, read_logprob
 
 import numpy as np
 import pytest
@@ -179,6 +180,78 @@ def test_where_an_answer_begins_and_ends(tokenizer):
         parts("{{ messages | length }}" + written)
 
 
+def mixture(scores, logprob, alpha, beta):
+    """p_bar of all pairs of n responses, in the order of itertools.combinations; scores (K, n)."""
+    a, b = np.triu_indices(len(logprob), 1)
+    differences = soft_model.reward_differences(scores, a, b)
+    return np.exp(policies.log_mixture(differences, logprob[a] - logprob[b], alpha, beta)[0])
+
+
+def test_the_mixture_of_policies_by_definition():
+    rng = np.random.default_rng(2)
+    scores = rng.integers(-2, 3, (3, 6)).astype(float)
+    logprob, alpha = rng.normal(-20, 3, 6), np.array([0.5, 0.3, 0.2])
+
+    def preferred(a, b, beta):  # softmax over the pair, as the paper has it before the sigmoid
+        total = 0
+        for j, weight in enumerate(alpha):
+            one, other = (math.exp(logprob[y]) * math.exp(scores[j, y] / beta) for y in (a, b))
+            total += weight * one / (one + other)
+        return total
+
+    pairs = list(itertools.combinations(range(6), 2))
+    for beta in (0.3, 1, 10):
+        wanted = [preferred(a, b, beta) for a, b in pairs]
+        np.testing.assert_allclose(mixture(scores, logprob, alpha, beta), wanted, rtol=1e-12)
+    order = np.array([3, 0, 5, 1, 4, 2])
+    moved = dict(zip(pairs, mixture(scores[:, order], logprob[order], alpha, 2)))
+    for (a, b), value in zip(pairs, mixture(scores, logprob, alpha, 2)):
+        one, other = order.tolist().index(a), order.tolist().index(b)
+        found = moved[one, other] if one < other else 1 - moved[other, one]
+        assert found == pytest.approx(value, abs=1e-14)
+
+
+def test_the_mixture_of_policies_at_its_limits():
+    rng = np.random.default_rng(3)
+    scores = rng.normal(size=(3, 8)).astype(np.float32)
+    logprob, alpha = rng.normal(-30, 5, 8), np.array([0.2, 0.3, 0.5])
+    pairs = list(itertools.combinations(range(8), 2))
+    votes = [alpha @ (scores[:, a] > scores[:, b]) for a, b in pairs]
+    np.testing.assert_allclose(mixture(scores, logprob, alpha, 1e-9), votes, atol=1e-12)
+    base = [1 / (1 + math.exp(logprob[b] - logprob[a])) for a, b in pairs]
+    np.testing.assert_allclose(mixture(scores, logprob, alpha, np.inf), base, rtol=1e-12)
+    np.testing.assert_allclose(mixture(scores, logprob, alpha, 1e12), base, rtol=1e-9)
+    infinite, logprob = np.float32([[np.inf, np.inf, 0, -np.inf]]), np.log([3, 1, 1, 1.0])
+    with np.errstate(over="raise", divide="raise", invalid="raise"):
+        for beta in policies.BETAS:
+            found = mixture(infinite, logprob, np.ones(1), beta)
+            np.testing.assert_allclose(found, [0.75, 1, 1, 1, 1, 1])
+
+
+def test_distances_of_policies_by_brute_force():
+    """Summed over the pairs of a prompt's distinct texts, ties and infinite rewards among them."""
+    rng = np.random.default_rng(0)
+    scores, alpha = rng.integers(-1, 2, (2, 3, 4)).astype(np.float32), np.array([0.7, 0.3])
+    scores[0, 0, 1] = np.inf
+    scores[1, 1, :2] = -np.inf
+    logprob = rng.normal(-9, 2, (3, 4))
+    texts = {"texts": [list("abcd"), list("abca"), list("aaaa")], "logprob": logprob.tolist()}
+    found, pairs = policies.distances(scores, texts, alpha)
+    assert pairs.tolist() == [6, 3, 0] and found.shape == (3, len(policies.BETAS))
+    for x, i in np.ndindex(found.shape):
+        kept = [y for y, text in enumerate(texts["texts"][x]) if text not in texts["texts"][x][:y]]
+        total = 0.0
+        for a, b in itertools.combinations(kept, 2):
+            p_bar = p_hat = 0.0
+            for weight, own in zip(alpha, scores[:, x].tolist()):
+                margin = 0.0 if own[a] == own[b] else (own[a] - own[b]) / policies.BETAS[i]
+                margin += logprob[x, a] - logprob[x, b]
+                p_bar += weight / (1 + math.exp(-margin)) if margin > -700 else 0.0
+                p_hat += weight * ((own[a] > own[b]) + (own[a] == own[b]) / 2)
+            total += abs(p_bar - p_hat)
+        assert found[x, i] == pytest.approx(total, abs=1e-12)
+
+
 def test_policies_on_annotated_pairs_by_brute_force(with_logprob, tmp_path, no_figures):
     """p_bar of every pair by the definition: probabilities in proportion to pi_0 exp(r / beta)."""
     import evaluate
@@ -190,7 +263,7 @@ def test_policies_on_annotated_pairs_by_brute_force(with_logprob, tmp_path, no_f
     alpha = json.loads((run / "weights.json").read_text())[-1]["alpha"]
     logprob = np.load(run / "logprob" / "test.npy").astype(float).tolist()
     r = [rewards(run, j).astype(float).tolist() for j in (1, 2)]
-    assert found["beta"] == diversity.BETAS.tolist() and found["brier_ci"][0] == [None, None]
+    assert found["beta"] == policies.BETAS.tolist() and found["brier_ci"][0] == [None, None]
     for beta in (*found["beta"], math.inf):
         terms = []
         for a, b, p in zip(test.a.tolist(), test.b.tolist(), test.p.tolist()):
@@ -215,9 +288,9 @@ def test_the_page_shows_the_demo_s_policies():
     """Computed from the committed run, as evaluate.py does."""
     run, page = REPOSITORY / "results" / "demo", REPOSITORY / "docs" / "method.md"
     test, count = prepared.read_split(run, "test"), len(rewards(run))
-    logprob, scores = diversity.read_logprob(run, count), [rewards(run, j) for j in range(1, 5)]
+    logprob, scores = read_logprob(run, count), [rewards(run, j) for j in range(1, 5)]
     alpha = np.array(json.loads((run / "weights.json").read_text())[-1]["alpha"])
-    found = diversity.policy_calibration(test, np.array(scores), logprob, alpha)
+    found = policies.calibration(test, np.array(scores), logprob, alpha)
     sampled = json.loads((run / "metrics.json").read_text())["diversity"]["policy"]["distance"]
     names = "brier", "cross_entropy", "distance"
     means = {name: found[name].top.sum(0) / found[name].bottom.sum() for name in names}
@@ -248,14 +321,14 @@ def test_the_stage_of_log_probabilities(with_logprob, base, tmp_path, capsys):
     count = len(np.load(path))
     np.save(path, np.full(count, np.nan, np.float32))
     with pytest.raises(InputError, match="edited or damaged since it was written"):
-        diversity.read_logprob(run, count)
+        read_logprob(run, count)
     edited(run)
     for wrong in (count, count + 1):
         with pytest.raises(InputError, match="all of it finite"):
-            diversity.read_logprob(run, wrong)
+            read_logprob(run, wrong)
     path.unlink()
     with pytest.raises(InputError, match="no such file; .* names it"):
-        diversity.read_logprob(run, count)
+        read_logprob(run, count)
 
 
 def test_no_output_is_a_file_of_a_run(data, tmp_path, monkeypatch):

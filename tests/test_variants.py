@@ -190,14 +190,24 @@ def test_one_validation_prompt_shows_no_gain(runs):
 
 
 def test_restricted_and_merged_are_inverse(runs):
+    """And what data has beside votes goes with its pairs and prompts."""
     featured = plurality.read_features(runs["camps"])["test"]
-    keep = np.arange(len(featured.split.prompt_id)) < 40
-    joined = variants.merged([plurality.restricted(featured, mask) for mask in (keep, ~keep)])
+    split = featured.split
+    judgments = np.arange(2 * len(split.a), dtype=np.int32).reshape(-1, 2)
+    categories = [{"topic": name} for name in split.prompt_id]
+    split = dataclasses.replace(split, judgments=judgments, categories=categories)
+    featured = featured._replace(split=split)
+    keep = np.arange(len(split.prompt_id)) < 40
+    first, second = (plurality.restricted(featured, mask) for mask in (keep, ~keep))
+    assert first.split.judgments.tolist() == judgments[: split.pair_start[40]].tolist()
+    assert second.split.categories == categories[40:]
+    joined = variants.merged([first, second])
     np.testing.assert_array_equal(joined.features, featured.features)
-    for field in dataclasses.fields(featured.split):
-        np.testing.assert_array_equal(
-            getattr(joined.split, field.name), getattr(featured.split, field.name)
-        )
+    for field in dataclasses.fields(split):
+        np.testing.assert_array_equal(getattr(joined.split, field.name), getattr(split, field.name))
+    bare = second._replace(split=dataclasses.replace(second.split, judgments=None))
+    assert variants.merged([first, bare]).split.judgments is None
+    assert len(plurality.counted(featured).split.judgments) == len(split.a)
 
 
 def test_pairs_of_one_vote_and_prompts_without_others_do_not_count(runs):
