@@ -4,8 +4,8 @@
     python evaluate.py --run results/demo --out /tmp/demo     (a committed run stays as it is)
 
 It reads data/, rewards/ and weights.json of the run, and writes metrics.json, report.html and
-figures/ into it, or into --out. It needs neither a GPU nor torch, and seconds. pairwise/metrics.py
-has the mathematics; extras/compare.py compares runs.
+figures/ into it, or into --out. It needs neither a GPU nor torch, and takes seconds.
+pairwise/metrics.py has the mathematics; extras/compare.py compares runs.
 """
 
 import itertools
@@ -17,6 +17,7 @@ from pairwise import (
     diversity,
     drawing,
     files,
+    manifest,
     metrics,
     policies,
     ranking,
@@ -66,7 +67,7 @@ def read_logs(run, k):
     joint run {"all members": those of logs/joint.jsonl}."""
     paths = {f"member {j}": run / "logs" / f"{j:02d}.jsonl" for j in range(1, k + 1)}
     paths["all members"] = run / "logs" / "joint.jsonl"
-    run_dir.check(run, *paths.values())
+    manifest.check(run, *paths.values())
     logs = {name: files.read_lines(path) for name, path in paths.items() if path.exists()}
     for name, lines in logs.items():
         if wrong := files.misfit(lines, LOG):
@@ -79,7 +80,7 @@ class Stored(NamedTuple):
 
     splits: dict  # {name: data.Split}
     stats: dict  # data/stats.json
-    prefixes: list  # The entries of weights.json, of metrics.read_prefixes.
+    prefixes: list  # The entries of weights.json, of run_dir.read_all_prefixes.
     rewards: dict  # {split: float32 (K, R)}
     scores: np.ndarray | None  # Rewards of the continuations, float32 (K, P, n).
     texts: dict | None  # The continuations, of run_dir.read_continuations.
@@ -89,7 +90,7 @@ class Stored(NamedTuple):
 def read_stored(run):
     """Read what `Stored` holds. Raises InputError where a file is missing or unfit."""
     splits, stats = data.read_splits(run)
-    prefixes = metrics.read_prefixes(run)
+    prefixes = run_dir.read_all_prefixes(run)
     k = run_dir.count_members(run)
     rewards = {
         name: run_dir.read_rewards(run, name, k, (split.n_responses,))
@@ -110,10 +111,10 @@ def hash_inputs(run, stored):
     paths += [soft_model.source_path(run, name) for name in stored.splits]
     paths += sorted((run / "logs").glob("[!.]*.jsonl"))
     hashes = {str(x.relative_to(run)): files.hash_file(x) for x in paths if x.exists()}
-    before = [entry for name, entry in run_dir.stages(run).items() if name != "evaluate"]
+    before = [entry for name, entry in manifest.entries(run).items() if name != "evaluate"]
     if edited := [name for entry in before for name in entry.get("edited", [])]:
         hashes["edited by hand"] = ", ".join(edited)  # The report says so.
-    return data.hashes(run) | hashes | run_dir.hash_code(*CODE)
+    return data.hashes(run) | hashes | manifest.hash_code(*CODE)
 
 
 def refitted_weights(split, rewards, sizes, resamples, seed):
@@ -139,10 +140,11 @@ def refitted_weights(split, rewards, sizes, resamples, seed):
 
 
 def refitted_intervals(forms, pairs, prompts, alphas, resamples, seed):
-    """Return {k: {NAME_refit_ci: limits}}, intervals that hold what the weights owe to chance, too.
+    """Return {k: {NAME_refit_ci: limits}}, intervals that the chance in the weights widens.
 
-    forms: of a split, by metrics.squared_errors; pairs (P,): its pairs of each prompt; prompts: how
-    many are drawn, of this split or of train where it has fewer; alphas: of `refitted_weights`.
+    forms: of a split, by metrics.squared_errors; pairs (P,): its pairs of each prompt; prompts:
+    the number of this split's or of train's, whichever is less, by which there is an interval or
+    none; alphas: of `refitted_weights`.
     """
     sums = metrics.drawn_sums([*itertools.chain(*forms.values()), pairs], resamples, seed)
     forms = {name: sums[3 * i : 3 * i + 3] for i, name in enumerate(forms)}
@@ -166,7 +168,7 @@ def rank(stored, args):
 def compute(run, stored, ranked, args):
     """Return metrics.json as a dictionary; ranked: of `rank`."""
     resampling = args.resamples, args.seed
-    run_dir.check(run, run / "plurality.json")
+    manifest.check(run, run / "plurality.json")
     result = {
         "dataset": stored.stats["dataset"],
         "k": len(stored.rewards["test"]),
@@ -221,15 +223,15 @@ def main(args):
     inputs = hash_inputs(run, stored)
     outputs = [run / "metrics.json", run / "report.html"]
     outputs += [run / "figures" / f"{name}.png" for name in FIGURES]
-    if in_place and run_dir.unchanged(run, "evaluate", settings, inputs, outputs):
+    if in_place and manifest.unchanged(run, "evaluate", settings, inputs, outputs):
         print("evaluate: nothing has changed, skipped")
-        if edited := run_dir.stages(run)["evaluate"].get("edited"):
+        if edited := manifest.entries(run)["evaluate"].get("edited"):
             print(f"evaluate: edited by hand, and shown so: {', '.join(edited)}")
         result = run_dir.read_metrics(run)
     else:
         logs = read_logs(run, len(stored.rewards["test"]))
         if in_place:
-            started = run_dir.begin_stage(run, "evaluate", settings, inputs)
+            started = manifest.begin_stage(run, "evaluate", settings, inputs)
         test = data.counted_pairs(stored.splits["test"])  # read_stored has found some.
         alpha = np.array(stored.prefixes[-1]["alpha"])
         votes = weights.member_votes(stored.rewards["test"], test.a, test.b)
@@ -238,9 +240,9 @@ def main(args):
         with drawing.elsewhere(report.draw_inputs, *shown) as drawn:
             result = compute(run, stored, ranked, args)
             files.write_json(out / "metrics.json", result)
-            report.write(out, result, stored.prefixes, run_dir.stages(run), drawn)
+            report.write(out, result, stored.prefixes, manifest.entries(run), drawn)
         if in_place:
-            run_dir.end_stage(run, "evaluate", settings, inputs, started)
+            manifest.end_stage(run, "evaluate", settings, inputs, started)
     print(report.table(result))
     print(f"report: {out / 'report.html'}")
 

@@ -10,7 +10,7 @@ Writes RUN/weights.json: for k = 1..K {k, alpha, fit: "qp", train_mse, kkt}.
 
 import sys
 
-from pairwise import cli, data, files, run_dir, weights
+from pairwise import cli, data, files, manifest, run_dir, weights
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def check_kind(run):
     if kind in ("hardened", "pruned"):
         fitted = "those of the run that it was made from are fitted, with --run of that one"
         raise cli.InputError(f"{path}: {kind} weights found, which stay; {fitted}")
-    if run_dir.stages(run).get("joint", {}).get("settings", {}).get("weights") == "learned":
+    if manifest.entries(run).get("joint", {}).get("settings", {}).get("weights") == "learned":
         learned = "weights found that were learned with the rewards, which stay"
         fitted = "train_joint.py --weights qp leaves them to be fitted"
         raise cli.InputError(f"{path}: {learned}; {fitted}")
@@ -91,20 +91,20 @@ def main(args):
     run, path = args.run, args.run / "weights.json"
     split, k = data.read_split(run, "train"), run_dir.count_members(run)
     rewards = run_dir.read_rewards(run, "train", k, (split.n_responses,))
-    inputs = data.hashes(run) | run_dir.hash_rewards(run, k) | run_dir.hash_code(*CODE)
+    inputs = data.hashes(run) | run_dir.hash_rewards(run, k) | manifest.hash_code(*CODE)
     check_kind(run)
-    if run_dir.unchanged(run, "weights", {}, inputs, [path]):
+    if manifest.unchanged(run, "weights", {}, inputs, [path]):
         print(f"weights: {path} is up to date, skipped")
         prefixes = run_dir.read_prefixes(run)
     else:
-        if path.exists() and run_dir.stages(run).get("weights", {}).get("edited"):
+        if path.exists() and manifest.entries(run).get("weights", {}).get("edited"):
             words = "edited and accepted, before rewards, data or the code of the weights changed"
             raise cli.InputError(f"{path}: {words}; it is fitted anew once it is moved away")
         split = data.fitted_pairs(split)
-        started = run_dir.begin_stage(run, "weights", {}, inputs)
+        started = manifest.begin_stage(run, "weights", {}, inputs)
         prefixes = fit_prefixes(quadratic_form(rewards, split))
         files.write_json(path, prefixes)
-        run_dir.end_stage(run, "weights", {}, inputs, started)
+        manifest.end_stage(run, "weights", {}, inputs, started)
         error, kkt = prefixes[-1]["train_mse"], prefixes[-1]["kkt"]
         alpha = " ".join(f"{weight:.3f}" for weight in prefixes[-1]["alpha"])
         print(f"weights: k={k}, train error {error:.4f}, alpha {alpha}, KKT residual {kkt:.0e}")

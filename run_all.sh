@@ -124,9 +124,9 @@ case $DATASET in
 esac
 read -r _ BASE_HERE PROMPTS_HERE TEXTS FROM FLAGS <<<"$(grep "^$SCRIPT " <<<"$DEFAULTS")"
 RUN=${RUN:-runs/$NAME} BASE=${BASE:-${BASE_HERE/#RUN/"$RUN"}} PROMPTS=${PROMPTS:-$PROMPTS_HERE}
-# of a row of your own; the others are asked above
+# of a data set that you added to DEFAULTS; the others are asked above
 [ "$BASE" != --base ] || fail "$DATASET needs --base, the model to start from"
-case $SCRIPT$JOINT$HEAD in demo11 | personalllm?1 | binary1?) FLAGS='' ;; esac # of others
+case $SCRIPT$JOINT$HEAD in demo11 | personalllm?1 | binary1?) FLAGS='' ;; esac # not for their --joint or head
 TRAIN=("${MODEL[@]}" $FLAGS "${TRAIN[@]}")
 [[ ${#PRISM[@]} = 0 || $FROM = prism && $PROMPTS != 0 ]] || fail "--prism-source: no PRISM prompt is needed"
 [[ $PROMPTS != 0 || $DATASET = demo || ${#SAMPLING[@]} = 0 ]] ||

@@ -16,6 +16,7 @@ from pairwise import (
     cli,
     data,
     files,
+    manifest,
     members,
     pretrained,
     provenance,
@@ -126,8 +127,8 @@ def formulas(functions):
 def hash_method(args):
     """Return {name: SHA-256} of the code of target and loss, which a run's members share."""
     return {
-        f"code of --target {args.target}": run_dir.hash_function(TARGETS[args.target]),
-        f"code of --loss {args.loss}": run_dir.hash_function(LOSSES[args.loss]),
+        f"code of --target {args.target}": manifest.hash_function(TARGETS[args.target]),
+        f"code of --loss {args.loss}": manifest.hash_function(LOSSES[args.loss]),
     }
 
 
@@ -180,7 +181,8 @@ def train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, lo
 def facts_of(args, train, identical, tied, encoding):
     """Return facts for the manifest, and words on pairs left out; identical, tied: bool (N,);
     encoding: of stages.encoding_facts."""
-    facts, words = stages.facts(args) | encoding[0], ""
+    encoding_facts, encoding_words = encoding
+    facts, words = stages.facts(args) | encoding_facts, ""
     facts["target_formula"] = formula(TARGETS[args.target])
     facts["loss_formula"] = formula(LOSSES[args.loss])
     facts |= {"processes": parallel.count(), "identical_pairs": int(identical.sum())}
@@ -191,7 +193,7 @@ def facts_of(args, train, identical, tied, encoding):
         unjudged = ~identical & ~tied & (train.judgments.sum(1) == 0)
         facts["pairs_without_judgment"] = int(unjudged.sum())
         words += f", {unjudged.sum():,} trained on without a judgment, m = 0"
-    return facts, words + encoding[1]
+    return facts, words + encoding_words
 
 
 def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkpoints):
@@ -201,8 +203,8 @@ def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkp
     """
     run, j, is_first = args.run, args.iteration, parallel.rank() == 0
     directory, log_path = run / run_dir.member_name(j), run / "logs" / f"{j:02d}.jsonl"
-    train, (*targets, tied), texts = splits["train"], targets, stages.texts_of(splits)
-    started = parallel.of_first(lambda: run_dir.begin_stage(*stage))
+    train, texts, (t, m, tied) = splits["train"], stages.texts_of(splits), targets
+    started = parallel.of_first(lambda: manifest.begin_stage(*stage))
     encoded, counts = stages.encode_for(args, "features", texts, tokenizer, base_inputs)
     identical = stages.identical_pairs(train, encoded["train"])
     keep = ~identical & ~tied
@@ -211,7 +213,7 @@ def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkp
         member = stages.load(args, j, tokenizer)
     else:
         with stages.open_log(log_path, is_first and not trained) as log:
-            member = train_member(args, train, encoded, targets, keep, tokenizer, checkpoints, log)
+            member = train_member(args, train, encoded, (t, m), keep, tokenizer, checkpoints, log)
     if is_first and not trained:
         with files.replacing(directory) as partial:
             members.KINDS[args.train].save(member, partial, tokenizer, args.base)
@@ -224,7 +226,7 @@ def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkp
     facts["texts_with_special_tokens"] = special = stages.count_special(texts, tokenizer)
     if is_first:
         stages.write_rewards(run, j, scores)
-        run_dir.end_stage(*stage, started, **facts)
+        manifest.end_stage(*stage, started, **facts)
     print(
         f"member {j}: trained on {keep.sum():,} pairs in {time.time() - started:.0f} s"
         f"{stages.special_words(special)}{words}"
@@ -254,11 +256,11 @@ def main(args):
     inputs = base_inputs | hash_method(args)
     if first := run_dir.first_with_model(run, j):  # trained members differ in their residual only
         before = run_dir.hash_ensemble(run, first - 1)
-        run_dir.must_agree(run, run_dir.member_name(first), settings, inputs | before)
+        manifest.must_agree(run, run_dir.member_name(first), settings, inputs | before)
     inputs |= run_dir.hash_ensemble(run, j - 1)
     stage = (run, name, settings, inputs)
     texts = run_dir.read_continuations(run)
-    # These two decide which collective calls a process makes: one that others do not make waits.
+    # These two decide which collective calls a process makes; one that others do not make hangs.
     calls = {"continuations": len(texts or ()), "checkpoint_minutes": args.checkpoint_minutes}
     parallel.check_alike(settings | inputs | calls)
     outputs = [run / name, run / "logs" / f"{j:02d}.jsonl"]
@@ -266,7 +268,7 @@ def main(args):
     checkpoints = Checkpoints(run, j, settings, inputs, args.checkpoint_minutes)
     args.threads = checkpoints.threads(args.threads)
     torch.set_num_threads(args.threads)
-    if parallel.of_first(lambda: run_dir.stage_done(*stage, outputs)):
+    if parallel.of_first(lambda: manifest.stage_done(*stage, outputs)):
         print(f"member {j}: {run / name} is there, skipped")
     else:
         member = train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkpoints)

@@ -32,7 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pairwise import cli, files, run_dir
+from pairwise import cli, files, manifest
 
 BENCHMARKS = cli.REPOSITORY / "benchmarks"
 sys.path += [str(cli.REPOSITORY / folder) for folder in ("benchmarks", "data_prep", "extras")]
@@ -125,7 +125,7 @@ def main(args):
     entry = {"state": "running", "date": time.strftime("%Y-%m-%d", time.gmtime())}
     entry["command"] = os.environ.get("PAIRWISE_COMMAND", f"python benchmarks/card.py {part}")
     # A copy of the tree has no commit of its own.
-    entry["commit"] = os.environ.get("COMMIT") or run_dir._git_commit()
+    entry["commit"] = os.environ.get("COMMIT") or manifest._git_commit()
     entry |= {"versions": versions(), "device": args.device, "small": args.small}
 
     def keep(**numbers):

@@ -2,15 +2,12 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/training.py --json benchmarks/training.json            (10 to 15 minutes)
-    python benchmarks/training.py --card --device cuda --steps 8 --micro-batch-tokens 8192
-                                                        (8B parameters, random weights; no TRL)
 
 Model, data, pairs a step and optimizer are the same: a 5M-parameter Llama in float32, random
 tokens, AdamW. TRL takes the best of its micro-batch sizes, in order or grouped by length, and we
 take the best of ours; then everyone trains on the same steps, in turn, again and again; medians
 count. Tokens are those of the distinct responses with their prompts, however often they are run.
---card times forward and backward passes of a Llama-3-8B configuration, and SOAP on the matrices of
-one layer, times the layers; it has not been run on a card yet.
+On a card: card.sh.
 """
 
 import contextlib
@@ -21,7 +18,6 @@ import sys
 import tempfile
 import time
 import warnings
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +25,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import transformers
-from pytorch_optimizer import SOAP
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -53,14 +48,6 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
-LLAMA_3_8B = {
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
 # Responses to a prompt, prompts a step, median tokens of a prompt and their range, of a response
 # and their range; these are like MultiPref's and PersonalLLM's.
 KINDS = {
@@ -78,17 +65,17 @@ OURS = {
 # ---- data and models
 
 
-def make_data(kind, steps, seed=0, vocabulary=VOCABULARY):
+def make_data(kind, steps):
     """Return sequences (R,), a, b (N,) and steps: lists of arrays of pair indices, one a prompt.
 
     Tokens are random; lengths are spread log-normally.
     """
     responses, prompts, prompt_length, response_length = KINDS[kind]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def tokens(median, least, most):
         length = median * np.exp(0.4 * rng.standard_normal())
-        return rng.integers(1, vocabulary, int(np.clip(length, least, most))).tolist()
+        return rng.integers(1, VOCABULARY, int(np.clip(length, least, most))).tolist()
 
     sequences, pairs, step_list = [], [], []
     for _ in range(steps):
@@ -139,6 +126,12 @@ def only(model, level):
 
 
 # ---- contenders: each is a function that trains on all steps once and returns its seconds
+
+
+def wait(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def ours(data, level, micro_batch_tokens, model=None):
@@ -341,125 +334,22 @@ def table_rows(times, pairs, tokens):
     return rows
 
 
-# ---- one card, 8B parameters
-
-
-def wait(device):
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def timed(device, calls):
-    """Return the seconds of each call; the first is made twice, to warm up."""
-    times = []
-    for call in (calls[0], *calls):
-        started = wait(device)
-        call()
-        times.append(wait(device) - started)
-    return times[1:]
-
-
-def passes(args, model, data, rate):
-    """Time forward and backward passes over all sequences; rate: FLOP/s of a large product."""
-    model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.model.train()  # transformers recomputes in training mode; there is no dropout here.
-    batches = list(rm.batches_of(model, data.sequences, args.micro_batch_tokens[-1]))
-    # Little of the last layer is run.
-    matrices = sum(p.numel() for p in model.model.base_model.layers[:-1].parameters())
-    run = sum(rm.count_tokens(model, [data.sequences[i] for i in batch]) for batch in batches)
-
-    def backward(batch):
-        rewards = rm.rewards_of_batch(model, [data.sequences[i] for i in batch])
-        rewards.square().sum().backward()
-
-    seconds = sum(timed(args.device, [partial(backward, batch) for batch in batches]))
-    cuda = args.device.startswith("cuda")
-    return {
-        "layers": args.layers,
-        "packs": model.packs,
-        "tokens_per_second": data.tokens / seconds,
-        "tokens_run_per_second": run / seconds,
-        "matrix_product_tflops": rate / 1e12,
-        "model_flops_utilisation": 6 * matrices * run / seconds / rate,
-        "with_recomputation": 8 * matrices * run / seconds / rate,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-    }
-
-
-def optimizer_seconds(args, matrices):
-    """Return the seconds of SOAP's step of all layers, from the matrices of one of them."""
-    optimizer = SOAP(
-        matrices,
-        lr=1e-5,
-        precondition_frequency=args.precondition_frequency,
-        max_precondition_dim=args.max_precondition_dim,
-    )
-
-    def step():
-        started = wait(args.device)
-        optimizer.step()
-        return wait(args.device) - started
-
-    times = []
-    for _ in range(2 + args.precondition_frequency):
-        for p in matrices:
-            p.grad = torch.randn_like(p)
-        times.append(step())
-    # The first step initialises; a whole cycle of the eigenbases counts.
-    return args.layers * statistics.mean(times[2:])
-
-
-def card(args):
-    """Time LLAMA_3_8B with --layers layers, its width divided by --shrink, on one card.
-
-    Print and return tokens a second, utilisation, peak memory and the optimizer's part of a step.
-    """
-    device, dtype = args.device, torch.float32
-    if device.startswith("cuda"):
-        dtype = torch.bfloat16
-    shape = LLAMA_3_8B | {"num_hidden_layers": args.layers}
-    for name in ("vocab_size", "hidden_size", "intermediate_size"):
-        shape[name] //= args.shrink
-    n = 8192 // args.shrink
-    x = torch.randn(n, n, device=device, dtype=dtype)
-    rate = 2 * n**3 / statistics.median(timed(device, [lambda: x @ x] * 20))
-    model = make_model(shape, dtype, device)
-    data = make_data("2 responses, 8 pairs a step", args.steps, vocabulary=shape["vocab_size"])
-    result = passes(args, model, data, rate)
-    layer = model.model.base_model.layers[0].parameters()
-    matrices = [torch.nn.Parameter(p.detach().float().clone()) for p in layer if p.ndim > 1]
-    del model, layer
-    step = optimizer_seconds(args, matrices)
-    batch = 2 * 512 * data.tokens / len(data.sequences) / result["tokens_per_second"]
-    result["optimizer_step_seconds"] = step
-    result["optimizer_share_at_512_pairs"] = step / (step + batch)
-    for name, value in result.items():
-        text = f"{value:,.3f}" if isinstance(value, float) else value
-        print(f"{name.replace('_', ' ')}: {text}")
-    return result
-
-
 def main(args):
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
-    gpu = f", {torch.cuda.get_device_name()}" if args.device.startswith("cuda") else ""
     result = {
-        "machine": f"{platform.machine()}, {args.threads} threads{gpu}",
+        "machine": f"{platform.machine()}, {args.threads} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    if args.card:
-        result |= card(args)
-    else:
-        try:
-            import trl
-        except ImportError as error:
-            words = f"{error.name} is missing; pip install -r benchmarks/requirements.txt"
-            raise cli.InputError(words) from None
-        result |= {"trl": trl.__version__}
-        with tempfile.TemporaryDirectory() as directory:
-            result["tables"] = [compare(kind, args, Path(directory)) for kind in KINDS]
+    try:
+        import trl
+    except ImportError as error:
+        words = f"{error.name} is missing; pip install -r benchmarks/requirements.txt"
+        raise cli.InputError(words) from None
+    result |= {"trl": trl.__version__}
+    with tempfile.TemporaryDirectory() as directory:
+        result["tables"] = [compare(kind, args, Path(directory)) for kind in KINDS]
     if args.json:
         files.write_json(args.json, result)
 
@@ -472,16 +362,8 @@ def parse_args(argv=None):
     words = "optimizer steps a turn (8 responses: half as many)"
     add("--steps", type=cli.natural, default=2, help=words)
     add("--threads", type=cli.threads, default=os.cpu_count(), help="CPU threads (default: all)")
-    words = "of ours, tokens run in one forward pass: the best is taken (--card: the last)"
+    words = "of ours, tokens run in one forward pass: the best is taken"
     add("--micro-batch-tokens", type=cli.natural, nargs="+", default=[1024, 4096], help=words)
-    add("--card", action="store_true", help="8B parameters on one card instead of the comparison")
-    add("--device", type=rm.device, default="cpu", help="of --card")
-    add("--layers", type=cli.natural, default=32, help="of --card: fewer for a smaller card")
-    words = "of --card: divide the width, to try it without a card"
-    add("--shrink", type=cli.natural, default=1, help=words)
-    words = "of --card: as in train_rm.py"
-    add("--precondition-frequency", type=cli.natural, default=5, help=words)
-    add("--max-precondition-dim", type=cli.natural, default=4096, help=words)
     return parser.parse_args(argv)
 
 

@@ -22,11 +22,11 @@ from pairwise import (
     cli,
     data,
     files,
+    manifest,
     pretrained,
     provenance,
     reward_model,
     rows,
-    run_dir,
     sampling,
 )
 
@@ -41,7 +41,7 @@ def held_out_prompts(run):
     if not path.exists():
         test = data.read_split(run, "test")
         return test.prompt_id, test.messages, "test prompts"
-    run_dir.check(run, path)
+    manifest.check(run, path)
     ids, asked, fields = [], [], {"prompt_id": "text", "messages": "messages"}
     for where, row in rows.read_rows(path, fields):
         ids.append(rows.text(where, "prompt_id", row.get("prompt_id")))
@@ -83,7 +83,7 @@ def main(args):
     inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
     if (run / "prompts.parquet").exists():
         inputs["prompts.parquet"] = files.hash_file(run / "prompts.parquet")
-    if run_dir.stage_done(run, "continuations", settings, inputs, [path]):
+    if manifest.stage_done(run, "continuations", settings, inputs, [path]):
         print(f"continuations: {path} is there, skipped")
         return
     reward_model.settle(args)
@@ -97,7 +97,7 @@ def main(args):
         for number, ids in zip(drawn, encoded)
     ]
     reward_model.check_tokens(model, encoded)
-    started = run_dir.begin_stage(run, "continuations", settings, inputs)
+    started = manifest.begin_stage(run, "continuations", settings, inputs)
 
     def row_of(i):
         prompt = {"prompt_id": prompt_id[drawn[i]], "messages": messages[drawn[i]]}
@@ -105,7 +105,7 @@ def main(args):
 
     key = settings | inputs
     answered = sampling.remembered_rows(path, key, count, row_of, "continuations", write_table)
-    run_dir.end_stage(run, "continuations", settings, inputs, started, threads=args.threads)
+    manifest.end_stage(run, "continuations", settings, inputs, started, threads=args.threads)
     repeated = sum(args.count - len(set(row["texts"])) for row in answered)
     print(
         f"continuations: {args.count} for each of {count} {kind}; "

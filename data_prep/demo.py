@@ -22,7 +22,7 @@ import itertools
 import math
 import time
 
-from pairwise import cli, data, files, run_dir
+from pairwise import cli, data, files, manifest
 from pairwise.prepare import prompts
 
 import numpy as np
@@ -282,19 +282,19 @@ def make_base(args):
     """Train the base model on RUN/data's train prompts and write RUN/base."""
     run, settings = args.run, {"seed": args.seed, "texts": args.texts}
     inputs = data.hashes(run)
-    if run_dir.stage_done(run, "base", settings, inputs, [run / "base"]):
+    if manifest.stage_done(run, "base", settings, inputs, [run / "base"]):
         print(f"base: {run / 'base'} is there, skipped")
         return
     import torch  # which takes seconds to load
 
-    started = run_dir.begin_stage(run, "base", settings, inputs)
+    started = manifest.begin_stage(run, "base", settings, inputs)
     torch.set_num_threads(args.threads)
     train, rng = data.read_split(run, "train"), np.random.default_rng([args.seed, 2])
     model, tokenizer = pretrain(list(pretraining_chats(train, args.texts, rng)), args.seed)
     with files.replacing(run / "base") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    run_dir.end_stage(run, "base", settings, inputs, started, threads=args.threads)
+    manifest.end_stage(run, "base", settings, inputs, started, threads=args.threads)
     size, seconds = model.num_parameters(), time.time() - started
     print(f"base: {size:,} parameters, trained on {args.texts:,} texts in {seconds:.0f} s")
 

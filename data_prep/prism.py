@@ -15,7 +15,7 @@ commonest words (`is_english`).
 import os
 import re
 
-from pairwise import cli, data, files, rows, run_dir
+from pairwise import cli, data, files, manifest, rows
 from pairwise.prepare import published
 
 import numpy as np
@@ -67,7 +67,7 @@ def main(args):
     flag = "--prism-source" if os.environ.get("PAIRWISE_COMMAND") else "--source"
     source, path = published.Source(args, DATA, flag), run / "prompts.parquet"
     settings, inputs = {"count": args.count, "seed": args.seed}, data.hashes(run) | source.inputs
-    if run_dir.stage_done(run, "prompts", settings, inputs, [path]):
+    if manifest.stage_done(run, "prompts", settings, inputs, [path]):
         print(f"prompts: {path} is there, skipped")
         return
     ids = opening_prompts(source.rows())
@@ -85,10 +85,10 @@ def main(args):
         for prompt, conversation_id in ids.items()
     ]
     prompt_rows = [candidates[i] for i in sorted(order)]
-    started = run_dir.begin_stage(run, "prompts", settings, inputs)
+    started = manifest.begin_stage(run, "prompts", settings, inputs)
     with files.replacing(path) as partial:
         files.write_parquet(partial, pa.Table.from_pylist(prompt_rows))
-    run_dir.end_stage(run, "prompts", settings, inputs, started, source=source.facts)
+    manifest.end_stage(run, "prompts", settings, inputs, started, source=source.facts)
     counts = f"{len(prompt_rows)} of {len(ids):,}"
     print(f"prompts: {counts} English prompts on values or a controversy")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
-from pairwise import cli, data, files, run_dir
+from pairwise import cli, data, files, manifest, run_dir
 
 import numpy as np
 import paper
@@ -35,7 +35,7 @@ SOFT = ("brier_soft_1", "l1_soft_1", "pearson_soft_1")  # of member 1, by agreem
 
 def rows_of(run):
     """The rows of one run, {column: value}. Raises InputError where it is not evaluated."""
-    stages, evaluation = run_dir.stages(run), paper.read_evaluation(run)
+    stages, evaluation = manifest.entries(run), paper.read_evaluation(run)
     test, plurality = evaluation["splits"]["test"], evaluation.get("plurality")
     made_by = next((name for name in MADE_BY if name in stages), None)
     if made_by is None:

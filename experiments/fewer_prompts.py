@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pairwise import cli, data, files, run_dir
+from pairwise import cli, data, files, manifest
 
 import numpy as np
 
@@ -31,10 +31,10 @@ def main(args):
     source, run = args.of, args.run
     splits, stats = data.read_splits(source)
     settings, inputs = {"share": args.share, "seed": args.seed}, data.hashes(source)
-    if run_dir.stage_done(run, "data", settings, inputs, [run / name for name in inputs]):
+    if manifest.stage_done(run, "data", settings, inputs, [run / name for name in inputs]):
         return
     kept = drawn(len(splits["train"].prompt_id), args.share, args.seed)
-    started = run_dir.begin_stage(run, "data", settings, inputs)
+    started = manifest.begin_stage(run, "data", settings, inputs)
     (run / "data").mkdir(exist_ok=True)
     for name in splits:
         given, made = (directory / "data" / f"{name}.parquet" for directory in (source, run))
@@ -45,7 +45,7 @@ def main(args):
                 shutil.copyfile(given, partial)
     stats = {name: stats[name] for name in KEPT if name in stats} | {"train_share": args.share}
     files.write_json(run / "data" / "stats.json", stats)
-    run_dir.end_stage(run, "data", settings, inputs, started)
+    manifest.end_stage(run, "data", settings, inputs, started)
     print(f"{run}: {len(kept)} of {len(splits['train'].prompt_id)} train prompts")
 
 

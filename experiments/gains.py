@@ -1,6 +1,6 @@
 """The plurality gains of several runs as one table: results/plurality.csv.
 
-    python experiments/gains.py --run runs/clusters_? runs/ukp_mse_? --out results/plurality.csv
+    python experiments/gains.py --runs runs/clusters_? runs/ukp_mse_? --out results/plurality.csv
 
 A row a run, as extras/plurality.py has left it in RUN/plurality.json: the Brier scores of the best
 single soft reward and of the mixture, the number of its components, the gain and the limits of its
@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
-from pairwise import cli, files, run_dir
+from pairwise import cli, files, manifest, run_dir
 
 import collect
 
@@ -21,7 +21,7 @@ import collect
 def row_of(run):
     """{column: value} of a run. Raises InputError where its plurality.json is missing or unfit."""
     path = run / "plurality.json"
-    run_dir.check(run, path)
+    manifest.check(run, path)
     found = files.read_json(path, evaluate.PLURALITY)
     row = {"run": run.name, "single": found["single"]}
     for prefix, gain in (("", found), ("several_", found["several"])):
@@ -31,13 +31,13 @@ def row_of(run):
 
 
 def main(args):
-    collect.write_csv(args.out, [row_of(run) for run in args.run], ".6g")
+    collect.write_csv(args.out, [row_of(run) for run in args.runs], ".6g")
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--run", type=cli.path, nargs="+", required=True, help="runs with plurality.json")
+    add("--runs", type=cli.path, nargs="+", required=True, help="runs with plurality.json")
     add("--out", type=run_dir.output, required=True, help="FILE.csv")
     return parser.parse_args(argv)
 

@@ -91,9 +91,8 @@ def tau_with_attributes(args, texts, patterns):
     """Kendall's tau (attributes, members) of the members' rewards of the continuations with what
     shows in them, averaged over prompts."""
     counts = ranking.attribute_counts(texts, patterns)
-    rewards = run_dir.read_rewards(args.run, "continuations", max(args.members), counts.shape[1:])[
-        [j - 1 for j in args.members]
-    ]
+    stored = run_dir.read_rewards(args.run, "continuations", max(args.members), counts.shape[1:])
+    rewards = stored[np.array(args.members) - 1]
     tau = np.nanmean(evaluator.kendall_tau(np.concatenate([rewards, counts])), 0)
     return tau[len(rewards) :, : len(rewards)]
 

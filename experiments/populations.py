@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pairwise import cli, data, files, run_dir
+from pairwise import cli, data, files, manifest
 
 import numpy as np
 
@@ -94,9 +94,9 @@ def population(name, seed, d, responses, votes, voters):
 def main(args):
     names = ("population", "seed", "dimension", "responses", "votes", "voters")
     settings = {name: getattr(args, name) for name in names}
-    if run_dir.stage_done(args.run, "data", settings, {}, [args.run / "data" / "test.parquet"]):
+    if manifest.stage_done(args.run, "data", settings, {}, [args.run / "data" / "test.parquet"]):
         return
-    started = run_dir.begin_stage(args.run, "data", settings, {})
+    started = manifest.begin_stage(args.run, "data", settings, {})
     (args.run / "data").mkdir(exist_ok=True)
     for split, (rows, features) in population(*settings.values()).items():
         with files.replacing(args.run / "data" / f"{split}.parquet") as partial:
@@ -105,7 +105,7 @@ def main(args):
     dataset = f"{args.population} {args.seed}"
     stats = settings | {"dataset": dataset, "votes": "sampled", "ties": "drop"}
     files.write_json(args.run / "data" / "stats.json", stats)
-    run_dir.end_stage(args.run, "data", settings, {}, started)
+    manifest.end_stage(args.run, "data", settings, {}, started)
 
 
 # One response has no pair, one vote no spread; more than the upper ends fits no memory.

@@ -18,7 +18,6 @@ demo 90 steps of 60 pairs beside 85). Other flags are train_rm.py's.
 
 import contextlib
 import csv
-import json
 import os
 import sys
 import tempfile
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import fit_weights
 import train_rm
-from pairwise import cli, data, files, run_dir, training
+from pairwise import cli, data, files, manifest, run_dir, training
 
 import numpy as np
 import torch
@@ -74,7 +73,7 @@ def begin_run(source, run):
     for name in ("data", "features"):
         if (source / name).exists():
             (run / name).symlink_to((source / name).resolve())
-    stages = run_dir.stages(source)
+    stages = manifest.entries(source)
     stages = {name: stages[name] for name in ("data", "base", "features") if name in stages}
     files.write_json(run / "manifest.json", {"stages": stages})
 
@@ -90,10 +89,8 @@ def train_and_evaluate(args, run, base, seed, more):
         fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
     seconds = time.time() - started
     evaluate.main(evaluate.parse_args(["--run", str(run)]))
-    logs = [
-        path.read_text(encoding="utf-8").splitlines() for path in (run / "logs").glob("*.jsonl")
-    ]
-    return sum(json.loads(line)["tokens"] for lines in logs for line in lines), seconds
+    logs = [files.read_lines(path) for path in (run / "logs").glob("*.jsonl")]
+    return sum(step["tokens"] for log in logs for step in log), seconds
 
 
 def main(args):

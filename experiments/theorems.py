@@ -28,15 +28,6 @@ STEPS, RATE = 500, 2.0  # of gradient descent on a reward
 SIZES = 1, 2, 4, 8
 TARGETS = "residual", "centered", "mixture"
 
-# ---- what n sampled annotators leave unknown
-
-
-def sampling_error(p_true, n):
-    """E (p - p*)^2 = p* (1 - p*) / n of n annotators drawn with replacement: Lemma 1's C of a pair,
-    and the expected error of theorem 2's ensemble of k = n drawn annotators with equal weights."""
-    return p_true * (1 - p_true) / n
-
-
 # ---- theorem 1 for one context: all pairs of m responses
 
 

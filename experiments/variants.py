@@ -1,8 +1,8 @@
 """Every variant of the ensemble beside each other, on the frozen features of any run, and the one
 that validation prompts recommend.
 
-    python experiments/variants.py --run runs/mine --out variants.json
-    python experiments/variants.py --run runs/mine --folds 8 --k 8 32 --out variants.csv
+    python experiments/variants.py --runs runs/mine --out variants.json
+    python experiments/variants.py --runs runs/mine --folds 8 --k 8 32 --out variants.csv
 
 The first takes from half a minute to a few minutes on one thread; in the second every prompt is a
 test prompt once. Beside FILE.csv FILE_splits.jsonl has the prompts of each split.
@@ -286,7 +286,7 @@ def collect(args, k):
     """({variant: {(run, fold): [Errors of each seed]}}, {(run, fold): pairs (P,)}, likewise the
     irreducible errors, where they are known)."""
     collected, pairs, irreducible = {}, {}, {}
-    for run, seed in itertools.product(args.run, args.seeds):
+    for run, seed in itertools.product(args.runs, args.seeds):
         stats = data.read_stats(run)
         for fold, splits in enumerate(read_runs(run, seed, args.folds, args.seeds[0])):
             split, part = splits["test"].split, (run, fold)
@@ -356,7 +356,7 @@ def rows_of(args, k):
 
 def splits_of(args):
     """Yield (name of a run, {split: data.Split}) of all that rows_of pools."""
-    for run, seed in itertools.product(args.run, args.seeds):
+    for run, seed in itertools.product(args.runs, args.seeds):
         for splits in read_runs(run, seed, args.folds, args.seeds[0]):
             yield run.name, {name: featured.split for name, featured in splits.items()}
 
@@ -400,7 +400,7 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add(
-        "--run",
+        "--runs",
         required=True,
         type=cli.path,
         nargs="+",

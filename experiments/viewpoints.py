@@ -2,7 +2,7 @@
 
     for S in 0 1 2 3 4 5 6 7 8 9; do
         python experiments/populations.py --run runs/camps_$S --population camps --seed $S; done
-    python experiments/viewpoints.py --run runs/camps_? --out viewpoints.csv        (two minutes)
+    python experiments/viewpoints.py --runs runs/camps_? --out viewpoints.csv        (two minutes)
 
 --out has a row for every member of every ensemble: its mixture weight, and its agreement with each
 viewpoint, the share of test pairs on which it votes as the viewpoint's own direction does (a tie
@@ -115,7 +115,7 @@ def summary(rows):
 
 def main(args):
     torch.set_num_threads(args.threads)
-    rows = [row for run in args.run for row in rows_of(run, args)]
+    rows = [row for run in args.runs for row in rows_of(run, args)]
     if args.out:
         collect.write_csv(args.out, rows)
     for (name, variant), x in summary(rows).items():
@@ -128,7 +128,7 @@ def main(args):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--run", required=True, type=cli.path, nargs="+", help="runs that populations.py made")
+    add("--runs", required=True, type=cli.path, nargs="+", help="runs that populations.py made")
     add("--k", type=cli.member_number, default=8, help="members")
     add("--seed", type=cli.seed, default=0, help="of the fits")
     names = [name for name in variants.HARD if name != "hardened_taste"]

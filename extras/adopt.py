@@ -9,7 +9,7 @@ RUN/rewards/0j_SPLIT.npy and RUN/member_0j, which says where the model is.
 
 import time
 
-from pairwise import cli, data, existing, files, provenance, run_dir, stages, training
+from pairwise import cli, data, existing, files, manifest, provenance, run_dir, stages, training
 from pairwise import reward_model as rm
 from pairwise.scale.offload import names_memory_flags
 
@@ -53,12 +53,12 @@ def main(args):
     settings |= {"date": args.date} if args.date else {}
     stage, texts = (run, name, settings, inputs), run_dir.read_continuations(run)
     outputs = [run / name, *(run_dir.reward_path(run, j, split) for split in splits)]
-    if run_dir.stage_done(*stage, outputs):
+    if manifest.stage_done(*stage, outputs):
         print(f"member {j}: {run / name} is there, skipped")
     else:
         dtype = getattr(torch, args.dtype)
         member = existing.load_reward_model(args.base, tokenizer, dtype, args.device, "--model")
-        started = run_dir.begin_stage(*stage)
+        started = manifest.begin_stage(*stage)
         of_splits = stages.texts_of(splits)
         special = stages.count_special(of_splits, tokenizer)
         encoded, counts = stages.encode(args, of_splits, tokenizer)
@@ -68,7 +68,7 @@ def main(args):
         stages.write_rewards(run, j, scores)
         write_source(args, inputs["base model"], tokenizer.chat_template)
         facts = stages.facts(args) | encoding | {"texts_with_special_tokens": special}
-        run_dir.end_stage(*stage, started, **facts)
+        manifest.end_stage(*stage, started, **facts)
         seconds = f"{time.time() - started:.0f} s{stages.special_words(special)}{words}"
         print(f"member {j}: {args.base} scored all data in {seconds}")
     if texts:

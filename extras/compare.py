@@ -91,10 +91,8 @@ def test_errors(run):
     stats = data.read_stats(run)
     tuned = soft_model.tuning_split(x.stem for x in (run / "data").glob("*.parquet"))
     splits = {name: data.read_split(run, name) for name in (tuned, "test")}
-    split = data.counted_pairs(splits["test"])
-    if split is None:
-        raise cli.InputError(f"{run / 'data' / 'test.parquet'}: no pair of at least two votes")
-    prefixes = metrics.read_prefixes(run)
+    split = data.some_counted_pairs(run, "test", splits["test"])
+    prefixes = run_dir.read_all_prefixes(run)
     shape = (split.n_responses,)
     rewards = run_dir.read_rewards(run, "test", run_dir.count_members(run), shape)
     predicted = soft_model.read_models(run, splits).predict("test", split)

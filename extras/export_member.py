@@ -6,7 +6,7 @@ It writes RUN/member_0j/ with all weights together, beside the head or the adapt
 of a full run is a plain directory already.
 """
 
-from pairwise import chats, cli, files, members, pretrained, provenance, run_dir
+from pairwise import chats, cli, files, manifest, members, pretrained, provenance, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import adapter
 
@@ -28,7 +28,7 @@ def trained_in(run, j):
     own = any((directory / name).exists() for name in ("head.safetensors", "adapter"))
     if own and not (directory / "model.safetensors").exists():
         return run_dir.member_name(j)
-    joint = run_dir.stages(run).get("joint")
+    joint = manifest.entries(run).get("joint")
     if joint and j <= joint["settings"]["k"] and not directory.exists():
         return "joint"
     wrong = "no such member"
@@ -63,9 +63,9 @@ def main(args):
     """Load the member as it scores, merge its adapters, and write all of it."""
     run, directory = args.run, args.run / run_dir.member_name(args.member)
     stage = trained_in(run, args.member)
-    run_dir.lock(run)
+    manifest.lock(run)
     torch.set_num_threads(args.threads)
-    entry = run_dir.stages(run).get(stage)
+    entry = manifest.entries(run).get(stage)
     if entry is None:
         raise cli.InputError(f"{run / 'manifest.json'}: no entry of {stage} found, one expected")
     base = provenance.base_of(run, args.base)

@@ -29,7 +29,7 @@ import os
 import shutil
 from typing import NamedTuple
 
-from pairwise import cli, data, files, levels, run_dir, soft_model, weights
+from pairwise import cli, data, files, levels, manifest, run_dir, soft_model, weights
 
 import numpy as np
 from scipy.optimize import brentq
@@ -113,8 +113,8 @@ def ensemble_of_pairs(model, rewards, k, make_layout):
 
 
 def refitted(q, alpha):
-    """argmin of alpha' Q alpha over the simplex, float64 (k,), as weights.simplex_weights but for
-    rounding, and much faster from an alpha on the simplex that is nearly it: one active set."""
+    """argmin of alpha' Q alpha over the simplex, float64 (k,): that of weights.simplex_weights but
+    for rounding, and much faster from an alpha on the simplex that is nearly optimal."""
     alpha, free = np.array(alpha), np.array(alpha) > 0
     size = np.trace(q) / len(q) or 1.0
     # Any sum of the weights is as good where their sum is a penalty's, as in simplex_weights.
@@ -296,9 +296,9 @@ def harden(train, tuning, k, layout="auto", sizes=None):
 
 def check_directories(run, out):
     """Raise InputError where `out` has something else in it, or `run` is not a trained run."""
-    run_dir.check_directory("out", out)
+    cli.check_directory("out", out)
     inside = [path for path in out.iterdir() if path.name != ".lock"] if out.exists() else []
-    if inside and "harden" not in run_dir.stages(out):
+    if inside and "harden" not in manifest.entries(out):
         wrong = "a directory of something else found, one of its own expected"
         raise cli.InputError(f"--out {out}: {wrong}")
     kind = run_dir.kind_of(run)
@@ -359,9 +359,9 @@ def main(args):
     settings = {"k": k, "layout": args.layout, "source": source}
     paths = [run_dir.reward_path(run, j, name) for j in range(1, trained + 1) for name in rewards]
     hashes = {str(path.relative_to(run)): files.hash_file(path) for path in paths}
-    inputs = data.hashes(run) | hashes | run_dir.hash_code(*CODE)
+    inputs = data.hashes(run) | hashes | manifest.hash_code(*CODE)
     outputs = [out / "weights.json", out / "members.json", soft_model.source_path(out, "test")]
-    if run_dir.unchanged(out, "harden", settings, inputs, outputs):
+    if manifest.unchanged(out, "harden", settings, inputs, outputs):
         print(f"harden: {out} is up to date, skipped")
         return
     tuned = soft_model.tuning_split(splits)
@@ -373,13 +373,13 @@ def main(args):
         print(f"harden: one member, so there is no taste: {order}")
     train, tuning = ((splits[name], rewards[name]) for name in ("train", tuned))
     hardened = harden(train, tuning, k, args.layout)
-    started = run_dir.begin_stage(out, "harden", settings, inputs)
+    started = manifest.begin_stage(out, "harden", settings, inputs)
     write_run(run, out, source, hardened, rewards, splits["train"])
     model = hardened.model
     facts = {"layout": hardened.layout, "components": model.members, "tau": model.tau, "a": model.a}
     facts |= {"misfit": hardened.misfit, "brier": hardened.brier, "weights": model.w.tolist()}
     facts |= {"tuned_on": tuned, "trained_on_p": soft_model.trained_on_p(run)}
-    run_dir.end_stage(out, "harden", settings, inputs, started, **facts)
+    manifest.end_stage(out, "harden", settings, inputs, started, **facts)
     mixture = " ".join(f"{weight:.3f} r{j}" for weight, j in zip(model.w, model.members))
     print(
         f"harden: k={k}, layout {hardened.layout}, of {mixture}, scale {model.tau:.3f}, "

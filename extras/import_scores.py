@@ -26,7 +26,7 @@ import reprlib
 from collections import defaultdict
 from typing import NamedTuple
 
-from pairwise import cli, data, files, rows, run_dir
+from pairwise import cli, data, files, manifest, rows, run_dir
 
 import numpy as np
 
@@ -169,17 +169,17 @@ def write_member(run, source, j, name, rewards, splits):
     settings = {"train": "import"} | ({"reward": name} if name else {})
     stage = (run, run_dir.member_name(j), settings, inputs)
     paths = {split: run_dir.reward_path(run, j, split) for split in splits}
-    if run_dir.stage_done(*stage, list(paths.values())):
+    if manifest.stage_done(*stage, list(paths.values())):
         print(f"member {j}: its rewards are there, skipped")
         return
-    started = run_dir.begin_stage(*stage)
+    started = manifest.begin_stage(*stage)
     for split, path in paths.items():
         files.write_array(path, scores[split])
     exact, lost = by_split(rewards, splits), 0
     for split, x in splits.items():
         differ, stored = (each[split][x.a] != each[split][x.b] for each in (exact, scores))
         lost += int((differ & ~stored).sum())
-    run_dir.end_stage(*stage, started, source=source, pairs_equal_in_float32=lost)
+    manifest.end_stage(*stage, started, source=source, pairs_equal_in_float32=lost)
     words = "pairs tie in float32 though their rewards differ; nearer to 0 it has more digits"
     words = f"; {lost:,} {words}" if lost else ""
     print(f"member {j}: {name or 'rewards'} of {source}{words}")

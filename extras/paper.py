@@ -5,14 +5,14 @@
 Any runs that evaluate.py has evaluated, with any names and numbers of members: tables 1 and 2,
 figure 2 (error against k), 3 (Kendall's tau) and 4 (majority shares), a panel a run, and appendix
 G's table of each. It writes paper.html, figures/*.png and *.pdf, and paper.json, which holds every
-number that is shown. What a run lacks is named. It needs neither a GPU nor torch, and seconds.
+number that is shown. What a run lacks is named. It takes seconds, and neither a GPU nor torch.
 """
 
 import itertools
 import textwrap
 from pathlib import Path
 
-from pairwise import cli, data, drawing, figures, files, report, run_dir
+from pairwise import cli, data, drawing, figures, files, manifest, report, run_dir
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -95,7 +95,7 @@ def read_evaluation(run):
     """Return the value of metrics.json. Raises InputError where there is none of what the run has
     now: its data, rewards and weights have the hashes that evaluate.py entered."""
     path, again = run / "metrics.json", f"python evaluate.py --run {run} makes it"
-    entry = run_dir.stages(run).get("evaluate", {"done": False})
+    entry = manifest.entries(run).get("evaluate", {"done": False})
     if not entry["done"] or not path.is_file():
         raise cli.InputError(f"{path}: no finished evaluation found; {again}")
     result, k = run_dir.read_metrics(run), run_dir.count_members(run)

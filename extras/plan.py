@@ -210,8 +210,8 @@ def flops(model, groups, args, counts, recomputed=1):
     forward = i + 2 * o
     moved = trained * ((1 + recomputed) * forward + 5 * i + 2 * o) + scored * forward
     products = sum(8 * p.numel() * d for p in groups[0] for d in sides_of(p, args))
-    bases = sum(6 * d**3 for p in groups[0] for d in sides_of(p, args))
-    return training_flops + scoring_flops, moved, products, bases
+    new_bases = sum(6 * d**3 for p in groups[0] for d in sides_of(p, args))
+    return training_flops + scoring_flops, moved, products, new_bases
 
 
 def passing(work, moved, args):
@@ -231,14 +231,15 @@ def decomposing(groups, args, times):
     return sum(times[1] * (d / 4096) ** power for d in sides) * TFLOPS / args.tflops
 
 
-def stepping(products, bases, groups, args, paged):
+def stepping(products, new_bases, groups, args, paged):
     """Return the seconds of (an optimizer step, one with new bases, all before the first).
 
-    products, bases: FLOPs, of `flops`; paged: bytes of the optimizer on the host, whose copies to
-    and from the card overlap with the computation."""
+    products, new_bases: FLOPs, of `flops`; paged: bytes of the optimizer on the host, whose copies
+    to and from the card overlap with the computation."""
     peak, link = args.tflops * 1e12, paged / LINK
     plain = products / (peak * TF32_RATE)
-    refreshed = plain + bases / (peak * FLOAT32_RATE) + decomposing(groups, args, QR)
+    refreshed = plain + new_bases / (peak * FLOAT32_RATE)
+    refreshed += decomposing(groups, args, QR)
     first = decomposing(groups, args, EIGH) + paged / PINNING
     return max(plain, link), max(refreshed, link), first
 

@@ -23,7 +23,7 @@ import dataclasses
 from itertools import compress
 from typing import NamedTuple
 
-from pairwise import cli, data, files, metrics, run_dir, soft_model, training
+from pairwise import cli, data, files, manifest, metrics, soft_model, training
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def read_features(run):
         path = run / "features" / f"{name}.npy"
         if not path.exists():
             raise cli.InputError(f"{path}: no such file; train_rm.py --train head makes it")
-        run_dir.check(run, path)
+        manifest.check(run, path)
         features, rows = files.read_array(path), split.n_responses
         if features.ndim != 2 or len(features) != rows or features.dtype.kind != "f":
             found = f"{features.dtype} {features.shape} found"
@@ -269,10 +269,10 @@ def main(args):
     torch.set_num_threads(args.threads)
     stage = (args.run, "plurality", {"seed": args.seed}, data.hashes(args.run))
     splits = read_run(args.run, args.seed)
-    started = run_dir.begin_stage(*stage)
+    started = manifest.begin_stage(*stage)
     result = plurality(splits, args.seed)
     files.write_json(args.run / "plurality.json", result)
-    run_dir.end_stage(*stage, started, threads=args.threads)
+    manifest.end_stage(*stage, started, threads=args.threads)
     several = result["several"]
     print(
         f"plurality: single {result['single']:.4f}, mixture of {result['components']} "

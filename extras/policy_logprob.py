@@ -15,10 +15,10 @@ from pairwise import (
     cli,
     data,
     files,
+    manifest,
     pretrained,
     provenance,
     reward_model,
-    run_dir,
     sampling,
 )
 from pairwise.scale import rope
@@ -93,13 +93,13 @@ def main(args):
     tokenizer = provenance.open_base(args)
     settings = {"date": args.date} if args.date else {}
     inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
-    if run_dir.stage_done(run, "logprob", settings, inputs, [path]):
+    if manifest.stage_done(run, "logprob", settings, inputs, [path]):
         print(f"policy_logprob: {path} is there, skipped")
         return
     reward_model.settle(args)
     model = sampling.load_language_model(args.base, args.device)
     encoded = encode(tokenizer, test)
-    started = run_dir.begin_stage(run, "logprob", settings, inputs)
+    started = manifest.begin_stage(run, "logprob", settings, inputs)
     with pretrained.readable(f"--base {args.base}: no log-probability could be computed"):
         values = log_probabilities(
             model, tokenizer.pad_token_id, encoded, args.micro_batch_tokens, "logprob"
@@ -107,7 +107,7 @@ def main(args):
     if not np.isfinite(values).all():
         raise cli.InputError(f"--base {args.base}: log-probabilities that are not finite found")
     files.write_array(path, values)
-    run_dir.end_stage(run, "logprob", settings, inputs, started, threads=args.threads)
+    manifest.end_stage(run, "logprob", settings, inputs, started, threads=args.threads)
     lengths = np.array([len(answer) for _, answer in encoded])
     per_token = values.sum() / lengths.sum()
     words = f"{lengths.mean():.0f} tokens and {per_token:.2f} a token on average"

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 
-from pairwise import cli, data, files, levels, run_dir, theory, weights
+from pairwise import cli, data, files, levels, manifest, run_dir, theory, weights
 
 import numpy as np
 
@@ -116,7 +116,7 @@ def copy_run(run, partial, out):
             (shutil.copytree if path.is_dir() else shutil.copy)(path, partial / path.name)
         elif path.name in ("base", "joint") or path.name.startswith("member_"):
             (partial / path.name).symlink_to(path.resolve())  # Models are large.
-    stages = run_dir.stages(run)
+    stages = manifest.entries(run)
     stages = {
         name: stages[name] for name in stages if name not in ("weights", "evaluate", "plurality")
     }
@@ -137,9 +137,9 @@ def main(args):
     split, k = data.read_split(run, "train"), run_dir.count_members(run)
     rewards = run_dir.read_rewards(run, "train", k, (split.n_responses,))
     alpha, settings = run_dir.read_weights(run, k), {"prune": args.beta}
-    inputs = hash_copied(run) | run_dir.hash_code(*CODE)
+    inputs = hash_copied(run) | manifest.hash_code(*CODE)
     inputs["weights.json"] = files.hash_file(run / "weights.json")
-    if run_dir.unchanged(out, "weights", settings, inputs, [out / "weights.json"]):
+    if manifest.unchanged(out, "weights", settings, inputs, [out / "weights.json"]):
         print(f"prune: {out} is up to date, skipped")
         return
     must_be_new(out)
@@ -152,7 +152,7 @@ def main(args):
         started = time.time()
         copy_run(run, partial, out)
         files.write_json(partial / "weights.json", [entry])
-        run_dir.end_stage(partial, "weights", settings, inputs, started, pruned=facts)
+        manifest.end_stage(partial, "weights", settings, inputs, started, pruned=facts)
     numbers = ", ".join(map(str, facts["removed"]))
     names = f"member{'s' * (len(facts['removed']) > 1)} {numbers}" if numbers else "no member"
     limit = 1 / (args.beta - 1)

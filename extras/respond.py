@@ -156,10 +156,8 @@ def agreements(rewards, choices):
 def posterior(alpha, agreed, n):
     """Return P(member | n comparisons), float64 (K,): its weight times the mean over error rates e
     of (1-e)^agreed e^(n-agreed)."""
-    right, wrong = (
-        np.outer(agreed, np.log1p(-ERROR_RATES)),
-        np.outer(n - agreed, np.log(ERROR_RATES)),
-    )
+    right = np.outer(agreed, np.log1p(-ERROR_RATES))
+    wrong = np.outer(n - agreed, np.log(ERROR_RATES))
     with np.errstate(divide="ignore"):  # A weight of zero stays zero.
         return softmax(np.log(alpha) + logsumexp(right + wrong, axis=1))
 
@@ -264,7 +262,7 @@ def main(args):
     rm.settle(args)
     prompts = read_prompts(args)
     examples, choices = read_examples(args.like) if args.like else ([], np.empty(0))
-    alpha, settings = members.open_run(args, samples=True)
+    alpha, settings = members.open_run(args, needs_base=True)
     candidates = sample_candidates(prompts, settings["base"], settings["date"], args)
     questions = [
         members.Question(*prompt, list(counts)) for prompt, counts in zip(prompts, candidates)

@@ -22,10 +22,10 @@ from pairwise import (
     cli,
     data,
     files,
+    manifest,
     pretrained,
     provenance,
     reward_model,
-    run_dir,
     sampling,
 )
 
@@ -45,11 +45,8 @@ Answer A:
 
 Answer B:
 {answer_1}"""
-PLACEHOLDERS = (
-    "{prompt}",
-    "{answer_0}",
-    "{answer_1}",
-)  # of --prompt; {conversation} has roles always
+# A --prompt FILE has these; {conversation}, which always has roles, may be there too.
+PLACEHOLDERS = "{prompt}", "{answer_0}", "{answer_1}"
 
 
 def read_prompt(path):
@@ -155,11 +152,11 @@ def main(args):
     inputs = {"texts of data/train.parquet": hash_texts(rows)}
     inputs |= provenance.base_hashes(args.base, args.chat_template)
     inputs |= {"prompt": files.hash_file(args.prompt)} if args.prompt else {}
-    done = run_dir.stage_done(run, "judgments", settings, inputs, [out])
+    done = manifest.stage_done(run, "judgments", settings, inputs, [out])
     if done and "judgments" in table.column_names:
         print(f"judgments: {out} is there, skipped")
         return
-    if later := run_dir.stages(run).keys() - {"data", "judgments"}:
+    if later := manifest.entries(run).keys() - {"data", "judgments"}:
         order = "judgments come first, right after the data, in another --run"
         raise cli.InputError(f"{path}: {min(later)} was made from it already; {order}")
     reward_model.settle(args)
@@ -171,7 +168,7 @@ def main(args):
                 where = f"prompt {row['prompt_id']}: a question"
                 sampling.room(model, ids, args.max_tokens, where)
             reward_model.check_tokens(model, encoded)
-    started = run_dir.begin_stage(run, "judgments", settings, inputs, ["data/train.parquet"])
+    started = manifest.begin_stage(run, "judgments", settings, inputs, ["data/train.parquet"])
 
     def answers(number):
         """Judge a prompt with a seed of its own: where a killed run went on does not matter."""
@@ -182,7 +179,7 @@ def main(args):
     judged = sampling.remembered_rows(out, key, len(rows), answers, "judgments")
     counts = [[count(pair_answers) for pair_answers in row["pairs"]] for row in judged]
     write_judgments(path, table, counts)
-    run_dir.end_stage(run, "judgments", settings, inputs, started, threads=args.threads)
+    manifest.end_stage(run, "judgments", settings, inputs, started, threads=args.threads)
     pair_counts = [pair for pairs in counts for pair in pairs]
     total = args.count * len(pair_counts)
     unclear = total - sum(pair["a"] + pair["b"] for pair in pair_counts)

@@ -26,6 +26,7 @@ from pairwise import (
     cli,
     data,
     files,
+    manifest,
     members,
     provenance,
     run_dir,
@@ -107,14 +108,14 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
     stage: (run, name, settings, inputs) for run_dir's functions; texts: stages.texts_of's, with
     those of the continuations.
     """
-    run, train, started = args.run, splits["train"], run_dir.begin_stage(*stage)
+    run, train, started = args.run, splits["train"], manifest.begin_stage(*stage)
     continuations = {name: texts[name] for name in texts if name not in splits}
     of_splits = {name: texts[name] for name in splits}
     encoded, counts = stages.encode_for(args, "features", of_splits, tokenizer, base_inputs)
     if continuations:
         more = (args, "features_continuations", continuations, tokenizer, stage[3])
-        for known, of_continuations in zip((encoded, counts), stages.encode_for(*more)):
-            known |= of_continuations
+        encoded_more, counts_more = stages.encode_for(*more)
+        encoded, counts = encoded | encoded_more, counts | counts_more
     encoding, words = stages.encoding_facts(splits, encoded, counts)
     identical = stages.identical_pairs(train, encoded["train"])
     with stages.open_log(run / "logs" / "joint.jsonl") as log:
@@ -133,7 +134,7 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
     facts = encoding | {"learned_weights": alpha.tolist()}
     facts["identical_pairs"] = int(identical.sum())
     facts["texts_with_special_tokens"] = special = stages.count_special(of_splits, tokenizer)
-    run_dir.end_stage(*stage, started, **stages.facts(args), **facts)
+    manifest.end_stage(*stage, started, **stages.facts(args), **facts)
     learned = " ".join(f"{x:.3f}" for x in alpha.tolist())
     print(
         f"joint: {args.k} members trained on {(~identical).sum():,} pairs in "
@@ -154,7 +155,7 @@ def main(args):
     tokenizer = provenance.open_base(args)
     bases.check_trainable(args.base, args.train)
     base_inputs = data.hashes(run) | provenance.base_hashes(args.base, args.chat_template)
-    inputs = base_inputs | {"code of mixture_error": run_dir.hash_function(mixture_error)}
+    inputs = base_inputs | {"code of mixture_error": manifest.hash_function(mixture_error)}
     if continuations:
         texts["continuations"] = continuations["messages"], continuations["texts"]
         path = run / "continuations.parquet"
@@ -163,13 +164,13 @@ def main(args):
     stage = (run, "joint", {name: getattr(args, name) for name in names}, inputs)
     outputs = [run / "joint", run / "logs" / "joint.jsonl"]
     outputs += [run_dir.reward_path(run, j + 1, name) for j in range(args.k) for name in texts]
-    entry = run_dir.stages(run).get("joint", {})
+    entry = manifest.entries(run).get("joint", {})
     if continuations and entry.get("done") and "continuations.parquet" not in entry["inputs"]:
         raise cli.InputError(
             f"{run}: trained before its continuations.parquet was there, which is scored with the "
             "training; another --run expected"
         )
-    if run_dir.stage_done(*stage, outputs):
+    if manifest.stage_done(*stage, outputs):
         print(f"joint: {run / 'joint'} is there, skipped")
     else:
         train_and_score(args, stage, splits, texts, tokenizer, base_inputs)

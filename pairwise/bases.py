@@ -1,5 +1,5 @@
-"""What a checkpoint is made into a reward model from: of a composite model the text side alone; a
-model that has a head already is told, and never taken for one that writes.
+"""From a checkpoint to a model: of a composite one the text side alone. One that has a reward head
+already is reported, and never used to write text.
 """
 
 import functools

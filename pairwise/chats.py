@@ -35,7 +35,7 @@ def load_tokenizer(base, chat_template=None, named="--base", date=None):
             template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise cli.InputError(f"--chat-template {chat_template}: {error}") from None
-    if isinstance(template, dict):  # of several, by their names
+    if isinstance(template, dict):  # A tokenizer may have several: {name: template}.
         template = template.get("default")
     if not template:
         which = " called default" if tokenizer.chat_template else ""

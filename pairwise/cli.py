@@ -147,6 +147,13 @@ def member_number(text):
 # ---- running a script
 
 
+def check_directory(flag, path):
+    """Raise InputError where something else than a directory is at the path of --flag."""
+    if not path.is_dir() and (path.exists() or path.is_symlink()):
+        found = "a link to nothing" if path.is_symlink() else "a file"
+        raise InputError(f"--{flag} {path}: {found} found, a directory expected")
+
+
 def run_main(main, args):
     """Run main(args) as a script does.
 
@@ -156,9 +163,9 @@ def run_main(main, args):
     try:
         is_first = os.environ.get("RANK", "0") == "0"  # of the processes of a torchrun
         if getattr(args, "accept_edited", False) and is_first:
-            from pairwise import run_dir
+            from pairwise import manifest
 
-            run_dir.accept_edited(args.run)
+            manifest.accept_edited(args.run)
         main(args)
         sys.stdout.flush()
         return

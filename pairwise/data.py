@@ -23,7 +23,7 @@ import dataclasses
 import itertools
 import re
 
-from pairwise import cli, files, run_dir
+from pairwise import cli, files, manifest
 
 import numpy as np
 import pyarrow as pa
@@ -117,7 +117,7 @@ def read_split(run, split):
     path = run / "data" / f"{split}.parquet"
     if not path.is_file():
         raise cli.InputError(f"{path}: no such file; data_prep/ makes it")
-    run_dir.check(run, path)
+    manifest.check(run, path)
     try:
         return _flatten(files.read_parquet(path))
     except (pa.ArrowException, KeyError, OSError, ValueError) as error:
@@ -218,7 +218,7 @@ def read_splits(run):
     path = run / "data" / "valid.parquet"
     has_valid = path.exists()
     if not has_valid:  # It is missed where the manifest names it.
-        run_dir.check(run, path)
+        manifest.check(run, path)
     names = SPLITS if has_valid else ("train", "test")
     return {name: read_split(run, name) for name in names}, read_stats(run)
 
@@ -226,7 +226,7 @@ def read_splits(run):
 def read_stats(run):
     """Read DIR/data/stats.json. Raises InputError where it has another form."""
     path = run / "data" / "stats.json"
-    run_dir.check(run, path)
+    manifest.check(run, path)
     stats = files.read_json(path, STATS)
     if stats["votes"] not in VOTE_KINDS:
         expected = f"{', '.join(VOTE_KINDS[:-1])} or {VOTE_KINDS[-1]} expected"

@@ -60,7 +60,7 @@ def read_source(directory):
 
 
 def load(run, j, base, tokenizer, dtype, device):
-    """Load member j, from base, the model that its source.json names; members.Kind has the rest."""
+    """Load member j; base: the model that its source.json names. The rest is as in members.Kind."""
     source = run / run_dir.member_name(j) / "source.json"
     return load_reward_model(base, tokenizer, dtype, device, f"{source}:")
 

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from pairwise import cli, files, pretrained, run_dir
+from pairwise import cli, files, manifest, pretrained
 from pairwise import reward_model as rm
 
 import numpy as np
@@ -52,7 +52,7 @@ def key(args, tokenizer):
     directory = pretrained.place(args.base, "--base", weights=True)
     paths = [directory / name for name in ("config.json", *pretrained.weight_files(directory))]
     parts = [files.hash_file(path) for path in paths if path.is_file()]
-    parts += run_dir.hash_code(*CODE).values()
+    parts += manifest.hash_code(*CODE).values()
     parts += [args.dtype, args.micro_batch_tokens, tokenizer.pad_token_id]
     parts += [torch.__version__, transformers.__version__]
     if args.device == "cpu":

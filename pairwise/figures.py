@@ -338,7 +338,7 @@ def reliability(p, p_hat):
 
 
 def policies(diversity):
-    """Distance of the mixture of policies from the votes; beta falls from left to right."""
+    """How far the mixture of policies is from the members' votes; beta falls from left to right."""
     policy = diversity and diversity["policy"]
     if not policy or None in policy["distance"]:  # No prompt has two continuations that differ.
         return None

@@ -13,7 +13,7 @@ leaves, the reward of a formula is
 
 import os
 
-from pairwise import cli, files, run_dir
+from pairwise import cli, files, manifest, run_dir
 
 import numpy as np
 from scipy.special import expit
@@ -59,7 +59,7 @@ def read_members(run):
     Raises InputError where members.json is not what harden.py writes, or its source is missing, or
     hardened itself."""
     path = run / "members.json"
-    run_dir.check(run, path)
+    manifest.check(run, path)
     content = files.read_json(path, MEMBERS)
     source, formulas = run / content["source"], content["members"]
     if not (source / "rewards").is_dir():

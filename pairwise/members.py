@@ -14,7 +14,18 @@ import json
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pairwise import bases, chats, cli, existing, files, levels, pretrained, provenance, run_dir
+from pairwise import (
+    bases,
+    chats,
+    cli,
+    existing,
+    files,
+    levels,
+    manifest,
+    pretrained,
+    provenance,
+    run_dir,
+)
 from pairwise import reward_model as rm
 from pairwise.scale import adapter
 
@@ -138,7 +149,7 @@ def load_directory(directory, base, tokenizer, dtype, device):
     """Return the RewardModel of a plain directory, or of a head alone put onto the base.
 
     Raises InputError where it is not what training wrote."""
-    run_dir.check(directory.parent, directory)
+    manifest.check(directory.parent, directory)
     if (directory / "head.safetensors").exists():
         reward_model = rm.load_base(base, tokenizer, dtype, device, len(load_head(directory)))
     else:
@@ -168,7 +179,7 @@ def load_own(run, j, base, tokenizer, dtype, device):
 def load_lora(run, j, base, tokenizer, dtype, device):
     """Load member j of a lora run: the base with its adapters and head."""
     directory = member_directory(run, j)
-    run_dir.check(run, directory)
+    manifest.check(run, directory)
     reward_model = rm.load_base(base, tokenizer, dtype, device)
     adapter.load(reward_model.model, directory / "adapter")
     return reward_model
@@ -202,16 +213,14 @@ def score_trained(run, settings, questions, args):
     directories = [run / "joint"] if is_joint else [member_directory(run, j) for j in numbers]
     of_base = settings["train"] != "full"
     source, named = (base, "--base") if of_base else (directories[0], "member")
-    tokenizer, tokens = (
-        chats.load_tokenizer(source, args.chat_template, named, settings["date"]),
-        args.micro_batch_tokens,
-    )
+    tokenizer = chats.load_tokenizer(source, args.chat_template, named, settings["date"])
+    tokens = args.micro_batch_tokens
     asked, texts = [q.messages for q in questions], [q.responses for q in questions]
     sequences, cut = chats.encode_counted(tokenizer, asked, texts, settings["max_length"])
     bases.tell_cut(run, cut, sequences)
     options = base, tokenizer, dtype, args.device
     if settings["train"] == "head":
-        run_dir.check(run, *directories)
+        manifest.check(run, *directories)
         frozen = rm.load_base(*options)
         width = frozen.head.in_features
         weight = torch.cat([load_head(directory, width) for directory in directories])
@@ -279,11 +288,11 @@ def add_arguments(parser):
     rm.add_flags(parser)
 
 
-def open_run(args, samples=False):
+def open_run(args, needs_base=False):
     """Return the weights of all members, float64 (K,), and the run's settings, of member 1.
 
     The settings have the base as it is found now, where it is needed, and the run's date; args gets
-    its micro_batch_tokens, where none were given. samples: the base is needed to sample from.
+    its micro_batch_tokens, where none were given. needs_base: to sample from.
     Raises InputError where members or weights are missing, or the base is another."""
     run = args.run
     args.micro_batch_tokens = args.micro_batch_tokens or rm.default_tokens(args.device)
@@ -296,17 +305,17 @@ def open_run(args, samples=False):
     if kind not in KINDS or not (run / name).is_dir():
         words = f"no trained members found; a run directory with {name}/"
         raise cli.InputError(f"{run}: {words}, which its manifest.json has, expected")
-    entry, base = run_dir.stages(run)[name], None
+    entry, base = manifest.entries(run)[name], None
     if kind == "existing":
-        if samples and not args.base:
+        if needs_base and not args.base:
             words = "its members are existing models; --base, the model that samples the answers,"
             raise cli.InputError(f"{run}: {words} expected")
-        if not samples and (args.base or args.chat_template):
+        if not needs_base and (args.base or args.chat_template):
             raise cli.InputError(
                 "--base and --chat-template are for trained members; where those of "
                 f"{run} are, each member's source.json says"
             )
-    if samples or entry["settings"]["train"] in ("head", "lora"):
+    if needs_base or entry["settings"]["train"] in ("head", "lora"):
         base = args.base or provenance.found(entry, run, (run / name).resolve().parent)
         base = provenance.base_of(run, base)
     if kind != "existing" and (base or args.chat_template):

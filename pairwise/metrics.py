@@ -13,7 +13,7 @@ import collections
 import itertools
 from typing import NamedTuple
 
-from pairwise import cli, run_dir, soft_model, theory, weights
+from pairwise import cli, soft_model, theory, weights
 
 import numpy as np
 import scipy  # Not scipy.special: see soft_model.
@@ -252,7 +252,7 @@ def measure(split, rewards, stats, predicted):
 def split_metrics(split, rewards, prefixes, stats, predicted, resamples, seed):
     """Return the entry of metrics.json for one split, and its `squared_errors`.
 
-    rewards float32 (K, R); prefixes: of `read_prefixes`; stats, predicted: as for `measure`.
+    rewards float32 (K, R); prefixes: of run_dir.read_prefixes; stats, predicted: as for `measure`.
     """
     sums, soft, forms, lines = measure(split, rewards, stats, predicted)
     votes = weights.member_votes(rewards, split.a, split.b)
@@ -400,17 +400,3 @@ def by_label(labels):
     if size < len(order):
         groups.append(({"label": None, "labels": len(order) - size}, set(order[size:])))
     return [(head, np.array([label in group for label in labels])) for head, group in groups]
-
-
-# ---- a run's files
-
-
-def read_prefixes(run):
-    """Read the entries of weights.json, {k, alpha, fit, ..}. Raises InputError unless they are of
-    as many members as the rewards."""
-    k, prefixes = run_dir.count_members(run), run_dir.read_prefixes(run)
-    largest = max((entry["k"] for entry in prefixes), default=0)
-    if largest != k:
-        sizes = f"weights for K = {largest} found, rewards of K = {k} members"
-        raise cli.InputError(f"{run / 'weights.json'}: {sizes}; fit_weights.py fits them anew")
-    return prefixes

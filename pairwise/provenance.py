@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from pairwise import chats, cli, files, pretrained, run_dir
+from pairwise import chats, cli, files, manifest, pretrained
 from pairwise.scale import parallel
 
 # ---- what is meant
@@ -32,7 +32,7 @@ def add_flags(parser):
 def base_of(run, base, revision=None, named="--base"):
     """Return a base as of pretrained.pinned: a hub id that the run knows, at the run's commit."""
     if not revision:
-        known = [entry["inputs"].get("base model", "") for entry in run_dir.stages(run).values()]
+        known = [entry["inputs"].get("base model", "") for entry in manifest.entries(run).values()]
         base = next((name for name in known if name.startswith(f"{base}@")), base)
     return pretrained.pinned(base, named, revision)
 
@@ -40,7 +40,7 @@ def base_of(run, base, revision=None, named="--base"):
 def date_of(run, given=None):
     """Return the run's date, YYYY-MM-DD: what its first stage that has one gave to a chat template,
     else what is given, else when its data were made, else today."""
-    entries = run_dir.stages(run)
+    entries = manifest.entries(run)
     dates = [entry["settings"]["date"] for entry in entries.values() if "date" in entry["settings"]]
     dates += [given, entries.get("data", {}).get("date"), datetime.date.today().isoformat()]
     return next(date for date in dates if date)
@@ -62,7 +62,7 @@ def open_base(args, named="--base"):
     )
     place, home = Path(args.base).resolve(), run.resolve()
     if place.is_dir() and place.is_relative_to(home):
-        run_dir.check(run, run / place.relative_to(home))
+        manifest.check(run, run / place.relative_to(home))
     tokenizer = chats.load_tokenizer(args.base, args.chat_template, named, date)
     args.date = chats.date_in(tokenizer.chat_template)
     if given not in (None, args.date):

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 # once: a file of a few kB may unpack to terabytes. Ten million tokens are a sixth of it.
 LONGEST = 2**28
 
-# ---- one reader for each ending: of a binary file, its name and the fields of read_rows, it yields
-# (where, row)
+# ---- a reader for each ending: it takes a binary file, its name and the fields of read_rows, and
+# yields (where, row)
 
 
 def read_jsonl(file, name, fields):

@@ -16,7 +16,7 @@ ensemble:
 
 from typing import NamedTuple
 
-from pairwise import cli, data, files, run_dir, weights
+from pairwise import cli, data, files, manifest, run_dir, weights
 
 import numpy as np
 import scipy  # Its modules are imported when they are first used, beside evaluate.py's drawing.
@@ -102,7 +102,7 @@ def trained_on_p(run):
     if run_dir.kind_of(run, beneath=True) in ("joint", "existing", "imported"):
         return False
     # train_rm.py counts tied pairs for losses on majority labels alone.
-    return "tied_pairs" not in run_dir.stages(run).get(run_dir.member_name(1), {})
+    return "tied_pairs" not in manifest.entries(run).get(run_dir.member_name(1), {})
 
 
 class Models(NamedTuple):
@@ -134,14 +134,14 @@ def read_models(run, splits):
     """The Models of a run; splits {name: Split}: those that are shown, and the tuning split.
 
     Raises InputError where rewards are missing or unfit."""
-    rewards, models, facts = {}, {}, run_dir.stages(run).get("harden")
+    rewards, models, facts = {}, {}, manifest.entries(run).get("harden")
     for name, split in splits.items():
         responses = split.n_responses
         if not facts:
             rewards[name] = run_dir.read_rewards(run, name, 1, (responses,))
             continue
         path = source_path(run, name)
-        run_dir.check(run, path)
+        manifest.check(run, path)
         rewards[name] = files.read_array(path)
         found, least = rewards[name].shape, max(facts["components"])
         if len(found) != 2 or found[0] < least or found[1] != responses:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 
-from pairwise import chats, cli, features, files, members, provenance, run_dir
+from pairwise import chats, cli, features, files, manifest, members, provenance, run_dir
 from pairwise import reward_model as rm
 from pairwise.scale import parallel
 
@@ -58,24 +58,24 @@ def encode_for(args, stage, texts, tokenizer, inputs):
         return encode(args, texts, tokenizer)
     entry = (args.run, stage, {name: getattr(args, name) for name in ("max_length", "dtype")})
     paths = {name: args.run / "features" / f"{name}.npy" for name in texts}
-    if not run_dir.stage_done(*entry, inputs, list(paths.values())):
-        started = run_dir.begin_stage(*entry, inputs)
+    if not manifest.stage_done(*entry, inputs, list(paths.values())):
+        started = manifest.begin_stage(*entry, inputs)
         encoded, counts = encode(args, texts, tokenizer)
         made, from_cache = features.of_texts(args, stage, texts, encoded, tokenizer)
         for name, path in paths.items():
             files.write_array(path, made[name])
         facts = {"threads": args.threads, "device": args.device, "texts_cut": counts}
         facts["texts_from_cache"] = from_cache
-        run_dir.end_stage(*entry, inputs, started, **facts)
+        manifest.end_stage(*entry, inputs, started, **facts)
     else:
-        run_dir.check(args.run, *paths.values())
+        manifest.check(args.run, *paths.values())
     made = {name: files.read_array(path) for name, path in paths.items()}
     for name, (_, responses) in texts.items():
         found, count = made[name], sum(map(len, responses))
         if found.dtype != np.float32 or found.ndim != 2 or len(found) != count:
             wrong = f"{found.dtype} {found.shape} found, float32 ({count}, d) expected"
             raise cli.InputError(f"{paths[name]}: {wrong}")
-    return made, run_dir.stages(args.run)[stage]["texts_cut"]
+    return made, manifest.entries(args.run)[stage]["texts_cut"]
 
 
 def identical_pairs(split, encoded):
@@ -167,21 +167,21 @@ def score_continuations(args, j, member, tokenizer, texts, inputs):
     hashes["base model"] = inputs["base model"]
     rewards_before = {name: inputs[name] for name in inputs if name.startswith("rewards of")}
     stage = (run, f"{run_dir.member_name(j)}_continuations", {}, hashes | rewards_before)
-    if parallel.of_first(lambda: run_dir.stage_done(*stage, [path])):
+    if parallel.of_first(lambda: manifest.stage_done(*stage, [path])):
         return
-    started = parallel.of_first(lambda: run_dir.begin_stage(*stage))
+    started = parallel.of_first(lambda: manifest.begin_stage(*stage))
     continuations = {"continuations": (texts["messages"], texts["texts"])}
     task = (args, "features_continuations", continuations, tokenizer, hashes)
     encoded, counts = encode_for(*task)
     if args.train == "head":
         directory = members.member_directory(run, j)
-        run_dir.check(run, directory)
+        manifest.check(run, directory)
         member = members.load_head(directory, encoded["continuations"].shape[1])
     elif member is None:
         member = load(args, j, tokenizer)
     rewards = score(args, member, encoded, f"member {j}")["continuations"]
     if parallel.rank() == 0:
         files.write_array(path, rewards.reshape(len(texts["messages"]), -1))
-        run_dir.end_stage(*stage, started, texts_cut=counts)
+        manifest.end_stage(*stage, started, texts_cut=counts)
         if words := cut_words(counts):
             print(f"member {j}, continuations{words}")

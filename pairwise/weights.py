@@ -9,8 +9,8 @@ from pairwise import cli
 
 import numpy as np
 
-# Of a member that ties on more of the pairs, most votes are the coin flip's: its figures, and a
-# weight that may be optimal, are rather those of no opinion than of a reward.
+# A member that ties on more than this share of the pairs votes 1/2 on most of them, like a coin
+# flip: its figures, and even an optimal weight, say little about its reward.
 MOSTLY_TIED = 0.5
 
 
@@ -97,6 +97,7 @@ def p_hat_of(alpha, votes):
     votes V_j float64 (K, N), as of `member_votes`.
 
     Weights sum to one up to rounding alone: members that all vote alike give exactly their vote.
+    In a mean square of what is not shown `alpha @ votes` serves, the same but for rounding.
     """
     votes = votes[alpha > 0]
     alike = (votes == votes[0]).all(0)

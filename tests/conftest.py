@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from pairwise import chats
+from pairwise import chats, manifest
 
 import numpy as np
 import pytest
@@ -104,10 +104,6 @@ def mean_loss(lines):
     return sum(line["loss"] * line["pairs"] for line in lines) / sum(x["pairs"] for x in lines)
 
 
-def manifest(run):
-    return json.loads((run / "manifest.json").read_text())["stages"]
-
-
 def leftovers(run):
     return sorted(run.rglob(".partial-*"))
 
@@ -119,15 +115,13 @@ def fresh(data, directory, name="run"):
 
 def edited(run):
     """Accept what a test has changed in a run by hand, so that its hashes do not refuse it."""
-    from pairwise import run_dir
-
-    run_dir.accept_edited(run)
+    manifest.accept_edited(run)
     return run
 
 
 def without_hashes(run):
     """A run as if its files were brought by hand: no hash of them is known."""
-    entries = manifest(run)
+    entries = manifest.entries(run)
     for entry in entries.values():
         entry.pop("outputs", None)
     (run / "manifest.json").write_text(json.dumps({"stages": entries}))

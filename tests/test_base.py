@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import score
-from pairwise import chats, cli, files, pretrained, provenance, run_dir
+from pairwise import chats, cli, files, manifest, pretrained, provenance
 from pairwise.cli import InputError
 
 import adopt
@@ -17,19 +17,7 @@ import plan
 import prune
 import pytest
 import respond
-from conftest import (
-    FLAGS,
-    HEAD,
-    LORA,
-    edited,
-    export,
-    fit,
-    fresh,
-    make_base,
-    manifest,
-    rewards,
-    train,
-)
+from conftest import FLAGS, HEAD, LORA, edited, export, fit, fresh, make_base, rewards, train
 from huggingface_hub import HfApi, constants
 from transformers import AutoModelForCausalLM
 
@@ -95,12 +83,12 @@ def test_a_base_that_moves_on_the_hub_stays_what_it_was_for_a_run(hub, data, tmp
     run = fresh(data, tmp_path)
     train(run, NAME, *flags)
     fit(run)
-    before, entry = scored(run), manifest(run)["member_01"]
+    before, entry = scored(run), manifest.entries(run)["member_01"]
     assert entry["base"] == entry["inputs"]["base model"] == f"{NAME}@{ONE}"
     hub.move(TWO)
     assert scored(run) == scored(run, "--base", NAME) == before
     train(run, NAME, *flags, iteration=2)
-    assert manifest(run)["member_02"]["base"] == f"{NAME}@{ONE}"
+    assert manifest.entries(run)["member_02"]["base"] == f"{NAME}@{ONE}"
     fit(run)
     other = "another base model"
     refused(lambda: train(run, f"{NAME}@{TWO}", *flags, iteration=2), other)
@@ -114,7 +102,7 @@ def test_a_run_on_another_revision_is_that_of_its_snapshot(hub, data, tmp_path):
     train(one, NAME, *HEAD, "--revision", TWO)
     train(two, hub.snapshot(TWO), *HEAD)
     np.testing.assert_array_equal(rewards(one), rewards(two))
-    assert manifest(one)["member_01"]["base"] == f"{NAME}@{TWO}"
+    assert manifest.entries(one)["member_01"]["base"] == f"{NAME}@{TWO}"
     words = ("--revision", TWO)
     refused(lambda: train(two, hub.snapshot(TWO), *HEAD, *words), "--revision", "directory")
 
@@ -223,10 +211,10 @@ def test_a_relative_base_is_found_from_elsewhere(data, base, tmp_path, monkeypat
 
 def test_a_base_inside_its_run_that_was_edited_is_refused(data, base, tmp_path):
     run = fresh(data, tmp_path)
-    started = run_dir.begin_stage(run, "base", {}, {})
+    started = manifest.begin_stage(run, "base", {}, {})
     with files.replacing(run / "base") as partial:
         shutil.copytree(base, partial)
-    run_dir.end_stage(run, "base", {}, {}, started)
+    manifest.end_stage(run, "base", {}, {}, started)
     with open(run / "base" / "config.json", "a", encoding="utf-8") as config:
         config.write(" ")
     with pytest.raises(InputError, match="base/config.json: edited or damaged"):
@@ -240,7 +228,7 @@ def test_a_base_inside_its_run_moves_with_it(data, base, tmp_path):
     train(run, run / "models", *HEAD)
     fit(run)
     before, pruned = scored(run), tmp_path / "else" / "where" / "pruned"
-    assert manifest(run)["member_01"]["base"] == "./models"
+    assert manifest.entries(run)["member_01"]["base"] == "./models"
     pruned.parent.mkdir(parents=True)
     prune.main(prune.parse_args(["--run", str(run), "--beta", "4", "--out", str(pruned)]))
     assert scored(pruned) == before  # Its members are links to the run's.
@@ -298,7 +286,7 @@ def test_every_code_of_strftime_is_written_as_strftime_does(tokenizer):
 @pytest.mark.parametrize("flags", [HEAD, LORA, ()], ids=["head", "lora", "full"])
 def test_a_run_is_rendered_at_one_date(data, dated, tmp_path, monkeypatch, capsys, flags):
     run = fresh(data, tmp_path)
-    day = manifest(run)["data"]["date"]
+    day = manifest.entries(run)["data"]["date"]
     on("2027-01-01", monkeypatch)  # The data were made on another day than the first member.
     train(run, dated, *flags)
     assert f"its chat template writes {day} as today" in capsys.readouterr().out
@@ -307,7 +295,7 @@ def test_a_run_is_rendered_at_one_date(data, dated, tmp_path, monkeypatch, capsy
     on("2027-01-02", monkeypatch)
     assert scored(run) == before
     train(run, dated, *flags, iteration=2)
-    assert {manifest(run)[f"member_0{j}"]["settings"]["date"] for j in (1, 2)} == {day}
+    assert {manifest.entries(run)[f"member_0{j}"]["settings"]["date"] for j in (1, 2)} == {day}
     words = ("--date", "2027-01-02")
     refused(lambda: train(run, dated, *flags, *words, iteration=2), "--date 2027-01-02", day)
     assert day in (run / "member_01" / "chat_template.jinja").read_text(encoding="utf-8")
@@ -329,13 +317,13 @@ def test_the_date_of_a_run_is_another_one_by_its_flag(data, dated, base, tmp_pat
     on("2027-01-02", monkeypatch)
     assert scored(run) == before
     train(run, dated, *HEAD, iteration=2)
-    assert manifest(run)["member_02"]["settings"]["date"] == "2024-07-26"
+    assert manifest.entries(run)["member_02"]["settings"]["date"] == "2024-07-26"
     words = ["--run", str(run), *FLAGS, "--table", "--n", "2", "--max-tokens", "4", "--json"]
     fit(run)
     respond.main(respond.parse_args([*words, "a question"]))
     plain = fresh(data, tmp_path, "plain")
     refused(lambda: train(plain, base, *HEAD, "--date", "2024-07-26"), "writes no date")
-    assert "date" not in manifest(plain)["data"]["settings"]
+    assert "date" not in manifest.entries(plain)["data"]["settings"]
 
 
 def test_an_adopted_model_is_rendered_at_one_date(full_run, data, tmp_path, monkeypatch):

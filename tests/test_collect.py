@@ -364,19 +364,15 @@ def test_table_of_all_parameters(name, at):
 
 
 def test_all_parameters_on_the_front_page():
-    front = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
-    words = "{}, below the coin flip ({}{}), above a single soft model ({}{}) and the floor ({})"
-    of_splits = "; one of three intervals excludes zero", "; two do"
-    for name, before, (coin, soft) in (
-        ("ukpconvarg1", "four members is", ("", "")),
-        ("writing", "professional writers", of_splits),
+    front = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for name, run, words in (
+        ("ukpconvarg1", "ukp", "UKPConvArg1"),
+        ("writing", "writing", "writing: professional writers' rankings"),
     ):
         rows = committed(f"{name}_full.csv")
-        run = "ukp_full_centered" if name == "ukpconvarg1" else "writing_full_centered"
         figures = ("brier", "coin_flip", "soft_single", "floor_single")
-        brier, *lines = (short(by_split(rows, figure, run, "4").mean()) for figure in figures)
-        figures = words.format(brier, lines[0], coin, lines[1], soft, lines[2])
-        assert f"{before} {figures}" in front
+        means = [by_split(rows, figure, f"{run}_full_centered", "4").mean() for figure in figures]
+        assert f"| {words} | {' | '.join(map(short, means))} |" in front
 
 
 def test_rates_of_gemma_on_writing():

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import evaluate
-from pairwise import drawing, metrics, run_dir
+from pairwise import drawing, manifest, metrics
 from pairwise.cli import InputError
 from pairwise.data import write_split
 
@@ -53,7 +53,7 @@ def evaluate_weights(run, fixed):
                 ]
             )
         )
-        run_dir.accept_edited(run)
+        manifest.accept_edited(run)
     else:
         fit_weights.main(fit_weights.parse_args(["--run", str(run)]))
 
@@ -222,7 +222,7 @@ def rewritten(run, change):
     path = run / "data" / "test.parquet"
     rows = pq.read_table(path).to_pylist()
     write_split(path, change(rows) or rows)
-    run_dir.accept_edited(run)
+    manifest.accept_edited(run)
 
 
 def more_votes(rows):
@@ -267,7 +267,7 @@ def swap(rows):
 def test_runs_on_other_test_data_are_refused(runs, tmp_path, change, message):
     other = Path(shutil.copytree(runs / "first", tmp_path / "other"))
     change(other)
-    run_dir.accept_edited(other)
+    manifest.accept_edited(other)
     with pytest.raises(InputError, match=message) as error:
         compared(tmp_path / "out", runs / "seed_1", other)
     assert (
@@ -283,7 +283,7 @@ def test_fewer_prompts_are_refused(runs, tmp_path):
     write_split(other / "data" / "test.parquet", rows[:-1])
     for path in (other / "rewards").glob("*_test.npy"):
         np.save(path, np.load(path)[: -len(rows[-1]["responses"])])
-    run_dir.accept_edited(other)
+    manifest.accept_edited(other)
     with pytest.raises(InputError, match=f"{len(rows) - 1} prompts found, {len(rows)} expected"):
         compared(tmp_path / "out", runs / "seed_1", other)
 

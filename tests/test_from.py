@@ -10,7 +10,7 @@ import weakref
 
 import evaluate
 import score
-from pairwise import existing
+from pairwise import existing, manifest
 from pairwise.cli import InputError
 from pairwise.data import read_split
 
@@ -18,7 +18,7 @@ import adopt
 import numpy as np
 import pytest
 import torch
-from conftest import FLAGS, HEAD, TINY, export, fit, fresh, leftovers, manifest, rewards, train
+from conftest import FLAGS, HEAD, TINY, export, fit, fresh, leftovers, rewards, train
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -135,7 +135,7 @@ def test_rewards_are_the_models_own(ensemble, models):
                     by_transformers(model, split.messages, split.responses),
                     atol=2e-5,
                 )
-        entry = manifest(ensemble)[f"member_{j:02d}"]
+        entry = manifest.entries(ensemble)[f"member_{j:02d}"]
         assert entry["settings"] == {
             "train": "from",
             "dtype": "float32",
@@ -316,7 +316,7 @@ def test_refused_models(data, tokenizer, base, tmp_path):
     assert (
         not list(run.glob("member_*"))
         and not (run / "rewards").exists()
-        and "member_01" not in manifest(run)
+        and "member_01" not in manifest.entries(run)
     )
 
 

@@ -9,7 +9,7 @@ import time
 
 import evaluate
 import score
-from pairwise import files, run_dir, soft_model, weights
+from pairwise import files, manifest, soft_model, weights
 from pairwise.cli import InputError
 from pairwise.data import Split, read_split
 from pairwise.levels import formula, hardened, read_members
@@ -17,7 +17,7 @@ from pairwise.levels import formula, hardened, read_members
 import harden
 import numpy as np
 import pytest
-from conftest import FLAGS, REPOSITORY, edited, fresh, leftovers, manifest, without_hashes
+from conftest import FLAGS, REPOSITORY, edited, fresh, leftovers, without_hashes
 from scipy.integrate import quad
 from scipy.optimize import minimize
 from scipy.special import expit
@@ -347,7 +347,7 @@ def test_soft_lines_of_the_source(full_run, tmp_path, no_figures, capsys):
         rewards = np.load(source / "rewards" / f"02_{split}.npy")
         np.save(source / "rewards" / f"02_{split}.npy", -50 * rewards[::-1])
     out = make(edited(source), tmp_path / "hard", "--k", "4", "--layout", "fitted")
-    before, facts = metrics_of(source, tmp_path / "1"), manifest(out)["harden"]
+    before, facts = metrics_of(source, tmp_path / "1"), manifest.entries(out)["harden"]
     source.rename(tmp_path / "gone")
     after = metrics_of(out, tmp_path / "2")
     model = soft_model.SoftModel(*(facts[x] for x in ("components", "weights", "tau", "a")))
@@ -482,7 +482,7 @@ def test_formulas_that_harden_does_not_make(full_run, tmp_path):
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         with pytest.raises(InputError, match="edited or damaged"):
             read_members(out)
-        run_dir.accept_edited(out)
+        manifest.accept_edited(out)
         with pytest.raises(InputError, match=words) as error:
             read_members(out)
         assert "\n" not in str(error.value) and str(path) in str(error.value)

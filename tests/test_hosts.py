@@ -10,10 +10,11 @@ import shutil
 import subprocess
 import sys
 
+from pairwise import manifest
 from pairwise.scale import parallel
 
 import pytest
-from conftest import FLAGS, REPOSITORY, fresh, leftovers, manifest
+from conftest import FLAGS, REPOSITORY, fresh, leftovers
 from test_offload import outputs
 from test_parallel import SAME
 
@@ -21,7 +22,7 @@ HARNESS = """
 import ctypes, json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import torch, tqdm, train_rm
-from pairwise import cli, run_dir
+from pairwise import cli, manifest
 from pairwise.scale import offload, parallel
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 
@@ -94,7 +95,7 @@ def hosts(job, port):
     subprocess.run("ip link del v0".split(), stderr=subprocess.DEVNULL)
     return [ended[first], ended[second], time.time() - started]
 
-run_dir._git_commit = lambda: None
+manifest._git_commit = lambda: None
 os.fsync = lambda file: None
 torch.set_num_threads(1)
 parallel.UNWINDING = 0.5
@@ -165,7 +166,7 @@ def test_two_machines_give_the_bits_of_one_process(ran, name, processes):
     for ours, theirs in zip(found.pop("logs/01.jsonl"), expected.pop("logs/01.jsonl"), strict=True):
         assert abs(ours["loss"] / theirs["loss"] - 1) < 1e-6 and ours["pairs"] == theirs["pairs"]
     assert found == expected and not leftovers(ran[0] / name)
-    assert manifest(ran[0] / name)["member_01"]["processes"] == processes
+    assert manifest.entries(ran[0] / name)["member_01"]["processes"] == processes
     assert said(ran, name, 0, "stdout").count("trained on 72 pairs") == 1
     assert not said(ran, name, 1, "stdout")
 

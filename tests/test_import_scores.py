@@ -7,7 +7,7 @@ import json
 import evaluate
 import score
 import train_rm
-from pairwise import cli, run_dir
+from pairwise import cli, manifest, run_dir
 from pairwise.cli import InputError
 from pairwise.data import read_splits
 
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import respond
-from conftest import FLAGS, HEAD, fit, fresh, manifest, rewards, script, train
+from conftest import FLAGS, HEAD, fit, fresh, rewards, script, train
 
 
 def words(*arguments):
@@ -144,7 +144,7 @@ def test_a_broken_row_is_one_line(data, tmp_path, change, expected):
     rows[1] |= change
     with pytest.raises(InputError, match=expected):
         load(run, written(tmp_path / "s.jsonl", rows))
-    assert not (run / "rewards").exists() and "member_01" not in manifest(run)
+    assert not (run / "rewards").exists() and "member_01" not in manifest.entries(run)
 
 
 def test_two_rewards_and_no_reward_of_a_response(data, tmp_path, capsys):
@@ -177,7 +177,7 @@ def test_what_float32_makes_equal_is_counted(data, tmp_path, capsys):
         for values, split in zip(in_order(run).values(), read_splits(run)[0].values())
     )
     assert f"; {pairs:,} pairs tie in float32 though" in capsys.readouterr().out
-    assert manifest(run)["member_01"]["pairs_equal_in_float32"] == pairs > 0
+    assert manifest.entries(run)["member_01"]["pairs_equal_in_float32"] == pairs > 0
 
 
 def test_a_killed_import_goes_on(data, tmp_path, monkeypatch):
@@ -195,10 +195,11 @@ def test_a_killed_import_goes_on(data, tmp_path, monkeypatch):
     monkeypatch.setattr(import_scores.files, "write_array", killed)
     with pytest.raises(KeyboardInterrupt):
         load(*arguments)
-    assert manifest(run)["member_01"]["done"] and not manifest(run)["member_02"]["done"]
+    entries = manifest.entries(run)
+    assert entries["member_01"]["done"] and not entries["member_02"]["done"]
     monkeypatch.undo()
     load(*arguments)
-    assert manifest(run)["member_02"]["done"]
+    assert manifest.entries(run)["member_02"]["done"]
     assert np.array_equal(rewards(run, 2), in_order(run, "2")["test"])
     (run / "rewards/02_test.npy").write_bytes(b"")
     with pytest.raises(InputError, match="02_test.npy: edited or damaged"):

@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import score
-from pairwise import chats, training
+from pairwise import chats, manifest, training
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import Split, read_split
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import train_joint
-from conftest import FLAGS, FULL, export, fit, fresh, leftovers, manifest, rewards, train
+from conftest import FLAGS, FULL, export, fit, fresh, leftovers, rewards, train
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
@@ -135,7 +135,7 @@ def test_finds_two_opposed_viewpoints():
 
 
 def test_writes_what_the_others_read(run, data, base):
-    entry = manifest(run)["joint"]
+    entry = manifest.entries(run)["joint"]
     assert (
         entry["done"]
         and entry["settings"]["k"] == 3

@@ -7,7 +7,7 @@ import shutil
 
 import evaluate
 import score
-from pairwise import chats, files, members, run_dir, stages
+from pairwise import chats, files, manifest, members, stages
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 
@@ -21,7 +21,7 @@ import pytest
 import respond
 import torch
 import train_joint
-from conftest import FLAGS, FULL, HEAD, LORA, export, fit, fresh, leftovers, manifest, train
+from conftest import FLAGS, FULL, HEAD, LORA, export, fit, fresh, leftovers, train
 from safetensors.torch import save_file
 
 
@@ -270,11 +270,11 @@ def test_features_with_a_bit_flipped_are_refused(head_run, base, tmp_path):
     with pytest.raises(InputError, match="features/train.npy: edited or damaged since"):
         train(run, base, *HEAD, iteration=3)
     np.save(run / "features" / "train.npy", np.zeros((3, 32), np.float32))
-    run_dir.accept_edited(run)
+    manifest.accept_edited(run)
     with pytest.raises(InputError, match=r"train.npy: float32 \(3, 32\) found, float32 \(\d+, d\)"):
         train(run, base, *HEAD, iteration=3)
     (run / "features" / "train.npy").write_bytes(b"")
-    run_dir.accept_edited(run)
+    manifest.accept_edited(run)
     with pytest.raises(InputError, match="train.npy: not a .npy array"):
         train(run, base, *HEAD, iteration=3)
 
@@ -291,7 +291,7 @@ def test_a_member_is_hashed_once_a_call(runs, base, tmp_path, monkeypatch):
 def test_a_head_of_another_shape(head_run, base, tmp_path, shape):
     run = fresh(head_run.run, tmp_path)
     save_file({"score.weight": torch.ones(shape)}, run / "member_01" / "head.safetensors")
-    run_dir.accept_edited(run)
+    manifest.accept_edited(run)
     for call in put_to_work(run, base, tmp_path, None):
         with pytest.raises(
             InputError, match="shape|a head with 2 outputs|3 members found"
@@ -314,11 +314,11 @@ def test_texts_with_the_text_of_a_special_token_are_counted(data, base, tmp_path
         column = pa.array(messages, table["messages"].type)
         at = table.column_names.index("messages")
         pq.write_table(table.set_column(at, "messages", column), path)
-    run_dir.accept_edited(run)
+    manifest.accept_edited(run)
     judge = full_model(base, tmp_path / "judge")
     words = "--run", run, "--model", judge, "--iteration", 1, *FLAGS
     adopt.main(adopt.parse_args(arguments(*words)))
-    assert manifest(run)["member_01"]["texts_with_special_tokens"] == 2
+    assert manifest.entries(run)["member_01"]["texts_with_special_tokens"] == 2
     assert "s, 2 texts have the text of a special token in them\n" in capsys.readouterr().out
 
 
@@ -345,7 +345,7 @@ def test_special_tokens_by_hand(tokenizer):
 def test_members_json_of_another_form(runs, base, tmp_path, content):
     run = fresh(runs["hardened"], tmp_path)
     (run / "members.json").write_text(content)
-    run_dir.accept_edited(run)
+    manifest.accept_edited(run)
     for call in list(put_to_work(run, base, tmp_path, None))[:2]:
         with pytest.raises(InputError, match="members.json: "):
             call()

@@ -9,7 +9,7 @@ import weakref
 
 import score
 import train_rm
-from pairwise import chats, members, run_dir, training
+from pairwise import chats, manifest, members, training
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
@@ -27,7 +27,6 @@ from conftest import (
     fit,
     fresh,
     leftovers,
-    manifest,
     rewards,
     squared,
     train,
@@ -478,7 +477,7 @@ def damaged(lora_run, tmp_path, change):
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
-    run_dir.accept_edited(run)
+    manifest.accept_edited(run)
     return run
 
 
@@ -526,7 +525,7 @@ def test_files_that_are_missing_or_broken(lora_run, base, tmp_path):
         ("adapter_config.json", None),
     ):
         (directory / name).write_text(content) if content else (directory / name).unlink()
-        run_dir.accept_edited(run)
+        manifest.accept_edited(run)
         with pytest.raises(
             InputError,
             match=r"member_02/adapter/adapter_(model.safetensors: no adapter could be read|"
@@ -543,7 +542,7 @@ def test_an_adapter_s_config_with_other_numbers(lora_run, base, tokenizer, tmp_p
     run = fresh(lora_run, tmp_path)
     path = run / "member_01" / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    run_dir.accept_edited(run)
+    manifest.accept_edited(run)
     with pytest.raises(InputError, match="member_01/adapter/adapter_config.json: .*expected"):
         members.load_member(run, 1, base, tokenizer, torch.float32, "cpu")
 
@@ -565,7 +564,7 @@ def test_flags(lora_run, full_run, base, capsys):
         train_rm.parse_args(["--run", "r", "--base", "b", "--iteration", "1", "--lora-rank", "4"])
     assert "--lora-rank and --lora-alpha are for --train lora" in capsys.readouterr().err
     assert (
-        not {"lora_rank", "lora_alpha"} & manifest(full_run)["member_01"]["settings"].keys()
+        not {"lora_rank", "lora_alpha"} & manifest.entries(full_run)["member_01"]["settings"].keys()
     )  # so runs of before are continued
     for flags, said in (
         (("--lora-rank", "5"), "lora-alpha was 8.0, is 10.0"),

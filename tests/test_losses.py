@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import evaluate
 import train_rm
-from pairwise import run_dir
+from pairwise import manifest
 from pairwise.cli import InputError
 from pairwise.data import JUDGMENTS, read_split
 from pairwise.metrics import FEWEST
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import FULL, HEAD, edited, fit, fresh, manifest, mean_loss, rewards, train
+from conftest import FULL, HEAD, edited, fit, fresh, mean_loss, rewards, train
 from scipy.special import expit, log_expit
 
 ONE_STEP = ("--pairs-per-step", "1000", "--epochs", "1", "--lr", "1e-9", "--weight-decay", "0")
@@ -131,7 +131,7 @@ def test_the_loss_that_is_logged(judged, base, tmp_path, capsys, kind, name, fla
     split, r, entry = (
         read_split(run, "train"),
         rewards(run, 1, "train").astype(float),
-        manifest(run)["member_01"],
+        manifest.entries(run)["member_01"],
     )
     hard = name in ("bt", "margin")
     kept = split.votes_a != split.votes_b if hard else np.ones(len(split.a), bool)
@@ -233,7 +233,7 @@ def test_majority_labels_have_no_residual(judged, base, tmp_path, capsys):
     for j in (1, 2):
         train(run, base, *HEAD, "--loss", "bt", "--target", "p", iteration=j)
         fit(run)
-    assert manifest(run)["member_02"]["tied_pairs"] == 18 and not np.array_equal(
+    assert manifest.entries(run)["member_02"]["tied_pairs"] == 18 and not np.array_equal(
         rewards(run, 1), rewards(run, 2)
     )
 
@@ -255,7 +255,7 @@ def test_a_run_refuses_an_edit_of_its_loss_or_target(judged, base, tmp_path, mon
     run, flags = fresh(judged, tmp_path), (*HEAD, *ONE_STEP, "--loss", "absolute")
     monkeypatch.setitem(train_rm.LOSSES, "absolute", absolute)
     train(run, base, *flags)
-    before, entry = rewards(run, 1), manifest(run)["member_01"]
+    before, entry = rewards(run, 1), manifest.entries(run)["member_01"]
     assert {"code of --loss absolute", "code of --target centered"} < entry["inputs"].keys()
     fit(run)
     for table, name in (("LOSSES", "absolute"), ("TARGETS", "centered")):
@@ -266,7 +266,7 @@ def test_a_run_refuses_an_edit_of_its_loss_or_target(judged, base, tmp_path, mon
                     train(run, base, *flags, iteration=j)
     monkeypatch.setitem(train_rm.LOSSES, "new", distance)
     train(run, base, *flags)
-    assert np.array_equal(rewards(run, 1), before) and manifest(run)["member_01"] == entry
+    assert np.array_equal(rewards(run, 1), before) and manifest.entries(run)["member_01"] == entry
 
 
 def test_a_run_refuses_other_weights_of_the_members_before(judged, base, tmp_path):
@@ -275,7 +275,7 @@ def test_a_run_refuses_other_weights_of_the_members_before(judged, base, tmp_pat
     for j in (1, 2, 3):
         train(run, base, *HEAD, "--loss", "bce", iteration=j)
         fit(run)
-    path, entries = run / "weights.json", manifest(run)
+    path, entries = run / "weights.json", manifest.entries(run)
     prefixes = json.loads(path.read_text(encoding="utf-8"))
 
     def change(step):
@@ -290,7 +290,7 @@ def test_a_run_refuses_other_weights_of_the_members_before(judged, base, tmp_pat
     train(run, base, *HEAD, "--loss", "bce", iteration=2)
     with pytest.raises(InputError, match="from another mixture weights of members 1 to 2 than"):
         train(run, base, *HEAD, "--loss", "bce", iteration=3)
-    assert manifest(run)["member_03"] == entries["member_03"]
+    assert manifest.entries(run)["member_03"] == entries["member_03"]
 
 
 def test_what_is_another_code():
@@ -298,21 +298,21 @@ def test_what_is_another_code():
         """|d|: once."""
         return d.abs()  # a comment
 
-    original = run_dir.hash_function(first)
+    original = manifest.hash_function(first)
 
     def first(d, t, m):
         return d.abs()
 
-    assert run_dir.hash_function(first) == original
+    assert manifest.hash_function(first) == original
 
     def first(d, t, m):
         """|d|: once."""
         return 2 * d.abs()
 
-    assert run_dir.hash_function(first) != original
+    assert manifest.hash_function(first) != original
     for other in (lambda d, t, m: d, functools.partial(first, m=0), torch.nn.MSELoss()):
         with pytest.raises(InputError, match="a function expected that def gives a name"):
-            run_dir.hash_function(other)
+            manifest.hash_function(other)
 
 
 def test_the_help_and_flags_know_what_was_added(capsys, monkeypatch):
@@ -343,7 +343,7 @@ def test_refused(data, judged, base, tmp_path, capsys):
         r"extras/synthetic_judgments.py makes it",
     ):
         train(run, base, *HEAD, "--loss", "margin", "--margin-from", "judgments")
-    assert not (run / "logs").exists() and "member_01" not in manifest(run)
+    assert not (run / "logs").exists() and "member_01" not in manifest.entries(run)
     tied = fresh(judged, tmp_path, "tied")
     table = pq.read_table(tied / "data" / "train.parquet")
     rows = table.to_pylist()

@@ -9,13 +9,13 @@ import sys
 
 import evaluate
 import score
-from pairwise import cli, files, run_dir, stages
+from pairwise import cli, files, manifest, run_dir, stages
 from pairwise.cli import InputError
 from pairwise.scale.checkpoint import Checkpoints
 
 import numpy as np
 import pytest
-from conftest import FLAGS, FULL, edited, fit, fresh, leftovers, manifest, rewards, train
+from conftest import FLAGS, FULL, edited, fit, fresh, leftovers, rewards, train
 
 # ---- links
 
@@ -121,7 +121,9 @@ def test_a_link_in_a_temporary_name_s_place(kind, full_run, tmp_path, no_figures
 
 
 def test_the_manifest_knows_every_output(full_run):
-    known = {name for entry in manifest(full_run).values() for name in entry.get("outputs", {})}
+    known = {
+        name for entry in manifest.entries(full_run).values() for name in entry.get("outputs", {})
+    }
     there = {str(path.relative_to(full_run)) for path in full_run.rglob("*") if path.is_file()}
     data = {name for name in there if "data" in name}  # without hashes, as tests change it
     assert there - data - {"manifest.json", ".lock"} == known
@@ -178,7 +180,9 @@ def test_what_was_edited_is_refused_until_it_is_accepted(
         command(run)
     if command is evaluated:
         evaluated(run, "--accept-edited")
-        assert name in [x for entry in manifest(run).values() for x in entry.get("edited", [])]
+        assert name in [
+            x for entry in manifest.entries(run).values() for x in entry.get("edited", [])
+        ]
         evaluated(run)
 
 
@@ -225,23 +229,26 @@ def test_two_writers_of_one_path(tmp_path):
     assert path.read_text() == "second" and [x.name for x in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("looks", [run_dir.stage_done, run_dir.unchanged])
+@pytest.mark.parametrize("looks", [manifest.stage_done, manifest.unchanged])
 def test_two_who_begin_the_same_stage(looks, tmp_path):
     """The second has decided before the first began, and comes when the first has ended."""
     outputs = [tmp_path / "out.json"]
     assert not looks(tmp_path, "stage", {"seed": 1}, {}, outputs)
     other = f"""
 from pathlib import Path
-from pairwise import files, run_dir
+from pairwise import files, manifest
 run, stage = Path({str(tmp_path)!r}), ("stage", {{"seed": 0}}, {{}})
-started = run_dir.begin_stage(run, *stage)
+started = manifest.begin_stage(run, *stage)
 files.write_json(run / "out.json", "first")
-run_dir.end_stage(run, *stage, started)
+manifest.end_stage(run, *stage, started)
 """
     subprocess.run([sys.executable, "-c", other], check=True, cwd=cli.REPOSITORY)
     with pytest.raises(InputError, match=r"another process has done this stage \(stage\) mean"):
-        run_dir.begin_stage(tmp_path, "stage", {"seed": 1}, {})
-    assert json.loads(outputs[0].read_text()) == "first" and manifest(tmp_path)["stage"]["done"]
+        manifest.begin_stage(tmp_path, "stage", {"seed": 1}, {})
+    assert (
+        json.loads(outputs[0].read_text()) == "first"
+        and manifest.entries(tmp_path)["stage"]["done"]
+    )
 
 
 def test_a_file_of_the_same_name_is_no_run(tmp_path):
@@ -256,7 +263,7 @@ def test_a_run_or_an_output_that_is_no_directory(full_run, tmp_path):
     link.symlink_to("nowhere")
     for path, found in ((file, "a file"), (link, "a link to nothing")):
         with pytest.raises(InputError, match=f"--run .*{path.name}: {found} found, a directory"):
-            run_dir.begin_stage(path, "data", {}, {})
+            manifest.begin_stage(path, "data", {}, {})
         with pytest.raises(InputError, match=f"--out .*{path.name}: {found} found, a directory"):
             evaluate.main(evaluate.parse_args(["--run", str(full_run), "--out", str(path)]))
     assert file.read_text(encoding="utf-8") == "mine" and not link.exists()
@@ -264,7 +271,7 @@ def test_a_run_or_an_output_that_is_no_directory(full_run, tmp_path):
 
 def test_a_split_that_is_gone_is_missed(full_run, tmp_path, no_figures):
     run = fresh(full_run, tmp_path)
-    entries = manifest(run)
+    entries = manifest.entries(run)
     entries["data"]["outputs"] = {"data/valid.parquet": "0"}
     (run / "manifest.json").write_text(json.dumps({"stages": entries}))
     (run / "data" / "valid.parquet").unlink()
@@ -306,7 +313,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(files.fcntl, "flock", refuses(code))
         files.write_json(tmp_path / "a.json", code)
         assert files.read_json(tmp_path / "a.json", int) == code
-    run_dir.begin_stage(tmp_path / "run", "data", {}, {})
+    manifest.begin_stage(tmp_path / "run", "data", {}, {})
     line = f"warning: {tmp_path / '.lock-a.json'}: cannot be locked on this file system; let no "
     assert capsys.readouterr() == ("", line + "second command write here\n")
     monkeypatch.setattr(files.fcntl, "flock", refuses(errno.EIO))

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pairwise
 import train_rm
-from pairwise import training
+from pairwise import manifest, training
 from pairwise.cli import InputError
 from pairwise.scale import checkpoint, offload
 from pairwise.scale.checkpoint import Checkpoints
@@ -31,7 +31,7 @@ import numpy as np
 import pytest
 import steps
 import torch
-from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, manifest, train
+from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, train
 from pytorch_optimizer import SOAP
 from transformers import AutoModelForSequenceClassification, LlamaConfig, OPTConfig
 
@@ -396,7 +396,7 @@ def forked(run, *death):
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, (run, status)
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
-run_dir._git_commit = lambda: None
+manifest._git_commit = lambda: None
 os.fsync = lambda file: None  # the disk is slow, and no power is cut here
 runs, flags, resumed = json.loads(sys.argv[1]), json.loads(sys.argv[2]), {}
 torch.set_num_threads(1)
@@ -481,7 +481,7 @@ def test_killed_and_continued(data, base, tmp_path, dtype, deaths):
         assert found.keys() == expected.keys(), name
         for file in expected:
             assert found[file] == expected[file], (name, file)
-        assert all(entry["done"] for entry in manifest(run).values()), name
+        assert all(entry["done"] for entry in manifest.entries(run).values()), name
 
 
 class Killed(BaseException):
@@ -535,7 +535,7 @@ def test_killed_while_scoring_does_not_train_again(data, base, tmp_path, monkeyp
     assert (
         not (broken / "checkpoint_01").exists()
         and not leftovers(broken)
-        and manifest(broken)["member_01"]["done"]
+        and manifest.entries(broken)["member_01"]["done"]
     )
     names = [
         "logs/01.jsonl",
@@ -566,11 +566,11 @@ def test_a_member_goes_on_with_the_threads_it_was_begun_with(
     train(trained, base, *FULL, "--threads", "1")
     assert threads == [2, 2, 1, 2, 1, 2]  # as asked for, then as begun
     assert f"{trained / 'checkpoint_01'}: begun with --threads 2" in capsys.readouterr().out
-    assert manifest(trained)["member_01"]["threads"] == 2
+    assert manifest.entries(trained)["member_01"]["threads"] == 2
     other = fresh(data, tmp_path, "other")
     killed_after(other, base, monkeypatch, 2, "--threads", "2")
     train(other, base, *FULL, "--threads", "1", "--lr", "1e-4")  # another member
-    assert threads[-1] == manifest(other)["member_01"]["threads"] == 1
+    assert threads[-1] == manifest.entries(other)["member_01"]["threads"] == 1
 
 
 def test_a_checkpoint_of_other_arguments_is_not_used(data, base, tmp_path, monkeypatch, capsys):
@@ -633,7 +633,7 @@ def test_not_finite_names_step_and_prompts_and_keeps_the_checkpoint(
     assert int(kept.name) >= 1 and not leftovers(run)
     monkeypatch.undo()
     train(run, base, *FULL)
-    assert manifest(run)["member_01"]["done"]
+    assert manifest.entries(run)["member_01"]["done"]
 
 
 @pytest.mark.parametrize(

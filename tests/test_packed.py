@@ -6,7 +6,7 @@ import io
 import json
 
 import train_rm
-from pairwise import chats, members, sampling
+from pairwise import chats, manifest, members, sampling
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split
@@ -16,7 +16,7 @@ from pairwise.scale.recompute import recompute_activations
 import numpy as np
 import pytest
 import torch
-from conftest import FLAGS, fit, fresh, manifest, rewards, train, train_on
+from conftest import FLAGS, fit, fresh, rewards, train, train_on
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -627,7 +627,7 @@ def test_an_encoder_is_trained_scored_and_saved_padded(data, tokenizer, tmp_path
     assert (
         not info["missing_keys"]
         and not info["unexpected_keys"]
-        and manifest(run)["member_02"]["settings"]["train"] == "full"
+        and manifest.entries(run)["member_02"]["settings"]["train"] == "full"
     )
     assert model.classifier.bias.item() == 0
     split = read_split(run, "test")

@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
+from pairwise import manifest
 from pairwise.cli import InputError
 from pairwise.scale import offload, parallel
 from pairwise.scale.checkpoint import Checkpoints
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import FLAGS, FULL, REPOSITORY, fresh, leftovers, manifest
+from conftest import FLAGS, FULL, REPOSITORY, fresh, leftovers
 from safetensors.torch import load_file
 from test_offload import outputs
 
@@ -38,7 +39,7 @@ HARNESS = """
 import json, os, signal, sys, threading
 from pathlib import Path
 import torch, tqdm, train_rm
-from pairwise import cli, run_dir, training
+from pairwise import cli, manifest, training
 from pairwise.scale import checkpoint, offload
 
 PLACES = {
@@ -104,7 +105,7 @@ def started(rank, job, store):
         os._exit(code)
     return child
 
-run_dir._git_commit = lambda: None
+manifest._git_commit = lambda: None
 os.fsync = lambda file: None
 torch.set_num_threads(1)
 jobs, flags, codes = json.loads(sys.argv[1]), json.loads(sys.argv[2]), []
@@ -228,8 +229,8 @@ def test_any_number_of_processes_gives_the_same_bits(ran, name):
     assert found == expected and not leftovers(run)
     jobs = [(processes, more) for job, processes, _, more in JOBS if job == name]
     said = (ran[0] / f"{name}.stdout").read_text()
-    assert manifest(run)["member_01"]["processes"] == jobs[-1][0] and all(
-        stage["done"] for stage in manifest(run).values()
+    assert manifest.entries(run)["member_01"]["processes"] == jobs[-1][0] and all(
+        stage["done"] for stage in manifest.entries(run).values()
     )
     assert said.count("trained on 72 pairs") == 1 and said.count("is there, skipped") == (
         name == "float32 two"
@@ -459,10 +460,10 @@ def test_all_are_of_a_kind():
     """A machine whose driver is broken would take the CPU, and the others wait for its GPU."""
     store = torch.distributed.HashStore()
     for number in range(2):
-        parallel.check_kind(store, number, "a GPU")
+        parallel.check_same_device(store, number, "a GPU")
     words = r"process 2: the CPU found \(--device\), a GPU expected, as in the first"
     with pytest.raises(InputError, match=words):
-        parallel.check_kind(store, 2, "the CPU")
+        parallel.check_same_device(store, 2, "the CPU")
 
 
 def test_strangers_do_not_count(monkeypatch):

@@ -9,7 +9,7 @@ import math
 import sys
 from decimal import Decimal
 
-from pairwise import chats, policies, sampling, soft_model
+from pairwise import chats, manifest, policies, sampling, soft_model
 from pairwise import data as prepared
 from pairwise.cli import InputError
 from pairwise.run_dir import output, read_continuations, read_logprob
@@ -17,7 +17,7 @@ from pairwise.run_dir import output, read_continuations, read_logprob
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, edited, fresh, manifest, rewards, script
+from conftest import REPOSITORY, edited, fresh, rewards, script
 
 export_pairs, policy_pairs = script("export_pairs"), script("policy_pairs")
 policy_logprob, prune = script("policy_logprob"), script("prune")
@@ -309,7 +309,7 @@ def test_the_stage_of_log_probabilities(with_logprob, base, tmp_path, capsys):
     before = path.read_bytes()
     measure(run, base)
     assert "is there, skipped" in capsys.readouterr().out
-    assert manifest(run)["logprob"]["outputs"].keys() == {"logprob/test.npy"}
+    assert manifest.entries(run)["logprob"]["outputs"].keys() == {"logprob/test.npy"}
     words = ["--run", str(run), "--beta", "3", "--out", str(tmp_path / "pruned")]
     prune.main(prune.parse_args(words))
     assert (tmp_path / "pruned" / "logprob" / "test.npy").read_bytes() == before
@@ -362,7 +362,7 @@ def test_no_output_is_a_file_of_a_run(data, tmp_path, monkeypatch):
         ("extras/harden", ["--run", "r", "--out"]),
         ("extras/prune", ["--run", "r", "--beta", "3", "--out"]),
         ("extras/compare", ["r", "s", "--out"]),
-        ("experiments/variants", ["--run", "r", "--out"]),
+        ("experiments/variants", ["--runs", "r", "--out"]),
         ("experiments/steps", ["--run", "r", "--out"]),
         ("experiments/policies", ["--run", "r", "--out"]),
         ("benchmarks/training", ["--json"]),

@@ -8,14 +8,14 @@ import os
 import subprocess
 import sys
 
-from pairwise import drawing, figures
+from pairwise import drawing, figures, manifest
 from pairwise.cli import InputError
 from pairwise.data import write_split
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY, manifest, script
+from conftest import REPOSITORY, script
 from test_votes import by_texts, save
 
 SCRIPTS = {
@@ -818,7 +818,7 @@ def test_a_flag_of_a_script_s_own_decides_the_data(tmp_path):
             module.main(given)
     stats = json.loads((tmp_path / "run" / "data" / "stats.json").read_text(encoding="utf-8"))
     assert stats["least"] == 0 and stats["list"] == str(given.list)
-    settings = manifest(tmp_path / "run")["data"]["settings"]
+    settings = manifest.entries(tmp_path / "run")["data"]["settings"]
     assert settings["least"] == 0 and not {"source", "revision", "run"} & settings.keys()
 
 

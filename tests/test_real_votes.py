@@ -11,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+from pairwise import manifest
+
 import pytest
 import real_votes
-from conftest import REPOSITORY, manifest
+from conftest import REPOSITORY
 
 FLAGS = "--test-share 0.4 --valid-share 0.2 --pairs-per-step 8 --device cpu".split()
 
@@ -65,7 +67,7 @@ def test_rates_members_and_table(votes, base, tmp_path):
     }
     bce = rows[f"{name}_{best}_bce_3", "1"]
     assert bce["loss"] == "bce" and float(bce["lr"]) == float(best) and bce["data_seed"] == "3"
-    settings = manifest(out / chosen)["member_02"]["settings"]
+    settings = manifest.entries(out / chosen)["member_02"]["settings"]
     assert settings["seed"] == 3 and settings["train"] == "full" and settings["lr"] == float(best)
     lines = (out / "table_splits.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1  # one split for all

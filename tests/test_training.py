@@ -13,7 +13,7 @@ import sys
 from types import SimpleNamespace
 
 import train_rm
-from pairwise import chats, members, training
+from pairwise import chats, manifest, members, training
 from pairwise import reward_model as rm
 from pairwise.cli import InputError
 from pairwise.data import read_split, write_split
@@ -35,7 +35,6 @@ from conftest import (
     fresh,
     leftovers,
     make_base,
-    manifest,
     mean_loss,
     rewards,
     squared,
@@ -569,7 +568,7 @@ def test_a_run_holds_what_the_contract_says(full_run):
         r = rewards(full_run, j, "continuations")
         assert r.dtype == np.float32 and r.shape == (2, 5)
         assert (full_run / f"member_{j:02d}" / "model.safetensors").exists()
-    entry = manifest(full_run)["member_01"]
+    entry = manifest.entries(full_run)["member_01"]
     assert (
         entry["done"]
         and entry["identical_pairs"] == 0
@@ -741,7 +740,7 @@ def test_a_loss_that_is_not_finite(data, base, tmp_path, flags):
     assert "1000" in flags or "step 2: loss nan" in str(error.value)
     after = {name for name in contents(run) if not name.startswith("features/")}
     assert after == set(before) and not leftovers(run)
-    assert not manifest(run)["member_01"]["done"]
+    assert not manifest.entries(run)["member_01"]["done"]
 
 
 def test_a_finished_member_is_skipped_whatever_the_speed(full_run, base, tmp_path, capsys):
@@ -860,7 +859,7 @@ def test_the_base_is_looked_for_before_anything_is_written(data, tmp_path):
     run = fresh(data, tmp_path)
     with pytest.raises(InputError, match="--base .*no-base"):
         train(run, tmp_path / "no-base")
-    assert contents(run) == contents(data) and "member_01" not in manifest(run)
+    assert contents(run) == contents(data) and "member_01" not in manifest.entries(run)
 
 
 def test_flags_are_checked_and_nothing_else(tmp_path, capsys):
@@ -927,7 +926,7 @@ def test_joint_and_adopted_members_count_them_too(full_run, data, base, tmp_path
     adopt.main(adopt.parse_args(words))
     printed = capsys.readouterr().out
     assert "member 1, continuations; texts cut to --max-length: continuations 10\n" in printed
-    entries = manifest(joint)["joint"], manifest(run)["member_01"]
+    entries = manifest.entries(joint)["joint"], manifest.entries(run)["member_01"]
     assert entries[0]["texts_cut"] == entries[1]["texts_cut"] | {"continuations": 10}
     assert entries[0]["identical_pairs_by_split"] == entries[1]["identical_pairs_by_split"]
     assert min(entries[1]["texts_cut"].values()) > 0
@@ -946,7 +945,7 @@ def test_pairs_identical_after_truncation(data, base, tokenizer, split, tmp_path
     }
     identical = sum(lists["train"][a] == lists["train"][b] for a, b in zip(split.a, split.b))
     assert 5 < identical < 60
-    entry, counts = manifest(run)["member_01"], {"identical": {}, "cut": {}}
+    entry, counts = manifest.entries(run)["member_01"], {"identical": {}, "cut": {}}
     for name in ("train", "valid", "test"):
         x = read_split(data, name)
         whole = chats.encode_split(tokenizer, x.messages, x.responses, None)
@@ -1107,7 +1106,7 @@ def test_killed_and_run_again(full_run, data, base, tmp_path, flags, moments):
         assert found.keys() == expected.keys(), name
         for file in expected:
             assert found[file] == expected[file], (name, file)
-        assert all(entry["done"] for entry in manifest(run).values()), name
+        assert all(entry["done"] for entry in manifest.entries(run).values()), name
 
 
 # ---- head training
@@ -1115,7 +1114,7 @@ def test_killed_and_run_again(full_run, data, base, tmp_path, flags, moments):
 
 def test_features_are_computed_once(head_run):
     assert head_run.times[0] == head_run.times[1]
-    assert manifest(head_run.run)["features"]["done"]
+    assert manifest.entries(head_run.run)["features"]["done"]
 
 
 def test_head_rewards_are_the_head_on_the_base_s_features(head_run, base, tokenizer):

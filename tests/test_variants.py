@@ -7,7 +7,7 @@ import json
 import shutil
 
 import evaluate
-from pairwise import run_dir
+from pairwise import manifest, run_dir
 from pairwise.cli import InputError
 from pairwise.data import SPLITS, read_split
 
@@ -43,7 +43,7 @@ def runs(tmp_path_factory):
 
 def table(run, tmp_path, *flags):
     variants.main(
-        variants.parse_args(["--run", str(run), "--out", str(tmp_path / "out.json"), *flags])
+        variants.parse_args(["--runs", str(run), "--out", str(tmp_path / "out.json"), *flags])
     )
     return {row["variant"]: row for row in json.loads((tmp_path / "out.json").read_text())}
 
@@ -168,7 +168,7 @@ def test_single_votes_are_not_tested_in_folds(runs, tmp_path):
 
 
 def test_what_variants_cannot_do_is_told_first(runs, tmp_path, capsys):
-    words = ["--run", str(runs["single"]), "--variants", "hardened_taste", "--k", "7"]
+    words = ["--runs", str(runs["single"]), "--variants", "hardened_taste", "--k", "7"]
     with pytest.raises(SystemExit):
         variants.parse_args(words)
     assert "an even --k expected" in capsys.readouterr().err
@@ -275,7 +275,7 @@ def test_table_of_gains(runs, tmp_path):
     plurality.main(plurality.parse_args(["--run", str(runs["single"])]))
     several = json.loads((runs["single"] / "plurality.json").read_text())["several"]
     out = tmp_path / "gains.csv"
-    gains.main(gains.parse_args(["--run", str(run), str(runs["single"]), "--out", str(out)]))
+    gains.main(gains.parse_args(["--runs", str(run), str(runs["single"]), "--out", str(out)]))
     few, new = csv.DictReader(out.read_text().splitlines())
     cells = ["0.03", "3", "0.02", "", ""]
     assert list(few.values()) == ["few", "0.05", *cells, *cells]
@@ -284,7 +284,7 @@ def test_table_of_gains(runs, tmp_path):
         assert float(new[f"several_{name}"]) == pytest.approx(value, rel=1e-5)
     (run / "plurality.json").write_text("{}")
     with pytest.raises(InputError, match="no mixture found"):
-        gains.main(gains.parse_args(["--run", str(run), "--out", str(out)]))
+        gains.main(gains.parse_args(["--runs", str(run), "--out", str(out)]))
 
 
 def test_unlike_runs_together(runs, tmp_path):
@@ -295,7 +295,7 @@ def test_unlike_runs_together(runs, tmp_path):
     path = run / "data" / "test.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["p_true"]), path)
     without_hashes(run)
-    words = ["--run", str(runs["single"]), str(run), "--variants", "joint", "--k", "2"]
+    words = ["--runs", str(runs["single"]), str(run), "--variants", "joint", "--k", "2"]
     rows = variants.rows_of(variants.parse_args(words), 2)
     assert {row["true_error"] for row in rows} == {None}
     assert "irreducible" not in [row["variant"] for row in rows]
@@ -323,7 +323,7 @@ def test_without_validation_prompts_and_csv(runs, tmp_path, capsys):
     variants.main(
         variants.parse_args(
             [
-                "--run",
+                "--runs",
                 str(run),
                 "--out",
                 str(tmp_path / "t.csv"),
@@ -345,7 +345,7 @@ def test_without_validation_prompts_and_csv(runs, tmp_path, capsys):
     )
     (run / "features" / "test.npy").unlink()
     with pytest.raises(InputError, match="train_rm.py --train head"):
-        variants.main(variants.parse_args(["--run", str(run)]))
+        variants.main(variants.parse_args(["--runs", str(run)]))
 
 
 def test_features_that_do_not_fit_are_one_line(runs, tmp_path):
@@ -362,7 +362,7 @@ def test_features_that_do_not_fit_are_one_line(runs, tmp_path):
         np.save(path, array)
         with pytest.raises(InputError, match="edited or damaged"):
             plurality.read_run(run, 0)
-        run_dir.accept_edited(run)
+        manifest.accept_edited(run)
         with pytest.raises(InputError, match=words) as error:
             plurality.read_run(run, 0)
         assert "\n" not in str(error.value)

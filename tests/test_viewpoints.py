@@ -139,7 +139,7 @@ def test_voters_are_around_their_viewpoints():
 
 def test_rows_and_summary(runs, tmp_path, capsys):
     out, k = tmp_path / "viewpoints.csv", 4
-    words = ["--run", *map(str, runs[:2]), "--k", str(k), "--out", str(out)]
+    words = ["--runs", *map(str, runs[:2]), "--k", str(k), "--out", str(out)]
     viewpoints.main(viewpoints.parse_args([*words, "--variants", "fsam_p", "hardened"]))
     with open(out, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -14,7 +14,7 @@ import json
 from collections import Counter
 from typing import NamedTuple
 
-from pairwise import cli, data, figures, files, run_dir
+from pairwise import cli, data, figures, files, manifest
 from pairwise.prepare import tables
 
 import numpy as np
@@ -305,7 +305,7 @@ def prepare(
     flags = ("seed", "ties", "min_votes", "test_share", "valid_share")
     own_settings = {flag: getattr(args, flag) for flag in flags}
     settings = {"dataset": name, "votes": votes} | own_settings | settings
-    if run_dir.stage_done(run, "data", settings, inputs, [run / "data"]):
+    if manifest.stage_done(run, "data", settings, inputs, [run / "data"]):
         print(f"data: {run / 'data'} is there, skipped")
         return
     rng = np.random.default_rng([args.seed, 1])
@@ -325,14 +325,14 @@ def prepare(
         stats |= beside_paper(args, name, paper, splits, readings)
     stats |= facts or {}
     rows = {split: [oriented_row(prompt, rng) for prompt in splits[split]] for split in splits}
-    started = run_dir.begin_stage(run, "data", settings, inputs)
+    started = manifest.begin_stage(run, "data", settings, inputs)
     with files.replacing(run / "data") as partial:
         partial.mkdir()
         for split, prompt_rows in rows.items():
             data.write_split(partial / f"{split}.parquet", prompt_rows)
         files.write_json(partial / "stats.json", stats)
     figures.write_votes(majority, run / "figures" / "data_votes")
-    run_dir.end_stage(run, "data", settings, inputs, started)
+    manifest.end_stage(run, "data", settings, inputs, started)
     tables.print_counts(stats)
 
 

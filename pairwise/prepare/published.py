@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from pairwise import cli, rows, run_dir
+from pairwise import cli, manifest, rows
 from pairwise.files import hash_file
 from pairwise.prepare import prompts, tables
 
@@ -117,7 +117,7 @@ def hub_files(dataset, revision, flag):
         files = datasets.DownloadManager().download(urls)
     except Exception as error:  # It may come from half a dozen libraries, down to the socket's.
         reason = f"{type(error).__name__}: {cli.first_line(error).rstrip('.')}"
-        command = run_dir.command_with(flag, "PATH", without="--revision")
+        command = manifest.command_with(flag, "PATH", without="--revision")
         raise cli.InputError(
             f"{dataset.hub} could not be read from the hub ({reason}); download {dataset.files} "
             f"from https://huggingface.co/datasets/{dataset.hub} and run: {command}"

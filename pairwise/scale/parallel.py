@@ -71,7 +71,7 @@ def check_alike(values):
                 raise cli.InputError(f"process {number}: {words}, as in the first")
 
 
-def check_kind(store, number, kind):
+def check_same_device(store, number, kind):
     """Raise InputError where the first process runs on another kind of device.
 
     They would wait for each other in libraries that do not meet."""
@@ -186,11 +186,11 @@ def together(main):
         cuda, unreachable = args.device.startswith("cuda"), f"{size} processes cannot be connected"
         with refused(unreachable):
             peers = connect(store, number, size)
-        # On every machine one speaks: rank 1 of the loss of the first.
+        # One process of each machine tells that another is lost; rank 1 does, too, of rank 0.
         speaks = number < 2 or os.environ["LOCAL_RANK"] == "0"
         threading.Thread(target=watch, args=(peers, speaks), daemon=True).start()
         try:
-            check_kind(store, number, "a GPU" if cuda else "the CPU")
+            check_same_device(store, number, "a GPU" if cuda else "the CPU")
             if cuda:
                 take_gpu(args)
             # The first may write for long: `watch` finds those that are lost.

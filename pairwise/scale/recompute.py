@@ -24,9 +24,8 @@ class Room:
         self.start = self.allocated()
 
     def has(self, inputs, is_first):
-        """Return whether the next layer fits whole; inputs: bytes of those of all layers to come.
-
-        So does then the one that is computed again, with as many bytes of gradients beside it."""
+        """Return whether the next layer fits whole: beside the inputs (bytes) of all layers from it
+        on, and one layer that is recomputed with as many bytes of gradients, so three layers'."""
         now = self.allocated()
         if not is_first:
             self.layer = max(self.layer, now - self.before)
