@@ -92,6 +92,7 @@ def read_stored(run):
     splits, stats = data.read_splits(run)
     prefixes = run_dir.read_all_prefixes(run)
     k = run_dir.count_members(run)
+    run_dir.check_whole(run, k, *run_dir.BESIDE)
     rewards = {
         name: run_dir.read_rewards(run, name, k, (split.n_responses,))
         for name, split in splits.items()
@@ -104,7 +105,7 @@ def read_stored(run):
 
 def hash_inputs(run, stored):
     """Return {name: SHA-256} of every file that the results depend on, the code included."""
-    paths = [run / name for name in run_dir.EVALUATED]
+    paths = [run / name for name in run_dir.BESIDE.values()]
     for j in range(1, len(stored.rewards["test"]) + 1):
         names = *stored.splits, "continuations"
         paths += [run_dir.reward_path(run, j, name) for name in names]

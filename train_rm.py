@@ -257,6 +257,7 @@ def main(args):
     if first := run_dir.first_with_model(run, j):  # trained members differ in their residual only
         before = run_dir.hash_ensemble(run, first - 1)
         manifest.must_agree(run, run_dir.member_name(first), settings, inputs | before)
+    run_dir.check_whole(run, j - 1)
     inputs |= run_dir.hash_ensemble(run, j - 1)
     stage = (run, name, settings, inputs)
     texts = run_dir.read_continuations(run)

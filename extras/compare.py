@@ -93,6 +93,7 @@ def test_errors(run):
     splits = {name: data.read_split(run, name) for name in (tuned, "test")}
     split = data.some_counted_pairs(run, "test", splits["test"])
     prefixes = run_dir.read_all_prefixes(run)
+    run_dir.check_whole(run, len(prefixes[-1]["alpha"]), "weights")
     shape = (split.n_responses,)
     rewards = run_dir.read_rewards(run, "test", run_dir.count_members(run), shape)
     predicted = soft_model.read_models(run, splits).predict("test", split)

@@ -298,7 +298,8 @@ def check_directories(run, out):
     """Raise InputError where `out` has something else in it, or `run` is not a trained run."""
     cli.check_directory("out", out)
     inside = [path for path in out.iterdir() if path.name != ".lock"] if out.exists() else []
-    if inside and "harden" not in manifest.entries(out):
+    begun = ".lock-manifest.json", ".partial-manifest.json"  # by a call that was killed at once
+    if any(path.name not in begun for path in inside) and "harden" not in manifest.entries(out):
         wrong = "a directory of something else found, one of its own expected"
         raise cli.InputError(f"--out {out}: {wrong}")
     kind = run_dir.kind_of(run)
@@ -311,6 +312,7 @@ def read_trained(run):
     splits, _ = data.read_splits(run)
     splits = {name: data.fitted_pairs(split) for name, split in splits.items()}
     k = run_dir.count_members(run)
+    run_dir.check_whole(run, k, "continuations")
     rewards = {
         name: run_dir.read_rewards(run, name, k, (split.n_responses,))
         for name, split in splits.items()
@@ -330,6 +332,8 @@ def write_run(run, out, source, hardened, rewards, train):
     source: where `run` is, relative to `out`; train: the pairs of which train_mse is the error."""
     # Without weights there is nothing to evaluate, should this end between two files.
     files.remove(out / "weights.json")
+    if data.hashes(out) != data.hashes(run):
+        files.remove(out / "logprob")  # It is of other responses.
     with files.replacing(out / "data") as partial:
         shutil.copytree(run / "data", partial)
     files.remove(out / "continuations.parquet")
@@ -373,7 +377,8 @@ def main(args):
         print(f"harden: one member, so there is no taste: {order}")
     train, tuning = ((splits[name], rewards[name]) for name in ("train", tuned))
     hardened = harden(train, tuning, k, args.layout)
-    started = manifest.begin_stage(out, "harden", settings, inputs)
+    other_data = data.hashes(out) != data.hashes(run)
+    started = manifest.begin_stage(out, "harden", settings, inputs, anew=other_data)
     write_run(run, out, source, hardened, rewards, splits["train"])
     model = hardened.model
     facts = {"layout": hardened.layout, "components": model.members, "tau": model.tau, "a": model.a}

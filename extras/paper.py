@@ -102,7 +102,7 @@ def read_evaluation(run):
     if result["k"] != k:
         counts = f"an evaluation of {result['k']} members found, {k} expected"
         raise cli.InputError(f"{path}: {counts}; {again} anew")
-    for name in dict.fromkeys([*entry["inputs"], *run_dir.EVALUATED]):
+    for name in dict.fromkeys([*entry["inputs"], *run_dir.BESIDE.values()]):
         if (run / name).is_file() and files.hash_file(run / name) != entry["inputs"].get(name):
             raise cli.InputError(f"{run / name}: changed since {path} was written; {again} anew")
     form, diversity = {"splits": {"test": TEST}}, result.get("diversity")

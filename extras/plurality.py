@@ -23,7 +23,7 @@ import dataclasses
 from itertools import compress
 from typing import NamedTuple
 
-from pairwise import cli, data, files, manifest, metrics, soft_model, training
+from pairwise import cli, data, files, manifest, metrics, run_dir, soft_model, training
 
 import numpy as np
 import torch
@@ -81,6 +81,7 @@ def read_features(run):
     where no test pair counts."""
     splits, (stored, _) = {}, data.read_splits(run)
     data.some_counted_pairs(run, "test", stored["test"])  # There must be some to evaluate.
+    run_dir.check_stages(run, "data", "features")
     for name, split in stored.items():
         path = run / "features" / f"{name}.npy"
         if not path.exists():

@@ -33,6 +33,7 @@ def main(args):
     if continuations is None:
         path = args.run / "continuations.parquet"
         raise cli.InputError(f"{path}: no such file; data_prep/continuations.py makes it")
+    run_dir.check_whole(args.run, args.member, "continuations")
     messages, texts = continuations["messages"], continuations["texts"]
     shape = len(texts), len(texts[0])
     # Imported members before this one have no rewards of continuations.

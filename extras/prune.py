@@ -135,6 +135,7 @@ def must_be_new(out):
 def main(args):
     run, out = args.run, args.out
     split, k = data.read_split(run, "train"), run_dir.count_members(run)
+    run_dir.check_whole(run, k, "weights", "continuations", "logprob")
     rewards = run_dir.read_rewards(run, "train", k, (split.n_responses,))
     alpha, settings = run_dir.read_weights(run, k), {"prune": args.beta}
     inputs = hash_copied(run) | manifest.hash_code(*CODE)

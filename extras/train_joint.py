@@ -109,6 +109,8 @@ def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
     those of the continuations.
     """
     run, train, started = args.run, splits["train"], manifest.begin_stage(*stage)
+    for path in (run / "rewards").glob("[0-9][0-9]_*.npy"):
+        files.remove(path)  # of a call that was killed, perhaps with a larger --k
     continuations = {name: texts[name] for name in texts if name not in splits}
     of_splits = {name: texts[name] for name in splits}
     encoded, counts = stages.encode_for(args, "features", of_splits, tokenizer, base_inputs)

@@ -64,9 +64,10 @@ def replacing(path, hashed=True):
         hashes_beneath(partial)  # Files written into a directory have their last names from now on.
         add_hashes(path, hashes)
     except Exception as error:
-        # The last is safetensors', which is not imported: an evaluation does without it.
+        # Of safetensors and tokenizers, which are not imported, as an evaluation does without them:
+        # the one has an error of its own, the other a bare Exception.
         unwritable = isinstance(error, (OSError, pa.ArrowException, UnicodeEncodeError))
-        if unwritable or type(error).__name__ == "SafetensorError":
+        if unwritable or type(error).__name__ in ("SafetensorError", "Exception"):
             words = f"{path}: cannot be written ({cli.reason(error)})"
             raise cli.InputError(words) from None
         raise

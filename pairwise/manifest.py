@@ -167,13 +167,13 @@ def hash_function(function):
     return hashlib.sha256(ast.unparse(node).encode()).hexdigest()
 
 
-def begin_stage(run, stage, settings, inputs, rewrites=()):
+def begin_stage(run, stage, settings, inputs, rewrites=(), anew=False):
     """Enter `stage` in the manifest as begun, and return the start time for end_stage.
 
     This process keeps `run` until it ends. rewrites: paths in the run, outputs of other stages that
-    this one will change; their hashes count no more. Raises InputError where `run` is no directory,
-    and where another process has it, or has done this stage since `stage_done` or `unchanged`
-    looked.
+    this one will change; their hashes count no more. anew: other stages have no entry any more.
+    Raises InputError where `run` is no directory, and where another process has it, or has done
+    this stage since `stage_done` or `unchanged` looked.
     """
     cli.check_directory("run", run)
     run.mkdir(parents=True, exist_ok=True)
@@ -183,6 +183,8 @@ def begin_stage(run, stage, settings, inputs, rewrites=()):
         words = f"another process has done this stage ({stage}) meanwhile"
         raise cli.InputError(f"{run}: {words}; the same command goes on from there")
     entry = {"settings": settings, "inputs": inputs, "done": False}
+    if anew:
+        files.write_json(run / "manifest.json", {"stages": {stage: entry}}, hashed=False)
     _enter(run, stage, entry, rewrites)
     files.hashes_beneath(run)  # From here on what is written there is this stage's.
     return time.time()

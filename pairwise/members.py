@@ -296,7 +296,8 @@ def open_run(args, needs_base=False):
     Raises InputError where members or weights are missing, or the base is another."""
     run = args.run
     args.micro_batch_tokens = args.micro_batch_tokens or rm.default_tokens(args.device)
-    alpha = run_dir.read_weights(run, run_dir.count_members(run))
+    alpha = run_dir.read_weights(run, k := run_dir.count_members(run))
+    run_dir.check_whole(run, k, "weights")
     if run_dir.kind_of(run, beneath=True) == "hardened":
         run = levels.read_members(run)[0]  # The run whose members the formulas are of.
     check_models(run)

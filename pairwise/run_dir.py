@@ -15,6 +15,7 @@ The readers refuse a file that was edited or damaged since its stage wrote it.
 """
 
 import argparse
+import functools
 import hashlib
 import os
 import re
@@ -25,8 +26,13 @@ from pairwise import cli, files, manifest
 import numpy as np
 import pyarrow as pa
 
-# what evaluate.py reads beside data and rewards, where it is there
-EVALUATED = "weights.json", "continuations.parquet", "plurality.json", "logprob/test.npy"
+# what a run has beside data and members: the stage, and the file that it leaves
+BESIDE = {
+    "weights": "weights.json",
+    "continuations": "continuations.parquet",
+    "logprob": "logprob/test.npy",
+    "plurality": "plurality.json",
+}
 
 # ---- how the members came about
 
@@ -71,6 +77,42 @@ def check_own_run(run):
             f"{run}: a {kind} run found, whose members are complete; "
             "a run of this script's own, or a new one, expected"
         )
+
+
+def check_whole(run, k, *beside):
+    """Raise InputError where members 1..k, or one `beside` them, named as in BESIDE, were broken
+    off, or made from other data, rewards or continuations than are there now.
+
+    What somebody has edited and accepted may differ, and of a run made by hand nothing is known."""
+    stages = ["data", "judgments", "joint", "harden"]
+    for j in range(1, k + 1):
+        stages.append(member_name(j))
+        if "continuations" in beside and reward_path(run, j, "continuations").exists():
+            stages.append(f"{member_name(j)}_continuations")
+    check_stages(run, *stages, *(name for name in beside if (run / BESIDE[name]).exists()))
+
+
+def check_stages(run, *stages):
+    """Raise InputError where one of `stages`, if it was begun, is as `check_whole` says."""
+    made, hash_file = manifest.entries(run), functools.cache(files.hash_file)
+    edited = {run / name for entry in made.values() for name in entry.get("edited", ())}
+    for stage in (name for name in stages if name in made):
+        if not made[stage]["done"]:
+            words = "was broken off, or is not done yet; its command, given again, finishes it"
+            raise cli.InputError(f"{run}: stage {stage} {words}")
+        # The data's own inputs are files elsewhere, whatever their names.
+        for name, value in made[stage]["inputs"].items() if stage != "data" else ():
+            path = _file_of_input(run, name)
+            if path and path.exists() and path not in edited and hash_file(path) != value:
+                fits = "; fit_weights.py fits them anew" if stage == "weights" else ""
+                raise cli.InputError(f"{run}: {name} changed since stage {stage} was made{fits}")
+
+
+def _file_of_input(run, name):
+    """Return the path of a stage's input that is a file of the run; None where it is another."""
+    if match := re.fullmatch(r"rewards of member (\d+)", name):
+        return reward_path(run, int(match[1]), "train")
+    return run / name if re.match(r"data/|continuations\.parquet$", name) else None
 
 
 # ---- outputs that a user names

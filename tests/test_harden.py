@@ -9,13 +9,15 @@ import time
 
 import evaluate
 import score
-from pairwise import files, manifest, soft_model, weights
+from pairwise import data, files, manifest, soft_model, weights
 from pairwise.cli import InputError
 from pairwise.data import Split, read_split
 from pairwise.levels import formula, hardened, read_members
 
 import harden
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import FLAGS, REPOSITORY, edited, fresh, leftovers, without_hashes
 from scipy.integrate import quad
@@ -437,6 +439,35 @@ def test_a_kill_leaves_nothing_to_evaluate(full_run, tmp_path, monkeypatch, no_f
     evaluate.main(evaluate.parse_args(["--run", str(out), "--resamples", "9"]))
 
 
+def test_killed_before_its_first_entry(full_run, tmp_path):
+    """What such a call leaves in --out is not something else's."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".lock", ".lock-manifest.json", ".partial-manifest.json"):
+        (out / name).touch()
+    make(full_run, out, "--k", "2")
+    assert not leftovers(out) and not (out / ".lock-manifest.json").exists()
+
+
+def test_log_probabilities_of_other_data_do_not_stay(full_run, tmp_path, no_figures):
+    """In --out, where the run it is made from has become another. Of the same data they do."""
+    run = without_hashes(fresh(full_run, tmp_path))
+    out = make(run, tmp_path / "hard", "--k", "4")
+    started = manifest.begin_stage(out, "logprob", {}, data.hashes(out))
+    split = read_split(out, "test")
+    files.write_array(out / "logprob" / "test.npy", np.zeros(split.n_responses, np.float32))
+    manifest.end_stage(out, "logprob", {}, data.hashes(out), started)
+    make(run, out, "--k", "2")
+    assert "logprob" in manifest.entries(out) and (out / "logprob" / "test.npy").exists()
+    path = run / "data" / "test.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[0]["pairs"][0]["votes_a"] += 1
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path)
+    make(run, out, "--k", "2")
+    assert not (out / "logprob").exists() and manifest.entries(out).keys() == {"harden"}
+    evaluate.main(evaluate.parse_args(["--run", str(out), "--resamples", "9"]))
+
+
 def test_one_member_has_no_taste(full_run, tmp_path, capsys):
     run = tmp_path / "one"
     shutil.copytree(full_run, run)
@@ -473,7 +504,7 @@ def test_formulas_that_harden_does_not_make(full_run, tmp_path):
     run = shutil.copytree(full_run, tmp_path / "run")
     out = make(run, tmp_path / "hard", "--k", "2")
     path = out / "members.json"
-    text, manifest = path.read_text(), (out / "manifest.json").read_text()
+    text, known = path.read_text(), (out / "manifest.json").read_text()
     whole = json.loads(text)
     assert read_members(out) == (out / "../run", whole["members"])
     levelled = whole["members"][0] | {"width": 1.0}
@@ -511,7 +542,7 @@ def test_formulas_that_harden_does_not_make(full_run, tmp_path):
     (back / "members.json").write_text(json.dumps(whole | {"source": "../hard"}))
     refused(whole | {"source": "../back"}, "a hardened run found")
     path.write_text(text)
-    (out / "manifest.json").write_text(manifest)
+    (out / "manifest.json").write_text(known)
     assert read_members(out)[1] == whole["members"]
 
 

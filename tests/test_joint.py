@@ -241,6 +241,22 @@ def test_same_again_skipped_and_refused(runs, data, base, tmp_path, capsys, full
         train_all(fresh(full_run, tmp_path, "members"), base, *KINDS["full"])
 
 
+def test_a_smaller_k_after_a_kill(data, base, tmp_path, monkeypatch):
+    """Nothing is left of the larger ensemble, which was not finished and is not fitted to."""
+    run = fresh(data, tmp_path)
+    with monkeypatch.context() as patch:
+        kinds = train_joint.members.KINDS
+        patch.setitem(kinds, "joint", kinds["joint"]._replace(save=None))  # "killed" there
+        with pytest.raises(TypeError):
+            train_all(run, base, "--k", "3", *KINDS["head"])
+    assert len(list((run / "rewards").glob("03_*.npy"))) == 3
+    with pytest.raises(InputError, match="stage joint was broken off"):
+        fit(run)
+    train_all(run, base, "--k", "2", *KINDS["head"])
+    assert {path.name[:2] for path in (run / "rewards").iterdir()} == {"01", "02"}
+    fit(run)
+
+
 def test_an_edit_of_the_objective_is_refused(runs, base, monkeypatch):
     def other(*values):
         return values[0].square().sum()

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import FULL, HEAD, edited, fit, fresh, mean_loss, rewards, train
+from conftest import FULL, HEAD, edited, fit, fresh, mean_loss, rewards, train, without_hashes
 from scipy.special import expit, log_expit
 
 ONE_STEP = ("--pairs-per-step", "1000", "--epochs", "1", "--lr", "1e-9", "--weight-decay", "0")
@@ -210,7 +210,7 @@ def test_a_baseline_from_training_to_metrics(judged, base, tmp_path, name, soft,
 
 def test_one_vote_a_pair_everywhere(head_run, tmp_path):
     """Then the weights are fitted to those pairs: there are no others."""
-    run = fresh(head_run.run, tmp_path)
+    run = without_hashes(fresh(head_run.run, tmp_path))
     table = pq.read_table(run / "data" / "train.parquet")
     rows = table.to_pylist()
     for pair in (pair for row in rows for pair in row["pairs"]):

@@ -13,7 +13,13 @@ from pairwise import cli, files, manifest, run_dir, stages
 from pairwise.cli import InputError
 from pairwise.scale.checkpoint import Checkpoints
 
+import compare
+import harden
 import numpy as np
+import policy_pairs
+import prune
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import FLAGS, FULL, edited, fit, fresh, leftovers, rewards, train
 
@@ -301,6 +307,19 @@ def test_a_directory_that_is_not_ours_says_so(tmp_path, monkeypatch):
         files.write_json(tmp_path / "a.json", 1)
 
 
+def test_a_full_disk_under_a_library_without_an_error_of_its_own(tmp_path):
+    """tokenizers raises a bare Exception; an error of our own stays what it is."""
+    for error, told in (
+        (Exception("No space left on device"), InputError),
+        (KeyError("x"), KeyError),
+    ):
+        with pytest.raises(told, match="No space left|x"):
+            with files.replacing(tmp_path / "member") as partial:
+                partial.mkdir()
+                raise error
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     def refuses(code):
         def raises(*_):
@@ -320,3 +339,119 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="cannot be written"):
         files.write_json(tmp_path / "b.json", {})
     assert not (tmp_path / "b.json").exists()
+
+
+# ---- nothing is computed from parts that do not belong together
+
+
+def rewrite(run, change):
+    """The manifest of `run` after change(its stages)."""
+    entries = manifest.entries(run)
+    change(entries)
+    (run / "manifest.json").write_text(json.dumps({"stages": entries}))
+
+
+def replaced(run, name, stage, change):
+    """A file of `run` as if `stage` had made it anew, so that no hash of it refuses it."""
+    change(run / name)
+    rewrite(run, lambda made: made[stage]["outputs"].update({name: files.hash_file(run / name)}))
+
+
+def reversed_rewards(path):
+    np.save(path, -np.load(path))
+
+
+def other_texts(path):
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        row["texts"] = row["texts"][::-1]
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path)
+
+
+def other_votes(path):
+    rows = pq.read_table(path).to_pylist()
+    for pair in (pair for row in rows for pair in row["pairs"]):
+        pair["votes_a"], pair["votes_b"] = pair["votes_b"], pair["votes_a"]
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path)
+
+
+def export_policy(run):
+    words = ["--run", str(run), "--member", "1", "--out", str(run.parent / "pairs.jsonl")]
+    policy_pairs.main(policy_pairs.parse_args(words))
+
+
+def pruned(run):
+    words = ["--run", str(run), "--beta", "3", "--out", str(run.parent / "pruned")]
+    prune.main(prune.parse_args(words))
+
+
+def hardened(run):
+    harden.main(harden.parse_args(["--run", str(run), "--out", str(run.parent / "hard")]))
+
+
+def evaluate_anew(run):
+    evaluate.main(evaluate.parse_args(["--run", str(run), "--resamples", "20"]))
+
+
+USERS = {
+    "fit_weights": fit,
+    "evaluate": evaluate_anew,
+    "compare": compare.test_errors,
+    "harden": hardened,
+    "prune": pruned,
+    "policy_pairs": export_policy,
+}
+OF_WEIGHTS = {"evaluate", "compare", "prune"}
+OF_TEXTS = {"evaluate", "harden", "prune", "policy_pairs"}
+
+
+@pytest.mark.parametrize("name", list(USERS))
+def test_a_member_that_was_broken_off_is_not_used(name, full_run, tmp_path, no_figures):
+    run = fresh(full_run, tmp_path)
+    USERS[name](run)
+    run = fresh(full_run, tmp_path, "killed")
+    rewrite(run, lambda made: made["member_01"].update(done=False))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="killed: stage member_01 was broken off"):
+        USERS[name](run)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("name", list(USERS))
+def test_members_of_other_data_are_not_used(name, full_run, tmp_path, no_figures):
+    run = fresh(full_run, tmp_path)
+    rewrite(run, lambda made: made["data"].setdefault("outputs", {}))
+    replaced(run, "data/test.parquet", "data", other_votes)
+    with pytest.raises(InputError, match="data/test.parquet changed since stage member_01 was"):
+        USERS[name](run)
+    rewrite(run, lambda made: made["data"].update(edited=["data/test.parquet"]))
+    USERS[name](run)
+
+
+@pytest.mark.parametrize("name", list(USERS))
+def test_weights_of_other_rewards_are_not_used(name, full_run, tmp_path, no_figures):
+    run = fresh(full_run, tmp_path)
+    replaced(run, "rewards/01_train.npy", "member_01", reversed_rewards)
+    with pytest.raises(InputError, match="rewards of member 1 changed since stage member_02 was m"):
+        fit(run)
+    # As if the two were trained jointly, or imported.
+    rewrite(run, lambda made: made["member_02"]["inputs"].pop("rewards of member 1"))
+    rewrite(run, lambda made: made["member_02_continuations"]["inputs"].pop("rewards of member 1"))
+    if name not in OF_WEIGHTS:
+        USERS[name](run)
+        return
+    with pytest.raises(InputError, match="rewards of member 1 changed since stage weights was"):
+        USERS[name](run)
+    fit(run)
+    USERS[name](run)
+
+
+@pytest.mark.parametrize("name", list(USERS))
+def test_rewards_of_other_continuations_are_not_used(name, full_run, tmp_path, no_figures):
+    run = fresh(full_run, tmp_path)
+    replaced(run, "continuations.parquet", "continuations", other_texts)
+    if name not in OF_TEXTS:
+        USERS[name](run)
+        return
+    with pytest.raises(InputError, match="continuations.parquet changed since stage member_01_con"):
+        USERS[name](run)
