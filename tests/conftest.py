@@ -119,12 +119,13 @@ def edited(run):
     return run
 
 
-def without_hashes(run):
-    """A run as if its files were brought by hand: no hash of them is known."""
+def without_hashes(run, inputs=False):
+    """A run as if its files were brought by hand: no hash of them is known, or with `inputs` those
+    alone that stages were made from."""
     entries = manifest.entries(run)
     for entry in entries.values():
         entry.pop("outputs", None)
-        entry["inputs"] = {}
+        entry["inputs"] = entry["inputs"] if inputs else {}
     (run / "manifest.json").write_text(json.dumps({"stages": entries}))
     return run
 

@@ -280,18 +280,17 @@ PRINT = [sys.executable, str(REPOSITORY / "fit_weights.py"), "--run"]
 @pytest.mark.parametrize(
     "locale", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}]
 )
-def test_a_locale_without_the_letters(locale, run):
-    folder = run.with_name("läuft-日本")
-    run.rename(folder)
+def test_a_locale_without_the_letters(locale, full_run, tmp_path):
+    folder = fresh(full_run, tmp_path, "läuft-日本")
     ended = subprocess.run(
         [*PRINT, str(folder)], env=os.environ | locale, capture_output=True, text=True
     )
     assert ended.returncode == 0 and "weights.json" in ended.stdout, ended.stderr
 
 
-def test_a_path_that_is_not_utf_8(run):
-    folder = os.fsencode(run.parent) + b"/\xff\xfe"
-    os.rename(run, folder)
+def test_a_path_that_is_not_utf_8(full_run, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xff\xfe"
+    os.rename(fresh(full_run, tmp_path), folder)
     ended = subprocess.run([*PRINT, folder], capture_output=True, text=True)
     assert ended.returncode == 0 and "weights.json" in ended.stdout, ended.stderr
 

@@ -131,7 +131,7 @@ def test_early_stop_ends_where_validation_says(copied_run):
     """
     run = copied_run
     shutil.copy(run / "rewards" / "01_valid.npy", run / "rewards" / "02_valid.npy")
-    without_hashes(run)
+    without_hashes(run, inputs=True)
     (run / "rewards" / "02_continuations.npy").unlink()
     done = run_all("demo", 4, "--early-stop", "--run", run, *SMALL)
     assert done.returncode == 0, done.stderr
