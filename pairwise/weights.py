@@ -105,9 +105,9 @@ def p_hat_of(alpha, votes):
 
 
 def kkt_residual(q, alpha):
-    """How far alpha is from optimal, zero at the optimum: with g = 2 Q alpha, the largest of the
-    duality gap alpha'g - min_j g_j (it bounds the excess training error), the slackness
-    alpha_j (g_j - min g) of each member, and the violation of the constraints."""
+    """How far alpha is from optimal, zero at the optimum: with g = 2 Q alpha, the larger of the
+    duality gap alpha'g - min_j g_j, which bounds the excess training error, and the violation of
+    the constraints."""
     gradient = 2 * q @ alpha
-    slack = gradient - gradient.min()
-    return float(max(alpha @ slack, (alpha * slack).max(), abs(alpha.sum() - 1), -alpha.min(), 0.0))
+    gap = alpha @ (gradient - gradient.min())
+    return float(max(gap, abs(alpha.sum() - 1), -alpha.min(), 0.0))

@@ -1,6 +1,7 @@
 """Hardened ensembles: what their votes must be for any rewards, what the layouts promise, and a run
 that evaluate.py and score.py take."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -175,6 +176,12 @@ def test_pick_beats_chance_and_keeps_to_the_simplex():
     assert error <= np.quantile(others, 0.01)
 
 
+def test_pick_exchanges_after_the_forward_selection():
+    """The first alone is the best one; the other two together are exact."""
+    errors = np.array([[0.6, 0.6], [1.0, -1.0], [-1.0, 1.0]])
+    assert sorted(harden.pick(errors @ errors.T / 2, 2)[0]) == [1, 2]
+
+
 def test_refitted_weights_are_those_of_simplex_weights():
     """From any weights, where some formulas are copies or opposites of others, and many in time."""
     rng = np.random.default_rng(0)
@@ -192,6 +199,39 @@ def test_refitted_weights_are_those_of_simplex_weights():
     chosen, alpha = harden.pick(q, 99)
     assert time.perf_counter() - started < 20 and len(set(chosen)) == 99
     assert weights.kkt_residual(q[np.ix_(chosen, chosen)], alpha) < 1e-9
+
+
+def test_what_is_fitted_on_which_prompts():
+    """Mixture weights on train pairs; scale, lapses and size on the others, whose votes differ."""
+    split, rewards = simulated(n=1500, r=300, heads=2)
+    rewards = 4 * rewards
+    differences = soft_model.reward_differences(rewards, split.a, split.b)
+
+    def voted(p, seed):
+        votes = np.random.default_rng(seed).binomial(9, p).astype(float)
+        return dataclasses.replace(split, votes_a=votes, votes_b=9 - votes), rewards
+
+    train = voted([0.75, 0.25] @ expit(differences), 1)
+    tuning = voted(0.1 + 0.8 * expit(0.5 * differences[0]), 2)
+    one, two, best = (
+        harden.harden(train, tuning, 8, "quantile", sizes) for sizes in ([1], [2], None)
+    )
+    model = two.model
+    assert model.w == pytest.approx(soft_model.fit_mixture(differences, train[0].p), abs=1e-12)
+    scale = soft_model.fit_scale_and_lapses(differences, model.w, tuning[0].p)
+    assert (model.tau, model.a) == pytest.approx(scale)
+    of_first = [entry["member"] == 1 for entry in two.formulas]
+    assert 0.6 < two.alpha[of_first].sum() < 0.9
+    assert two.alpha[of_first].sum() == pytest.approx(model.w[0])
+    assert one.brier < two.brier and one.misfit > two.misfit and best.brier == one.brier
+
+
+def test_the_median_reward_is_in_level_zero():
+    split, rewards = simulated(n=1500, r=300, heads=2)
+    pairs_and_rewards = split, rewards + np.float32(1000)
+    for entry in harden.harden(pairs_and_rewards, pairs_and_rewards, 4, "quantile").formulas:
+        median = np.median(pairs_and_rewards[1][entry["member"] - 1])
+        assert np.floor((entry["scale"] * median + entry["offset"]) / entry["width"]) == 0
 
 
 @pytest.mark.parametrize("k", [4, 8, 9])

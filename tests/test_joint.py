@@ -4,6 +4,7 @@ and the members split off it.
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import score
 from pairwise import chats, manifest, training
@@ -17,6 +18,7 @@ import torch
 import train_joint
 from conftest import FLAGS, FULL, export, fit, fresh, leftovers, rewards, train
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 KINDS = {"full": FULL, "head": ("--train", "head", "--epochs", "5")}
@@ -239,6 +241,42 @@ def test_same_again_skipped_and_refused(runs, data, base, tmp_path, capsys, full
     assert (rewards(other) != rewards(again)).any()
     with pytest.raises(InputError, match="another --run"):
         train_all(fresh(full_run, tmp_path, "members"), base, *KINDS["full"])
+
+
+def test_steepness_rises_from_one_by_the_steps(data, base, tmp_path, monkeypatch):
+    seen, own = [], train_joint.mixture_error
+
+    def error(*values):
+        seen.append(values[-1])
+        return own(*values)
+
+    monkeypatch.setattr(train_joint, "mixture_error", error)
+    run = train_all(fresh(data, tmp_path), base, "--k", "2", *KINDS["head"], "--sharpen", "16")
+    steps = len((run / "logs" / "joint.jsonl").read_text().splitlines())
+    assert seen == pytest.approx([16 ** (i / steps) for i in range(steps)])
+
+
+def test_heads_come_from_the_seed(data, base, tmp_path):
+    heads = []
+    for seed in "01":
+        run, flags = fresh(data, tmp_path, seed), ("--lr", "1e-9", "--seed", seed)
+        train_all(run, base, "--k", "2", *KINDS["head"], *flags)
+        heads.append(load_file(run / "joint" / "head.safetensors")["score.weight"])
+    assert (heads[0] - heads[1]).abs().max() > 0.01
+
+
+def test_heads_stand_in_the_order_of_their_weights(base, monkeypatch):
+    def trained(args, weight, *task, more):
+        weight.data.copy_(torch.tensor([[0.0], [1.0], [2.0]]))
+        more[0].data.copy_(torch.tensor([0.0, 2.0, 1.0]))
+
+    monkeypatch.setattr(training, "train_head", trained)
+    words = ["--run", "r", "--base", str(base), "--k", "3", "--train", "head", "--device", "cpu"]
+    split, features = SimpleNamespace(p=np.ones(1)), np.ones((2, 1), np.float32)
+    task = train_joint.parse_args(words), split, features, None, None, None
+    heads, alpha = train_joint.train_members(*task)
+    assert heads[:, 0].tolist() == [1, 2, 0]
+    torch.testing.assert_close(alpha, torch.softmax(torch.tensor([2.0, 1.0, 0.0]), 0))
 
 
 def test_a_smaller_k_after_a_kill(data, base, tmp_path, monkeypatch):

@@ -534,6 +534,10 @@ def test_which_parameters_are_preconditioned(model):
     assert (
         all(".mlp." in name or ".self_attn." in name for name in matrices) and len(matrices) == 14
     )
+    words = "--run r --iteration 1 --base b --device cpu --max-precondition-dim 64".split()
+    optimizer = training.make_optimizer(groups, train_rm.parse_args(words), None)
+    dims = {names[id(parameter.p)]: parameter.dim for parameter in optimizer.params}
+    assert dims == dict.fromkeys(matrices, 64) | dict.fromkeys(plain, 1)
 
 
 # ---- a full run
