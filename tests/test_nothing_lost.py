@@ -16,6 +16,7 @@ from pairwise.scale.checkpoint import Checkpoints
 import compare
 import harden
 import numpy as np
+import plurality
 import policy_pairs
 import prune
 import pyarrow as pa
@@ -415,6 +416,24 @@ def test_a_member_that_was_broken_off_is_not_used(name, full_run, tmp_path, no_f
     with pytest.raises(InputError, match="killed: stage member_01 was broken off"):
         USERS[name](run)
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_member_that_was_broken_off_is_not_trained_on_nor_put_to_work(
+    full_run, head_run, base, tmp_path
+):
+    run = fresh(full_run, tmp_path)
+    rewrite(run, lambda made: made["member_01"].update(done=False))
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"prompt": "How?", "responses": ["So.", "Not so."]}')
+    with pytest.raises(InputError, match="stage member_01 was broken off"):
+        train(run, base, *FULL, iteration=3)
+    with pytest.raises(InputError, match="stage member_01 was broken off"):
+        score.main(score.parse_args([str(questions), "--run", str(run), *FLAGS]))
+    assert not (tmp_path / "questions-scores.jsonl").exists()
+    run = fresh(head_run.run, tmp_path, "heads")
+    rewrite(run, lambda made: made["features"].update(done=False))
+    with pytest.raises(InputError, match="stage features was broken off"):
+        plurality.read_features(run)
 
 
 @pytest.mark.parametrize("name", list(USERS))
