@@ -317,6 +317,7 @@ def main(args):
         hint = "a comma joins the seeds of one setting, a space settings"
         raise cli.InputError(f"{len(settings)} setting found, at least 2 expected; {hint}")
     result = compare(settings, args.resamples, args.seed)
+    files.remove(args.out / "compare.html")  # It comes last: where it is, all is of one call.
     files.write_json(args.out / "compare.json", result)
     page = write(args.out, result)
     print(table(result))

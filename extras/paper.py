@@ -396,6 +396,7 @@ def write(out, runs):
 def main(args):
     run_dir.check_no_run(args.out)
     runs = [read(run, name) for run, name in zip(args.runs, names_of(args.runs))]
+    files.remove(args.out / "paper.html")  # It comes last: where it is, all is of one call.
     files.write_json(args.out / "paper.json", {"printed": PRINTED | FIGURES, "runs": runs})
     page = write(args.out, runs)
     for run in runs:

@@ -334,3 +334,12 @@ def test_one_setting_and_a_run_as_out_are_refused(runs, tmp_path):
     with pytest.raises(InputError, match="another run directory"):
         compared(runs / "first", runs / "seed_1", runs / "seed_2")
     assert files_of(runs) == before
+
+
+def test_the_page_is_of_the_same_call_as_the_numbers(runs, tmp_path, monkeypatch):
+    """A call that is killed between them leaves no page of an earlier one."""
+    compared(tmp_path / "out", runs / "seed_1", runs / "seed_2")
+    monkeypatch.setattr(compare, "write", None)
+    with pytest.raises(TypeError):
+        compared(tmp_path / "out", runs / "seed_2", runs / "seed_1")
+    assert not (tmp_path / "out" / "compare.html").exists()
