@@ -33,6 +33,14 @@ def test_features_are_standardised_by_train(splits):
         np.testing.assert_allclose(made[name].features, wanted, rtol=1e-5)
 
 
+def test_validation_prompts_are_drawn_by_the_seed(splits, monkeypatch, tmp_path):
+    monkeypatch.setattr(plurality, "read_features", lambda run: {"train": splits["train"]})
+    once, again, other = (plurality.read_run(tmp_path, seed) for seed in (0, 0, 1))
+    names = [set(x["valid"].split.prompt_id) for x in (once, again, other)]
+    assert names[0] == names[1] != names[2] and len(names[0]) == len(names[2]) == 6
+    assert names[0].isdisjoint(once["train"].split.prompt_id)
+
+
 def test_weights_are_fitted_on_train_and_the_scale_on_validation_prompts(splits):
     heads = np.random.default_rng(5).normal(size=(2, 3))
     found = plurality.soft_fit("", heads, splits)
