@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate
 import fit_weights
@@ -670,6 +671,13 @@ def test_every_number_again_from_the_files(kind, tmp_path, no_figures):
         assert tau[-1] == [None] * len(tau) and tau[0][0] == 1 and abs(tau[0][1]) < 1
 
 
+def test_the_data_s_own_attributes_are_counted(run, no_figures, monkeypatch):
+    own = {"letter e": "e", "why": r"\bwhy\b"}
+    stats(attributes=own)(run)
+    monkeypatch.setitem(globals(), "ATTRIBUTES", own)  # what `expected` counts
+    compare(evaluated(run, "--resamples", "50"), expected(run), 1e-9, skip=CI)
+
+
 def test_pairs_of_one_vote_count_in_no_number(tmp_path, no_figures):
     """--min-votes 1 keeps them in train, for hard-label losses; a prompt with nothing else is no
     prompt of the evaluation, nor of its bootstrap."""
@@ -873,6 +881,36 @@ def test_estimate_where_nothing_is_to_be_counted(monkeypatch):
         result = figures.estimate(given | {"y": figures.Ratio(here, ones)}, 300, 0)
         assert result["x_ci"] == result["r_ci"] == limits and result["x"] == result["r"] == 1
         assert result["y_ci"] is not None and figures.interval(ones, few) == limits
+
+
+def test_a_prompt_counts_in_a_correlation_where_one_side_varies():
+    ones, nine = np.ones(10), np.minimum(np.arange(10.0), 1)
+    for sides, counted in (((nine, ones), True), ((ones, nine), True), ((nine, nine), False)):
+        result = figures.estimate({"r": figures.Correlation(nine, *sides)}, 50, 0)
+        assert (result["r_ci"] is not None) == counted
+
+
+def test_no_correlation_is_beyond_1():
+    ones = np.ones(2)
+    assert figures.Correlation.value((1 + 1e-15) * ones, ones, ones).tolist() == [1, 1]
+    assert figures.Correlation.value((-1 - 1e-15) * ones, ones, ones).tolist() == [-1, -1]
+
+
+def test_one_half_but_for_rounding_has_no_correlation():
+    terms = figures.agreement_terms(np.nextafter(0.5, [0, 1]), np.array([0.25, 1.0]))
+    assert terms[1:3].tolist() == [[0, 0], [0, 0]]
+
+
+def test_a_member_that_sides_with_every_majority_has_no_regret():
+    """Not one below 0 either, by rounding: prompts of all two pairs of seven annotators."""
+    p = np.array(list(itertools.product(range(8), repeat=2))).ravel() / 7
+    a, b = np.arange(len(p)), np.full(len(p), len(p))
+    rewards = np.append(np.sign(p - 0.5), 0).astype(np.float32)[None]
+    split = SimpleNamespace(p=p, pair_start=np.arange(0, len(p) + 1, 2))
+    sums = figures.evaluator.pair_statistics(rewards, a, b, p, split.pair_start)
+    form = sums["vote_vote"], sums["vote_p"], sums["p_p"]
+    regret = figures.member_figures(split, sums, form)["regret"].top
+    assert (regret >= 0).all() and regret == pytest.approx(0, abs=1e-15)
 
 
 def test_rounding_leaves_no_range(tmp_path, no_figures):
@@ -1094,8 +1132,16 @@ def test_refitted_intervals_are_those_of_weights_fitted_to_each_resample(tmp_pat
     compare(metrics, plain, 0)
 
 
-def test_refitted_weights_are_those_of_all_train_pairs(tmp_path, no_figures, monkeypatch):
-    """Where train has pairs of one vote, they count in the weights, also in those fitted anew."""
+def test_few_train_prompts_have_no_refitted_interval(tmp_path, no_figures):
+    run = make(tmp_path / "run", valid=0.5, continuations=False, count=25)
+    splits = evaluated(run, "--resamples", "20", "--refit")["splits"]
+    assert splits["train"]["prompts"] < 10 == splits["test"]["prompts"]
+    for e in splits["test"]["ensemble"]:
+        assert e["brier_ci"] is not None and e["brier_refit_ci"] is None
+
+
+def test_refitted_weights_are_those_of_the_pairs_that_count(tmp_path, no_figures, monkeypatch):
+    """Train's pairs of one vote are in no weights, those fitted anew included."""
     monkeypatch.setattr(figures, "FEWEST", 1)
     run = make(tmp_path / "run", single=True, valid=0.0)
     monkeypatch.setattr(
@@ -1209,6 +1255,13 @@ def test_reference_lines_by_hand():
     c = theory.irreducible(halves / n, n, none)  # Where votes are halves one was a tie, at least.
     assert c == pytest.approx(theory.irreducible(halves / n, n, np.array([1.0, 1.0, 0.0])))
     assert (figures.floor_excess(halves / n, c) >= 0).all()
+
+
+def test_cross_entropy_of_what_rounding_has_made_certain():
+    """A forecast is 2^-53 away from 0 and from 1, even where float64 has a nearer one."""
+    q, p = np.array([0, 2.0**-60, 1, 0, 1]), np.array([1, 1, 0, 0, 1])
+    wrong = 53 * math.log(2)
+    assert figures.cross_entropy(q, p) == pytest.approx([wrong, wrong, wrong, 0, 0], abs=1e-12)
 
 
 def test_floor_less_irreducible_is_the_chance_that_two_annotators_dissent():

@@ -335,7 +335,7 @@ def test_scale_and_lapses_at_their_bounds():
     assert error(d, one, separable, tau, a) < 1e-10 and a < 1e-9
     for p in (1 - separable, np.full(4, 0.5)):  # against the rewards; nothing to be learned
         tau, a = fit(d, one, p)
-        assert np.abs(soft_model.predict(d, one, tau, a) - 0.5).max() < 0.03
+        assert np.abs(soft_model.predict(d, one, tau, a) - 0.5).max() < 0.03 and a == 0.49
     for p in (0.0, 0.5, 0.75, 1.0):  # a single pair
         tau, a = fit(d[:, 3:], one, np.array([p]))
         assert error(d[:, 3:], one, p, tau, a) <= 1e-4 + max(0, 0.5 - p) ** 2

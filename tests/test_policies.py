@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from decimal import Decimal
+from types import SimpleNamespace
 
 from pairwise import chats, manifest, policies, sampling, soft_model
 from pairwise import data as prepared
@@ -282,6 +283,20 @@ def test_policies_on_annotated_pairs_by_brute_force(with_logprob, tmp_path, no_f
         for name, wanted in zip(("distance", "brier", "cross_entropy"), np.mean(terms, 0)):
             assert own[name] == pytest.approx(wanted, rel=1e-5), (beta, name)
     assert max(found["cross_entropy"]) > 40  # where float64 has no 1 - p_bar left
+
+
+def test_log_probabilities_are_subtracted_in_float64():
+    """Those of a run are float32, which has not all digits of their differences."""
+    logprob = np.float32([-0.1, -1.3])
+    a, b = np.array([[0], [1]])
+    split = SimpleNamespace(a=a, b=b, p=np.ones(1), pair_start=np.array([0, 1]))
+    rewards = np.zeros((1, 2), np.float32)  # a tie, p_hat = 1/2
+    base = policies.calibration(split, rewards, logprob, np.ones(1))["base"]
+    first, second = map(math.exp, logprob.tolist())
+    p_bar = first / (first + second)
+    wanted = {"distance": p_bar - 0.5, "brier": (p_bar - 1) ** 2, "cross_entropy": -math.log(p_bar)}
+    for name, value in wanted.items():
+        assert base[name].top.item() == pytest.approx(value, rel=1e-12), name
 
 
 def test_the_page_shows_the_demo_s_policies():

@@ -1,5 +1,6 @@
 """Ranked continuations against brute force."""
 
+from pairwise import diversity
 from pairwise.ranking import (
     ATTRIBUTES,
     attribute_counts,
@@ -43,6 +44,32 @@ def test_win_matrix_by_counting(scores):
         )
     opposite = np.random.default_rng(1).permutation(60).reshape(1, 10, 6).astype(np.float32)
     assert win_shares(np.concatenate([opposite, -opposite])).mean(0).tolist() == [[1, 0], [0, 1]]
+
+
+def texts_of(prompts):
+    """Two continuations of each prompt."""
+    return {
+        "prompt_id": list(prompts),
+        "messages": [[{"role": "user", "content": f"{prompt}?"}] for prompt in prompts],
+        "texts": [["yes", "no"]] * len(prompts),
+        "logprob": None,
+    }
+
+
+def test_two_continuations_have_favourites():
+    scores = np.array([[[1, 0]], [[0, 1]]], np.float32)
+    measured = diversity.measure(scores, texts_of("a"), np.full(2, 0.5), {"words": "yes"}, 10, 0)
+    assert measured["favourites"] == [
+        {"prompt_id": "a", "prompt": "a?", "disagreement": 1, "texts": ["yes", "no"]}
+    ]
+
+
+def test_prompts_of_equal_disagreement_but_for_rounding_stay_in_order():
+    scores = np.zeros((2, 4, 2), np.float32)
+    wins = 0.3 - 1e-15 * np.arange(4)[:, None, None] * np.ones((2, 2))
+    cases = diversity.favourites(scores, texts_of("abcd"), wins)
+    assert [case["prompt_id"] for case in cases] == ["a", "b", "c"]
+    assert cases[0]["disagreement"] < cases[2]["disagreement"]
 
 
 def test_attributes_of_texts():

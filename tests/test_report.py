@@ -79,6 +79,12 @@ def evaluated(directory, **options):
     return run, json.loads((run / "metrics.json").read_text())
 
 
+@pytest.fixture
+def of_demo():
+    """metrics.json of results/demo: four members, a known truth, policies. A test may change it."""
+    return json.loads((REPOSITORY / "results" / "demo" / "metrics.json").read_text())
+
+
 def page_of(run):
     return Page((run / "report.html").read_text(encoding="utf-8"))
 
@@ -353,6 +359,46 @@ def test_nothing_below_the_floor_is_said_in_words(tmp_path, unsaved, capsys):
     assert own in printed and own in page
 
 
+@pytest.mark.parametrize("first, last", [(0.1, 0.3), (0.3, 0.1)])
+def test_all_members_are_compared_with_a_coin_flip_and_theorem_2(first, last, of_demo):
+    test = of_demo["splits"]["test"]
+    test["ensemble"][0]["brier"], test["ensemble"][-1]["brier"] = first, last
+    assert 0.1 < test["coin_flip"] < 0.3
+    assert ("worse than a coin flip" in report.notes(of_demo)) == (last == 0.3)
+    line = report.references(test)[-1]
+    assert line.name == "Theorem 2 at k = 4" and line.true_error == 1 / 16
+    assert line.brier == pytest.approx(1 / 16 + test["irreducible"])
+
+
+@pytest.mark.parametrize(
+    "less, limits, certain",
+    [
+        (0.01, [0.0, 0.02], False),
+        (0.01, [1e-9, 0.02], True),
+        (-0.01, [-0.02, 0.0], False),
+        (-0.01, [-0.02, -1e-9], True),
+    ],
+)
+def test_an_interval_that_ends_at_0_is_not_certain(less, limits, certain, of_demo):
+    test = of_demo["splits"]["test"]
+    test["ensemble"][-1]["less"] |= {"floor_single": less, "floor_single_ci": limits}
+    line = report.comparisons(test)[0]
+    assert (line["name"], line["less_ci"]) == (figures.FLOOR, limits)
+    assert line["side"] == ("above" if less > 0 else "below") and line["certain"] is certain
+
+
+def test_the_losses_of_each_beta_are_in_its_row(of_demo):
+    policy, sampled = of_demo["policy"], of_demo["diversity"]["policy"]
+    betas = [f"{beta:.2g}" for beta in policy["beta"]]
+    names = "brier", "brier_ci", "cross_entropy", "cross_entropy_ci", "distance"
+    policy |= {name: [f"{name} of {beta}" for beta in betas] for name in names}
+    sampled["distance"] = [f"sampled at {beta}" for beta in betas]
+    rows = report.both_losses(of_demo)[-len(betas) :]
+    for beta, row in zip(betas, rows, strict=True):
+        own = [f"{name} of {beta}" for name in names]
+        assert row == (f"policies, β = {beta}", *own, f"sampled at {beta}")
+
+
 def test_few_prompts_have_no_interval(tmp_path, unsaved, capsys):
     run, metrics = evaluated(tmp_path, count=12, valid=0.0)  # five test prompts
     test = metrics["splits"]["test"]
@@ -458,6 +504,37 @@ def test_reliability_counts_each_pair_in_both_orders():
     axes = figures.reliability(np.array([0.2, 0.6]), np.array([0.25, 0.25])).axes[0]
     x, y = axes.lines[1].get_data()
     assert np.allclose(x, [0.25, 0.75]) and np.allclose(y, [0.4, 0.6])
+    bars = axes.collections[0].get_segments()  # The deviation of .2 and .6 is .2.
+    np.testing.assert_allclose(bars, [[[0.25, 0.2], [0.25, 0.6]], [[0.75, 0.4], [0.75, 0.8]]])
+
+
+def test_reliability_has_eleven_bins():
+    """Two values on either side of each middle; 0 and 1 are in the first bin and the last."""
+    middles = (np.arange(11) + 0.5) / 11
+    p_hat = np.concatenate([middles - 0.01, middles + 0.01, [0, 1]])
+    bars = figures.reliability(p_hat, p_hat).axes[1].patches
+    assert [bar.get_x() + bar.get_width() / 2 for bar in bars] == pytest.approx(middles)
+    percent = 100 * np.array([3, *[2] * 9, 3]) / 24
+    assert [bar.get_height() for bar in bars] == pytest.approx(percent)
+
+
+def test_each_panel_draws_its_own_error_and_the_chosen_size(of_demo):
+    test = of_demo["splits"]["test"]
+    panels = figures.calibration(test, 2).axes
+    for axes, name in zip(panels, ("brier", "true_error"), strict=True):
+        drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        (curve,) = (points for label, points in drawn.items() if label.startswith("ensemble"))
+        assert curve == [[entry["k"], entry[name]] for entry in test["ensemble"]]
+        assert drawn["k = 2: best on validation prompts"] == [[2, test["ensemble"][1][name]]]
+
+
+def test_the_running_mean_of_the_loss_is_of_the_steps_that_there_are():
+    """Of 40 steps it is over five; at the ends over three and four."""
+    loss = np.random.default_rng(0).random(40)
+    lines = [{"loss": x, "pairs": 4} for x in loss]
+    pairs, mean = figures.training({"member 1": lines}).axes[0].lines[1].get_data()
+    assert pairs.tolist() == [4 * step for step in range(1, 41)]
+    assert mean == pytest.approx([loss[max(i - 2, 0) : i + 3].mean() for i in range(40)])
 
 
 # ---- a second process

@@ -213,6 +213,8 @@ def test_p_hat_is_a_share_and_exact_where_members_agree():
         assert p_hat[:3].tolist() == [0, 0.5, 1] and ((p_hat >= 0) & (p_hat <= 1)).all()
         np.testing.assert_allclose(p_hat, alpha @ votes, atol=1e-15)
     assert above and weights.p_hat_of(np.ones(1), np.empty((1, 0))).shape == (0,)
+    alpha, votes = np.array([0.6, 0.4 + 4e-10, 1e-10]), np.array([[1], [1], [0]])
+    assert alpha @ votes > 1 == weights.p_hat_of(alpha, votes)
 
 
 def test_a_single_response(run, tmp_path):

@@ -61,6 +61,15 @@ def test_lemma_1_by_all_draws_of_annotators(annotators, n, seed):
         np.testing.assert_allclose(np.mean(estimates, 0), sampling_error(p_true, n), atol=1e-12)
 
 
+def test_lemma_1_sees_halves_whatever_the_rounding():
+    """One of the n votes was a tie, at least, where a side has a half: 1/4 less variance."""
+    for n in range(2, 61):
+        votes = np.arange(2 * n + 1) / 2
+        halves, p = votes % 1, votes / n
+        wanted = (p * (1 - p) - halves / (2 * n)) / (n - 1)
+        np.testing.assert_allclose(theory.irreducible(p, n, 0), wanted, atol=1e-15)
+
+
 @pytest.mark.parametrize("annotators, k, seed", [(2, 1, 0), (2, 6, 1), (3, 4, 2), (5, 3, 3)])
 def test_theorem_2_by_all_draws_of_annotators(annotators, k, seed):
     votes = population(np.random.default_rng(seed), annotators, 7)
