@@ -17,6 +17,8 @@ from types import SimpleNamespace
 from pairwise import chats, manifest
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -117,6 +119,24 @@ def edited(run):
     """Accept what a test has changed in a run by hand, so that its hashes do not refuse it."""
     manifest.accept_edited(run)
     return run
+
+
+def of_one_vote(run, directory):
+    """Two copies of a run: every second pair of a prompt has one vote, or is not there."""
+    single, without = (fresh(run, directory, name) for name in ("single", "without"))
+    for path in sorted((run / "data").glob("*.parquet")):
+        table = pq.read_table(path)
+        rows = table.to_pylist()
+        for pair in (pair for row in rows for pair in row["pairs"][1::2]):
+            pair["votes_a"], pair["votes_b"] = 1.0, 0.0
+        kept = [
+            row | {name: row[name][::2] for name in ("pairs", "p_true") if name in row}
+            for row in rows
+        ]
+        for copy, changed in ((single, rows), (without, kept)):
+            changed = pa.Table.from_pylist(changed, schema=table.schema)
+            pq.write_table(changed, copy / "data" / path.name)
+    return edited(single), edited(without)
 
 
 def without_hashes(run, inputs=False):

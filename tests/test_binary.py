@@ -149,6 +149,17 @@ def test_summarize_is_read_as_tldr_is(tmp_path):
     assert stats["dropped"] == {"pair of a split that is not trained on": 1}
 
 
+def test_neither_validation_nor_test_rows_are_trained_on(tmp_path):
+    names = ("train", "validation", "test")
+    rows = {x: [{"prompt": f"Of {x}?", "chosen": "So.", "rejected": "Or so."}] for x in names}
+    splits, stats = run_set(tmp_path, "gptj", folder(tmp_path / "source", rows))
+    assert set(votes(splits["train"])) == {
+        ("Of train?", "So.", "Or so."),
+        ("Of train?", "Or so.", "So."),
+    }
+    assert stats["dropped"] == {"pair of a split that is not trained on": 2}
+
+
 def test_several_sets_and_train_rows_of_the_test_file(tmp_path):
     sources = tmp_path / "source"
     folder(sources / "webgpt", {"train": WEBGPT})

@@ -14,6 +14,7 @@ import compare
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import of_one_vote
 from test_evaluate import draw_rewards, files_of, make, read_pairs
 
 RESAMPLES = 400
@@ -259,6 +260,12 @@ def swap(rows):
             ),
             "votes 'population' found",
         ),
+        (
+            lambda run: (run / "data" / "stats.json").write_text(
+                (run / "data" / "stats.json").read_text().replace('"drop"', '"half"')
+            ),
+            "ties 'half' found, 'drop' expected",
+        ),
         (lambda run: shutil.rmtree(run / "data"), "no such file"),
         (lambda run: shutil.rmtree(run / "rewards"), "no rewards"),
         (lambda run: (run / "data" / "test.parquet").write_text("x"), "not prepared data"),
@@ -277,6 +284,18 @@ def test_runs_on_other_test_data_are_refused(runs, tmp_path, change, message):
     )
 
 
+def test_a_setting_lacks_what_one_of_its_runs_lacks(runs, tmp_path):
+    """A run of majority labels has no soft model as trained, but a scaled one."""
+    hard = Path(shutil.copytree(runs / "seed_1", tmp_path / "hard"))
+    entries = manifest.entries(hard)
+    entries["member_01"] = {"settings": {}, "inputs": {}, "tied_pairs": 0, "done": True}
+    (hard / "manifest.json").write_text(json.dumps({"stages": entries}))
+    words = [f"{runs / 'first'},{hard}", str(runs / "seed_2")]
+    both, soft = compare.compare(compare.named_settings(words), 20, 0)["settings"]
+    assert both["soft_single"] is None and both["soft_scaled"] is not None
+    assert soft["soft_single"] is not None and both["brier"] is not None
+
+
 def test_fewer_prompts_are_refused(runs, tmp_path):
     other = Path(shutil.copytree(runs / "first", tmp_path / "other"))
     rows = pq.read_table(other / "data" / "test.parquet").to_pylist()
@@ -292,6 +311,13 @@ def test_other_bytes_and_other_categories_are_the_same_data(runs, tmp_path):
     other = Path(shutil.copytree(runs / "first", tmp_path / "other"))
     rewritten(other, lambda rows: [row | {"categories": {"topic": "tea"}} for row in rows])
     assert compared(tmp_path / "out", runs / "first", other)["differences"][0]["brier_ci"] == [0, 0]
+
+
+def test_pairs_of_one_vote_do_not_count(runs, tmp_path):
+    single, without = map(compare.test_errors, of_one_vote(runs / "first", tmp_path))
+    pairs, _, _ = compare.test_errors(runs / "first")
+    assert single[0].sum() < pairs.sum()
+    np.testing.assert_equal(single, without)
 
 
 def test_names_are_short_and_distinct(tmp_path, monkeypatch):

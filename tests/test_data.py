@@ -5,6 +5,7 @@ import math
 from pairwise.cli import InputError
 from pairwise.data import hashes, read_split
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -43,6 +44,8 @@ BAD = {
     "no text in a message": (turn(content=None), "content of an element of messages is null"),
     "p_true too short": (row(p_true=[0.5]), "row 2: as many p_true as pairs expected"),
     "p_true above 1": (row(p_true=[1.5] * 6), "pair 7: p_true 1.5 found"),
+    "p_true below 0": (row(p_true=[-0.5] * 6), "pair 7: p_true -0.5 found"),
+    "p_true that is NaN": (row(p_true=[math.nan] * 6), "pair 7: p_true nan found"),
     "columns missing": (lambda rows: [r.pop("pairs") for r in rows], "pairs"),
 }
 
@@ -60,6 +63,20 @@ def test_what_breaks_the_contract_is_refused(kind, data, tmp_path):
     assert len(str(error.value).splitlines()) == 1
 
 
+def check_contract(split):
+    counts = list(map(len, split.responses))
+    assert len(split.prompt_id) == len(split.messages) == len(counts) == len(split.pair_start) - 1
+    assert np.diff(split.response_start).tolist() == counts
+    prompt = np.repeat(np.arange(len(counts)), np.diff(split.pair_start))
+    for index in (split.a, split.b):
+        assert (np.searchsorted(split.response_start, index, side="right") - 1 == prompt).all()
+    votes = np.stack([split.votes_a, split.votes_b, split.ties])
+    assert np.isfinite(votes).all() and (votes >= 0).all()
+    assert (split.a != split.b).all() and (split.n > 0).all()
+    if split.p_true is not None:  # Its name may be what has rotted.
+        assert ((split.p_true >= 0) & (split.p_true <= 1)).all()
+
+
 def test_bit_rot_is_one_line(data, tmp_path):
     run = fresh(data, tmp_path)
     path = run / "data" / "train.parquet"
@@ -67,9 +84,11 @@ def test_bit_rot_is_one_line(data, tmp_path):
     for place in range(4, len(whole), max(1, len(whole) // 60)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
         try:
-            read_split(run, "train")
+            split = read_split(run, "train")
         except InputError as error:
             assert len(str(error).splitlines()) == 1
+        else:
+            check_contract(split)
 
 
 def test_a_stray_file_is_no_data(data, tmp_path):

@@ -8,13 +8,13 @@ import shutil
 import fit_weights
 from pairwise import weights
 from pairwise.cli import InputError
-from pairwise.data import write_split
+from pairwise.data import Split, write_split
 from pairwise.files import write_json
 
 import numpy as np
 import prune
 import pytest
-from conftest import REPOSITORY, edited
+from conftest import REPOSITORY, edited, of_one_vote
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
@@ -503,21 +503,32 @@ def test_early_stop_is_by_the_validation_prompts(run, capsys):
     errors = [
         np.mean((np.array(entry["alpha"]) @ votes[: entry["k"]] - p) ** 2) for entry in fit(run)
     ]
+    assert errors[1] < errors[0] and errors[2] < errors[1]
     capsys.readouterr()
-    stop = next((k for k in (2, 3) if errors[k - 1] >= min(errors[: k - 1])), None)
-    if stop:
-        with pytest.raises(SystemExit) as status:
-            early_stop(run)
-        assert status.value.code == 3 and f"member {stop} is the last" in capsys.readouterr().out
+    early_stop(run)  # Each member is a gain.
+    assert "goes on" in capsys.readouterr().out
     early_stop(run, "3")  # no three members after the first
     printed = capsys.readouterr().out
     assert "goes on" in printed and " ".join(f"{error:.4f}" for error in errors) in printed
-    np.save(
-        run / "rewards" / "02_valid.npy", np.load(run / "rewards" / "01_valid.npy")
-    )  # a second member that votes like the first gains nothing
-    with pytest.raises(SystemExit) as status:
-        early_stop(run)
-    assert status.value.code == 3 and "member 2 is the last" in capsys.readouterr().out
+    for number in (3, 2):  # A copy of the first member gains nothing.
+        shutil.copy(run / "rewards" / "01_valid.npy", run / "rewards" / f"{number:02d}_valid.npy")
+        with pytest.raises(SystemExit) as status:
+            early_stop(run)
+        assert status.value.code == 3
+        assert f"member {number} is the last" in capsys.readouterr().out
+
+
+def test_early_stop_does_not_count_pairs_of_one_vote(run, tmp_path, capsys):
+    shutil.copy(run / "data" / "test.parquet", run / "data" / "valid.parquet")
+    for j in (1, 2, 3):
+        shutil.copy(run / "rewards" / f"{j:02d}_test.npy", run / "rewards" / f"{j:02d}_valid.npy")
+    printed = []
+    for each in of_one_vote(run, tmp_path):
+        fit(each)
+        capsys.readouterr()
+        early_stop(each, "3")
+        printed.append(capsys.readouterr().out.splitlines()[-1])
+    assert printed[0] == printed[1] and "early stop: Brier score" in printed[0]
 
 
 # ---- extras/prune.py
@@ -633,6 +644,33 @@ def test_bad_flags_are_one_line(script, flags, words, capsys):
         script.parse_args(["--run", "r", *flags])
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and words in lines[0]
+
+
+def test_pruning_does_not_count_pairs_of_one_vote(run, tmp_path, capsys):
+    write_json(
+        run / "data" / "stats.json", {"dataset": "made", "votes": "population", "ties": "drop"}
+    )
+    found = []
+    for each in of_one_vote(run, tmp_path):
+        fit(each)
+        capsys.readouterr()
+        prune_run(each, 2.5, out := tmp_path / f"{each.name}_pruned")
+        *said, _ = capsys.readouterr().out.splitlines()  # The last is the path.
+        facts = json.loads((out / "manifest.json").read_text())["stages"]["weights"]["pruned"]
+        found.append((said, facts, json.loads((out / "weights.json").read_text())))
+    assert found[0] == found[1] and "on test pairs" in found[0][0][-1]
+
+
+def test_an_error_below_the_irreducible_one_is_epsilon_0():
+    """Two opposed members and two votes, one each: p_hat = p, and C is 1/4."""
+    votes = {"votes_a": np.ones(2), "votes_b": np.ones(2), "ties": np.zeros(2)}
+    start = np.array([0, 4]), np.array([0, 2])
+    split = Split(["x"], [[]], [[]], *start, np.array([0, 2]), np.array([1, 3]), **votes)
+    rewards = np.array([[1, 0, 1, 0], [0, 1, 0, 1]], np.float32)
+    stats = {"votes": "sampled", "ties": "drop"}
+    _, error, facts = prune.prune(split, rewards, np.full(2, 0.5), 4, stats)
+    assert error == facts["epsilon"] == facts["gamma"] == 0 and facts["error"] == -0.25
+    assert facts["bound"] == pytest.approx(1 / 9)
 
 
 def test_pruning_needs_weights(run, tmp_path):

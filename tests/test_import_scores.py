@@ -169,6 +169,29 @@ def test_two_rewards_and_no_reward_of_a_response(data, tmp_path, capsys):
         load(tmp_path / "new", part)
 
 
+def test_one_text_under_two_ids_has_its_rewards_twice(data, tmp_path):
+    run = fresh(data, tmp_path)
+    path = run / "data" / "train.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[1] |= {name: rows[0][name] for name in ("messages", "responses")}
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    given = [{k: v for k, v in row.items() if k != "prompt_id"} for row in response_rows(run)]
+    distinct = list({json.dumps(row): row for row in given}.values())
+    assert len(distinct) == len(given) - len(rows[0]["responses"])
+    load(run, written(tmp_path / "s.jsonl", distinct))
+    for split, expected in in_order(run).items():
+        assert np.array_equal(rewards(run, 1, split), expected), split
+
+
+def test_rewards_that_are_equal_in_float32_are_no_two(data, tmp_path):
+    run, rows = fresh(data, tmp_path), response_rows(data)
+    again = rows[0] | {"reward": rows[0]["reward"] * (1 + 1e-12)}
+    assert again["reward"] != rows[0]["reward"]
+    load(run, written(tmp_path / "s.jsonl", [*rows, again]))
+    assert np.array_equal(rewards(run), in_order(run)["test"])
+
+
 def test_what_float32_makes_equal_is_counted(data, tmp_path, capsys):
     run, rows = fresh(data, tmp_path), response_rows(data)
     load(run, written(tmp_path / "s.jsonl", [x | {"reward": 1e9 + x["reward"]} for x in rows]))

@@ -321,6 +321,20 @@ def test_learned_weights(data, base, tmp_path):
     assert entry["train_mse"] == pytest.approx(errors.mean())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_identical_after_truncation_are_not_trained_on(
+    data, base, tokenizer, split, tmp_path, kind
+):
+    flags = ("--k", "2", *KINDS[kind], "--max-length", "8")
+    run = train_all(fresh(data, tmp_path), base, *flags)
+    encoded = chats.encode_split(tokenizer, split.messages, split.responses, 8)
+    different = sum(encoded[a] != encoded[b] for a, b in zip(split.a, split.b))
+    assert 0 < different < len(split.a)
+    lines = map(json.loads, (run / "logs" / "joint.jsonl").read_text().splitlines())
+    epochs = 5 if kind == "head" else 1
+    assert sum(line["pairs"] for line in lines) == different * epochs
+
+
 def test_costs_no_more_passes_than_one_member(data, base, tmp_path, monkeypatch):
     """Eight heads on one backbone: training runs the tokens of one member, in as many passes."""
     forward, seen = rm.hidden_of_batch, []

@@ -88,6 +88,18 @@ def test_margins_by_hand():
     np.testing.assert_allclose(train_rm.margin_of(split, "judgments"), [1, 0.2, 0, 0, 1 / 3])
 
 
+def test_a_pair_identical_and_tied_is_counted_once(base, tmp_path):
+    words = ["--run", str(tmp_path), "--iteration", "1", "--base", str(base), "--loss", "margin"]
+    args = train_rm.parse_args([*words, "--margin-from", "judgments"])
+    identical, tied = np.array([[1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0]], bool)
+    judgments = np.array([[0, 0], [0, 0], [0, 0], [0, 0], [0, 0], [1, 0]])
+    train = SimpleNamespace(judgments=judgments)
+    facts, said = train_rm.facts_of(args, train, identical, tied, ({}, ""))
+    assert facts["identical_pairs"] == 2 and facts["tied_pairs"] == 1
+    assert facts["pairs_without_judgment"] == 2
+    assert said == ", 1 dropped, their votes tie, 2 trained on without a judgment, m = 0"
+
+
 # ---- through the scripts
 
 

@@ -568,19 +568,24 @@ def test_longer_than_the_base_has_positions_for(mixed):
         rm.score_sequences(model, mixed, 1000)
 
 
-@pytest.mark.parametrize("fault", ["leak", "window"])
+@pytest.mark.parametrize("fault", ["leak", "imprecise", "window"])
 def test_a_base_that_comes_out_different_is_padded(fault, monkeypatch, capsys):
-    """Attention that forgets the segments, and a window that the configuration has and the layers
-    do not pass on."""
+    """Attention that forgets the segments, or is wrong in its third digit, and a window that the
+    configuration has and the layers do not pass on."""
     attention = packed.attention
 
     def leak(*args, segments=None, **kwargs):
         return attention(*args, segments=None, **kwargs)
 
-    if fault == "leak":
-        monkeypatch.setitem(packed.ALL_ATTENTION_FUNCTIONS._global_mapping, "packed", leak)
-    else:
+    def imprecise(*args, **kwargs):
+        output, weights = attention(*args, **kwargs)
+        return 1.005 * output, weights
+
+    if fault == "window":
         monkeypatch.setattr(packed, "windows", lambda config: [4096] * 3)
+    else:
+        wrong = {"leak": leak, "imprecise": imprecise}[fault]
+        monkeypatch.setitem(packed.ALL_ATTENTION_FUNCTIONS._global_mapping, "packed", wrong)
     model = build(CONFIGS["llama"])
     assert model.packs is None and model.model.config._attn_implementation == "sdpa"
     assert "LlamaForSequenceClassification: sequences are padded" in capsys.readouterr().err

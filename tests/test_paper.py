@@ -10,7 +10,7 @@ from pairwise import cli, drawing, figures
 import numpy as np
 import paper
 import pytest
-from conftest import REPOSITORY, edited, script
+from conftest import REPOSITORY, edited, of_one_vote, script
 from test_evaluate import files_of, make
 from test_report import Page, no_formats
 
@@ -97,6 +97,12 @@ def test_counts_are_those_of_the_data(runs, tmp_path, unsaved):
     assert entry["majority_mean"] == pytest.approx(majority.mean())
     assert sum(entry["figure_4"]["percent"]) == pytest.approx(100)
     assert page.tables[0][1][-1] == f"{100 * majority.mean():.1f}%"
+
+
+def test_pairs_of_one_vote_do_not_count(runs, tmp_path):
+    whole = paper.data_set(runs / "first")
+    single, without = map(paper.data_set, of_one_vote(runs / "first", tmp_path))
+    assert single == without and single["test_pairs"] < whole["test_pairs"]
 
 
 def test_what_a_run_lacks_is_said_and_an_older_picture_goes(runs, tmp_path, unsaved, capsys):
@@ -217,6 +223,15 @@ def test_surely_below_is_by_the_interval_of_the_difference():
     ]
     found = paper.first_sizes({"ensemble": curve, "floor_single": 0.095})
     assert found == {"first_below": 1, "first_surely_below": 2, "least_at": 3}
+
+
+def test_at_the_floor_is_not_below_it_and_rounding_gains_nothing():
+    def entry(k, brier, high):
+        return {"k": k, "brier": brier, "less": {"floor_single_ci": [-0.02, high]}}
+
+    curve = [entry(1, 0.09, -0.01), entry(2, 0.08, 0.0), entry(3, 0.08 - 1e-12, 0.0)]
+    found = paper.first_sizes({"ensemble": curve, "floor_single": 0.09})
+    assert found == {"first_below": 2, "first_surely_below": None, "least_at": 2}
 
 
 def test_what_the_page_says_of_figure_2_is_the_committed_file():

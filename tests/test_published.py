@@ -685,6 +685,8 @@ def test_helpsteer3(tmp_path, capsys, place):
     assert rows[1]["categories"] == {"domain": "general", "language": "english"}
     assert rows[3]["categories"] == {"domain": "code", "language": "python"}
     assert rows[3]["messages"] == TURNS and rows[2]["messages"][0]["role"] == "system"
+    (v1,) = (row for row in splits["test"] if row["messages"][-1]["content"] == "V1")
+    assert v1["categories"] == {"domain": "multilingual", "language": "korean"}  # not train's
     assert stats["votes"] == "sampled" and set(stats["other_readings"]) == {"--ties half"}
     out = capsys.readouterr().out
     assert "helpsteer3 beside its data card" in out and " of the paper" not in out

@@ -176,6 +176,12 @@ def test_steps_are_filled():
     assert sorted(len(step) for step in steps) == [1, 2, 2, 2, 2]
 
 
+def test_a_step_is_filled_to_the_last_pair():
+    rng = np.random.default_rng(0)
+    steps = training.steps_of_prompts(np.arange(0, 25, 6), np.ones(24, bool), 12, rng)
+    assert [list(map(len, step)) for step in steps] == [[6, 6], [6, 6]]
+
+
 def test_steps_of_pairs():
     keep = np.arange(50) % 7 != 0
     steps = training.steps_of_pairs(keep, 8, 3, np.random.default_rng(0))

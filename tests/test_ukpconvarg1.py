@@ -125,6 +125,15 @@ def test_pairs_and_votes(tmp_path, clone, capsys):
     assert sum(len(row["pairs"]) for rows in half.values() for row in rows) == 5
 
 
+def test_the_same_texts_in_two_files_are_two_pairs(tmp_path):
+    for name in ("cats_cats.xml", "cats_dogs.xml"):
+        content = xml(pair("Soft.", "Loyal.", "a1 a1"), pair("Loyal.", "Soft.", "a1 a1"))
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    first, again, second, _ = UKP.comparisons(UKP.xml_files(tmp_path)[1], {})
+    assert (first.prompt_id, second.prompt_id) == ("cats_cats", "cats_dogs")
+    assert again == "pair of arguments that is there already"
+
+
 def test_file_alone_with_a_byte_order_mark(tmp_path):
     path = tmp_path / "cats.xml"
     path.write_text(CATS, encoding="utf-8-sig")

@@ -1,5 +1,6 @@
 """data_prep/votes.py: what a user's file becomes, by hand; every bad file has a clear line."""
 
+import argparse
 import csv
 import gzip
 import importlib.util
@@ -14,6 +15,7 @@ from pairwise import cli
 from pairwise import rows as rows_module
 from pairwise.cli import InputError
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -212,6 +214,20 @@ def test_ties_alone_make_a_pair_only_with_half(tmp_path):
     ] == (1, 2, 2)
 
 
+def test_ties_in_n_are_votes_of_every_split():
+    rows = [
+        votes.prompts.Comparison(str(i), [{"role": "user", "content": f"Q{i}"}], "x", "y", 1, 0, 1)
+        for i in range(10)
+    ]
+    args = argparse.Namespace(min_votes=2, test_share=0.3, valid_share=0.2)
+    rng = np.random.default_rng(0)
+    splits, dropped = votes.prompts.divide(args, "mine", rows, rng, votes.prompts.IN_N)
+    counts = {name: sum(len(prompt.pairs) for prompt in splits[name]) for name in splits}
+    assert counts == {"train": 6, "valid": 1, "test": 3} and not dropped
+    with pytest.raises(InputError, match="10 dropped: fewer than two votes"):
+        votes.prompts.divide(args, "mine", rows, rng, "drop")
+
+
 def test_pairs_without_two_votes_are_dropped_and_counted(tmp_path, capsys):
     rows = [
         *(row(f"Q{i}", split="test" if i < 3 else "train") for i in range(6)),
@@ -231,6 +247,8 @@ def test_pairs_without_two_votes_are_dropped_and_counted(tmp_path, capsys):
     assert "one" not in {
         text for members in splits.values() for r in members for text in r["responses"]
     }
+    for name, members in splits.items():
+        assert stats["splits"][name]["responses"] == sum(len(r["responses"]) for r in members)
     splits, stats = prepared(tmp_path, rows, "--min-votes", "1", run="one")
     assert ("Q5", "one", "vote") in by_texts(splits) and ("Q0", "one", "vote") not in by_texts(
         splits

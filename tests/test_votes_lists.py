@@ -142,6 +142,12 @@ def test_identical_and_blank_responses_of_a_list(tmp_path, capsys):
     assert "data: 6 dropped: empty response\n" in capsys.readouterr().out
 
 
+def test_a_ranking_of_identical_responses_is_dropped_once(tmp_path):
+    rows = [*good({"ranking": [0, 1, 2]}), judged({"ranking": [0, 1]}, "Q0", ["x", "x"])]
+    _, stats = prepared(tmp_path, rows)
+    assert stats["dropped"] == {"identical responses": 1}
+
+
 # ---- rows without a text; rows that are added up
 
 
