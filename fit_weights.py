@@ -91,6 +91,8 @@ def main(args):
     run, path = args.run, args.run / "weights.json"
     split, k = data.read_split(run, "train"), run_dir.count_members(run)
     run_dir.check_whole(run, k)
+    if run_dir.reward_path(run, k + 1, "test").exists():
+        print(f"weights: member {k + 1} was broken off and does not count")
     rewards = run_dir.read_rewards(run, "train", k, (split.n_responses,))
     inputs = data.hashes(run) | run_dir.hash_rewards(run, k) | manifest.hash_code(*CODE)
     check_kind(run)

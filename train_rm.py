@@ -199,7 +199,7 @@ def facts_of(args, train, identical, tied, encoding):
 def train_and_score(args, stage, splits, targets, tokenizer, base_inputs, checkpoints):
     """Train member j, write it, score all splits with it, write the rewards; return the member.
 
-    stage: (run, name, settings, inputs) for run_dir's functions; targets: targets_of_stage's.
+    stage: (run, name, settings, inputs) for manifest's functions; targets: targets_of_stage's.
     """
     run, j, is_first = args.run, args.iteration, parallel.rank() == 0
     directory, log_path = run / run_dir.member_name(j), run / "logs" / f"{j:02d}.jsonl"

@@ -68,6 +68,7 @@ def main(args):
     entry = manifest.entries(run).get(stage)
     if entry is None:
         raise cli.InputError(f"{run / 'manifest.json'}: no entry of {stage} found, one expected")
+    run_dir.check_stages(run, stage)
     base = provenance.base_of(run, args.base)
     provenance.check_base(entry, base, args.chat_template)
     pretrained.check_quantized(pretrained.config(base), f"--base {base}", "full")

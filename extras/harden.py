@@ -332,8 +332,6 @@ def write_run(run, out, source, hardened, rewards, train):
     source: where `run` is, relative to `out`; train: the pairs of which train_mse is the error."""
     # Without weights there is nothing to evaluate, should this end between two files.
     files.remove(out / "weights.json")
-    if data.hashes(out) != data.hashes(run):
-        files.remove(out / "logprob")  # It is of other responses.
     with files.replacing(out / "data") as partial:
         shutil.copytree(run / "data", partial)
     files.remove(out / "continuations.parquet")
@@ -379,6 +377,8 @@ def main(args):
     hardened = harden(train, tuning, k, args.layout)
     other_data = data.hashes(out) != data.hashes(run)
     started = manifest.begin_stage(out, "harden", settings, inputs, anew=other_data)
+    if other_data:
+        files.remove(out / "logprob")  # It is of other responses.
     write_run(run, out, source, hardened, rewards, splits["train"])
     model = hardened.model
     facts = {"layout": hardened.layout, "components": model.members, "tau": model.tau, "a": model.a}

@@ -105,11 +105,11 @@ def write_learned_weights(run, train, rewards, alpha):
 def train_and_score(args, stage, splits, texts, tokenizer, base_inputs):
     """Train all members, score all data with them, and write both.
 
-    stage: (run, name, settings, inputs) for run_dir's functions; texts: stages.texts_of's, with
+    stage: (run, name, settings, inputs) for manifest's functions; texts: stages.texts_of's, with
     those of the continuations.
     """
     run, train, started = args.run, splits["train"], manifest.begin_stage(*stage)
-    for path in (run / "rewards").glob("[0-9][0-9]_*.npy"):
+    for path in (*(run / "rewards").glob("[0-9][0-9]_*.npy"), run / "weights.json"):
         files.remove(path)  # of a call that was killed, perhaps with a larger --k
     continuations = {name: texts[name] for name in texts if name not in splits}
     of_splits = {name: texts[name] for name in splits}

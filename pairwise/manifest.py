@@ -69,17 +69,35 @@ def check(run, *paths):
 
 
 def accept_edited(run):
-    """Enter the files of `run` that differ from what their stages wrote as edited, with new hashes.
+    """Enter the files of `run` that differ from what their stages wrote as edited, with new hashes,
+    and data and continuations that no stage wrote and that differ from what members were made from.
 
     They are printed. Files that are gone stay as they were."""
     for name, (stage, value) in _outputs(run).items():
         if (run / name).is_file() and (now := files.hash_file(run / name)) != value:
-            lock(run)
-            entry = entries(run)[stage]
-            entry["outputs"][name] = now
-            entry["edited"] = sorted({*entry.get("edited", ()), name})
-            _enter(run, stage, entry)
-            print(f"{run / name}: edited, accepted")
+            _accept(run, stage, name, {"outputs": entries(run)[stage]["outputs"] | {name: now}})
+    made = {name: x for name, x in entries(run).items() if name not in ("data", "weights")}
+    of_run = [(stage, name) for stage in made for name in made[stage]["inputs"] if is_of_run(name)]
+    for stage, name in of_run:
+        edited = {x for entry in entries(run).values() for x in entry.get("edited", ())}
+        if name in edited or stage == "evaluate" or not (run / name).is_file():
+            continue
+        if files.hash_file(run / name) != made[stage]["inputs"][name]:
+            _accept(run, stage, name, {})
+
+
+def _accept(run, stage, name, more):
+    """Enter a file of `run` as edited in the entry of `stage`, and `more` keys."""
+    lock(run)
+    entry = entries(run)[stage]
+    edited = {"edited": sorted({*entry.get("edited", ()), name})}
+    _enter(run, stage, entry | more | edited)
+    print(f"{run / name}: edited, accepted")
+
+
+def is_of_run(name):
+    """Tell whether a stage's input is a file that the run is made of, by its path in the run."""
+    return name.startswith("data/") or name == "continuations.parquet"
 
 
 def stage_done(run, stage, settings, inputs, outputs):

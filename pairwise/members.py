@@ -300,6 +300,7 @@ def open_run(args, needs_base=False):
     run_dir.check_whole(run, k, "weights")
     if run_dir.kind_of(run, beneath=True) == "hardened":
         run = levels.read_members(run)[0]  # The run whose members the formulas are of.
+        run_dir.check_whole(run, run_dir.count_members(run))
     check_models(run)
     kind = run_dir.kind_of(run, beneath=True)
     name = "joint" if kind == "joint" else run_dir.member_name(1)

@@ -43,8 +43,8 @@ def distances(scores, texts, alpha):
         p_hat = weights.p_hat_of(alpha, weights.member_votes(rewards, a, b))
         logprob = np.array(logprob)[distinct]
         ratio = logprob[a] - logprob[b]
-        p_bars = [np.exp(log_mixture(differences, ratio, alpha, beta)[0]) for beta in BETAS]
-        sums.append([np.abs(p_bar - p_hat).sum() for p_bar in p_bars])
+        p_bars = [alpha @ scipy.special.expit(differences / beta + ratio) for beta in BETAS]
+        sums.append([np.abs(p_bar.clip(0, 1) - p_hat).sum() for p_bar in p_bars])
         pairs.append(float(len(p_hat)))
     return np.array(sums), np.array(pairs)
 

@@ -34,6 +34,8 @@ BESIDE = {
     "plurality": "plurality.json",
 }
 
+DONE = {"done": True}  # what is known of members that no stage has made
+
 # ---- how the members came about
 
 
@@ -80,11 +82,12 @@ def check_own_run(run):
 
 
 def check_whole(run, k, *beside):
-    """Raise InputError where members 1..k, or one `beside` them, named as in BESIDE, were broken
+    """Raise InputError where members 1..k, or what is `beside` them, names of BESIDE, were broken
     off, or made from other data, rewards or continuations than are there now.
 
-    What somebody has edited and accepted may differ, and of a run made by hand nothing is known."""
-    stages = ["data", "judgments", "joint", "harden"]
+    What somebody has edited and accepted may differ. Of a stage that the manifest does not have,
+    of rewards made by hand, say, nothing is known, and what has no file beside them is left out."""
+    stages = ["data", "joint", "harden"]
     for j in range(1, k + 1):
         stages.append(member_name(j))
         if "continuations" in beside and reward_path(run, j, "continuations").exists():
@@ -98,21 +101,21 @@ def check_stages(run, *stages):
     edited = {run / name for entry in made.values() for name in entry.get("edited", ())}
     for stage in (name for name in stages if name in made):
         if not made[stage]["done"]:
-            words = "was broken off, or is not done yet; its command, given again, finishes it"
+            words = "was broken off, or is not done yet; the command that began it finishes it"
             raise cli.InputError(f"{run}: stage {stage} {words}")
         # The data's own inputs are files elsewhere, whatever their names.
         for name, value in made[stage]["inputs"].items() if stage != "data" else ():
-            path = _file_of_input(run, name)
+            path = run / name if manifest.is_of_run(name) else None
+            if match := re.fullmatch(r"rewards of member (\d+)", name):
+                path = reward_path(run, int(match[1]), "train")
             if path and path.exists() and path not in edited and hash_file(path) != value:
-                fits = "; fit_weights.py fits them anew" if stage == "weights" else ""
-                raise cli.InputError(f"{run}: {name} changed since stage {stage} was made{fits}")
-
-
-def _file_of_input(run, name):
-    """Return the path of a stage's input that is a file of the run; None where it is another."""
-    if match := re.fullmatch(r"rewards of member (\d+)", name):
-        return reward_path(run, int(match[1]), "train")
-    return run / name if re.match(r"data/|continuations\.parquet$", name) else None
+                advice = "another run expected"
+                if stage == "weights":
+                    advice = "fit_weights.py fits them anew"
+                elif manifest.is_of_run(name):
+                    advice = f"evaluate.py --run {run} --accept-edited takes it as it is"
+                changed = f"{name} changed since stage {stage} was made"
+                raise cli.InputError(f"{run}: {changed}; {advice}")
 
 
 # ---- outputs that a user names
@@ -170,14 +173,18 @@ def reward_path(run, j, split):
 
 
 def count_members(run):
-    """Return the number K of members that have rewards. Raises InputError unless they are 1..K."""
+    """Return the number K of members that have rewards, up to one that was broken off. Raises
+    InputError where there is none, or where a number is missing."""
     folder = run / "rewards"
     numbers = sorted(int(path.name[:2]) for path in folder.glob("[0-9][0-9]_test.npy"))
     if not numbers:
         raise cli.InputError(f"{folder}: no rewards; train_rm.py makes them")
     if numbers != list(range(1, len(numbers) + 1)):
         raise cli.InputError(f"{folder}: members {numbers} found, 1 to {len(numbers)} expected")
-    return len(numbers)
+    made = manifest.entries(run)
+    k = next((j - 1 for j in numbers if not made.get(member_name(j), DONE)["done"]), len(numbers))
+    check_stages(run, *([] if k else [member_name(1)]))
+    return k
 
 
 def check_next(run, j):

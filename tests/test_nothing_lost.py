@@ -447,6 +447,21 @@ def test_members_of_other_data_are_not_used(name, full_run, tmp_path, no_figures
     USERS[name](run)
 
 
+def test_data_that_no_stage_has_made_can_be_accepted(full_run, tmp_path, no_figures, capsys):
+    run = fresh(full_run, tmp_path)
+    rewrite(run, lambda made: made.pop("data"))
+    other_votes(run / "data" / "test.parquet")
+    words = f"data/test.parquet changed since stage .* evaluate.py --run {run} --accept-edited"
+    with pytest.raises(InputError, match=words):
+        evaluate_anew(run)
+    evaluated(run, "--accept-edited")
+    assert f"{run / 'data' / 'test.parquet'}: edited, accepted\n" in capsys.readouterr().out
+    evaluated(run, "--accept-edited")
+    assert "edited, accepted" not in capsys.readouterr().out
+    for use in USERS.values():
+        use(run)
+
+
 @pytest.mark.parametrize("name", list(USERS))
 def test_weights_of_other_rewards_are_not_used(name, full_run, tmp_path, no_figures):
     run = fresh(full_run, tmp_path)

@@ -356,7 +356,7 @@ HARNESS = """
 import json, os, signal, sys
 from pathlib import Path
 import torch, train_rm
-from pairwise import members, run_dir, training
+from pairwise import manifest, members, training
 from pairwise.scale import checkpoint, offload
 
 def main(run):
@@ -379,7 +379,7 @@ PLACES = {
     "removal": (checkpoint.shutil, "rmtree"),
     "sync": (os, "fsync"),
     "member": (members, "save_member"),
-    "end": (run_dir, "end_stage"),
+    "end": (manifest, "end_stage"),
 }
 
 def forked(run, *death):

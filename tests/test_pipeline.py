@@ -105,6 +105,26 @@ def test_everything_is_there(demo_run):
         assert stage["done"] and stage["seconds"] >= 0 and stage["versions"]["python"]
 
 
+@pytest.mark.parametrize("member", ["member_02", "member_01"])
+def test_after_a_kill_between_a_member_s_rewards_and_its_end(member, copied_run):
+    """Rewards are there, and the manifest knows of none: the same command goes on."""
+    run, before = copied_run, contents(copied_run)
+    entries = stages(run)
+    entries[member] = {key: entries[member][key] for key in ("settings", "inputs")}
+    entries[member]["done"] = False
+    (run / "manifest.json").write_text(json.dumps({"stages": entries}))
+    if member == "member_02":
+        printed = run_script("fit_weights.py", "--run", run).stdout
+        assert "weights: member 2 was broken off and does not count\n" in printed
+    done = run_all("demo", 2, "--run", run, *SMALL)
+    assert done.returncode == 0, done.stderr
+    after = contents(run)
+    assert {name for name in before if before[name] != after[name]} <= {
+        *(f"logs/{j:02d}.jsonl" for j in (1, 2)),  # They hold the seconds.
+        "report.html",
+    }
+
+
 def test_larger_k_continues_and_a_finished_run_is_skipped(copied_run):
     run = copied_run
     before = contents(run)
