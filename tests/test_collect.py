@@ -405,6 +405,28 @@ def test_rates_of_gemma_on_writing():
     assert (split["valid"], split["test"]) == (first["valid"], first["test"])
 
 
+def test_eight_members_on_ukpconvarg1():
+    """On the first split, beside the run of four."""
+    eight = committed("ukpconvarg1_eight.csv")
+    brier = [float(row["brier"]) for row in eight]
+    assert [row["k"] for row in eight] == [*"12345678"] and sorted(brier, reverse=True) == brier
+    four = [x for x in committed("ukpconvarg1_full.csv") if x["run"] == "ukp_full_centered_0"]
+    *listed, last = map(short, brier[:4])
+    *before, end = (short(float(row["brier"])) for row in four)
+    words = f"have {', '.join(listed)} and {last}, those of the table below "
+    assert f"{words}{', '.join(before)} and {end}, as" in TEXT
+    *listed, last = map(short, brier[4:])
+    assert f"Five to eight have {', '.join(listed)} and {last}." in TEXT
+    soft, coin = (float(eight[0][name]) for name in ("soft_single", "coin_flip"))
+    words = (
+        "bring {} [.0028, .0079]; eight are {} [.0319, .0776] below the coin flip and still {} ["
+    )
+    less = [short(x) for x in (brier[3] - brier[7], coin - brier[7], brier[7] - soft)]
+    assert words.format(*less) in TEXT
+    splits = (committed_splits(f"ukpconvarg1_{name}")[0] for name in ("eight", "full"))
+    assert len({json.dumps([split["valid"], split["test"]]) for split in splits}) == 1
+
+
 def test_eight_members_on_writing():
     """On the second split."""
     eight = [
