@@ -414,7 +414,7 @@ def test_eight_members_on_ukpconvarg1():
     *listed, last = map(short, brier[:4])
     *before, end = (short(float(row["brier"])) for row in four)
     words = f"have {', '.join(listed)} and {last}, those of the table below "
-    assert f"{words}{', '.join(before)} and {end}, as" in TEXT
+    assert f"{words}{', '.join(before)} and {end}." in TEXT
     *listed, last = map(short, brier[4:])
     assert f"Five to eight have {', '.join(listed)} and {last}." in TEXT
     soft, coin = (float(eight[0][name]) for name in ("soft_single", "coin_flip"))
