@@ -201,9 +201,7 @@ def begin_stage(run, stage, settings, inputs, rewrites=(), anew=False):
         words = f"another process has done this stage ({stage}) meanwhile"
         raise cli.InputError(f"{run}: {words}; the same command goes on from there")
     entry = {"settings": settings, "inputs": inputs, "done": False}
-    if anew:
-        files.write_json(run / "manifest.json", {"stages": {stage: entry}}, hashed=False)
-    _enter(run, stage, entry, rewrites)
+    _enter(run, stage, entry, rewrites, anew)
     files.hashes_beneath(run)  # From here on what is written there is this stage's.
     return time.time()
 
@@ -241,10 +239,10 @@ def end_stage(run, stage, settings, inputs, started, **facts):
     _enter(run, stage, entry | facts)
 
 
-def _enter(run, stage, entry, rewrites=()):
-    """Write a stage's entry into the manifest. What it has written, and what it rewrites, is no
-    other stage's output any more."""
-    new = entries(run) | {stage: entry}
+def _enter(run, stage, entry, rewrites=(), anew=False):
+    """Write a stage's entry into the manifest, alone where the run begins anew. What it has
+    written, and what it rewrites, is no other stage's output any more."""
+    new = ({} if anew else entries(run)) | {stage: entry}
     for name, other in new.items():
         if name != stage and "outputs" in other:
             rest = other["outputs"].keys() - entry.get("outputs", {}).keys() - set(rewrites)

@@ -43,7 +43,7 @@ def distances(scores, texts, alpha):
         p_hat = weights.p_hat_of(alpha, weights.member_votes(rewards, a, b))
         logprob = np.array(logprob)[distinct]
         ratio = logprob[a] - logprob[b]
-        p_bars = [alpha @ scipy.special.expit(differences / beta + ratio) for beta in BETAS]
+        p_bars = [soft_model.predict(differences / beta + ratio, alpha) for beta in BETAS]
         sums.append([np.abs(p_bar.clip(0, 1) - p_hat).sum() for p_bar in p_bars])
         pairs.append(float(len(p_hat)))
     return np.array(sums), np.array(pairs)
