@@ -290,7 +290,9 @@ def test_a_smaller_k_after_a_kill(data, base, tmp_path, monkeypatch):
     assert len(list((run / "rewards").glob("03_*.npy"))) == 3
     with pytest.raises(InputError, match="stage joint was broken off"):
         fit(run)
+    (run / "weights.json").write_text("of the call that was killed")
     train_all(run, base, "--k", "2", *KINDS["head"])
+    assert not (run / "weights.json").exists()
     assert {path.name[:2] for path in (run / "rewards").iterdir()} == {"01", "02"}
     fit(run)
 

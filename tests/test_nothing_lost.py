@@ -22,7 +22,7 @@ import prune
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import FLAGS, FULL, edited, fit, fresh, leftovers, rewards, train
+from conftest import FLAGS, FULL, edited, export, fit, fresh, leftovers, rewards, train
 
 # ---- links
 
@@ -434,6 +434,20 @@ def test_a_member_that_was_broken_off_is_not_trained_on_nor_put_to_work(
     rewrite(run, lambda made: made["features"].update(done=False))
     with pytest.raises(InputError, match="stage features was broken off"):
         plurality.read_features(run)
+    rewrite(run, lambda made: made["member_01"].update(done=False))
+    with pytest.raises(InputError, match="stage member_01 was broken off"):
+        export(run, base, 1)
+    assert not (run / "member_01" / "model.safetensors").exists()
+
+
+def test_members_that_do_not_belong_together_are_not_put_to_work_by_formulas(full_run, tmp_path):
+    run = fresh(full_run, tmp_path)
+    hardened(run)
+    rewrite(run, lambda made: made["member_02"]["inputs"].update({"rewards of member 1": "other"}))
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"prompt": "How?", "responses": ["So.", "Not so."]}')
+    with pytest.raises(InputError, match="rewards of member 1 changed since stage member_02 was"):
+        score.main(score.parse_args([str(questions), "--run", str(tmp_path / "hard"), *FLAGS]))
 
 
 @pytest.mark.parametrize("name", list(USERS))
