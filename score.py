@@ -118,7 +118,7 @@ def parse_args(argv=None):
     add("file", type=cli.path, metavar="FILE", help="rows of prompt and responses")
     words = "FILE.jsonl or FILE.csv (default: beside FILE, -scores.jsonl)"
     add("--out", type=run_dir.output, help=words)
-    members.add_arguments(parser)
+    members.add_flags(parser)
     args = parser.parse_args(argv)
     if args.out and args.out.suffix not in (".jsonl", ".csv"):
         parser.error(f"--out {args.out}: a name ending in .jsonl or .csv expected")

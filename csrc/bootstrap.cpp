@@ -6,14 +6,11 @@
 
 #include <cstring>
 
-#define INLINE inline __attribute__((always_inline))
-
 namespace {
 
 constexpr Index columns_at_once = 8, prompts_at_once = 128, resamples_at_once = 16;
 
 template <Path path> constexpr int vector_bytes = path == Path::portable ? 16 : path == Path::avx2 ? 32 : 64;
-template <int bytes> struct DoublesOf { typedef double type __attribute__((vector_size(bytes))); };
 
 // splitmix64 (Steele, Lea, Flood 2014): a Weyl sequence and a bijective mixer, defined by integer arithmetic alone.
 std::uint64_t mix(std::uint64_t z) {
@@ -42,7 +39,7 @@ struct SplitMix64 {
 
 // totals (resamples, columns) += counts (resamples, prompts_at_once) * values (prompts, columns), so many at once.
 template <Path path> INLINE void add_products(const double *counts, const double *values, Index prompts, double *totals) {
-    using Doubles = typename DoublesOf<vector_bytes<path>>::type;
+    using Doubles = typename LanesOf<double, vector_bytes<path>>::type;
     // Enough sums for additions not to wait for each other, but no more than there are registers.
     constexpr int width = vector_bytes<path> / 8, parts = columns_at_once / width, rows = 2 * width;
     for (Index first = 0; first < resamples_at_once; first += rows) {

@@ -23,6 +23,12 @@ inline bool cpu_has_avx512() { return false; }
 enum class Path { automatic, portable, avx2, avx512 };
 inline Path fastest_path() { return cpu_has_avx512() ? Path::avx512 : cpu_has_avx2() ? Path::avx2 : Path::portable; }
 
+// Becomes part of every function that calls it, compiled for that one's CPU.
+#define INLINE inline __attribute__((always_inline))
+
+// Lanes of the compilers' own vectors. Wider than what the CPU has, GCC would take them lane by lane.
+template <class T, int bytes> struct LanesOf { typedef T type __attribute__((vector_size(bytes))); };
+
 // Where there is no instruction for it, the compiler's own popcount is a slow call.
 inline std::int64_t popcount(std::uint64_t bits) {
     bits -= bits >> 1 & 0x5555555555555555u;

@@ -16,8 +16,6 @@
 #include <immintrin.h>
 #endif
 
-#define INLINE inline __attribute__((always_inline))
-
 namespace {
 
 using std::uint64_t;
@@ -25,8 +23,6 @@ using std::uint64_t;
 constexpr Index chunk_size = 256;    // pairs whose rewards are gathered at a time
 constexpr Index piece_size = 16384;  // pairs of one prompt whose sums with p are added up before they meet others
 
-// Lanes of the compilers' own vectors. Wider than what the CPU has, GCC would take them lane by lane.
-template <class T, int bytes> struct LanesOf { typedef T type __attribute__((vector_size(bytes))); };
 template <Path path> constexpr int vector_bytes = path == Path::portable ? 16 : 32;
 
 struct SumsWithP {

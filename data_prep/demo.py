@@ -318,7 +318,7 @@ responses = cli.number_type("responses", cli.integer, lambda v: 2 <= v <= 100, "
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    prompts.add_arguments(parser, test_share=0.2, valid_share=0.1)
+    prompts.add_flags(parser, test_share=0.2, valid_share=0.1)
     add("--prompts", type=cli.natural, default=500, help="prompts of the population's data set")
     responses_help = "responses per prompt, all pairs of them voted on"
     add("--responses", type=responses, default=6, help=responses_help)

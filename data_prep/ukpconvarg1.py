@@ -115,7 +115,7 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     source_help = "a clone of the repository, its folder of XML files, or one of them"
     parser.add_argument("--source", required=True, type=cli.path, help=source_help)
-    prompts.add_arguments(parser)
+    prompts.add_flags(parser)
     return parser.parse_args(argv)
 
 

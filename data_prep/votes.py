@@ -325,7 +325,7 @@ def parse_args(argv=None):
     repeated_help = "an annotator's second vote on two responses: an error, or the last one counts"
     choices = ("error", "last")
     parser.add_argument("--repeated", choices=choices, default="error", help=repeated_help)
-    prompts.add_arguments(parser)
+    prompts.add_flags(parser)
     return parser.parse_args(argv)
 
 

@@ -9,20 +9,17 @@ votes on all other pairs that the chosen member sides with, on average, beside t
 drawn by weight.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "extras"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data_prep"))
 from pairwise import cli, data, run_dir
 
+import demo
 import numpy as np
 import respond
-
-spec = importlib.util.spec_from_file_location("demo", cli.REPOSITORY / "data_prep" / "demo.py")
-demo = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(demo)
 
 
 def attributes_of(topic, text):

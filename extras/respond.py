@@ -317,7 +317,7 @@ def parse_args(argv=None):
     add("--n", type=cli.natural, default=16, help="candidates sampled for each prompt")
     sampling.add_flags(parser, 0.9, 256)
     add("--json", action="store_true", help="one JSON object a prompt instead of text")
-    members.add_arguments(parser)
+    members.add_flags(parser)
     args = parser.parse_args(argv)
     if (args.mode == "steerable") != bool(args.like):
         parser.error(

@@ -57,12 +57,12 @@ def read_model(auto_class, name, named, failure="the model could not be loaded",
         if not rewards:
             raise cli.InputError(f"{words}, which writes no text; a language model expected")
         if anew:
-            tell(f"{words}; its head is not used, a new one is made")
+            say_once(f"{words}; its head is not used, a new one is made")
     if rewards:  # It predicts no token.
         unused = [key for key in unused if not key.startswith("lm_head.")]
     if unused:
         words = f"{len(unused)} weights are not used: {', '.join(unused[:3])}"
-        tell(f"{named} {name}: {words}{' ..' * (len(unused) > 3)}")
+        say_once(f"{named} {name}: {words}{' ..' * (len(unused) > 3)}")
     return model, missing
 
 
@@ -93,11 +93,11 @@ def check_trainable(base, train):
 def tell_cut(subject, cut, texts):
     """Say how many of the texts were cut to the --max-length of a training; nothing if none was."""
     if cut:
-        tell(f"{subject}: {cut:,} of {len(texts):,} texts cut to its --max-length")
+        say_once(f"{subject}: {cut:,} of {len(texts):,} texts cut to its --max-length")
 
 
 @functools.cache
-def tell(words):
+def say_once(words):
     """Write a line to stderr, once, and of several processes from the first alone."""
     if parallel.rank() == 0:
         print(words, file=sys.stderr)

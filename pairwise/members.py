@@ -52,7 +52,7 @@ class Kind(NamedTuple):
     load(run, j, base, tokenizer, dtype, device): return the RewardModel of member j.
     score(run, settings, questions, args): return the rewards of all members, float32 (K, R), of
     the R responses in the order of the questions, each encoded as in training. settings: those of
-    the run's first member, its base as it is found now; args: with add_arguments' flags.
+    the run's first member, its base as it is found now; args: with add_flags' flags.
     """
 
     save: Callable | None
@@ -279,7 +279,7 @@ def check_models(run, numbers=range(1, 100)):
         raise cli.InputError(f"{run}: member {min(alone)} {words}")
 
 
-def add_arguments(parser):
+def add_flags(parser):
     """Add the flags of every script that puts a run's members to work."""
     add = parser.add_argument
     cli.add_run(parser, "a trained run directory")

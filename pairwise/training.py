@@ -132,7 +132,7 @@ def has_one_order(reward_model, sequences):
         if "deterministic" not in str(error):
             raise
         words = "gradients may differ in their last bits from run to run"
-        bases.tell(f"training: warning: {words} ({cli.first_line(error)[:150]})")
+        bases.say_once(f"training: warning: {words} ({cli.first_line(error)[:150]})")
         return False
     finally:
         reward_model.model.zero_grad()

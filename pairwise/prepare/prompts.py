@@ -83,7 +83,7 @@ class Prompt:
     given: dict = dataclasses.field(default_factory=dict)  # {(a, b, annotator): (Pair, where)}
 
 
-def add_arguments(parser, test_share=0.1, valid_share=0.0):
+def add_flags(parser, test_share=0.1, valid_share=0.0):
     """Add the flags that every script of data_prep/ has which writes RUN/data."""
     add = parser.add_argument
     add("--run", required=True, type=cli.path, help="run directory; the result is RUN/data")

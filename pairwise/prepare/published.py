@@ -40,7 +40,7 @@ def parser(doc):
     """Return a Parser with the flags that every published data set has."""
     flags = cli.Parser(doc)
     add_source_arguments(flags)
-    prompts.add_arguments(flags)
+    prompts.add_flags(flags)
     return flags
 
 
