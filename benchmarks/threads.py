@@ -64,8 +64,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="of each process")
+    parser.add_argument("--rounds", type=int, default=3, help="of measurements")
     parser.add_argument("--step", choices=SIZES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:

@@ -4,7 +4,7 @@
     python data_prep/ukpconvarg1.py --run runs/ukpconvarg1 --source acl2016-convincing-arguments
 
 Source: Habernal and Gurevych (ACL 2016), CC-BY-4.0; none of the paper's data sets. Writes RUN/data.
---source is that clone, its directory data/UKPConvArg1-full-XML, or one of its .xml files. A file
+--source is that clone or its directory data/UKPConvArg1-full-XML, at least three files of it. Each
 holds the arguments of one debate and stance, its prompt: annotatedArgumentPair elements with arg1
 and arg2 {id, text, stance}, debateMetaData {title, description} and mTurkAssignments, of which each
 mTurkAssignment is a worker's vote, value a1, a2 or equal (a tie). Who the workers are is not kept.
@@ -26,14 +26,14 @@ BESIDE, PUBLISHED = "Habernal and Gurevych (2016)", {"responses": 1052, "pairs":
 
 
 def xml_files(source):
-    """Return (the directory or file that is read, [Path, ..]) of what --source names."""
+    """Return (the directory that is read, [Path, ..]) of what --source names."""
     inside = (source / "data" / FOLDER, source / FOLDER)
     folder = next((path for path in inside if path.is_dir()), source)
     paths = sorted(path for path in folder.glob("[!.]*.xml") if path.is_file())
-    if not paths and not source.is_file():
-        expected = f"a file, {FOLDER} or a clone of {REPOSITORY}"
+    if not paths:
+        expected = f"{FOLDER} or a clone of {REPOSITORY}"
         raise cli.InputError(f"{source}: no .xml file found, {expected} expected")
-    return folder, paths or [source]
+    return folder, paths
 
 
 def read_pairs(path):
@@ -113,7 +113,7 @@ def main(args):
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    source_help = "a clone of the repository, its folder of XML files, or one of them"
+    source_help = "a clone of the repository, or its folder of XML files"
     parser.add_argument("--source", required=True, type=cli.path, help=source_help)
     prompts.add_flags(parser)
     return parser.parse_args(argv)

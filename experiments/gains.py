@@ -22,6 +22,8 @@ def row_of(run):
     """{column: value} of a run. Raises InputError where its plurality.json is missing or unfit."""
     path = run / "plurality.json"
     manifest.check(run, path)
+    if not path.exists():
+        raise cli.InputError(f"{path}: no such file; extras/plurality.py makes it")
     found = files.read_json(path, evaluate.PLURALITY)
     row = {"run": run.name, "single": found["single"]}
     for prefix, gain in (("", found), ("several_", found["several"])):
@@ -32,6 +34,7 @@ def row_of(run):
 
 def main(args):
     collect.write_csv(args.out, [row_of(run) for run in args.runs], ".6g")
+    print(f"{args.out}: {len(args.runs)} runs")
 
 
 def parse_args(argv=None):

@@ -11,6 +11,7 @@ on the continuations; and how each member rewards the answers. It needs benchmar
 Other flags are those of TRL's DPO script: --learning_rate 1e-5, say.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -119,6 +120,8 @@ def mean_rewards(args, j, tokenizer, prompts, answers):
 
 
 def main(args):
+    if importlib.util.find_spec("trl") is None:
+        raise cli.InputError("trl is not installed; benchmarks/requirements.txt has it")
     torch.set_num_threads(args.threads)
     args.base = provenance.base_of(args.run, args.base or str(args.run / "base"))
     continuations = run_dir.read_continuations(args.run)
@@ -158,7 +161,7 @@ def parse_args(argv=None):
         type=cli.path,
         help="a finished run directory with continuations of some of its test prompts",
     )
-    add("--members", type=cli.member_number, nargs="+", default=[1, 2])
+    add("--members", type=cli.member_number, nargs="+", default=[1, 2], help="whose policies")
     words = "directory for the pairs and the policies"
     add("--out", required=True, type=run_dir.output, help=words)
     add("--base", help="base model (default: RUN/base)")
@@ -172,7 +175,7 @@ def parse_args(argv=None):
         default=2048,
         help="of a prompt with its answer, for the members",
     )
-    add("--seed", type=cli.seed, default=0)
+    add("--seed", type=cli.seed, default=0, help="of DPO and of what is sampled")
     add("--threads", type=cli.threads, default=os.cpu_count(), help="CPU threads (default: all)")
     args, args.dpo = parser.parse_known_args(argv)
     return args

@@ -95,6 +95,7 @@ def main(args):
     names = ("population", "seed", "dimension", "responses", "votes", "voters")
     settings = {name: getattr(args, name) for name in names}
     if manifest.stage_done(args.run, "data", settings, {}, [args.run / "data" / "test.parquet"]):
+        print(f"data: {args.run / 'data'} is there, skipped")
         return
     started = manifest.begin_stage(args.run, "data", settings, {})
     (args.run / "data").mkdir(exist_ok=True)
@@ -106,6 +107,7 @@ def main(args):
     stats = settings | {"dataset": dataset, "votes": "sampled", "ties": "drop"}
     files.write_json(args.run / "data" / "stats.json", stats)
     manifest.end_stage(args.run, "data", settings, {}, started)
+    print(f"data: {args.run / 'data'}: {dataset}")
 
 
 # One response has no pair, one vote no spread; more than the upper ends fits no memory.
@@ -118,12 +120,13 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--run", required=True, type=cli.path, help="the run directory to make")
-    add("--population", choices=("clusters", "continuum", "camps", "single"), required=True)
+    populations = "clusters", "continuum", "camps", "single"
+    add("--population", choices=populations, required=True, help="see above")
     add("--seed", type=cli.seed, default=0, help="of the population, the responses and the votes")
     add("--dimension", type=size, default=16, help="of the features")
     add("--responses", type=responses, default=4, help="a prompt; all their pairs are voted on")
     add("--votes", type=votes, default=5, help="a pair, at least 2")
-    add("--voters", type=size, default=200)
+    add("--voters", type=size, default=200, help="of the population")
     return parser.parse_args(argv)
 
 

@@ -113,9 +113,9 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--run", type=cli.path, default=Path("results/demo"), help="a run of the demo")
-    add("--trials", type=trials_number, default=100)
-    add("--comparisons", type=cli.natural, default=10)
-    add("--seed", type=cli.seed, default=0)
+    add("--trials", type=trials_number, default=100, help="viewpoints drawn")
+    add("--comparisons", type=cli.natural, default=10, help="that a viewpoint makes")
+    add("--seed", type=cli.seed, default=0, help="of the trials")
     return parser.parse_args(argv)
 
 

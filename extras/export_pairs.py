@@ -82,7 +82,7 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     cli.add_run(parser, "run directory with data/")
-    add("--split", choices=data.SPLITS, default="test")
+    add("--split", choices=data.SPLITS, default="test", help="whose pairs (default: test)")
     add("--out", required=True, type=output, metavar="FILE", help="ends in .jsonl or .parquet")
     return parser.parse_args(argv)
 

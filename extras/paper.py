@@ -171,10 +171,15 @@ def first_sizes(test):
 
 def missing(runs):
     """Return sentences that say what is not shown of which run."""
-    why = "of a prompt's continuations no two have rewards"
-    places = {"figure_3": "figure 3", "appendix_g": "appendix G"}
-    lacks = [(x["name"], [place for key, place in places.items() if not x[key]]) for x in runs]
-    return [f"{name} is not in {' and '.join(of)}: {why}." for name, of in lacks if of]
+    places, sentences = {"figure_3": "figure 3", "appendix_g": "appendix G"}, []
+    for run in runs:
+        lacks = [place for key, place in places.items() if not run[key]]
+        why = "its members have no rewards of continuations"
+        if run["figure_3"]:
+            why = "of a prompt's continuations no two have rewards"
+        if lacks:
+            sentences.append(f"{run['name']} is not in {' and '.join(lacks)}: {why}.")
+    return sentences
 
 
 # ---- the tables, as rows of texts
@@ -321,7 +326,8 @@ def draw_table(head, rows, widths):
 
     def wrapped(cell, width):
         cut = cell if len(cell) <= SHOWN else f"{cell[:SHOWN]} […]"
-        return "\n".join(textwrap.fill(line, width) for line in cut.splitlines())
+        lines = map(figures.printable, cut.splitlines())
+        return "\n".join(textwrap.fill(line, width) for line in lines)
 
     fig, size = Figure(), {"fontsize": 7, "va": "top", "parse_math": False}
     inches = fig.dpi_scale_trans

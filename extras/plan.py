@@ -144,8 +144,11 @@ def count_tokens(args):
     train and scored count the distinct responses of the train split and of all splits; tokens is
     the mean length of a response with its prompt.
     """
-    if args.run is None or not (args.run / "data" / "train.parquet").exists():
-        name = args.run.name if args.run and args.run.name in PAPER else "multipref"
+    if args.run is None or not (path := args.run / "data" / "train.parquet").exists():
+        name = args.run.name if args.run else "multipref"
+        if name not in PAPER:
+            words = f"that, or a name of the paper's data ({', '.join(PAPER)}), expected"
+            raise cli.InputError(f"{path}: no such file; {words}")
         source = f"assumed: {name}, its counts as published, tokens guessed"
         return dict(zip(COUNTS, PAPER[name])), source
     splits, _ = data.read_splits(args.run)
@@ -360,7 +363,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     # what is planned
     add("--base", required=True, help="hub id, transformers directory, or llama-3-8b")
-    words = "run directory whose data/ is counted (default: the paper's data)"
+    words = "run directory whose data/ is counted, or runs/NAME of one of the paper's data sets, "
+    words += "not prepared yet (default: multipref)"
     add("--run", type=cli.path, help=words)
     add("--members", type=cli.natural, default=8, metavar="K", help="reward models to train")
     add("--train", choices=("full", "lora", "head"), default="full", help="as of train_rm.py")

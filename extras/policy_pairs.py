@@ -57,11 +57,11 @@ def parse_args(argv=None):
     add = parser.add_argument
     run_help = "run directory with continuations.parquet and the member's rewards of it"
     cli.add_run(parser, run_help)
-    add("--member", required=True, type=cli.member_number, metavar="J")
+    add("--member", required=True, type=cli.member_number, metavar="J", help="whose order")
     out_help = "JSON lines; TRL takes the directory that it is alone in"
     add("--out", required=True, type=run_dir.output, metavar="FILE", help=out_help)
     add("--pairs", type=cli.natural, default=8, help="of each prompt, at most")
-    add("--seed", type=cli.seed, default=0)
+    add("--seed", type=cli.seed, default=0, help="of the draw of pairs")
     return parser.parse_args(argv)
 
 

@@ -297,7 +297,8 @@ def parse_args(argv=None):
     add("prompt", nargs="?", metavar="PROMPT", help="the prompt; one such as -x after --")
     add("--file", type=cli.path, help="prompts, one a line, or rows of prompt")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--mode", choices=("overton", "consensus", "distributional", "steerable"))
+    modes = "overton", "consensus", "distributional", "steerable"
+    which.add_argument("--mode", choices=modes, help="as above")
     which.add_argument(
         "--table",
         dest="mode",

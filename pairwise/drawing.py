@@ -41,11 +41,13 @@ getattr(fontTools.subset.Options, "_drop_tables_default", []).extend(["GDEF", "G
 @contextlib.contextmanager
 def style():
     """A context in which matplotlib draws by its own defaults and STYLE, whatever the user's
-    matplotlibrc says. The garbage collector, a sixth of the time, waits until it ends."""
+    matplotlibrc says, and a character that no font has as a box, without a word. The garbage
+    collector, a sixth of the time, waits until it ends."""
     collects = gc.isenabled()
     gc.disable()
     try:
-        with matplotlib.style.context(["default", STYLE]):
+        with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")
             yield
     finally:
         if collects:
@@ -56,13 +58,11 @@ def formats(fig):
     """Return a figure as {"png", "pdf", "svg": bytes}. `style` must be in force."""
     undated = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
     buffers = {kind: io.BytesIO() for kind in undated}
-    with warnings.catch_warnings():  # A character that no font has is drawn as a box.
-        warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")
-        if fig.get_layout_engine():  # All three formats have the layout that is found here.
-            fig.draw_without_rendering()
-            fig.set_layout_engine(None)
-        for kind, buffer in buffers.items():
-            fig.savefig(buffer, format=kind, dpi=300, metadata=undated[kind])
+    if fig.get_layout_engine():  # All three formats have the layout that is found here.
+        fig.draw_without_rendering()
+        fig.set_layout_engine(None)
+    for kind, buffer in buffers.items():
+        fig.savefig(buffer, format=kind, dpi=300, metadata=undated[kind])
     return {kind: buffer.getvalue() for kind, buffer in buffers.items()}
 
 

@@ -60,11 +60,16 @@ def pretty(text):
     return re.sub(r"(?<![\w-])-(?=\.?\d)", "−", text)  # the sign of a number
 
 
-def drawable(name, most=30):
-    """Shorten a name of the user's for a figure; characters that none can show are escapes.
+def printable(text):
+    """Write characters of a line of the user's that no figure can show as escapes.
 
     Where it is drawn, parse_math=False keeps its dollars."""
-    name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def drawable(name, most=30):
+    """Shorten a name of the user's for a figure, `printable`."""
+    name = printable(name)
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 

@@ -25,6 +25,9 @@ LEGEND = (
     "against. regret: Phi beyond that of always siding with the majority. accuracy: unsuitable, "
     f"for comparison with other work. -: does not exist; an interval takes {FEWEST} prompts."
 )
+THEOREM_2 = (
+    " Theorem 2: some k-ensemble has at most a true err. of 1/(4k), a Brier score of C_hat more."
+)
 
 # The first two are proved in docs/method.md.
 NO_ROOM = (
@@ -36,19 +39,22 @@ ROOM = (
     "Floor - C_hat is {}{}: a forecast that knows the true fractions can be expected so far below "
     "the floor, and none farther."
 )
-CONTRARY = (
-    "Sides with fewer than half of the annotators of test pairs: member {}. FSAM makes such "
-    "members: trained on what those before it got wrong, one is right there and often wrong "
-    "elsewhere. It serves in the mixture, not alone. --target mixture has member 2 contradict "
-    "member 1 only where more than a quarter of the annotators do, extras/train_joint.py trains "
-    "all on the error of their mixture, and extras/prune.py removes those far from it, at a cost. "
+WORSE = "The ensemble is worse than a coin flip, which says 1/2 for every pair{}."
+CONTRARY = "Sides with fewer than half of the annotators of test pairs: member {}. "
+LATER_CONTRARY = (
+    "FSAM makes such members after the first: trained on what those before it got wrong, one is "
+    "right there and often wrong elsewhere. It serves in the mixture, not alone. --target mixture "
+    "has member 2 contradict member 1 only where more than a quarter of the annotators do, "
+    "extras/train_joint.py trains all on the error of their mixture, and extras/prune.py removes "
+    "those far from it, at a cost. "
+)
+ALONE_CONTRARY = (
     "One that should be right alone, as a first or an imported one, has learned nothing that holds "
     "for these votes, or has the wrong sign."
 )
 HARDENED_CONTRARY = (
-    "Sides with fewer than half of the annotators of test pairs: member {}. extras/harden.py makes "
-    "such members: inside a level of the soft model's reward the order of one is the reverse of "
-    "another's. They serve in the mixture, not alone."
+    "extras/harden.py makes such members: inside a level of the soft model's reward the order of "
+    "one is the reverse of another's. They serve in the mixture, not alone."
 )
 
 
@@ -168,7 +174,8 @@ def table(metrics):
     lines += ["", columns.format(*head)]
     keys = ("j", "brier", "disagreement", "disagreement_ci", "regret", "accuracy")
     lines += [columns.format(*cells(member, *keys, none="-")) for member in split["members"]]
-    for words in filter(None, (notes(metrics), tied(split), contrary(split), LEGEND)):
+    legend = LEGEND + THEOREM_2 * (split["floor_true"] is not None)
+    for words in filter(None, (notes(metrics), tied(split), contrary(split), legend)):
         lines += ["", *textwrap.wrap(words, 100)]
     return "\n".join(lines)
 
@@ -187,11 +194,14 @@ def tied(split):
 def contrary(split):
     """What names members that are mostly against the annotators, and says why there may be such;
     "" where there are none."""
-    phis = [member["disagreement"] for member in split["members"]]
-    # A Phi that is larger by rounding is a coin's.
-    named = [f"{j} (Phi {figures.num(phi)})" for j, phi in enumerate(phis, 1) if phi > 0.5 + 1e-9]
-    words = CONTRARY if split.get("soft_hardened") is None else HARDENED_CONTRARY
-    return words.format(", ".join(named)) if named else ""
+    phis = enumerate((member["disagreement"] for member in split["members"]), 1)
+    phis = {j: phi for j, phi in phis if phi > 0.5 + 1e-9}  # One above by rounding is a coin's.
+    if not phis:
+        return ""
+    named = CONTRARY.format(", ".join(f"{j} (Phi {figures.num(phis[j])})" for j in phis))
+    if split.get("soft_hardened") is not None:
+        return named + HARDENED_CONTRARY
+    return named + LATER_CONTRARY * (max(phis) > 1) + ALONE_CONTRARY
 
 
 def notes(metrics):
@@ -204,8 +214,11 @@ def notes(metrics):
     elif excess is not None:
         between = f", 95 % interval {interval(limits)}" if limits else ""
         sentences.append(ROOM.format(figures.num(excess), between))
-    if split["ensemble"][-1]["brier"] > split["coin_flip"]:
-        sentences.append("The ensemble is worse than a coin flip, which says 1/2 for every pair.")
+    last = split["ensemble"][-1]
+    if last["brier"] > split["coin_flip"]:
+        limits = last["less"]["coin_flip_ci"]
+        doubt = ", by a difference whose interval contains 0" if limits else ", on too few to tell"
+        sentences.append(WORSE.format("" if limits and limits[0] > 0 else doubt))
     sentences.append(sentence(data.few_prompts(split["prompts"], metrics["own_split"])))
     return " ".join(filter(None, sentences))
 

@@ -343,7 +343,7 @@ def add_flags(
     of which the words say what it is."""
     add = parser.add_argument
     rm.add_flags(parser)
-    add("--seed", type=cli.seed, default=0, help="of head and order; each member draws its own")
+    add("--seed", type=cli.seed, default=0, help="of heads and order, drawn anew for each training")
     # optimizer (SOAP)
     add("--lr", type=cli.positive, help=f"peak learning rate ({lr})")
     add("--epochs", type=cli.natural, help=f"passes over the train pairs (default {epochs})")
@@ -353,7 +353,7 @@ def add_flags(
     add("--warmup", type=cli.fraction, default=0.03, help=words)
     words = "steps between updates of SOAP's eigenbases"
     add("--precondition-frequency", type=cli.natural, default=5, help=words)
-    words = "larger dimensions are not preconditioned (default 4096; lora: the rank)"
+    words = "larger dimensions are not preconditioned (default 4096; of adapters the rank)"
     add("--max-precondition-dim", type=cli.natural, help=words)
     add_scoring_flags(parser)
     words = "GiB of the device for float32 masters, SOAP's state and copy buffers; the rest is "

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import evaluate
@@ -105,6 +106,13 @@ def test_pairs_of_one_vote_do_not_count(runs, tmp_path):
     assert single == without and single["test_pairs"] < whole["test_pairs"]
 
 
+def test_characters_that_no_font_has_are_drawn_without_a_warning():
+    with warnings.catch_warnings(record=True) as seen, drawing.style():
+        fig = paper.draw_table(["$name", "apple \U0001f34e"], [["a\tb", "bell \x07\nend"]], [9, 20])
+    assert not seen
+    assert {text.get_text() for text in fig.texts} >= {"$name", r"a\tb", "bell \\x07\nend"}
+
+
 def test_what_a_run_lacks_is_said_and_an_older_picture_goes(runs, tmp_path, unsaved, capsys):
     out = tmp_path / "out"
     shown(out, runs / "first")
@@ -112,8 +120,11 @@ def test_what_a_run_lacks_is_said_and_an_older_picture_goes(runs, tmp_path, unsa
     capsys.readouterr()
     (entry,), page = shown(out, runs / "second")
     assert entry["figure_3"] is None and entry["appendix_g"] is None
-    words = "second is not in figure 3 and appendix G: of a prompt's continuations no two"
+    words = "second is not in figure 3 and appendix G: its members have no rewards of continuations"
     assert words in page.text and words in capsys.readouterr().out
+    lone = {"name": "lone", "figure_3": entry, "appendix_g": None}
+    words = "lone is not in appendix G: of a prompt's continuations no two have rewards."
+    assert paper.missing([lone]) == [words]
     left = {path.name for path in (out / "figures").iterdir()}
     names = "table_1", "table_2", "figure_2", "figure_4"
     assert left == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}

@@ -163,8 +163,10 @@ def test_verdict_names_what_is_known(written):
     room = "" if test["floor_excess"] is None else shown(test["floor_excess"])
     assert (f"Floor − Ĉ is {room}, 95 % interval [" in page.text) == bool(room)
     worse = last["brier"] > test["coin_flip"]
-    for text in (page.text, " ".join(report.table(metrics).split())):
+    printed = " ".join(report.table(metrics).split())
+    for text in (page.text, printed):
         assert ("The ensemble is worse than a coin flip" in text) == worse
+    assert ("a true err. of 1/(4k)" in printed) == (test["floor_true"] is not None)
     for line in report.comparisons(test):
         brier, value, (low, high) = last["brier"], line["value"], line["less_ci"]
         assert line["less"] == pytest.approx(brier - value, abs=1e-12)
@@ -327,11 +329,15 @@ def test_members_that_are_mostly_wrong_are_named(tmp_path, unsaved, capsys):
     assert sum(phis) == pytest.approx(1) and phis[0] != phis[1]
     j = phis.index(max(phis))
     words = "Sides with fewer than half of the annotators of test pairs: member"
-    words += f" {j + 1} (Phi {figures.num(phis[j])}). FSAM makes such members"
+    words += f" {j + 1} (Phi {figures.num(phis[j])})."
     assert printed.count(words) == page.count(words) == 1
-    assert "--target mixture" in printed and "extras/prune.py removes" in page
     rounded = {"members": [{"disagreement": phi} for phi in (0.5, 0.5 + 1e-12, 0.4)]}
     assert report.contrary(rounded) == ""
+    for phis, later in (((0.6, 0.4), False), ((0.4, 0.6), True), ((0.6, 0.7), True)):
+        words = report.contrary({"members": [{"disagreement": phi} for phi in phis]})
+        for each in ("FSAM", "--target mixture", "extras/prune.py removes"):
+            assert (each in words) == later
+        assert "wrong sign" in words
 
 
 def test_nothing_below_the_floor_is_said_in_words(tmp_path, unsaved, capsys):
@@ -368,6 +374,22 @@ def test_all_members_are_compared_with_a_coin_flip_and_theorem_2(first, last, of
     line = report.references(test)[-1]
     assert line.name == "Theorem 2 at k = 4" and line.true_error == 1 / 16
     assert line.brier == pytest.approx(1 / 16 + test["irreducible"])
+
+
+@pytest.mark.parametrize(
+    "limits, doubt",
+    [
+        ([0.01, 0.3], ""),
+        ([0.0, 0.3], ", by a difference whose interval contains 0"),
+        ([-0.1, 0.3], ", by a difference whose interval contains 0"),
+        (None, ", on too few to tell"),
+    ],
+)
+def test_worse_than_a_coin_flip_is_as_sure_as_its_interval(limits, doubt, of_demo):
+    last = of_demo["splits"]["test"]["ensemble"][-1]
+    last["brier"], last["less"]["coin_flip_ci"] = 0.3, limits
+    words = f"The ensemble is worse than a coin flip, which says 1/2 for every pair{doubt}. "
+    assert words in report.notes(of_demo) + " "
 
 
 @pytest.mark.parametrize(

@@ -134,12 +134,11 @@ def test_the_same_texts_in_two_files_are_two_pairs(tmp_path):
     assert again == "pair of arguments that is there already"
 
 
-def test_file_alone_with_a_byte_order_mark(tmp_path):
-    path = tmp_path / "cats.xml"
-    path.write_text(CATS, encoding="utf-8-sig")
-    folder, paths = UKP.xml_files(path)
+def test_file_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "cats.xml").write_text(CATS, encoding="utf-8-sig")
+    folder, paths = UKP.xml_files(tmp_path)
     found = list(UKP.comparisons(paths, {}))
-    assert folder == path and len(found) == 6 and found[0].prompt_id == "cats"
+    assert folder == tmp_path and len(found) == 6 and found[0].prompt_id == "cats"
     assert found[1].response_b == "Naïve." and found[0].where == "cats.xml pair 1"
     assert (found[0].votes_a, found[0].votes_b, found[0].ties) == (3, 1, 1)
 
@@ -168,10 +167,10 @@ BAD = {
 
 @pytest.mark.parametrize("content, said", BAD.items(), ids=BAD.values())
 def test_bad_file_is_one_line(tmp_path, capsys, content, said):
-    path = tmp_path / "bad.xml"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (folder := tmp_path / "files").mkdir()
+    (folder / "bad.xml").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit) as ended:
-        words = ["--run", str(tmp_path / "run"), "--source", str(path)]
+        words = ["--run", str(tmp_path / "run"), "--source", str(folder)]
         cli.run_main(UKP.main, UKP.parse_args(words))
     line = capsys.readouterr().err
     assert ended.value.code == 2 and line.count("\n") == 1 and said in line and "bad.xml" in line
@@ -180,7 +179,7 @@ def test_bad_file_is_one_line(tmp_path, capsys, content, said):
 
 @pytest.mark.parametrize("name", ["", "missing"])
 def test_no_file_is_one_line(tmp_path, name):
-    with pytest.raises(cli.InputError, match="no .xml file found, a file, UKPConvArg1-full-XML or"):
+    with pytest.raises(cli.InputError, match="no .xml file found, UKPConvArg1-full-XML or"):
         call(tmp_path / "run", tmp_path / name)
 
 

@@ -93,7 +93,7 @@ def add_flags(parser, test_share=0.1, valid_share=0.0):
     add("--ties", choices=("drop", "half"), default="drop", help=ties_help)
     votes_help = "1 keeps train pairs with one vote, for hard-label losses"
     add("--min-votes", type=cli.integer, choices=(1, 2), default=2, help=votes_help)
-    test_help = "share of the prompts held out, where the data has no split of its own"
+    test_help = "share of the prompts held out, at least two, where the data has no own split"
     add("--test-share", type=cli.fraction, default=test_share, help=test_help)
     valid_help = "share of the train prompts set aside for choices, where the data has none itself"
     add("--valid-share", type=cli.fraction, default=valid_share, help=valid_help)
