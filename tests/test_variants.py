@@ -282,9 +282,13 @@ def test_table_of_gains(runs, tmp_path):
     assert (new["components"], new["gain"]) == ("1", "0")
     for name, value in (("gain", several["gain"]), ("gain_high", several["ci"][1])):
         assert float(new[f"several_{name}"]) == pytest.approx(value, rel=1e-5)
+    call = gains.parse_args(["--runs", str(run), "--out", str(out)])
     (run / "plurality.json").write_text("{}")
     with pytest.raises(InputError, match="no mixture found"):
-        gains.main(gains.parse_args(["--runs", str(run), "--out", str(out)]))
+        gains.main(call)
+    (run / "plurality.json").unlink()
+    with pytest.raises(InputError, match="plurality.json: no such file; extras/plurality.py makes"):
+        gains.main(call)
 
 
 def test_unlike_runs_together(runs, tmp_path):
