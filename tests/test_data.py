@@ -95,4 +95,6 @@ def test_a_stray_file_is_no_data(data, tmp_path):
     run = fresh(data, tmp_path)
     before = hashes(run)
     (run / "data" / ".DS_Store").write_text("of a file manager")
-    assert hashes(run) == before and "data/train.parquet" in before
+    assert hashes(run) == before
+    names = ("stats.json", "test.parquet", "train.parquet", "valid.parquet")
+    assert list(before) == [f"data/{name}" for name in names]

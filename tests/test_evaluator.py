@@ -667,6 +667,22 @@ def test_malformed_argument_is_named(function, name, change, error, message):
         getattr(evaluator, function)(**arguments)
 
 
+def test_nan_is_found_wherever_it_is():
+    rewards, pair = np.zeros((1, 100_000), np.float32), (np.array([0]), np.array([1]))
+    for place in (0, 65_535, 65_536, 99_999):
+        rewards[:] = 0
+        rewards[0, place] = np.nan
+        with pytest.raises(ValueError, match=f"for member 1 .counted from 1., response {place}"):
+            evaluator.votes(rewards, *pair)
+
+
+def test_as_many_models_as_are_documented():
+    rewards, pair = np.tile(np.array([1, 0], np.float32), (1024, 1)), (np.array([0]), np.array([1]))
+    assert (evaluator.votes(rewards, *pair) == 2).all()
+    with pytest.raises(ValueError, match="rewards must hold 1 to 1024 models"):
+        evaluator.votes(np.concatenate([rewards, rewards[:1]]), *pair)
+
+
 def test_pairs_without_responses():
     with pytest.raises(ValueError, match=r"^a must index the 0 responses, but a\[0\] is 0"):
         evaluator.votes(np.zeros((2, 0), np.float32), np.array([0]), np.array([0]))

@@ -256,6 +256,11 @@ def test_a_perfect_member_takes_all_and_leaves_nothing():
         assert np.array_equal(weights.simplex_weights(q).round(9), np.arange(k) == k // 2)
 
 
+def test_no_error_is_below_zero_but_for_rounding():
+    [entry] = fit_weights.fit_prefixes(np.array([[-1e-18]]))
+    assert entry["train_mse"] == 0 and entry["alpha"] == [1]
+
+
 @settings(max_examples=150, deadline=None)
 @given(seeds)
 def test_a_duplicate_changes_no_error_and_a_permutation_only_the_order(seed):
@@ -380,6 +385,7 @@ def test_stage_is_skipped_repeatable_and_made_again_for_another_member(run, caps
 
 def test_stage_is_made_again_for_other_code(run, tmp_path, monkeypatch, capsys):
     """The compiled evaluator is code, too."""
+    assert fit_weights.evaluator.__file__ in fit_weights.CODE
     fit(run)
     copies = [shutil.copy(REPOSITORY / path, tmp_path) for path in fit_weights.CODE]
     monkeypatch.setattr(fit_weights, "CODE", copies)

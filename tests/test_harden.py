@@ -87,6 +87,17 @@ def test_share_of_levels_whatever_the_taste(name, spread):
         )
 
 
+def test_a_taste_that_rounding_ties_is_tied_for_its_opposite():
+    """Where float32 is coarser after the product with the width, at 8 here, than at the level."""
+    rng, width, level = np.random.default_rng(0), 1.3, 6
+    taste = 4e-7 * rng.integers(-400, 400, 500)
+    rewards = np.stack([np.full(500, width * (level + 0.5)), taste]).astype(np.float32)
+    a, b = pairs(3000)
+    opposed = [formula(1, 1.0, width, 0.0, 2, t) for t in (1.0, -1.0)]
+    found = harden.hardened_votes(opposed, rewards, a, b)
+    assert set(found[0]) == {0, 0.5, 1} and (found[0] + found[1] == 1).all()
+
+
 def test_reversed_inside_a_level():
     """With the order of u itself, and its reverse inside levels, the same holds with k - 1 levels,
     and nothing ties."""

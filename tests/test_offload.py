@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pairwise
 import train_rm
-from pairwise import manifest, training
+from pairwise import files, manifest, training
 from pairwise.cli import InputError
 from pairwise.scale import checkpoint, offload
 from pairwise.scale.checkpoint import Checkpoints
@@ -33,6 +33,7 @@ import steps
 import torch
 from conftest import FLAGS, FULL, HEAD, REPOSITORY, fresh, leftovers, train
 from pytorch_optimizer import SOAP
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaConfig, OPTConfig
 
 
@@ -336,6 +337,51 @@ def test_a_checkpoint_continues_with_the_same_bits(dtype, then, now, tmp_path):
         assert torch.equal(found, value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_of_a_checkpoint_are_known_before(dtype, tmp_path):
+    model = tiny(dtype)
+    offload = Offload(groups_of(model), soap)
+    steps_of(offload, model, range(1))
+    offload.save(tmp_path)
+    tensors = [tensor for path in tmp_path.iterdir() for tensor in load_file(path).values()]
+    written = sum(tensor.nbytes for tensor in tensors)
+    assert written <= offload.nbytes <= 1.05 * written
+
+
+def test_minutes_lie_between_two_checkpoints(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(checkpoint.time, "time", lambda: now[0])
+    own, none = (Checkpoints(tmp_path, 1, {}, {}, minutes) for minutes in (10, 0))
+    optimizer, found = SimpleNamespace(save=lambda path: {}), []
+    for second in (599, 600, 601, 1199, 1200):
+        now[0] = 1000.0 + second
+        found.append(own.due())
+        if own.due():
+            own.write(optimizer, [{}])
+    assert found == [False, True, False, False, True] and not none.due()
+
+
+def test_the_newest_of_two_checkpoints_is_taken(tmp_path, monkeypatch):
+    """Killed after one is written and before the other is removed."""
+    own, loaded = Checkpoints(tmp_path, 1, {}, {}, 1), []
+    optimizer = SimpleNamespace(save=lambda path: {}, load=lambda path, _: loaded.append(path.name))
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_remove_all_but", lambda self, path: None)
+        for steps in (9, 10):
+            own.write(optimizer, [{}] * steps)
+    assert len(own.resume(optimizer)) == 10 and loaded == ["000010"]
+    assert [path.name for path in own.own()] == ["000010"]
+
+
+def test_a_member_that_has_changed_is_not_finished(tmp_path):
+    member, own = tmp_path / "member.json", Checkpoints(tmp_path, 1, {}, {}, 0)
+    files.write_json(member, {"reward": 1})
+    own.finish()
+    assert own.finished()
+    member.write_text(json.dumps({"reward": 2}))
+    assert not own.finished()
+
+
 def test_only_safetensors_and_json(tmp_path):
     """...as large as was said before the start."""
     model = tiny(torch.bfloat16)
@@ -571,6 +617,11 @@ def test_a_member_goes_on_with_the_threads_it_was_begun_with(
     killed_after(other, base, monkeypatch, 2, "--threads", "2")
     train(other, base, *FULL, "--threads", "1", "--lr", "1e-4")  # another member
     assert threads[-1] == manifest.entries(other)["member_01"]["threads"] == 1
+    fewer = fresh(data, tmp_path, "fewer")
+    killed_after(fewer, base, monkeypatch, 2, "--threads", "2")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # on another machine
+    train(fewer, base, *FULL, "--threads", "1")
+    assert threads[-1] == manifest.entries(fewer)["member_01"]["threads"] == 1
 
 
 def test_a_checkpoint_of_other_arguments_is_not_used(data, base, tmp_path, monkeypatch, capsys):
@@ -756,6 +807,15 @@ def test_gradients_with_and_without_recomputation(dtype):
         assert not any(module.training for module in model.modules())
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+def test_what_a_layer_keeps_is_measured_from_one_layer_to_the_next():
+    """What is allocated before the first one of a micro-batch is no layer's."""
+    used = iter([5, 50, 60, 65])
+    room = Room(100, 1, lambda: next(used))
+    room.begin()
+    assert [room.has(0, is_first) for is_first in (True, False, False)] == [True, True, True]
+    assert room.layer == 10
 
 
 def test_recomputation_leaves_dropout_off():

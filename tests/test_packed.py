@@ -200,6 +200,9 @@ def test_batches_run_at_most_so_many_tokens(mixed, tokens):
     for batch in found:
         assert len(batch) == 1 or packed.count_tokens([mixed[i] for i in batch]) <= tokens
     assert len(found) == {1: len(mixed), 10**6: 1}.get(tokens, len(found))
+    if tokens == 1:  # The largest shows at once whether memory suffices.
+        lengths = [len(mixed[i]) for batch in found for i in batch]
+        assert lengths == sorted(lengths, reverse=True)
 
 
 def test_many_sequences_with_one_beginning_are_laid_out_in_groups():
@@ -254,6 +257,16 @@ def test_the_padded_path_still_works_beside_it(model, mixed):
         torch.testing.assert_close(
             padded_rewards(model, ids, mask), alone(model, mixed), atol=2e-6, rtol=0
         )
+
+
+@pytest.mark.parametrize("name", ["mistral, window", "gemma2"])
+def test_sequences_as_long_as_the_window(name):
+    """The first token falls out of it one token later."""
+    model, rng = build(CONFIGS[name]), np.random.default_rng(0)
+    sequences = [rng.integers(1, 400, n).tolist() for n in (10, 11, 12, 13)]
+    with torch.no_grad():
+        found = rm.rewards_of_batch(model, sequences)
+        torch.testing.assert_close(found, alone(model, sequences), atol=2e-6, rtol=0)
 
 
 def test_sharing_and_the_short_last_layer_change_nothing(mixed, monkeypatch):

@@ -508,6 +508,17 @@ def test_personalllm(tmp_path, beaver):
     ]
 
 
+def test_readings_are_of_the_same_split(tmp_path):
+    """Without ties they do not differ. The prompts have 1 to 12 pairs."""
+    rows = [
+        multipref(f"p{i}", f"Q{i}?", "apple", f"pear {j}", "AAAB")
+        for i in range(12)
+        for j in range(i + 1)
+    ]
+    _, stats = convert("multipref", tmp_path / "run", save(tmp_path / "m.jsonl", rows))
+    assert stats["other_readings"] == {f"--ties {x}": stats["here"] for x in ("half", "in n")}
+
+
 def test_personalllm_ties_half(tmp_path):
     splits, stats = convert(
         "personalllm", tmp_path / "run", folder(tmp_path / "source", PERSONALLLM), "--ties", "half"
@@ -2005,6 +2016,14 @@ def test_prism_takes_guided_english_prompts_that_are_no_train_prompts(tmp_path, 
         call("prism", prepared, "--source", source, "--count", "3")
     with pytest.raises(InputError, match="another source"):
         call("prism", prepared, "--source", save(tmp_path / "other.jsonl", PRISM[1:]))
+
+
+def test_prism_leaves_out_train_prompts_whatever_their_white_space(tmp_path):
+    rows = [multipref(f"p{i}", f" {GUIDED[i]}\n", "apple", "pear", "AAAA") for i in range(10)]
+    convert("multipref", tmp_path / "run", save(tmp_path / "m.jsonl", rows))
+    call("prism", tmp_path / "run", "--source", save(tmp_path / "c.jsonl", PRISM))
+    test = prompts(splits_of(tmp_path / "run"))["test"]
+    assert set(drawn(tmp_path / "run").values()) == {prompt.strip() for prompt in test}
 
 
 def test_prism_draws_by_the_seed(tmp_path, prepared, capsys):

@@ -64,6 +64,14 @@ def test_two_continuations_have_favourites():
     ]
 
 
+def test_one_continuation_has_no_rank():
+    texts = texts_of("ab") | {"texts": [["yes"], ["no"]]}
+    scores = np.zeros((2, 2, 1), np.float32)
+    measured = diversity.measure(scores, texts, np.full(2, 0.5), {"words": "yes"}, 10, 0)
+    assert measured["win"] == measured["kendall_tau"] == [[None, None], [None, None]]
+    assert measured["constant_rankings"] == [2, 2] and measured["favourites"] == []
+
+
 def test_prompts_of_equal_disagreement_but_for_rounding_stay_in_order():
     scores = np.zeros((2, 4, 2), np.float32)
     wins = 0.3 - 1e-15 * np.arange(4)[:, None, None] * np.ones((2, 2))

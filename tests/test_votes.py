@@ -296,6 +296,21 @@ def test_rows_group_by_prompt_id_else_by_prompt(tmp_path):
     assert len(homes) == 1  # the same text under three ids: three prompts, on one side of the split
 
 
+def test_an_id_that_pandas_made_a_float_is_the_integer(tmp_path):
+    rows = [row(f"Q{i}", prompt_id=i) for i in range(4)]
+    floats = [r | {"prompt_id": float(r["prompt_id"])} for r in rows]
+    expected, _ = prepared(tmp_path, rows, name="mine.parquet")
+    assert prepared(tmp_path, floats, name="mine.parquet", run="floats")[0] == expected
+
+
+def test_a_prompt_with_a_blank_turn_is_dropped(tmp_path):
+    system = {"role": "system", "content": "Be kind."}
+    chats = [[system, {"role": "user", "content": content}] for content in ("Why?", " \n")]
+    splits, stats = prepared(tmp_path, [*numbered(3), *(row(chat) for chat in chats)])
+    found = [r["messages"] for members in splits.values() for r in members]
+    assert chats[0] in found and chats[1] not in found and stats["dropped"] == {"empty prompt": 1}
+
+
 def test_given_split_is_kept(tmp_path):
     rows = [row(f"Question {i}?", split="test" if i % 3 == 0 else "train") for i in range(9)]
     splits, _ = prepared(tmp_path, rows, "--test-share", "0.9", "--valid-share", "0.34")
@@ -324,6 +339,15 @@ def test_share_of_prompts_for_test_at_least_two(tmp_path, capsys, prompts, share
     )
     assert all(len(r["pairs"]) == 2 for members in splits.values() for r in members)
     assert f"only {expected} test prompts" in capsys.readouterr().out
+
+
+def test_a_share_of_train_prompts_for_validation_is_at_least_one(tmp_path):
+    splits, _ = prepared(tmp_path, numbered(10), "--valid-share", "0.01")
+    assert {name: len(members) for name, members in splits.items()} == {
+        "train": 7,
+        "valid": 1,
+        "test": 2,
+    }
 
 
 def test_equal_texts_under_several_ids_are_named(tmp_path, capsys):
@@ -596,6 +620,11 @@ BAD = {  # what is wrong: (file name, its content, what the line must say)
         header + 'q,"a\nb",b,1,1\nq,a,b,1\n',
         "v.csv line 4: 4 cells found, 5 expected",
     ),
+    "csv with too many cells": (
+        "v.csv",
+        header + "q,a,b,1,1\nq,An apple, or two,b,1,1\n",
+        "v.csv line 3: 6 cells found, 5 expected, as in the header",
+    ),
     "csv with old line ends": ("v.csv", "prompt,response_a\rq,a\r", "v.csv line 1: not CSV"),
     **{
         f"csv with {what}": ("v.csv", text, f"v.csv line {line}: columns: [{columns}")
@@ -795,7 +824,7 @@ BAD = {  # what is wrong: (file name, its content, what the line must say)
     ),
     "p_true that differs": (
         "v.jsonl",
-        [row("Q", p_true=0.4), row("Q", p_true=0.5)],
+        [row("Q", p_true=0.4), row("Q", p_true=0.401)],
         "v.jsonl line 2: p_true differs",
     ),
     "categories that differ": (
