@@ -135,7 +135,12 @@ def comparisons(args, sources, others):
     the test file that nothing reads."""
     facts = {}
     for item in votes.comparisons(args.test, others, facts):
-        yield item if isinstance(item, str) else item._replace(split=item.split or "test")
+        if isinstance(item, str):
+            yield item
+        elif item.split == "train":  # The sets have neither, and rows of one prompt must agree.
+            yield item._replace(categories=None, p_true=None)
+        else:
+            yield item._replace(split=item.split or "test")
     if facts:
         raise cli.InputError(f"{args.test}: no column prompt found, one expected")
     for name, source in sources.items():

@@ -94,6 +94,20 @@ def test_webgpt(tmp_path, ties):
     assert splits["test"][0]["categories"] == {"answers": "single"}
 
 
+def test_train_rows_of_the_test_file_go_with_the_set_s(tmp_path):
+    """Neither labels nor truths part them, which the set's rows lack."""
+    own = {"prompt": "Why?", "response_a": "So.", "response_b": "No.", "p": 0.75, "n": 4}
+    own |= {"split": "train", "categories": {"answers": "single"}, "p_true": 0.7}
+    test = [row | {"split": "test", "p_true": 0.5} for row in TEST]
+    source = save(tmp_path / "webgpt.parquet", WEBGPT)
+    splits, _ = run_set(tmp_path, "webgpt", source, test=[*test, own])
+    [prompt] = [row for row in splits["train"] if len(row["pairs"]) == 3]
+    assert votes([prompt])["Why?", "So.", "No."] == (3, 1)
+    assert not prompt.get("p_true") and not prompt.get("categories")
+    assert splits["test"][0]["p_true"] == [0.5]
+    data.read_splits(tmp_path / "run")
+
+
 def test_hh(tmp_path):
     start = "\n\nHuman: Hi\n\nAssistant: Hello!\nYes?\n\nHuman: Why?\n\nHuman: Tell me."
     rows = [
