@@ -16,10 +16,10 @@ Writes RUN/data, in which train has the pairs of one vote (as with --min-votes 1
 
 One vote says nothing of how many agree, so the test split comes from a FILE as data_prep/votes.py
 reads it, whose pairs have two votes or more; of its rows those with the split train are trained on
-too. Train prompts that are in the test split are dropped and counted. The paper's annotators said
-how many of ten people would prefer a response: p with n = 10 (docs/data.md). Nobody cast these
-votes, hence --votes dependent. With several sets --source is a directory that has one of the name
-of each.
+too, without their categories and p_true. Train prompts that are in the test split are dropped and
+counted. The paper's annotators said how many of ten people would prefer a response: p with n = 10
+(docs/data.md). Nobody cast these votes, hence --votes dependent. With several sets --source is a
+directory that has one of the name of each.
 """
 
 import argparse

@@ -96,7 +96,7 @@ def main(args):
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--run", required=True, type=cli.path, help="run directory with data/")
-    published.add_source_arguments(parser)
+    published.add_source_flags(parser)
     parser.add_argument("--count", type=cli.natural, default=50, help="prompts")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of the draw of prompts")
     return parser.parse_args(argv)

@@ -4,12 +4,12 @@
     python data_prep/ukpconvarg1.py --run runs/ukpconvarg1 --source acl2016-convincing-arguments
 
 Source: Habernal and Gurevych (ACL 2016), CC-BY-4.0; none of the paper's data sets. Writes RUN/data.
---source is that clone or its directory data/UKPConvArg1-full-XML, at least three files of it. Each
-holds the arguments of one debate and stance, its prompt: annotatedArgumentPair elements with arg1
-and arg2 {id, text, stance}, debateMetaData {title, description} and mTurkAssignments, of which each
-mTurkAssignment is a worker's vote, value a1, a2 or equal (a tie). Who the workers are is not kept.
-A pair of the same two texts counts once. There is no official split: 10 % of the prompts are held
-out, so --test-share 0.25 is a better choice for 32 prompts.
+--source is that clone, or a directory with three or more files of its data/UKPConvArg1-full-XML. A
+file holds the arguments of one debate and stance, its prompt: annotatedArgumentPair elements with
+arg1 and arg2 {id, text, stance}, debateMetaData {title, description} and mTurkAssignments, of which
+each mTurkAssignment is a worker's vote, value a1, a2 or equal (a tie). Who the workers are is not
+kept. A pair of the same two texts counts once. There is no official split: 10 % of the prompts are
+held out, so --test-share 0.25 is a better choice for 32 prompts.
 """
 
 import xml.etree.ElementTree as ET

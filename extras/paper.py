@@ -326,7 +326,7 @@ def draw_table(head, rows, widths):
 
     def wrapped(cell, width):
         cut = cell if len(cell) <= SHOWN else f"{cell[:SHOWN]} […]"
-        lines = map(figures.printable, cut.splitlines())
+        lines = map(figures.escaped, cut.expandtabs().splitlines())
         return "\n".join(textwrap.fill(line, width) for line in lines)
 
     fig, size = Figure(), {"fontsize": 7, "va": "top", "parse_math": False}

@@ -144,11 +144,11 @@ def count_tokens(args):
     train and scored count the distinct responses of the train split and of all splits; tokens is
     the mean length of a response with its prompt.
     """
-    if args.run is None or not (path := args.run / "data" / "train.parquet").exists():
+    if args.run is None or not (args.run / "data" / "train.parquet").exists():
         name = args.run.name if args.run else "multipref"
         if name not in PAPER:
-            words = f"that, or a name of the paper's data ({', '.join(PAPER)}), expected"
-            raise cli.InputError(f"{path}: no such file; {words}")
+            words = f"a prepared run, or runs/NAME with NAME one of {', '.join(PAPER)}, expected"
+            raise cli.InputError(f"--run {args.run}: no data/train.parquet found; {words}")
         source = f"assumed: {name}, its counts as published, tokens guessed"
         return dict(zip(COUNTS, PAPER[name])), source
     splits, _ = data.read_splits(args.run)
@@ -253,9 +253,9 @@ def issuing(model, args, tokens):
     return passes * model.config.num_hidden_layers * ISSUING * (args.train == "lora")
 
 
-def print_work(model, groups, args, paged):
-    """Print tokens, steps, FLOPs, hours and disk; paged: bytes of the optimizer on the host."""
-    counts, source = count_tokens(args)
+def print_work(model, groups, args, paged, counts, source):
+    """Print tokens, steps, FLOPs, hours and disk; paged: bytes of the optimizer on the host;
+    counts, source: count_tokens'."""
     steps, trains = count_steps(args, counts), args.train != "head"
     whole = card_budget(model, groups, args)[-1] if trains else 0
     recomputed = 1 - whole / model.config.num_hidden_layers
@@ -345,6 +345,7 @@ def print_verdicts(args):
 def main(args):
     if args.base != "llama-3-8b":
         args.base = pretrained.pinned(args.base, revision=args.revision)
+    counted = count_tokens(args)
     model, groups = describe(args)
     pretrained.check_quantized(model.config, f"--base {args.base}", args.train)
     rows = memory(model, groups, args)
@@ -354,7 +355,7 @@ def main(args):
     print(f"a plan, not a measurement\n\n{'memory, GiB':55}{'card':>8}{'host':>8}")
     for name, nbytes in [*rows.items(), ("total", (card, host))]:
         print(f"{name:55}{nbytes[0] / 2**30:8.2f}{nbytes[1] / 2**30:8.2f}")
-    print_work(model, groups, args, host)
+    print_work(model, groups, args, host, *counted)
     print_verdicts(args)
 
 

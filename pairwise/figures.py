@@ -6,6 +6,7 @@ from metrics.json as evaluate.py wrote it: nothing is computed here but bins and
 
 import itertools
 import re
+import unicodedata
 
 from pairwise import drawing, theory
 
@@ -60,16 +61,19 @@ def pretty(text):
     return re.sub(r"(?<![\w-])-(?=\.?\d)", "−", text)  # the sign of a number
 
 
-def printable(text):
-    """Write characters of a line of the user's that no figure can show as escapes.
-
-    Where it is drawn, parse_math=False keeps its dollars."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def escaped(text):
+    """Write the control characters and the like of a user's text, which no figure can show, as
+    escapes. Where it is drawn, parse_math=False keeps its dollars."""
+    unseen = "Cc", "Cs", "Cn"  # control, surrogate, not assigned
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in unseen else c
+        for c in text
+    )
 
 
 def drawable(name, most=30):
-    """Shorten a name of the user's for a figure, `printable`."""
-    name = printable(name)
+    """Shorten a name of the user's for a figure, after `escaped`."""
+    name = escaped(name)
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 

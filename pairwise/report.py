@@ -26,7 +26,8 @@ LEGEND = (
     f"for comparison with other work. -: does not exist; an interval takes {FEWEST} prompts."
 )
 THEOREM_2 = (
-    " Theorem 2: some k-ensemble has at most a true err. of 1/(4k), a Brier score of C_hat more."
+    " Theorem 2: some k-ensemble has a true err. of at most 1/(4k), and an expected Brier score of "
+    "at most C_hat above that."
 )
 
 # The first two are proved in docs/method.md.
@@ -217,7 +218,11 @@ def notes(metrics):
     last = split["ensemble"][-1]
     if last["brier"] > split["coin_flip"]:
         limits = last["less"]["coin_flip_ci"]
-        doubt = ", by a difference whose interval contains 0" if limits else ", on too few to tell"
+        doubt = (
+            ", by a difference whose interval contains 0"
+            if limits
+            else ", on too few prompts to tell"
+        )
         sentences.append(WORSE.format("" if limits and limits[0] > 0 else doubt))
     sentences.append(sentence(data.few_prompts(split["prompts"], metrics["own_split"])))
     return " ".join(filter(None, sentences))

@@ -233,7 +233,7 @@ def test_tokens_and_pairs_are_the_data_s(data, base, tokenizer, tmp_path):
     assert 5 < counts["tokens"] < 60 and "characters / 4" in source
     counts, source = plan.count_tokens(arguments("--run", "nowhere/personalllm"))
     assert counts["pairs"] == 263_256 and source.startswith("assumed: personalllm")
-    with pytest.raises(cli.InputError, match="typo/data/train.parquet: no such file; that, or"):
+    with pytest.raises(cli.InputError, match="--run nowhere/typo: no data/train.parquet found"):
         plan.count_tokens(arguments("--run", "nowhere/typo"))
     # With 28 pairs a prompt, a step of 64 has two prompts.
     assert plan.count_steps(arguments(), counts) == 9402 / 2

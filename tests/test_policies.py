@@ -394,6 +394,13 @@ def test_every_script_refuses_a_file_of_a_run(name, flags, data, tmp_path, capsy
     assert path.read_bytes() == before
 
 
+def test_what_trl_is_needed_for_says_so(monkeypatch):
+    module = module_at("experiments/policies.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="^trl is not installed; benchmarks/requirements.txt has"):
+        module.main(module.parse_args(["--run", "r", "--out", "dpo"]))
+
+
 def test_a_run_that_another_call_has_pruned_meanwhile(full_run, tmp_path, monkeypatch):
     prune, out = script("prune"), tmp_path / "out"
     computed = prune.prune

@@ -166,7 +166,7 @@ def test_verdict_names_what_is_known(written):
     printed = " ".join(report.table(metrics).split())
     for text in (page.text, printed):
         assert ("The ensemble is worse than a coin flip" in text) == worse
-    assert ("a true err. of 1/(4k)" in printed) == (test["floor_true"] is not None)
+    assert ("a true err. of at most 1/(4k)" in printed) == (test["floor_true"] is not None)
     for line in report.comparisons(test):
         brier, value, (low, high) = last["brier"], line["value"], line["less_ci"]
         assert line["less"] == pytest.approx(brier - value, abs=1e-12)
@@ -382,7 +382,7 @@ def test_all_members_are_compared_with_a_coin_flip_and_theorem_2(first, last, of
         ([0.01, 0.3], ""),
         ([0.0, 0.3], ", by a difference whose interval contains 0"),
         ([-0.1, 0.3], ", by a difference whose interval contains 0"),
-        (None, ", on too few to tell"),
+        (None, ", on too few prompts to tell"),
     ],
 )
 def test_worse_than_a_coin_flip_is_as_sure_as_its_interval(limits, doubt, of_demo):

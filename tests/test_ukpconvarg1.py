@@ -177,8 +177,10 @@ def test_bad_file_is_one_line(tmp_path, capsys, content, said):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["", "missing"])
+@pytest.mark.parametrize("name", ["", "missing", "folder/a.xml"])
 def test_no_file_is_one_line(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.xml").write_text(CATS)
     with pytest.raises(cli.InputError, match="no .xml file found, UKPConvArg1-full-XML or"):
         call(tmp_path / "run", tmp_path / name)
 

@@ -39,12 +39,12 @@ class Published(NamedTuple):
 def parser(doc):
     """Return a Parser with the flags that every published data set has."""
     flags = cli.Parser(doc)
-    add_source_arguments(flags)
+    add_source_flags(flags)
     prompts.add_flags(flags)
     return flags
 
 
-def add_source_arguments(flags):
+def add_source_flags(flags):
     """Add --source and --revision to a parser."""
     source_help = (
         "a local copy instead of the hub: a .parquet, .json or .jsonl file, also .gz, or a "
