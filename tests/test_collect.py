@@ -427,6 +427,22 @@ def test_eight_members_on_ukpconvarg1():
     assert len({json.dumps([split["valid"], split["test"]]) for split in splits}) == 1
 
 
+def test_rounding_on_ukpconvarg1():
+    """The run of eight members again, with other kernels and in another order."""
+    rows, eight = committed("ukpconvarg1_rounding.csv"), committed("ukpconvarg1_eight.csv")
+    avx2, micro = (
+        [row for row in rows if row["run"] == f"ukp_{name}_0"] for name in ("avx2", "micro2048")
+    )
+    test, valid = ([short(float(row[x])) for row in avx2] for x in ("brier", "brier_valid"))
+    before = [short(float(row["brier_valid"])) for row in eight[:2]]
+    words = "have {} and {}, on validation prompts {} and {} in place of {} and {}."
+    assert words.format(*test, *valid, *before) in TEXT
+    *listed, last = (short(float(row["brier"])) for row in micro)
+    assert f"give {', '.join(listed)} and {last} (" in TEXT
+    splits = (committed_splits(f"ukpconvarg1_{name}")[0] for name in ("eight", "rounding"))
+    assert len({json.dumps([split["valid"], split["test"]]) for split in splits}) == 1
+
+
 def test_eight_members_on_writing():
     """On the second split."""
     eight = [
