@@ -26,7 +26,7 @@ inline Path fastest_path() { return cpu_has_avx512() ? Path::avx512 : cpu_has_av
 // Becomes part of every function that calls it, compiled for that one's CPU.
 #define INLINE inline __attribute__((always_inline))
 
-// Lanes of the compilers' own vectors. Wider than what the CPU has, GCC would take them lane by lane.
+// Lanes of the compilers' own vectors. If wider than what the CPU has, GCC takes them one by one.
 template <class T, int bytes> struct LanesOf { typedef T type __attribute__((vector_size(bytes))); };
 
 // Where there is no instruction for it, the compiler's own popcount is a slow call.

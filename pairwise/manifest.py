@@ -76,11 +76,12 @@ def accept_edited(run):
     for name, (stage, value) in _outputs(run).items():
         if (run / name).is_file() and (now := files.hash_file(run / name)) != value:
             _accept(run, stage, name, {"outputs": entries(run)[stage]["outputs"] | {name: now}})
-    made = {name: x for name, x in entries(run).items() if name not in ("data", "weights")}
+    others = "data", "weights", "evaluate"  # made from files elsewhere, or made anew
+    made = {name: x for name, x in entries(run).items() if name not in others}
     of_run = [(stage, name) for stage in made for name in made[stage]["inputs"] if is_of_run(name)]
     for stage, name in of_run:
         edited = {x for entry in entries(run).values() for x in entry.get("edited", ())}
-        if name in edited or stage == "evaluate" or not (run / name).is_file():
+        if name in edited or not (run / name).is_file():
             continue
         if files.hash_file(run / name) != made[stage]["inputs"][name]:
             _accept(run, stage, name, {})

@@ -218,12 +218,10 @@ def notes(metrics):
     last = split["ensemble"][-1]
     if last["brier"] > split["coin_flip"]:
         limits = last["less"]["coin_flip_ci"]
-        doubt = (
-            ", by a difference whose interval contains 0"
-            if limits
-            else ", on too few prompts to tell"
-        )
-        sentences.append(WORSE.format("" if limits and limits[0] > 0 else doubt))
+        doubt = ", on too few prompts to tell"
+        if limits:
+            doubt = "" if limits[0] > 0 else ", by a difference whose interval contains 0"
+        sentences.append(WORSE.format(doubt))
     sentences.append(sentence(data.few_prompts(split["prompts"], metrics["own_split"])))
     return " ".join(filter(None, sentences))
 

@@ -343,12 +343,8 @@ def add_flags(
     of which the words say what it is."""
     add = parser.add_argument
     rm.add_flags(parser)
-    add(
-        "--seed",
-        type=cli.seed,
-        default=0,
-        help="of heads and order; each training draws its own from it",
-    )
+    words = "of heads and order; each training draws its own from it"
+    add("--seed", type=cli.seed, default=0, help=words)
     # optimizer (SOAP)
     add("--lr", type=cli.positive, help=f"peak learning rate ({lr})")
     add("--epochs", type=cli.natural, help=f"passes over the train pairs (default {epochs})")
